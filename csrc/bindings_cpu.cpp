@@ -1,0 +1,103 @@
+// The Python module `_cpu`: raw pointers in, kernels of the best level this machine runs behind.
+//
+// Nothing of torch is included or linked, so one binary serves every torch version. Shapes, dtypes and devices were
+// checked in Python (core/checks.py); what arrives here is trusted.
+#include <pybind11/pybind11.h>
+
+#include "common/levels.h"
+#include "mirror_descent/mirror_descent.h"
+#include "row_uniforms/row_uniforms.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void row_uniforms(std::uintptr_t seed, int64_t seed_stride, std::uintptr_t row_ids, std::uintptr_t step,
+                  int64_t step_stride, uint32_t stream, int64_t rows, std::uintptr_t out, int threads) {
+  const nlhf::RowUniforms problem{pointer<const int64_t>(seed), seed_stride,  pointer<const int64_t>(row_ids),
+                                  pointer<const int64_t>(step), step_stride,  stream,
+                                  rows,                         pointer<double>(out)};
+  NLHF_DISPATCH(row_uniforms, problem, threads)
+}
+
+template <typename Real>
+nlhf::MirrorDescent<Real> game_problem(std::uintptr_t log_policy, std::uintptr_t preference,
+                                       std::uintptr_t log_reference, std::uintptr_t tau, int64_t tau_stride,
+                                       std::uintptr_t step_sizes, int64_t games, int64_t actions, int64_t iterations,
+                                       bool opponent_is_mixture, std::uintptr_t out) {
+  return {pointer<const Real>(log_policy),
+          pointer<const Real>(preference),
+          pointer<const Real>(log_reference),
+          pointer<const Real>(tau),
+          tau_stride,
+          pointer<const Real>(step_sizes),
+          games,
+          actions,
+          iterations,
+          opponent_is_mixture,
+          pointer<Real>(out)};
+}
+
+void mirror_descent(bool is_double, std::uintptr_t log_policy, std::uintptr_t preference,
+                    std::uintptr_t log_reference, std::uintptr_t tau, int64_t tau_stride, std::uintptr_t step_sizes,
+                    int64_t games, int64_t actions, int64_t iterations, bool opponent_is_mixture, std::uintptr_t out,
+                    int threads) {
+  if (is_double) {
+    const auto problem = game_problem<double>(log_policy, preference, log_reference, tau, tau_stride, step_sizes,
+                                              games, actions, iterations, opponent_is_mixture, out);
+    NLHF_DISPATCH(mirror_descent_f64, problem, threads)
+  } else {
+    const auto problem = game_problem<float>(log_policy, preference, log_reference, tau, tau_stride, step_sizes,
+                                             games, actions, iterations, opponent_is_mixture, out);
+    NLHF_DISPATCH(mirror_descent_f32, problem, threads)
+  }
+}
+
+const char* level_name(nlhf::Level level) {
+  switch (level) {
+    case nlhf::Level::avx512: return "avx512";
+    case nlhf::Level::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+void set_level_cap(const std::string& name) {
+  for (const nlhf::Level level : {nlhf::Level::baseline, nlhf::Level::avx2, nlhf::Level::avx512}) {
+    if (name == level_name(level)) return nlhf::cap_level(level);
+  }
+  throw py::value_error("level: expected baseline, avx2 or avx512, got '" + name + "'");
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = NLHF_COMPILER;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#if defined(NLHF_X86_LEVELS)
+  info["levels"] = py::make_tuple("baseline", "avx2", "avx512");
+#else
+  info["levels"] = py::make_tuple("baseline");
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "C++ kernels for the CPU; called by nlhf_kernels.ops, not by users";
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  module.def("row_uniforms", &row_uniforms, Unlocked());
+  module.def("mirror_descent", &mirror_descent, Unlocked());
+  module.def("build_info", &build_info);
+  module.def("best_level", [] { return level_name(nlhf::best_level()); });
+  module.def("active_level", [] { return level_name(nlhf::active_level()); });
+  module.def("set_level_cap", &set_level_cap, py::arg("level"));
+}

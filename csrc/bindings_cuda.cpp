@@ -1,0 +1,90 @@
+// The Python module `_cuda`: raw device pointers and a stream in, kernels launched on the current device behind.
+//
+// Compiled by the host compiler alone; nothing of torch is included or linked, so one binary serves every torch
+// version, and nothing of CUDA is called at import, so the module imports where there is no driver. Shapes, dtypes and
+// devices were checked in Python (core/checks.py); what arrives here is trusted.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "mirror_descent/mirror_descent.h"
+#include "row_uniforms/row_uniforms.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void require_success(const char* operation, int status) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(operation) + ": CUDA error " + std::to_string(status) + " (" +
+                           cudaGetErrorString(static_cast<cudaError_t>(status)) + ")");
+}
+
+void row_uniforms(std::uintptr_t seed, int64_t seed_stride, std::uintptr_t row_ids, std::uintptr_t step,
+                  int64_t step_stride, uint32_t stream_id, int64_t rows, std::uintptr_t out,
+                  std::uintptr_t cuda_stream) {
+  const nlhf::RowUniforms problem{pointer<const int64_t>(seed), seed_stride,  pointer<const int64_t>(row_ids),
+                                  pointer<const int64_t>(step), step_stride,  stream_id,
+                                  rows,                         pointer<double>(out)};
+  require_success("row_uniforms", nlhf::row_uniforms_cuda(problem, pointer<void>(cuda_stream)));
+}
+
+template <typename Real>
+nlhf::MirrorDescent<Real> game_problem(std::uintptr_t log_policy, std::uintptr_t preference,
+                                       std::uintptr_t log_reference, std::uintptr_t tau, int64_t tau_stride,
+                                       std::uintptr_t step_sizes, int64_t games, int64_t actions, int64_t iterations,
+                                       bool opponent_is_mixture, std::uintptr_t out) {
+  return {pointer<const Real>(log_policy),
+          pointer<const Real>(preference),
+          pointer<const Real>(log_reference),
+          pointer<const Real>(tau),
+          tau_stride,
+          pointer<const Real>(step_sizes),
+          games,
+          actions,
+          iterations,
+          opponent_is_mixture,
+          pointer<Real>(out)};
+}
+
+void mirror_descent(bool is_double, std::uintptr_t log_policy, std::uintptr_t preference,
+                    std::uintptr_t log_reference, std::uintptr_t tau, int64_t tau_stride, std::uintptr_t step_sizes,
+                    int64_t games, int64_t actions, int64_t iterations, bool opponent_is_mixture, std::uintptr_t out,
+                    std::uintptr_t cuda_stream) {
+  int status;
+  if (is_double) {
+    const auto problem = game_problem<double>(log_policy, preference, log_reference, tau, tau_stride, step_sizes,
+                                              games, actions, iterations, opponent_is_mixture, out);
+    status = nlhf::mirror_descent_f64_cuda(problem, pointer<void>(cuda_stream));
+  } else {
+    const auto problem = game_problem<float>(log_policy, preference, log_reference, tau, tau_stride, step_sizes,
+                                             games, actions, iterations, opponent_is_mixture, out);
+    status = nlhf::mirror_descent_f32_cuda(problem, pointer<void>(cuda_stream));
+  }
+  require_success("mirror_descent", status);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["cuda_version"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  info["architectures"] = NLHF_CUDA_ARCHITECTURES;
+  info["compiler"] = NLHF_COMPILER;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "CUDA kernels; called by nlhf_kernels.ops, not by users";
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  module.def("row_uniforms", &row_uniforms, Unlocked());
+  module.def("mirror_descent", &mirror_descent, Unlocked());
+  module.def("build_info", &build_info);
+}

@@ -1,0 +1,32 @@
+// Instruction-set levels of the CPU kernels.
+//
+// Every <op>_cpu.cpp is compiled once per level with NLHF_LEVEL set to the level's name and defines its kernel inside
+// `namespace nlhf::NLHF_LEVEL`; levels.cpp knows which level this machine runs, NLHF_DISPATCH calls it.
+#pragma once
+
+namespace nlhf {
+
+enum class Level { baseline = 0, avx2 = 1, avx512 = 2 };
+
+Level best_level();             // the highest level that was built and that this CPU runs
+Level active_level();           // best_level(), unless capped
+void cap_level(Level highest);  // for tests and for comparing levels; takes effect with the next call
+
+}  // namespace nlhf
+
+// Declares `op` for every level; `threads` is the number of OpenMP threads to use.
+#define NLHF_DECLARE_CPU(op, Problem)                             \
+  namespace baseline { void op(const Problem& problem, int threads); } \
+  namespace avx2 { void op(const Problem& problem, int threads); }     \
+  namespace avx512 { void op(const Problem& problem, int threads); }
+
+#if defined(NLHF_X86_LEVELS)
+#define NLHF_DISPATCH(op, problem, threads)                                       \
+  switch (::nlhf::active_level()) {                                               \
+    case ::nlhf::Level::avx512: ::nlhf::avx512::op(problem, threads); break;      \
+    case ::nlhf::Level::avx2: ::nlhf::avx2::op(problem, threads); break;          \
+    default: ::nlhf::baseline::op(problem, threads); break;                       \
+  }
+#else
+#define NLHF_DISPATCH(op, problem, threads) ::nlhf::baseline::op(problem, threads)
+#endif

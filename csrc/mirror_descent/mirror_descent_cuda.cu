@@ -1,0 +1,270 @@
+// mirror_descent on the GPU: all iterations of all games in one launch, a block a game.
+//
+// What an iteration costs is the product of the preference matrix with the opponent, so the matrix stays as near to
+// the arithmetic as its size allows for all iterations of its game:
+//   up to 128 actions   in registers: 32 elements a thread, 1, 2 or 4 threads a row             (small_games)
+//   while it fits       in shared memory, about 230 actions in float and 160 in double         (large_games<true>)
+//   above               in global memory and the caches, read coalesced in every iteration    (large_games<false>)
+//
+// log_policy stays unnormalised until the end: a constant added to a row changes no softmax. A row of -inf only has
+// no distribution and gives NaN, as PyTorch's softmax does.
+#include "../common/cuda_block.cuh"
+#include "../common/cuda_launch.cuh"
+#include "mirror_descent.h"
+
+namespace nlhf {
+namespace {
+
+// (1 - b) log_policy + b log_reference; an end of the interval must not touch the other side: 0 * -inf is NaN.
+template <typename Real>
+NLHF_DEVICE Real mix(Real log_policy, Real log_reference, Real b) {
+  if (b == Real(0)) return log_policy;
+  if (b == Real(1)) return log_reference;
+  return (Real(1) - b) * log_policy + b * log_reference;
+}
+
+// ------------------------------------------------------------------------------------------ matrix in registers
+
+constexpr int kTile = 32;  // matrix elements a thread keeps in registers
+
+// 16 bytes: what one shared-memory load instruction brings.
+template <typename Real>
+struct alignas(16) Chunk {
+  static constexpr int kSize = 16 / sizeof(Real);
+  Real value[kSize];
+};
+
+// A game of up to kTile * kLanes actions: kLanes threads share a row and hold its chunks in turn.
+template <typename Real, int kLanes>
+struct SmallGame {
+  static constexpr int kActions = kTile * kLanes;
+  static constexpr int kThreads = kActions * kLanes;
+  static constexpr int kWarps = kThreads / kWarpSize;
+  // 64 registers a thread in float, 128 in double. Eight games of 64 actions then share a multiprocessor, and 1024
+  // games are one wave on 132 of them; left alone, the compiler takes 91 registers and fits five.
+  // No GPU keeps fewer than 16 blocks resident, and some no more than 24, so 16 is as much as may be asked for.
+  static constexpr int kBlocksThatFit = 4096 / sizeof(Real) / kThreads;
+  static constexpr int kResidentBlocks = kBlocksThatFit < 16 ? kBlocksThatFit : 16;
+  static constexpr int kChunks = kActions / Chunk<Real>::kSize;
+};
+
+template <typename Real>
+struct Softmax {
+  Real top;
+  Real total;  // of exp(logit - top)
+};
+
+// exp(logit - top) of all actions into the calling warp's own `weights`. Every warp computes them all: a few
+// exponentials more, but one barrier an iteration instead of three. `logit` is the calling thread's row's.
+template <typename Real, int kLanes>
+NLHF_DEVICE Softmax<Real> share_softmax(Real logit, Real* published, Chunk<Real>* weights) {
+  constexpr int kSize = Chunk<Real>::kSize;
+  const int lane = threadIdx.x % kWarpSize;
+  if (threadIdx.x % kLanes == 0) published[threadIdx.x / kLanes] = logit;
+  __syncthreads();
+  Real values[kLanes];
+  Real top = -Real(INFINITY);
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    values[i] = published[i * kWarpSize + lane];
+    top = std::fmax(top, values[i]);
+  }
+  top = warp_max(top);
+  Real total = 0;
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    const int action = i * kWarpSize + lane;
+    const Real weight = std::exp(values[i] - top);
+    weights[action / kSize].value[action % kSize] = weight;
+    total += weight;
+  }
+  __syncwarp();
+  return {top, warp_sum(total)};
+}
+
+// The calling thread's part of one matrix row; elements outside the matrix are 0.
+template <typename Real, int kLanes>
+NLHF_DEVICE void load_tile(const Real* matrix, int actions, Real (&tile)[kTile]) {
+  constexpr int kSize = Chunk<Real>::kSize;
+  const int row = threadIdx.x / kLanes, part = threadIdx.x % kLanes;
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    const int column = (i / kSize * kLanes + part) * kSize + i % kSize;
+    tile[i] = row < actions && column < actions ? matrix[row * actions + column] : Real(0);
+  }
+}
+
+// The row's product with `weights`, in all kLanes threads of the row. Neighbouring lanes read neighbouring chunks and
+// all rows of the warp the same ones, so each load is one conflict-free broadcast.
+template <typename Real, int kLanes>
+NLHF_DEVICE Real row_product(const Real (&tile)[kTile], const Chunk<Real>* weights) {
+  constexpr int kSize = Chunk<Real>::kSize;
+  const int part = threadIdx.x % kLanes;
+  Real sums[4] = {};  // independent, so that the additions overlap
+#pragma unroll
+  for (int i = 0; i < kTile / kSize; ++i) {
+    const Chunk<Real> chunk = weights[i * kLanes + part];
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) sums[(i * kSize + j) % 4] += tile[i * kSize + j] * chunk.value[j];
+  }
+  return warp_sum<kLanes>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <typename Real, int kLanes, typename Game = SmallGame<Real, kLanes>>
+__global__ void __launch_bounds__(Game::kThreads, Game::kResidentBlocks) small_games(const MirrorDescent<Real> p) {
+  // Two buffers in turn: while slow warps still read one, fast warps may already publish into the other.
+  __shared__ Real published[2][Game::kActions];
+  __shared__ Chunk<Real> weights_of_warp[Game::kWarps][Game::kChunks];
+  Chunk<Real>* weights = weights_of_warp[threadIdx.x / kWarpSize];
+  const int actions = static_cast<int>(p.actions), row = threadIdx.x / kLanes;
+  const bool is_action = row < actions;  // rows of padding publish -inf, which is probability 0
+  int turn = 0;
+  for (int64_t game = blockIdx.x; game < p.games; game += gridDim.x) {
+    Real tile[kTile];
+    load_tile<Real, kLanes>(p.preference + game * actions * actions, actions, tile);
+    Real log_policy = is_action ? p.log_policy[game * actions + row] : -Real(INFINITY);
+    const Real log_reference = is_action ? p.log_reference[game * actions + row] : -Real(INFINITY);
+    const Real tau = p.tau[game * p.tau_stride];
+    Real next_step = p.iterations > 0 ? p.step_sizes[0] : Real(0);  // read ahead, to hide the load
+    for (int64_t k = 0; k < p.iterations; ++k) {
+      const Real step = next_step;
+      next_step = k + 1 < p.iterations ? p.step_sizes[k + 1] : Real(0);
+      const Real mixture = mix(log_policy, log_reference, step * tau);
+      const Real logit = p.opponent_is_mixture ? mixture : log_policy;
+      const Real total =
+          share_softmax<Real, kLanes>(is_action ? logit : -Real(INFINITY), published[turn], weights).total;
+      turn ^= 1;
+      log_policy = mixture + step / total * row_product<Real, kLanes>(tile, weights);
+    }
+    const Softmax<Real> softmax =
+        share_softmax<Real, kLanes>(is_action ? log_policy : -Real(INFINITY), published[turn], weights);
+    turn ^= 1;
+    if (is_action && threadIdx.x % kLanes == 0) {
+      p.out[game * actions + row] = log_policy - (softmax.top + std::log(softmax.total));
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------- matrix in shared or global memory
+
+// 16 warps with four rows and four columns each keep 32 KB of float loads in flight, which is what one multiprocessor's
+// share of the memory's bandwidth times its latency asks for; 32 warps would have to spill registers.
+constexpr int kLargeThreads = 512;
+
+// target[a] += scale * sum_b matrix[a][b] weights[b]. A warp takes four rows at once: each load of the weights feeds
+// four products, and its lanes run along the rows, so loads coalesce and meet no bank conflict at any row length.
+template <typename Real>
+NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale, int actions, Real* target) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int rows_per_pass = blockDim.x / kWarpSize * 4;
+  for (int first = threadIdx.x / kWarpSize * 4; first < actions; first += rows_per_pass) {
+    const Real* rows[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // past the end the last row is read once more and its sum dropped
+      rows[i] = matrix + static_cast<int64_t>(first + i < actions ? first + i : actions - 1) * actions;
+    }
+    Real sums[4] = {};
+#pragma unroll 4
+    for (int column = lane; column < actions; column += kWarpSize) {
+      const Real weight = weights[column];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[i] += rows[i][column] * weight;
+    }
+    const Real sum = warp_sum_of_four(sums);
+    const int row = first + lane / 8;
+    if (lane % 8 == 0 && row < actions) target[row] += scale * sum;
+  }
+}
+
+// The numbers of all actions of one game live in shared memory and each thread walks its own. The policy of a game
+// whose matrix is in global memory lives in `out` instead: two vectors of 8192 doubles exceed what some GPUs have.
+template <typename Real, bool kMatrixInShared>
+__global__ void __launch_bounds__(kLargeThreads, 1) large_games(const MirrorDescent<Real> p) {
+  __shared__ Real max_scratch[kWarpSize], sum_scratch[kWarpSize];
+  const int actions = static_cast<int>(p.actions), threads = blockDim.x;
+  Real* weights = dynamic_shared<Real>();
+  for (int64_t game = blockIdx.x; game < p.games; game += gridDim.x) {
+    const Real* matrix = p.preference + game * actions * actions;
+    const Real* log_reference = p.log_reference + game * actions;
+    Real* out = p.out + game * actions;
+    Real* policy = kMatrixInShared ? weights + actions : out;
+    const Real tau = p.tau[game * p.tau_stride];
+    for (int a = threadIdx.x; a < actions; a += threads) policy[a] = p.log_policy[game * actions + a];
+    if (kMatrixInShared) {
+      Real* copy = weights + 2 * actions;
+#pragma unroll 4
+      for (int i = threadIdx.x; i < actions * actions; i += threads) copy[i] = matrix[i];
+      matrix = copy;  // read only after the barriers of the first softmax
+    }
+    for (int64_t k = 0; k < p.iterations; ++k) {
+      const Real step = p.step_sizes[k];
+      Real top = -Real(INFINITY), total = 0;
+      for (int a = threadIdx.x; a < actions; a += threads) {
+        const Real mixture = mix(policy[a], log_reference[a], step * tau);
+        weights[a] = p.opponent_is_mixture ? mixture : policy[a];
+        policy[a] = mixture;
+        top = std::fmax(top, weights[a]);
+      }
+      top = block_max(top, max_scratch);
+      for (int a = threadIdx.x; a < actions; a += threads) total += weights[a] = std::exp(weights[a] - top);
+      total = block_sum(total, sum_scratch);
+      add_product(matrix, weights, step / total, actions, policy);
+      __syncthreads();  // the policy is complete, and the weights may be overwritten
+    }
+    Real top = -Real(INFINITY), total = 0;
+    for (int a = threadIdx.x; a < actions; a += threads) top = std::fmax(top, policy[a]);
+    top = block_max(top, max_scratch);
+    for (int a = threadIdx.x; a < actions; a += threads) total += std::exp(policy[a] - top);
+    const Real normaliser = top + std::log(block_sum(total, sum_scratch));
+    for (int a = threadIdx.x; a < actions; a += threads) out[a] = policy[a] - normaliser;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- launching
+
+template <typename Real, int kLanes>
+cudaError_t launch_small(const MirrorDescent<Real>& p, const DeviceLimits& limits, void* cuda_stream) {
+  constexpr int kThreads = SmallGame<Real, kLanes>::kThreads;
+  return launch(small_games<Real, kLanes>, {strided_grid(p.games, limits), kThreads, 0}, cuda_stream, p);
+}
+
+template <typename Real, bool kMatrixInShared>
+cudaError_t launch_large(const MirrorDescent<Real>& p, const DeviceLimits& limits, size_t shared_bytes,
+                         void* cuda_stream) {
+  return launch(large_games<Real, kMatrixInShared>, {strided_grid(p.games, limits), kLargeThreads, shared_bytes},
+                cuda_stream, p);
+}
+
+template <typename Real>
+cudaError_t mirror_descent(const MirrorDescent<Real>& p, void* cuda_stream) {
+  if (p.games == 0 || p.actions == 0) return cudaSuccess;
+  DeviceLimits limits;
+  const cudaError_t error = device_limits(&limits);
+  if (error != cudaSuccess) return error;
+  if (p.actions <= 32) return launch_small<Real, 1>(p, limits, cuda_stream);
+  if (p.actions <= 64) return launch_small<Real, 2>(p, limits, cuda_stream);
+  if (p.actions <= 128) return launch_small<Real, 4>(p, limits, cuda_stream);
+
+  const int64_t scratch_bytes = 2 * kWarpSize * sizeof(Real);  // static, but out of the same budget
+  const int64_t vector_bytes = p.actions * sizeof(Real);
+  const int64_t bytes_with_matrix = (p.actions + 2) * vector_bytes;
+  if (bytes_with_matrix + scratch_bytes <= limits.shared_bytes) {
+    return launch_large<Real, true>(p, limits, bytes_with_matrix, cuda_stream);
+  }
+  if (vector_bytes + scratch_bytes <= limits.shared_bytes) {
+    return launch_large<Real, false>(p, limits, vector_bytes, cuda_stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+int mirror_descent_f32_cuda(const MirrorDescent<float>& problem, void* cuda_stream) {
+  return mirror_descent(problem, cuda_stream);
+}
+
+int mirror_descent_f64_cuda(const MirrorDescent<double>& problem, void* cuda_stream) {
+  return mirror_descent(problem, cuda_stream);
+}
+
+}  // namespace nlhf

@@ -1,0 +1,19 @@
+// row_uniforms on the CPU: ten rounds of 32-bit multiplies a row, left to the compiler to vectorise.
+#include "../common/philox.h"
+#include "row_uniforms.h"
+
+namespace nlhf {
+namespace NLHF_LEVEL {
+
+void row_uniforms(const RowUniforms& problem, int threads) {
+  const RowUniforms p = problem;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && p.rows > 4096)
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const uint64_t bits =
+        random_bits(p.seed[row * p.seed_stride], p.row_ids[row], p.step[row * p.step_stride], p.stream);
+    p.out[row] = open_unit(bits);
+  }
+}
+
+}  // namespace NLHF_LEVEL
+}  // namespace nlhf

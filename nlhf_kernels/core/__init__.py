@@ -1,0 +1,1 @@
+"""What every room stands on: settings, capabilities, the registry, argument checks, operators, randomness."""

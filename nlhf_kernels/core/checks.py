@@ -1,0 +1,85 @@
+"""Argument checks: each error names the op and the argument, what was expected, and what came.
+
+They run on every call, so they look at shapes, dtypes and devices only: reading a tensor's values would stop the GPU.
+`sizes` carries what symbolic dimensions turned out to be from one argument to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+Sizes = dict[str, int]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REALS = (torch.float32, torch.float64)
+INTEGERS = (torch.int64,)
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    value: object,
+    shape: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    sizes: Sizes,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """`value` as a tensor of the symbolic `shape`, one of `dtypes`, on `device`; binds new symbols in `sizes`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor of shape ({', '.join(shape)}); got {type(value).__name__}")
+    got = value.shape
+    if len(got) != len(shape):
+        _raise_shape(op, name, value, shape, sizes)
+    for symbol, size in zip(shape, got, strict=True):
+        if sizes.setdefault(symbol, size) != size:
+            _raise_shape(op, name, value, shape, sizes)
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name}: expected dtype {expected}; got {str(value.dtype).removeprefix('torch.')}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{op}: {name}: expected a tensor on {device}, where the other arguments are; got {value.device}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name}: expected a dense tensor; got layout {value.layout}")
+    return value
+
+
+def _raise_shape(op: str, name: str, value: torch.Tensor, shape: Sequence[str], sizes: Sizes) -> None:
+    known = ", ".join(f"{symbol}={sizes[symbol]}" for symbol in dict.fromkeys(shape) if symbol in sizes)
+    where = f" with {known}" if known and len(value.shape) == len(shape) else ""
+    raise ValueError(f"{op}: {name}: expected shape ({', '.join(shape)}){where}; got {tuple(value.shape)}")
+
+
+def check_not_empty(op: str, name: str, sizes: Sizes, *symbols: str) -> None:
+    for symbol in symbols:
+        if sizes[symbol] == 0:
+            raise ValueError(f"{op}: {name}: expected at least one of {symbol}; got 0")
+
+
+def check_number(
+    op: str, name: str, value: object, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> float:
+    """`value` as a finite number in [low, high], or in (low, high] where `open_low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name}: expected a number; got {type(value).__name__}")
+    inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
+    if not inside:
+        interval = f"{'(' if open_low else '['}{low}, {high}{')' if math.isinf(high) else ']'}"
+        raise ValueError(f"{op}: {name}: expected a finite number in {interval}; got {value}")
+    return float(value)
+
+
+def check_integer(op: str, name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name}: expected an integer; got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name}: expected an integer in [{low}, {high}]; got {value}")
+    return value
+
+
+def check_option(op: str, name: str, value: object, allowed: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{op}: {name}: expected one of {', '.join(allowed)}; got {value!r}")
+    return value

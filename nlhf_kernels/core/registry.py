@@ -1,0 +1,159 @@
+"""Which backend runs an op: every backend says why it cannot, `auto` takes the first that can.
+
+A room describes itself once, as an `Op`: its backends, their limits, the order in which `auto` tries them. A call is
+described by the room's `Problem`, a NamedTuple of what decides (device, dtypes, sizes); decisions are kept per problem.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+
+from . import capabilities, settings
+
+log = logging.getLogger("nlhf_kernels")
+
+_MAX_DECISIONS = 4096  # per op; ever-changing shapes must not grow the table without end
+
+
+class Problem(Protocol):
+    """What every room's problem has beside its own fields. Hashable: a NamedTuple."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly chosen backend cannot run this call; the message holds every backend's reasons."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op: where it is found and what it cannot do."""
+
+    name: str
+    path: str  # "module:function", imported at first use: importing the package needs neither triton nor a compiler
+    limits: Callable[[Any], list[str]] = lambda problem: []
+
+    def why_not(self, problem: Problem) -> list[str]:
+        """Reasons why this backend cannot run `problem`; empty where it can."""
+        return capabilities.machine_reasons(self.name, problem.device) + self.limits(problem)
+
+    @cached_property
+    def run(self) -> Callable[..., Any]:
+        module, _, function = self.path.partition(":")
+        implementation: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return implementation
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a call would run where it would; `print` it."""
+
+    op: str
+    problem: Problem
+    reasons: dict[str, list[str]]  # backend -> reasons why not; empty = it can run
+    chosen: str | None  # None: the requested backend cannot run
+    request: settings.Request
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} with {self.problem}", f"requested: {self.request.backend} ({self.request.origin})"]
+        for backend, reasons in self.reasons.items():
+            mark = "->" if backend == self.chosen else "  "
+            lines.append(f"{mark} {backend:<10} {'; '.join(reasons) or 'can run'}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A room's entry: its backends and the order in which `auto` tries them on each kind of device."""
+
+    name: str
+    backends: tuple[Backend, ...]
+    order: dict[str, tuple[str, ...]]  # device type -> backends, the fastest first
+    describe: Callable[..., Problem]  # the public function's arguments -> the problem
+    absent: dict[str, str] = field(default_factory=dict)  # backend -> why this room has none
+    _decisions: dict[Any, Backend] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        named = {backend.name for backend in self.backends} | set(self.absent)
+        if named != set(settings.BACKENDS):
+            raise ValueError(f"op {self.name}: expected a backend or a reason for each of {settings.BACKENDS}")
+        for names in self.order.values():
+            if names[-1] != "reference":
+                raise ValueError(f"op {self.name}: the order for auto must end with reference, got {names}")
+
+    def why_not(self, name: str, problem: Problem) -> list[str]:
+        if name in self.absent:
+            return [self.absent[name]]
+        return self.backend(name).why_not(problem)
+
+    def backend(self, name: str) -> Backend:
+        return next(backend for backend in self.backends if backend.name == name)
+
+    def reasons(self, problem: Problem) -> dict[str, list[str]]:
+        return {name: self.why_not(name, problem) for name in settings.BACKENDS}
+
+    def resolve(self, argument: str | None, problem: Problem) -> Backend:
+        """The backend that runs `problem`. An explicit choice that cannot run raises; it never falls back."""
+        request = settings.requested(argument)
+        key = (request.backend, problem)
+        chosen = self._decisions.get(key)
+        if chosen is None:
+            chosen = self._decide(request, problem)
+            if len(self._decisions) >= _MAX_DECISIONS:
+                self._decisions.clear()
+            self._decisions[key] = chosen
+        return chosen
+
+    def _decide(self, request: settings.Request, problem: Problem) -> Backend:
+        settings.check_choice(f"{self.name}: backend", request.backend, settings.CHOICES)
+        if request.backend == "auto":
+            order = self.order.get(problem.device.type, ("reference",))
+            chosen = next(self.backend(name) for name in order if not self.why_not(name, problem))
+            log.info("%s: auto chose %s for %s", self.name, chosen.name, problem)
+            return chosen
+        if not self.why_not(request.backend, problem):
+            return self.backend(request.backend)
+        explanation = Explanation(self.name, problem, self.reasons(problem), None, request)
+        raise BackendUnavailable(f"backend {request.backend!r} cannot run this call.\n{explanation}")
+
+
+_ops: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    if op.name in _ops:
+        raise ValueError(f"op {op.name} is registered twice")
+    _ops[op.name] = op
+    return op
+
+
+def ops() -> tuple[Op, ...]:
+    return tuple(_ops.values())
+
+
+def get_op(name: str) -> Op:
+    if name not in _ops:
+        raise ValueError(f"op: expected one of {', '.join(sorted(_ops))}; got {name!r}")
+    return _ops[name]
+
+
+def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
+    """Say which backend `op(*args, **kwargs)` would run on and why the others would not, without running it."""
+    if backend is not None:
+        settings.check_choice("explain: backend", backend, settings.CHOICES)
+    entry = get_op(op)
+    problem = entry.describe(*args, **kwargs)
+    request = settings.requested(backend)
+    try:
+        chosen: str | None = entry.resolve(backend, problem).name
+    except BackendUnavailable:
+        chosen = None
+    return Explanation(op, problem, entry.reasons(problem), chosen, request)

@@ -1,0 +1,75 @@
+"""The user's choices: the backend, the SIMD level, and the environment variables they start from.
+
+This is the only file of the package that reads the environment (a test holds it to that), once, at import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+BACKENDS = ("reference", "triton", "cuda", "cpu")
+CHOICES = ("auto", *BACKENDS)
+SIMD_LEVELS = ("baseline", "avx2", "avx512")
+
+#: Every variable the package reads, and what it does. `nlhf-kernels info` prints this table.
+VARIABLES = {
+    "NLHF_KERNELS_BACKEND": "backend of every op unless the call or use_backend says otherwise: " + ", ".join(CHOICES),
+    "NLHF_KERNELS_SIMD": "highest instruction set the CPU kernels use: " + ", ".join(SIMD_LEVELS),
+    "TRITON_INTERPRET": "1 runs Triton kernels in Triton's CPU interpreter (slow; for tests and debugging)",
+}
+
+
+class Request(NamedTuple):
+    """A backend asked for, and by whom: the origin is part of the error when that backend cannot run."""
+
+    backend: str
+    origin: str
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
+    return value
+
+
+def _from_environment(variable: str, default: str, allowed: tuple[str, ...]) -> str:
+    return check_choice(variable, os.environ.get(variable, "") or default, allowed)
+
+
+_default = Request(_from_environment("NLHF_KERNELS_BACKEND", "auto", CHOICES), "NLHF_KERNELS_BACKEND")
+_scoped: ContextVar[Request | None] = ContextVar("nlhf_kernels_backend", default=None)
+
+simd_level = _from_environment("NLHF_KERNELS_SIMD", "avx512", SIMD_LEVELS)
+triton_interpret = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def environment() -> dict[str, str | None]:
+    """The variables above as they stand, for `nlhf-kernels info`."""
+    return {variable: os.environ.get(variable) for variable in VARIABLES}
+
+
+def set_backend(backend: str) -> None:
+    """Choose the backend of every op for the whole process; `auto` lets each op choose."""
+    global _default
+    _default = Request(check_choice("set_backend: backend", backend, CHOICES), "set_backend")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Choose the backend of every op called inside the `with` block (in this thread or task only)."""
+    token = _scoped.set(Request(check_choice("use_backend: backend", backend, CHOICES), "use_backend"))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+def requested(argument: str | None) -> Request:
+    """The backend to use: the call's own argument, else the enclosing `use_backend`, else the process-wide choice."""
+    if argument:
+        return Request(argument, "the argument backend")
+    return _scoped.get() or _default

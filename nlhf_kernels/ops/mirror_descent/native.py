@@ -1,0 +1,49 @@
+"""mirror_descent through the C++ modules."""
+
+from __future__ import annotations
+
+import torch
+
+from ...core import capabilities
+from ...core.native import cuda_stream, on_device
+
+
+def _arguments(
+    log_policy: torch.Tensor,
+    preference: torch.Tensor,
+    log_reference: torch.Tensor,
+    tau: torch.Tensor,
+    step_sizes: torch.Tensor,
+    opponent: str,
+    out: torch.Tensor,
+) -> tuple[int | bool, ...]:
+    games, actions = log_policy.shape
+    return (
+        log_policy.dtype == torch.float64,
+        log_policy.data_ptr(),
+        preference.data_ptr(),
+        log_reference.data_ptr(),
+        tau.data_ptr(),
+        tau.ndim,  # its stride: 0 for one tau, 1 for one a game
+        step_sizes.data_ptr(),
+        games,
+        actions,
+        step_sizes.numel(),
+        opponent == "mixture",
+        out.data_ptr(),
+    )
+
+
+def mirror_descent_cpu(log_policy: torch.Tensor, *rest: torch.Tensor | str) -> torch.Tensor:
+    out = torch.empty_like(log_policy)
+    arguments = _arguments(log_policy, *rest, out)  # type: ignore[arg-type]
+    capabilities.native("_cpu").mirror_descent(*arguments, torch.get_num_threads())
+    return out
+
+
+def mirror_descent_cuda(log_policy: torch.Tensor, *rest: torch.Tensor | str) -> torch.Tensor:
+    out = torch.empty_like(log_policy)
+    arguments = _arguments(log_policy, *rest, out)  # type: ignore[arg-type]
+    with on_device(log_policy.device):
+        capabilities.native("_cuda").mirror_descent(*arguments, cuda_stream(log_policy.device))
+    return out

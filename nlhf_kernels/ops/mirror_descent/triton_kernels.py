@@ -1,0 +1,87 @@
+"""mirror_descent in Triton: one program per game, its preference matrix in registers while all iterations run."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...core.native import on_device
+
+MAX_ACTIONS = 128  # a 128 x 128 float32 tile over 256 threads is 64 registers each; above that it spills
+
+
+@triton.jit
+def _log_softmax(x):
+    shifted = x - tl.max(x, axis=0)
+    return shifted - tl.log(tl.sum(tl.exp(shifted), axis=0))
+
+
+@triton.jit
+def _softmax(x):
+    weights = tl.exp(x - tl.max(x, axis=0))
+    return weights / tl.sum(weights, axis=0)
+
+
+@triton.jit
+def mirror_descent_kernel(
+    log_policy,  # (games, actions)
+    preference,  # (games, actions, actions)
+    log_reference,  # (games, actions)
+    tau,  # () or (games,)
+    step_sizes,  # (iterations,)
+    out,  # (games, actions)
+    actions,
+    iterations,
+    tau_stride,
+    OPPONENT_IS_MIXTURE: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two >= actions
+):
+    game = tl.program_id(0).to(tl.int64)
+    action = tl.arange(0, BLOCK)
+    inside = action < actions
+    log_pi = tl.load(log_policy + game * actions + action, mask=inside, other=float("-inf"))
+    log_mu = tl.load(log_reference + game * actions + action, mask=inside, other=float("-inf"))
+    row = preference + game * actions * actions + action[:, None] * actions
+    wins = tl.load(row + action[None, :], mask=inside[:, None] & inside[None, :], other=0.0)
+    game_tau = tl.load(tau + game * tau_stride)
+    for k in range(iterations):
+        step = tl.load(step_sizes + k)
+        b = step * game_tau
+        # An end of the interval must not touch the other side: 0 * -inf is NaN.
+        kept = tl.where(b == 1, tl.where(inside, 0.0, float("-inf")), (1 - b) * log_pi)
+        pulled = tl.where(b == 0, 0.0, b * log_mu)
+        mixture = tl.where(inside, kept + pulled, float("-inf"))
+        rival = _softmax(mixture if OPPONENT_IS_MIXTURE else log_pi)
+        log_pi = mixture + step * tl.sum(wins * rival[None, :], axis=1)
+    tl.store(out + game * actions + action, _log_softmax(log_pi), mask=inside)
+
+
+def mirror_descent(
+    log_policy: torch.Tensor,
+    preference: torch.Tensor,
+    log_reference: torch.Tensor,
+    tau: torch.Tensor,
+    step_sizes: torch.Tensor,
+    opponent: str,
+) -> torch.Tensor:
+    games, actions = log_policy.shape
+    out = torch.empty_like(log_policy)
+    block = triton.next_power_of_2(actions)
+    if games:
+        with on_device(log_policy.device):
+            mirror_descent_kernel[(games,)](
+                log_policy,
+                preference,
+                log_reference,
+                tau,
+                step_sizes,
+                out,
+                actions,
+                step_sizes.numel(),
+                tau.ndim,
+                OPPONENT_IS_MIXTURE=opponent == "mixture",
+                BLOCK=block,
+                num_warps=1 if block <= 32 else 4 if block <= 64 else 8,
+            )
+    return out

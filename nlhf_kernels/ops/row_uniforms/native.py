@@ -1,0 +1,31 @@
+"""row_uniforms through the C++ modules."""
+
+from __future__ import annotations
+
+import torch
+
+from ...core import capabilities
+from ...core.native import cuda_stream, on_device
+
+
+def _pointers(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor) -> tuple[int, ...]:
+    return seed.data_ptr(), int(seed.ndim), row_ids.data_ptr(), step.data_ptr(), int(step.ndim)
+
+
+def row_uniforms_cpu(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> torch.Tensor:
+    rows = row_ids.numel()
+    out = torch.empty(rows, dtype=torch.float64)
+    pointers = _pointers(seed, row_ids, step)
+    capabilities.native("_cpu").row_uniforms(*pointers, stream, rows, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def row_uniforms_cuda(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> torch.Tensor:
+    rows = row_ids.numel()
+    out = torch.empty(rows, dtype=torch.float64, device=row_ids.device)
+    pointers = _pointers(seed, row_ids, step)
+    with on_device(row_ids.device):
+        capabilities.native("_cuda").row_uniforms(
+            *pointers, stream, rows, out.data_ptr(), cuda_stream(row_ids.device)
+        )
+    return out

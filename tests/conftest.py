@@ -1,0 +1,31 @@
+"""Set before anything imports triton: without a GPU, Triton kernels run in its interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def simd_level(request: pytest.FixtureRequest):
+    """Run the CPU kernels at one instruction set (indirect parameter), or skip where this machine lacks it."""
+    from nlhf_kernels.core import capabilities, settings
+
+    if reason := capabilities.native_missing("_cpu"):
+        pytest.skip(reason)
+    cpu = capabilities.native("_cpu")
+    cpu.set_level_cap(request.param)
+    if cpu.active_level() != request.param:
+        pytest.skip(f"this CPU's highest level is {cpu.best_level()}")
+    yield request.param
+    cpu.set_level_cap(settings.simd_level)

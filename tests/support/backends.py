@@ -1,0 +1,30 @@
+"""One test body over all backends: a backend that cannot run a call is skipped with its own reasons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import nlhf_kernels
+from nlhf_kernels.core.settings import BACKENDS
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+SIMD_LEVELS = ("baseline", "avx2", "avx512")
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_rival = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend is tested: the CPU backend on the CPU even where there is a GPU."""
+    return torch.device("cpu") if backend == "cpu" else DEVICE
+
+
+def call(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
+    """`nlhf_kernels.<op>(..., backend=backend)`, or a skip that says why not."""
+    reasons = nlhf_kernels.explain(op, *args, **kwargs).reasons[backend]
+    if reasons:
+        pytest.skip(f"{op} on {backend}: {'; '.join(reasons)}")
+    return getattr(nlhf_kernels, op)(*args, backend=backend, **kwargs)

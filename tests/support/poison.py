@@ -1,0 +1,48 @@
+"""Memory that is not what it seems: what `torch.empty` returns is filled with NaN, so that an element left unwritten
+shows, and inputs can be embedded in larger NaN-filled storage, so that a read past their end shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+_POISON_INTEGER = -(2**62) + 3
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point():
+        return tensor.fill_(torch.nan)
+    if tensor.dtype == torch.int64:
+        return tensor.fill_(_POISON_INTEGER)
+    return tensor.fill_(1) if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[list[int]]:
+    """Within, torch.empty and torch.empty_like return poisoned memory; yields the list of sizes handed out."""
+    handed_out: list[int] = []
+
+    def poisoned(function: Any) -> Any:
+        def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = poison(function(*args, **kwargs))
+            handed_out.append(tensor.numel())
+            return tensor
+
+        return allocate
+
+    with (
+        mock.patch.object(torch, "empty", poisoned(torch.empty)),
+        mock.patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+    ):
+        yield handed_out
+
+
+def surrounded(tensor: torch.Tensor, margin: int = 64) -> torch.Tensor:
+    """A copy of `tensor`, contiguous, in the middle of poisoned storage."""
+    storage = poison(torch.zeros(tensor.numel() + 2 * margin, dtype=tensor.dtype, device=tensor.device))
+    view = storage[margin : margin + tensor.numel()].view(tensor.shape)
+    return view.copy_(tensor)

@@ -1,0 +1,138 @@
+"""Operators: opcheck, torch.compile(fullgraph=True) and gradients, for every room's examples and for the helper."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import nlhf_kernels
+from nlhf_kernels.core import torch_op
+from nlhf_kernels.core.registry import ops
+from tests.support.backends import DEVICE
+
+ROOMS = [op.name for op in ops()]
+
+
+def examples(op: str):
+    """The room's own examples: (args, kwargs) pairs from tests/test_<op>.py."""
+    module = importlib.import_module(f"tests.test_{op}")
+    return [make(DEVICE) for make in module.EXAMPLES]
+
+
+def recorded_operator_calls(op: str, args, kwargs):
+    """The operator calls that the public function makes, for opcheck."""
+    calls = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function.namespace == torch_op.NAMESPACE:
+                calls.append((function, arguments))
+            return function(*arguments, **(options or {}))
+
+    with Recorder():
+        getattr(nlhf_kernels, op)(*args, **kwargs)
+    return calls
+
+
+@pytest.mark.parametrize("op", ROOMS)
+def test_opcheck(op) -> None:
+    for args, kwargs in examples(op):
+        calls = recorded_operator_calls(op, args, kwargs)
+        assert calls, f"{op} made no operator call"
+        for function, arguments in calls:
+            torch.library.opcheck(function, arguments)
+
+
+@pytest.mark.parametrize("op", ROOMS)
+def test_compiles_into_one_graph(op) -> None:
+    function = getattr(nlhf_kernels, op)
+    for args, kwargs in examples(op):
+        compiled = torch.compile(lambda *a, k=kwargs: function(*a, **k), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*args), function(*args, **kwargs))
+
+
+def test_compiled_graph_leaves_the_backend_open() -> None:
+    """The choice is made inside the operator: a graph compiled under one choice honours the next."""
+    args = torch.tensor(1, device=DEVICE), torch.arange(3, device=DEVICE), torch.tensor(2, device=DEVICE)
+    compiled = torch.compile(nlhf_kernels.row_uniforms, fullgraph=True, backend="aot_eager")
+    compiled(*args)
+    unavailable = "cuda" if DEVICE.type == "cpu" else "cpu"
+    with nlhf_kernels.use_backend(unavailable), pytest.raises(Exception, match="cannot run this call"):
+        compiled(*args)
+
+
+def _log_sum_exp(x: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+    return torch.logsumexp(scale * x, -1)
+
+
+COMPUTED = []
+
+
+def _log_sum_exp_backward(x: torch.Tensor, value: torch.Tensor, upstream: torch.Tensor, scale: float) -> torch.Tensor:
+    COMPUTED.append(x.shape)
+    return upstream.unsqueeze(-1) * scale * torch.exp(scale * x - value.unsqueeze(-1))
+
+
+@pytest.fixture(scope="module")
+def log_sum_exp():
+    forward = torch_op.define(
+        "helper_log_sum_exp",
+        "(Tensor x, float scale, str backend) -> Tensor",
+        _log_sum_exp,
+        lambda x, scale, backend: x.new_empty(x.shape[:-1]),
+    )
+    gradient = torch_op.define(
+        "helper_log_sum_exp_backward",
+        "(Tensor x, Tensor value, Tensor upstream, float scale) -> Tensor",
+        _log_sum_exp_backward,
+        lambda x, value, upstream, scale: torch.empty_like(x),
+    )
+
+    def backward(needs, saved, inputs, upstream):
+        return gradient(*saved, upstream, inputs[1]) if needs[0] else None, None, None
+
+    return torch_op.differentiable(forward, lambda inputs, output: (inputs[0], output), backward)
+
+
+def test_helper_gradient_against_finite_differences(log_sum_exp) -> None:
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: log_sum_exp(t, 1.5, ""), (x,))
+
+
+def test_helper_gradient_compiles(log_sum_exp) -> None:
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return (log_sum_exp(x * 2, 0.7, "") * torch.arange(3.0)).sum()
+
+    x = torch.randn(3, 5, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(x), x)
+    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(got, expected)
+
+
+def test_helper_computes_only_what_is_asked(log_sum_exp) -> None:
+    x = torch.randn(3, 5)
+    assert not log_sum_exp(x, 1.0, "").requires_grad
+    x.requires_grad_()
+    with torch.no_grad():
+        assert log_sum_exp(x, 1.0, "").grad_fn is None
+    COMPUTED.clear()
+    log_sum_exp(x, 1.0, "").sum().backward()
+    assert COMPUTED == [(3, 5)]
+
+
+def test_helper_backward_twice_and_double_use(log_sum_exp) -> None:
+    x = torch.randn(2, 4, requires_grad=True)
+    total = (log_sum_exp(x, 1.0, "") + log_sum_exp(x, 1.0, "")).sum()
+    (first,) = torch.autograd.grad(total, x, retain_graph=True)
+    (second,) = torch.autograd.grad(total, x)
+    torch.testing.assert_close(first, 2 * x.softmax(-1))
+    assert torch.equal(first, second)
+
+
+def test_helper_refuses_a_second_derivative(log_sum_exp) -> None:
+    x = torch.randn(2, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(log_sum_exp(x, 1.0, "").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
