@@ -6,6 +6,7 @@ Each module is built on its own. One that cannot be built is left out with the r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 HOW_TO_GET = {
+    "ninja": "pip install ninja",
     "cmake": "install CMake 3.22 or newer (pip install cmake)",
     "c++": "install a C++17 compiler (Debian, Ubuntu: apt install g++; or point CXX at one)",
     "nvcc": "install the CUDA toolkit, 12.8 or newer for sm_100 and sm_120 (or point CUDACXX at its nvcc)",
@@ -30,7 +32,7 @@ class CannotBuild(Exception):
 
 
 def find(program: str, *candidates: str | None) -> str:
-    """The first of `candidates` that runs, looked for beside this Python first (virtual environments, build isolation)."""
+    """The first of `candidates` there is, looked for beside this Python first, as in a virtual environment."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     for candidate in filter(None, candidates):
         if found := shutil.which(candidate, path=path):
@@ -80,10 +82,8 @@ class BuildNative(build_ext):
         shutil.rmtree(build, ignore_errors=True)  # a cache from another compiler or Python would be believed
         configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DNLHF_MODULE={module.lstrip('_')}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}"]
-        try:
-            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find('cmake', 'ninja')}"]
-        except CannotBuild:
-            pass  # CMake then uses make
+        with contextlib.suppress(CannotBuild):  # without ninja, CMake uses make
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find('ninja', 'ninja')}"]
         run(f"configuring {module}", configure)
         run(f"compiling {module}", [cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
 

@@ -1,5 +1,6 @@
 """Nash Learning from Human Feedback at kernel speed: the public names."""
 
+from . import tabular
 from .core.registry import BackendUnavailable, Explanation, explain
 from .core.settings import set_backend, use_backend
 from .ops import mirror_descent, row_uniforms
@@ -13,5 +14,6 @@ __all__ = [
     "mirror_descent",
     "row_uniforms",
     "set_backend",
+    "tabular",
     "use_backend",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -30,11 +31,11 @@ def steps(iterations: int, device: torch.device, dtype: torch.dtype = torch.floa
     return 2 / (tau * (torch.arange(iterations, device=device, dtype=dtype) + 2))
 
 
-def _example(device: torch.device, dtype: torch.dtype = torch.float32):
-    return random_game(3, 20, device, dtype), {"tau": 0.5, "step_sizes": steps(4, device, dtype)}
+def _example(device: torch.device, dtype: torch.dtype, actions: int):
+    return random_game(3, actions, device, dtype), {"tau": 0.5, "step_sizes": steps(4, device, dtype)}
 
 
-EXAMPLES = [_example, lambda device: _example(device, torch.float64)]
+EXAMPLES = [partial(_example, dtype=dtype, actions=actions) for dtype in DTYPES for actions in (20, 64, 128)]
 
 
 @every_rival
@@ -47,9 +48,7 @@ def test_backends_match_float64(backend, dtype, opponent, games, actions, iterat
     exact = random_game(games, actions, device)
     inputs = tuple(surrounded(tensor.to(dtype)) for tensor in exact)
     options = {"tau": 0.5, "opponent": opponent}
-    truth = nlhf_kernels.mirror_descent(
-        *exact, step_sizes=steps(iterations, device), backend="reference", **options
-    )
+    truth = nlhf_kernels.mirror_descent(*exact, step_sizes=steps(iterations, device), backend="reference", **options)
     pytorch = nlhf_kernels.mirror_descent(
         *inputs, step_sizes=steps(iterations, device, dtype), backend="reference", **options
     )
@@ -170,7 +169,11 @@ def test_the_oracle_converges_as_the_theorem_says() -> None:
         ({"log_policy": torch.zeros(2, 0)}, ValueError, "preference: expected shape"),
         ({"preference": torch.zeros(2, 3, 4)}, ValueError, "with games=2, actions=3; got"),
         ({"preference": torch.zeros(2, 3, 3, dtype=torch.float64)}, TypeError, "preference: expected dtype float32;"),
-        ({"log_reference": torch.zeros(3)}, ValueError, r"log_reference: expected shape \(games, actions\); got \(3,\)"),
+        (
+            {"log_reference": torch.zeros(3)},
+            ValueError,
+            r"log_reference: expected shape \(games, actions\); got \(3,\)",
+        ),
         ({"step_sizes": torch.zeros(1, device="meta")}, ValueError, "step_sizes: expected a tensor on cpu"),
         ({"step_sizes": 0.1}, TypeError, "step_sizes: expected a tensor"),
         ({"tau": math.nan}, ValueError, r"tau: expected a finite number in \[0.0, inf\); got nan"),

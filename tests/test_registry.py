@@ -97,7 +97,9 @@ def test_scope_ends_with_an_exception_and_stays_in_its_thread() -> None:
     assert settings.requested(None).backend == "auto"
 
 
-@pytest.mark.parametrize("function", [nlhf_kernels.set_backend, lambda name: nlhf_kernels.use_backend(name).__enter__()])
+@pytest.mark.parametrize(
+    "function", [nlhf_kernels.set_backend, lambda name: nlhf_kernels.use_backend(name).__enter__()]
+)
 @pytest.mark.parametrize("value", ["tritn", "", None, 3])
 def test_unknown_backend_is_refused(function, value) -> None:
     with pytest.raises(ValueError, match=r"expected one of auto, reference, triton, cuda, cpu; got"):
@@ -216,7 +218,10 @@ def test_bad_environment_is_refused_at_import(variable, value, message) -> None:
     import os
 
     result = subprocess.run(
-        [sys.executable, "-c", "import nlhf_kernels"], capture_output=True, text=True, env={**os.environ, variable: value}
+        [sys.executable, "-c", "import nlhf_kernels"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, variable: value},
     )
     assert result.returncode != 0
     assert message in result.stderr

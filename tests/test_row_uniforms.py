@@ -134,7 +134,11 @@ def test_streams_are_independent() -> None:
     [
         ({"seed": 3}, TypeError, "seed: expected a tensor"),
         ({"seed": torch.tensor(3.0)}, TypeError, "seed: expected dtype int64; got float32"),
-        ({"seed": torch.zeros(4, dtype=torch.int64)}, ValueError, r"seed: expected shape \(rows\) with rows=5; got \(4,\)"),
+        (
+            {"seed": torch.zeros(4, dtype=torch.int64)},
+            ValueError,
+            r"seed: expected shape \(rows\) with rows=5; got \(4,\)",
+        ),
         ({"row_ids": torch.tensor(1)}, ValueError, r"row_ids: expected shape \(rows\); got \(\)"),
         ({"row_ids": torch.zeros(5, dtype=torch.int32)}, TypeError, "row_ids: expected dtype int64; got int32"),
         ({"step": torch.zeros(5, 1, dtype=torch.int64)}, ValueError, "step: expected shape"),

@@ -58,7 +58,7 @@ def test_chi_square_p_values_are_calibrated() -> None:
 
 
 def test_false_alarm_rates_add_up_to_the_stated_one() -> None:
-    assert ALPHA * CHECKS == pytest.approx(FAMILY_ALPHA)
+    assert pytest.approx(FAMILY_ALPHA) == ALPHA * CHECKS
     assert normal_p(5.0) == pytest.approx(5.733e-7, rel=1e-3)
     assert abs(mean_z(np.full(400, 0.5), 0.4, 1.0)) == pytest.approx(2.0)
     assert statistics.proportion_p(50, 100, 0.5) == pytest.approx(1.0)

@@ -6,8 +6,10 @@
 //   while it fits       in shared memory, about 230 actions in float and 160 in double         (large_games<true>)
 //   above               in global memory and the caches, read coalesced in every iteration    (large_games<false>)
 //
-// log_policy stays unnormalised until the end: a constant added to a row changes no softmax. A row of -inf only has
-// no distribution and gives NaN, as PyTorch's softmax does.
+// log_policy is normalised only at the end, since a constant added to a row changes no softmax. But left alone that
+// constant grows with every step, to (mean preference) / tau, and takes float's digits with it; so each iteration takes
+// off the maximum that its softmax has found anyway. A row of -inf only has no distribution and gives NaN, as PyTorch's
+// softmax does.
 #include "../common/cuda_block.cuh"
 #include "../common/cuda_launch.cuh"
 #include "mirror_descent.h"
@@ -40,8 +42,8 @@ struct SmallGame {
   static constexpr int kActions = kTile * kLanes;
   static constexpr int kThreads = kActions * kLanes;
   static constexpr int kWarps = kThreads / kWarpSize;
-  // 64 registers a thread in float, 128 in double. Eight games of 64 actions then share a multiprocessor, and 1024
-  // games are one wave on 132 of them; left alone, the compiler takes 91 registers and fits five.
+  // Registers for 1024 threads a multiprocessor in float, 512 in double: eight games of 64 actions then share one and
+  // 1024 games are one wave on 132 of them; left alone, the compiler takes 91 registers a thread and fits five.
   // No GPU keeps fewer than 16 blocks resident, and some no more than 24, so 16 is as much as may be asked for.
   static constexpr int kBlocksThatFit = 4096 / sizeof(Real) / kThreads;
   static constexpr int kResidentBlocks = kBlocksThatFit < 16 ? kBlocksThatFit : 16;
@@ -131,10 +133,10 @@ __global__ void __launch_bounds__(Game::kThreads, Game::kResidentBlocks) small_g
       next_step = k + 1 < p.iterations ? p.step_sizes[k + 1] : Real(0);
       const Real mixture = mix(log_policy, log_reference, step * tau);
       const Real logit = p.opponent_is_mixture ? mixture : log_policy;
-      const Real total =
-          share_softmax<Real, kLanes>(is_action ? logit : -Real(INFINITY), published[turn], weights).total;
+      const Softmax<Real> opponent =
+          share_softmax<Real, kLanes>(is_action ? logit : -Real(INFINITY), published[turn], weights);
       turn ^= 1;
-      log_policy = mixture + step / total * row_product<Real, kLanes>(tile, weights);
+      log_policy = (mixture - opponent.top) + step / opponent.total * row_product<Real, kLanes>(tile, weights);
     }
     const Softmax<Real> softmax =
         share_softmax<Real, kLanes>(is_action ? log_policy : -Real(INFINITY), published[turn], weights);
@@ -151,10 +153,11 @@ __global__ void __launch_bounds__(Game::kThreads, Game::kResidentBlocks) small_g
 // share of the memory's bandwidth times its latency asks for; 32 warps would have to spill registers.
 constexpr int kLargeThreads = 512;
 
-// target[a] += scale * sum_b matrix[a][b] weights[b]. A warp takes four rows at once: each load of the weights feeds
+// target[a] += scale * sum_b matrix[a][b] weights[b] - top. A warp takes four rows at once: each load of the weights feeds
 // four products, and its lanes run along the rows, so loads coalesce and meet no bank conflict at any row length.
 template <typename Real>
-NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale, int actions, Real* target) {
+NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale, Real top, int actions,
+                             Real* target) {
   const int lane = threadIdx.x % kWarpSize;
   const int rows_per_pass = blockDim.x / kWarpSize * 4;
   for (int first = threadIdx.x / kWarpSize * 4; first < actions; first += rows_per_pass) {
@@ -172,7 +175,7 @@ NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale
     }
     const Real sum = warp_sum_of_four(sums);
     const int row = first + lane / 8;
-    if (lane % 8 == 0 && row < actions) target[row] += scale * sum;
+    if (lane % 8 == 0 && row < actions) target[row] = (target[row] - top) + scale * sum;
   }
 }
 
@@ -208,7 +211,7 @@ __global__ void __launch_bounds__(kLargeThreads, 1) large_games(const MirrorDesc
       top = block_max(top, max_scratch);
       for (int a = threadIdx.x; a < actions; a += threads) total += weights[a] = std::exp(weights[a] - top);
       total = block_sum(total, sum_scratch);
-      add_product(matrix, weights, step / total, actions, policy);
+      add_product(matrix, weights, step / total, top, actions, policy);
       __syncthreads();  // the policy is complete, and the weights may be overwritten
     }
     Real top = -Real(INFINITY), total = 0;

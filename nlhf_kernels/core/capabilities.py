@@ -71,11 +71,13 @@ def _version(text: str) -> tuple[int, int]:
 
 @cache
 def _cuda_module_misfit(index: int) -> str:
-    """Why the compiled `_cuda` does not fit GPU `index`: the driver's major version, or no code for its architecture."""
+    """Why the compiled `_cuda` does not fit GPU `index`: too old a driver, or no code for its architecture."""
     info = native("_cuda").build_info()
-    driver = torch._C._cuda_getDriverVersion() // 1000
+    driver = getattr(torch._C, "_cuda_getDriverVersion")() // 1000  # noqa: B009  (CPU builds of torch lack it)
     if driver < _version(info["cuda_version"])[0]:
-        return f"_cuda was built with CUDA {info['cuda_version']}, the driver serves CUDA {driver}: update it or rebuild"
+        return (
+            f"_cuda was built with CUDA {info['cuda_version']}, the driver serves CUDA {driver}: update it or rebuild"
+        )
     major, minor = torch.cuda.get_device_capability(index)
     capability = 10 * major + minor
     for entry in info["architectures"].split():

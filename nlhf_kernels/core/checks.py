@@ -40,7 +40,9 @@ def check_tensor(
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name}: expected dtype {expected}; got {str(value.dtype).removeprefix('torch.')}")
     if device is not None and value.device != device:
-        raise ValueError(f"{op}: {name}: expected a tensor on {device}, where the other arguments are; got {value.device}")
+        raise ValueError(
+            f"{op}: {name}: expected a tensor on {device}, where the other arguments are; got {value.device}"
+        )
     if value.layout != torch.strided:
         raise TypeError(f"{op}: {name}: expected a dense tensor; got layout {value.layout}")
     return value

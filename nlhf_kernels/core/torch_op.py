@@ -65,7 +65,7 @@ def differentiable(
 
     def call(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
-            return Differentiable.apply(*inputs)
+            return Differentiable.apply(*inputs)  # type: ignore[no-untyped-call]
         return forward(*inputs)
 
     return call

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...core import capabilities
@@ -9,13 +11,13 @@ from ...core.native import cuda_stream, on_device
 
 
 def _arguments(
+    out: torch.Tensor,
     log_policy: torch.Tensor,
     preference: torch.Tensor,
     log_reference: torch.Tensor,
     tau: torch.Tensor,
     step_sizes: torch.Tensor,
     opponent: str,
-    out: torch.Tensor,
 ) -> tuple[int | bool, ...]:
     games, actions = log_policy.shape
     return (
@@ -34,16 +36,16 @@ def _arguments(
     )
 
 
-def mirror_descent_cpu(log_policy: torch.Tensor, *rest: torch.Tensor | str) -> torch.Tensor:
+def mirror_descent_cpu(log_policy: torch.Tensor, *rest: Any) -> torch.Tensor:
     out = torch.empty_like(log_policy)
-    arguments = _arguments(log_policy, *rest, out)  # type: ignore[arg-type]
+    arguments = _arguments(out, log_policy, *rest)
     capabilities.native("_cpu").mirror_descent(*arguments, torch.get_num_threads())
     return out
 
 
-def mirror_descent_cuda(log_policy: torch.Tensor, *rest: torch.Tensor | str) -> torch.Tensor:
+def mirror_descent_cuda(log_policy: torch.Tensor, *rest: Any) -> torch.Tensor:
     out = torch.empty_like(log_policy)
-    arguments = _arguments(log_policy, *rest, out)  # type: ignore[arg-type]
+    arguments = _arguments(out, log_policy, *rest)
     with on_device(log_policy.device):
         capabilities.native("_cuda").mirror_descent(*arguments, cuda_stream(log_policy.device))
     return out

@@ -25,14 +25,16 @@ def _describe(log_policy: torch.Tensor, *_: Any, **__: Any) -> MirrorDescentProb
 
 
 def _triton_limits(problem: MirrorDescentProblem) -> list[str]:
-    if problem.actions > 128:
-        return [f"actions: the kernel keeps the preference matrix in registers, at most 128; got {problem.actions}"]
+    most = 64 if problem.dtype == torch.float64 else 128
+    if problem.actions > most:
+        dtype = str(problem.dtype).removeprefix("torch.")
+        return [f"actions: the matrix is kept in registers, at most {most} in {dtype}; got {problem.actions}"]
     return []
 
 
 def _cuda_limits(problem: MirrorDescentProblem) -> list[str]:
     if problem.actions > 8192:
-        return [f"actions: the kernel keeps a game's vectors in shared memory, at most 8192; got {problem.actions}"]
+        return [f"actions: a game's vectors are kept in shared memory, at most 8192; got {problem.actions}"]
     return []
 
 

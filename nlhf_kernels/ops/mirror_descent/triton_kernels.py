@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...core.native import on_device
 
-MAX_ACTIONS = 128  # a 128 x 128 float32 tile over 256 threads is 64 registers each; above that it spills
+_MATRIX_BYTES_PER_THREAD = 256  # 64 registers: the largest matrix served, 64 KiB, takes 8 warps and spills nothing
 
 
 @triton.jit
@@ -68,6 +68,7 @@ def mirror_descent(
     games, actions = log_policy.shape
     out = torch.empty_like(log_policy)
     block = triton.next_power_of_2(actions)
+    warps = block * block * log_policy.element_size() // (32 * _MATRIX_BYTES_PER_THREAD)
     if games:
         with on_device(log_policy.device):
             mirror_descent_kernel[(games,)](
@@ -82,6 +83,6 @@ def mirror_descent(
                 tau.ndim,
                 OPPONENT_IS_MIXTURE=opponent == "mixture",
                 BLOCK=block,
-                num_warps=1 if block <= 32 else 4 if block <= 64 else 8,
+                num_warps=max(1, warps),
             )
     return out

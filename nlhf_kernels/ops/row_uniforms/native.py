@@ -25,7 +25,5 @@ def row_uniforms_cuda(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Ten
     out = torch.empty(rows, dtype=torch.float64, device=row_ids.device)
     pointers = _pointers(seed, row_ids, step)
     with on_device(row_ids.device):
-        capabilities.native("_cuda").row_uniforms(
-            *pointers, stream, rows, out.data_ptr(), cuda_stream(row_ids.device)
-        )
+        capabilities.native("_cuda").row_uniforms(*pointers, stream, rows, out.data_ptr(), cuda_stream(row_ids.device))
     return out

@@ -18,9 +18,7 @@ class RowUniformsProblem(NamedTuple):
     rows: int
 
 
-def _describe(
-    seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, *, stream: int = 0
-) -> RowUniformsProblem:
+def _describe(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, *, stream: int = 0) -> RowUniformsProblem:
     return RowUniformsProblem(row_ids.device, row_ids.shape[0])
 
 

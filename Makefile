@@ -1,0 +1,72 @@
+# Every target sets up what it needs in .venv, from constraints.txt; the second run finds it there.
+#
+#   make demo     the library's main job, small, with what this machine has
+#   make test     the tests
+#   make bench    the benchmarks (BENCH="--preset tiny" and other options pass through)
+#   make lint     ruff and mypy
+#
+# VENV=0 uses the active Python and its packages instead of .venv, on a GPU machine with its own PyTorch, say; only
+# the library itself is installed there, in place. Options: PYTHON=python3.12, TESTS="-k registry", BENCH="--list".
+
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?=
+BENCH ?=
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
+
+ifeq ($(VENV),0)
+PY := $(PYTHON)
+READY := build/active-environment
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+endif
+
+.PHONY: demo test bench lint setup clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(PY) -m nlhf_kernels.cli demo
+
+test: $(READY)
+	$(PY) -m pytest $(TESTS)
+
+bench: $(READY)
+	$(PY) -m benchmarks.run $(BENCH)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+setup: $(READY)
+
+clean:
+	rm -rf build dist .venv *.egg-info nlhf_kernels/_native_build.json nlhf_kernels/_c*.so
+
+# torch first and alone: installed after, another package's wish for it could bring a different build.
+$(VENV)/packages: constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) found; install Python 3.10 or newer (apt install python3 python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is older than 3.10; name a newer one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no venv; apt install python3-venv"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || echo "make: no C++ compiler: going on without the native kernels (apt install g++ brings them)"
+	@echo "== creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@echo "== installing PyTorch (1 of 2)"
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt torch
+	@echo "== installing the other packages (2 of 2)"
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt setuptools wheel pybind11 ninja cmake build \
+	  numpy rich triton matplotlib scipy transformers pytest pytest-timeout ruff mypy
+	@touch $@
+
+$(VENV)/ready: $(VENV)/packages $(SOURCES)
+	@echo "== compiling the native kernels"
+	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(PY) -c 'from nlhf_kernels.core import capabilities as c; [print("note:", r) for r in map(c.native_missing, ("_cpu", "_cuda")) if r]'
+	@touch $@
+
+build/active-environment: $(SOURCES)
+	@$(PY) -c 'import torch, pybind11, pytest' || { echo "make: VENV=0 needs torch, pybind11 and pytest in the active environment"; exit 1; }
+	@echo "== compiling the native kernels for the active environment"
+	$(PY) setup.py -q build_ext --inplace
+	@mkdir -p $(@D) && touch $@

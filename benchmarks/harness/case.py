@@ -1,0 +1,133 @@
+"""What a benchmark case states: its inputs, its float64 truth, its rivals, its costs and how exact is exact enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .check import Check, accuracy_check
+
+MODES = ("forward", "backward", "full", "overhead")
+GRADIENT_MODES = ("backward", "full")
+PRESETS = ("tiny", "standard")
+
+Function = Callable[..., Any]  # called with the inputs' args and kwargs, as the library's function is
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One size of the problem. `modes` and `devices` narrow what the case measures at this size."""
+
+    sizes: Mapping[str, int | float | str]
+    dtype: str = "float32"
+    modes: tuple[str, ...] = ()  # () = the modes of the case
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.sizes.items())
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def matches(self, wanted: Mapping[str, str]) -> bool:
+        """Whether every wanted name=value is met; `dtype` counts as a name."""
+        facts = {"dtype": self.dtype, **{name: str(value) for name, value in self.sizes.items()}}
+        return all(facts.get(name) == value for name, value in wanted.items())
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call, shared by every implementation."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def map_tensors(self, change: Callable[[int | str, torch.Tensor], torch.Tensor]) -> Inputs:
+        """A copy with `change(position or name, tensor)` in the place of every tensor."""
+
+        def changed(key: int | str, value: Any) -> Any:
+            return change(key, value) if isinstance(value, torch.Tensor) else value
+
+        return Inputs(
+            tuple(changed(index, value) for index, value in enumerate(self.args)),
+            {name: changed(name, value) for name, value in self.kwargs.items()},
+        )
+
+    def in_float64(self) -> Inputs:
+        return self.map_tensors(lambda _, tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+    def requiring_gradients(self, keys: Sequence[int | str]) -> Inputs:
+        """A copy whose tensors at `keys` are leaves that want gradients (they share memory with the originals)."""
+        return self.map_tensors(
+            lambda key, tensor: tensor.detach().requires_grad_() if key in keys else tensor.detach()
+        )
+
+    def at(self, key: int | str) -> torch.Tensor:
+        tensor: torch.Tensor = self.args[key] if isinstance(key, int) else self.kwargs[key]
+        return tensor
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """In the place of a callable: why there is none here."""
+
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A rival. `check` replaces the case's where the rival answers a different question (another random stream)."""
+
+    function: Function
+    check: Check | None = None
+
+
+def _no_parts(inputs: Inputs) -> dict[str, Callable[[], Any] | Unavailable]:
+    return {}
+
+
+def random_upstream(outputs: Sequence[torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Non-uniform gradients for float64 outputs: a uniform one would hide errors that cancel over a row."""
+    draws = (
+        torch.randn(out.shape, dtype=torch.float64, device=generator.device, generator=generator) for out in outputs
+    )
+    return tuple(draw.to(out.device) for draw, out in zip(draws, outputs, strict=True))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op's benchmark. Every function of `args, kwargs` is called exactly as the library's function is."""
+
+    name: str
+    op: str  # the library's function, nlhf_kernels.<op>
+    shapes: Mapping[str, Sequence[Shape]]  # preset -> shapes
+    make: Callable[[Shape, torch.device, torch.Generator], Inputs]
+    truth: Function  # called with float64 copies of the inputs; differentiable where gradients are measured
+    baselines: Mapping[str, Baseline]  # "eager" is what speed-ups refer to, and what errors are measured against
+    bytes_moved: Callable[[Shape, str], float]  # (shape, mode) -> least bytes read and written
+    flops: Callable[[Shape, str], float]  # (shape, mode) -> FLOPs that could run at the matmul rate
+    compiled: Callable[[], Function] | None = None  # makes the torch.compile rival; None: compiling changes nothing
+    check: Check = field(default_factory=accuracy_check)
+    modes: tuple[str, ...] = ("forward",)
+    gradients_of: tuple[int | str, ...] = ()  # arguments (position or name) that get gradients in backward and full
+    upstream: Callable[[Sequence[torch.Tensor], torch.Generator], tuple[torch.Tensor, ...]] = random_upstream
+    parts: Callable[[Inputs], Mapping[str, Callable[[], Any] | Unavailable]] = _no_parts  # layers below the public call
+    restore: Callable[[Inputs], None] | None = None  # puts back, untimed, what a call may overwrite
+
+    def __post_init__(self) -> None:
+        used = set(self.modes).union(*(shape.modes for shapes in self.shapes.values() for shape in shapes))
+        if used - set(MODES):
+            raise ValueError(f"case {self.name}: modes: expected some of {MODES}, got {sorted(used - set(MODES))}")
+        if set(self.shapes) != set(PRESETS):
+            raise ValueError(f"case {self.name}: shapes: expected the presets {PRESETS}, got {sorted(self.shapes)}")
+        if used & set(GRADIENT_MODES) and not self.gradients_of:
+            raise ValueError(f"case {self.name}: gradients_of: expected arguments, for {GRADIENT_MODES} are measured")
+
+    def modes_at(self, shape: Shape) -> tuple[str, ...]:
+        return shape.modes or self.modes

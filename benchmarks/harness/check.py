@@ -1,0 +1,94 @@
+"""The correctness gate's yardstick: errors against a float64 truth, allowed in proportion to PyTorch's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Tensors = tuple[torch.Tensor, ...]
+
+#: Added to the allowance: a few roundings of the dtype, for an eager that happens to be exact.
+ROUNDINGS = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 1.6e-2, "float16": 2e-3}
+#: What eager itself may err, and every implementation where there is no eager to be held against.
+SANE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckResult:
+    ok: bool
+    error: float
+    allowed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckContext:
+    """What a check may look at beside result and truth."""
+
+    dtype: str
+    mode: str
+    eager_error: float | None  # None: this is eager, or eager could not run or was wrong
+
+
+Check = Callable[[Tensors, Tensors, CheckContext], CheckResult]
+
+
+def tensors_of(result: Any) -> Tensors:
+    """The tensors of a result, in order, whatever holds them: a tensor, a sequence, a mapping, a dataclass."""
+    if isinstance(result, torch.Tensor):
+        return (result,)
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    elif dataclasses.is_dataclass(result):
+        result = [getattr(result, entry.name) for entry in dataclasses.fields(result)]
+    if isinstance(result, (tuple, list)):
+        return tuple(tensor for entry in result for tensor in tensors_of(entry))
+    return ()
+
+
+def relative_error(result: Tensors, truth: Tensors) -> float:
+    """The largest deviation of any entry, each tensor measured against its own largest true entry.
+
+    Infinite where shapes differ, where the two are not finite at the same places, or where integers differ.
+    """
+    if len(result) != len(truth) or any(ours.shape != true.shape for ours, true in zip(result, truth, strict=True)):
+        return float("inf")
+    return max((_tensor_error(ours, true) for ours, true in zip(result, truth, strict=True)), default=float("inf"))
+
+
+def _tensor_error(ours: torch.Tensor, true: torch.Tensor) -> float:
+    if not true.is_floating_point():
+        return 0.0 if torch.equal(ours.to(true.dtype), true) else float("inf")
+    ours = ours.detach().to(torch.float64)
+    finite = true.isfinite()
+    same_elsewhere = torch.equal(ours[~finite].nan_to_num(nan=0.0), true[~finite].nan_to_num(nan=0.0))
+    if not same_elsewhere or not torch.equal(ours.isnan(), true.isnan()) or not bool(ours[finite].isfinite().all()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    scale = float(true[finite].abs().max()) or 1.0
+    return float((ours[finite] - true[finite]).abs().max()) / scale
+
+
+def accuracy_check(
+    factor: float = 2.0, roundings: Mapping[str, float] = ROUNDINGS, sane: Mapping[str, float] = SANE
+) -> Check:
+    """error <= factor * eager's own error + a few roundings; eager itself must be sane."""
+
+    def check(result: Tensors, truth: Tensors, context: CheckContext) -> CheckResult:
+        error = relative_error(result, truth)
+        if context.eager_error is None:
+            allowed = sane[context.dtype]
+        else:
+            allowed = factor * context.eager_error + roundings[context.dtype]
+        return CheckResult(error <= allowed, error, allowed)
+
+    return check
+
+
+def exact_check(result: Tensors, truth: Tensors, context: CheckContext) -> CheckResult:
+    """Every bit as the truth has it: for random numbers, indices and copies."""
+    error = relative_error(result, truth)
+    return CheckResult(error == 0.0, error, 0.0)

@@ -1,0 +1,79 @@
+"""Peak memory of one call beyond its inputs, outputs included.
+
+GPU: PyTorch's allocator statistics. CPU: the allocation events that PyTorch's profiler records. Both see what goes
+through PyTorch's allocators; a workspace that native code takes with malloc or cudaMalloc by itself is outside.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .timing import Action, synchronise
+
+METHODS = {"cuda": "torch.cuda.max_memory_allocated", "cpu": "torch.profiler allocation events"}
+
+
+def peak_of_changes(changes: Iterable[int]) -> int:
+    """The highest level that a sequence of allocations (+) and frees (-) reaches above its start."""
+    level = peak = 0
+    for change in changes:
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Some PyTorch builds print a line to the process's stderr at every start and stop of the profiler."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(sink)
+        os.close(saved)
+
+
+def _peak_on_cpu(action: Action) -> int:
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    state = action.prepare()
+    gc.collect()
+    with _quiet_stderr():
+        profiler.start()
+    try:
+        result = action.run(state)
+    finally:
+        with _quiet_stderr():
+            profiler.stop()
+    del result
+    # The flat list of events: torch.profiler's own tables attribute allocations to operators and lose the order.
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    on_cpu = [event for event in events if event.device_type() == torch.profiler.DeviceType.CPU]
+    return peak_of_changes(event.nbytes() for event in sorted(on_cpu, key=lambda event: event.start_ns()))
+
+
+def _peak_on_gpu(action: Action, device: torch.device) -> int:
+    state = action.prepare()
+    gc.collect()
+    synchronise(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = action.run(state)
+    synchronise(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del result
+    return int(peak)
+
+
+def peak_bytes(action: Action, device: torch.device) -> int:
+    """Most bytes held at once during `action.run`, beyond what was held before it."""
+    return _peak_on_gpu(action, device) if device.type == "cuda" else _peak_on_cpu(action)

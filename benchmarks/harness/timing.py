@@ -1,0 +1,209 @@
+"""Timing: medians over cold-cache repeats, all rivals in turn; and hot back-to-back calls for the cost of a call."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing to time: `run(prepare())`, of which only `run` counts."""
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class TimingPlan:
+    """How long to measure. The budget is for one implementation in one mode, preparation and flushing included."""
+
+    budget_s: float
+    min_repeats: int
+    max_repeats: int
+    warmups: int
+    batch_s: float  # overhead mode: least duration of one batch of back-to-back calls
+    flush_bytes: int  # written before every repeat; 0 = hot caches
+
+    @property
+    def cache(self) -> str:
+        return "cold" if self.flush_bytes else "hot"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    repeats: int
+    cache: str
+    flush_bytes: int
+
+
+def plan_for(preset: str, last_level_cache_bytes: int, device: torch.device) -> TimingPlan:
+    """tiny is a smoke test: few repeats, hot caches. standard flushes with more than the last-level cache holds."""
+    if preset == "tiny":
+        return TimingPlan(budget_s=0.05, min_repeats=3, max_repeats=10, warmups=1, batch_s=0.001, flush_bytes=0)
+    # On a GPU 256 MiB also outlast the launch of one kernel, so that the launch hides behind the flush as it
+    # hides behind earlier work in a real program; launches beyond that stay visible.
+    flush = max(256 * MIB, 4 * last_level_cache_bytes) if device.type == "cuda" else last_level_cache_bytes * 5 // 4
+    return TimingPlan(budget_s=4.0, min_repeats=7, max_repeats=200, warmups=3, batch_s=0.005, flush_bytes=flush)
+
+
+def percentile(samples: Sequence[float], fraction: float) -> float:
+    """Linear interpolation between the order statistics; fraction 0.5 is the median."""
+    if not samples:
+        raise ValueError("percentile: expected at least one sample, got none")
+    ordered = sorted(samples)
+    position = fraction * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+def summarise(samples_us: Sequence[float], flush_bytes: int) -> Timing:
+    return Timing(
+        median_us=statistics.median(samples_us),
+        p20_us=percentile(samples_us, 0.2),
+        p80_us=percentile(samples_us, 0.8),
+        repeats=len(samples_us),
+        cache="cold" if flush_bytes else "hot",
+        flush_bytes=flush_bytes,
+    )
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """The garbage collector strikes at random; keep it out of the samples."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Times one run of an action on a device, with the caches flushed before it."""
+
+    def __init__(self, device: torch.device, flush_bytes: int) -> None:
+        self.device = device
+        self._flush = torch.zeros(flush_bytes, dtype=torch.uint8, device=device) if flush_bytes else None
+        self._value = 0
+
+    def _flush_caches(self) -> None:
+        if self._flush is not None:
+            self._value = (self._value + 1) % 256
+            self._flush.fill_(self._value)
+
+    def sample_us(self, action: Action) -> float:
+        state = action.prepare()
+        if self.device.type != "cuda":
+            self._flush_caches()
+            start = time.perf_counter_ns()
+            result = action.run(state)
+            elapsed = (time.perf_counter_ns() - start) / 1e3
+            del result
+            return elapsed
+        start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # From an idle GPU on: what of the launches the flush does not cover is time the user waits for.
+        synchronise(self.device)
+        self._flush_caches()
+        start_event.record()
+        action.run(state)
+        end_event.record()
+        end_event.synchronize()
+        return float(start_event.elapsed_time(end_event)) * 1e3
+
+
+@dataclass
+class _Entry:
+    action: Action
+    samples: list[float]
+    spent_s: float = 0.0
+    failure: Exception | None = None
+
+    def wants_more(self, plan: TimingPlan) -> bool:
+        if self.failure is not None or len(self.samples) >= plan.max_repeats:
+            return False
+        return len(self.samples) < plan.min_repeats or self.spent_s < plan.budget_s
+
+
+def _step(entry: _Entry, measure: Callable[[Action], float]) -> None:
+    start = time.perf_counter()
+    try:
+        entry.samples.append(measure(entry.action))
+    except Exception as error:  # out of memory, say: this rival has no time, the others go on
+        entry.failure = error
+    entry.spent_s += time.perf_counter() - start
+
+
+def _round_robin(
+    actions: Mapping[str, Action], plan: TimingPlan, measure: Callable[[Action], float], flush_bytes: int
+) -> dict[str, Timing | Exception]:
+    """One sample of each in turn, so that a drift of the clock rate or a noisy neighbour hits all alike."""
+    entries = {name: _Entry(action, []) for name, action in actions.items()}
+    with _no_collector():
+        for entry in entries.values():
+            for _ in range(plan.warmups):
+                if entry.failure is None:
+                    _step(entry, measure)
+            entry.samples.clear()
+            entry.spent_s = 0.0
+        while any(entry.wants_more(plan) for entry in entries.values()):
+            for entry in entries.values():
+                if entry.wants_more(plan):
+                    _step(entry, measure)
+    return {name: entry.failure or summarise(entry.samples, flush_bytes) for name, entry in entries.items()}
+
+
+def time_calls(actions: Mapping[str, Action], device: torch.device, plan: TimingPlan) -> dict[str, Timing | Exception]:
+    """Each action from cold caches (plan.flush_bytes), in turn."""
+    clock = Clock(device, plan.flush_bytes)
+    return _round_robin(actions, plan, clock.sample_us, plan.flush_bytes)
+
+
+def time_overhead(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, plan: TimingPlan
+) -> dict[str, Timing | Exception]:
+    """Wall time per call of many back-to-back calls with hot caches, ended by one synchronisation."""
+    batch_sizes: dict[int, int] = {}
+
+    def batch_us(call: Callable[[], Any], count: int) -> float:
+        start = time.perf_counter_ns()
+        for _ in range(count):
+            call()
+        synchronise(device)
+        return (time.perf_counter_ns() - start) / 1e3
+
+    def measure(action: Action) -> float:
+        call = action.prepare()
+        synchronise(device)
+        count = batch_sizes.get(id(action))
+        if count is None:
+            count = 1
+            while batch_us(call, count) < plan.batch_s * 1e6:
+                count *= 2
+            batch_sizes[id(action)] = count
+        return batch_us(call, count) / count
+
+    actions = {name: Action(lambda call=call: call, lambda state: state) for name, call in calls.items()}
+    return _round_robin(actions, plan, measure, 0)

@@ -1,0 +1,138 @@
+"""`nlhf-kernels info`: what is installed, what can run here, and why the rest cannot.
+
+Paste its output into a bug report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib import metadata
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..core import capabilities, settings
+from ..core.registry import ops
+
+PACKAGES = ("torch", "triton", "transformers", "numpy", "pybind11", "accelerate", "peft")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--markdown", action="store_true", help="print only the table of ops and backends, as the README has it"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.markdown:
+        print(markdown_table())
+        return 0
+    console = Console()
+    for table in (_versions(), _devices(), _build(), _backends(), _ops(), _settings()):
+        console.print(table)
+    return 0
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=len(columns) > 2, min_width=60)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _versions() -> Table:
+    table = _table("Versions", "package", "version")
+    table.add_row("nlhf-kernels", __version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        table.add_row(package, _version(package))
+    table.add_row("torch's CUDA", torch.version.cuda or "none: a CPU build")
+    return table
+
+
+def _devices() -> Table:
+    table = _table("Devices", "device", "facts")
+    table.add_row("cpu", f"{torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        table.add_row(
+            f"cuda:{index}",
+            f"{facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB, "
+            f"{facts.multi_processor_count} multiprocessors",
+        )
+    if not torch.cuda.is_available():
+        table.add_row("cuda", "none that PyTorch sees")
+    return table
+
+
+def _build() -> Table:
+    table = _table("Native modules", "module", "facts")
+    for name in ("_cpu", "_cuda"):
+        if reason := capabilities.native_missing(name):
+            table.add_row(name, f"[yellow]{reason}[/yellow]")
+            continue
+        module = capabilities.native(name)
+        facts = module.build_info()
+        if name == "_cpu":
+            facts["SIMD level in use"] = module.active_level()
+            facts["best for this CPU"] = module.best_level()
+        table.add_row(name, "\n".join(f"{key}: {_plain(value)}" for key, value in facts.items()))
+    return table
+
+
+def _plain(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _devices_here() -> list[torch.device]:
+    cpu = torch.device("cpu")
+    return [cpu, torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else [cpu]
+
+
+def _backends() -> Table:
+    """What this machine lets each backend do; what a single call adds to that, `nlhf_kernels.explain` tells."""
+    table = _table("Backends on this machine", "backend", *map(str, _devices_here()))
+    table.show_header = True
+    for backend in settings.BACKENDS:
+        cells = ("; ".join(capabilities.machine_reasons(backend, device)) or "can run" for device in _devices_here())
+        table.add_row(backend, *cells)
+    return table
+
+
+def _ops() -> Table:
+    """Per op, what `auto` tries on each device, in order; a backend the machine rules out is in brackets."""
+    devices = _devices_here()
+    table = _table("Ops: the order of auto", "op", *map(str, devices), "no such backend")
+    for op in ops():
+        orders = []
+        for device in devices:
+            marks = {name: capabilities.machine_reasons(name, device) for name in op.order[device.type]}
+            orders.append(" > ".join(f"({name})" if reasons else name for name, reasons in marks.items()))
+        table.add_row(op.name, *orders, "\n".join(f"{name}: {reason}" for name, reason in op.absent.items()))
+    return table
+
+
+def _settings() -> Table:
+    table = _table("Settings", "variable", "value", "meaning")
+    for variable, value in settings.environment().items():
+        table.add_row(variable, value if value is not None else "(not set)", settings.VARIABLES[variable])
+    return table
+
+
+def markdown_table() -> str:
+    """Ops x backends, from the registry; the README's table is this text, and a test holds it to that."""
+    lines = ["| op | " + " | ".join(settings.BACKENDS) + " |", "|---" * (len(settings.BACKENDS) + 1) + "|"]
+    for op in ops():
+        cells = ["no: " + op.absent[name] if name in op.absent else "yes" for name in settings.BACKENDS]
+        lines.append(f"| [`{op.name}`](nlhf_kernels/ops/{op.name}/README.md) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

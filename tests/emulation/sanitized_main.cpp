@@ -1,0 +1,67 @@
+// A program of its own, because a sanitizer must be loaded before everything else: runs the operations over small
+// shapes in heap buffers of exactly their size, so that AddressSanitizer and UndefinedBehaviorSanitizer see every
+// access. That the answers are right is checked elsewhere; here they only have to be probabilities.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "../../csrc/mirror_descent/mirror_descent.h"
+#include "../../csrc/row_uniforms/row_uniforms.h"
+
+extern "C" void emulation_set_device(int device);
+extern "C" void emulation_set_seed(uint64_t seed);
+
+namespace {
+
+int run_uniforms(int64_t rows) {
+  const std::vector<int64_t> seed(1, -5), ids(rows, int64_t{1} << 40), steps(rows, 3);
+  std::vector<double> out(rows);
+  const nlhf::RowUniforms problem{seed.data(), 0, ids.data(), steps.data(), 1, 2, rows, out.data()};
+  return nlhf::row_uniforms_cuda(problem, nullptr);
+}
+
+int launch(const nlhf::MirrorDescent<float>& p) { return nlhf::mirror_descent_f32_cuda(p, nullptr); }
+int launch(const nlhf::MirrorDescent<double>& p) { return nlhf::mirror_descent_f64_cuda(p, nullptr); }
+
+template <typename Real>
+int run_games(int64_t games, int64_t actions, int64_t iterations, bool opponent_is_mixture) {
+  std::mt19937 random(1);
+  const auto vector = [&](int64_t size) {
+    std::vector<Real> values(size);
+    for (Real& value : values) value = static_cast<Real>(random() % 1000) / 1000;
+    return values;
+  };
+  const auto policy = vector(games * actions), reference = vector(games * actions);
+  const auto preference = vector(games * actions * actions), tau = vector(1), steps = vector(iterations);
+  std::vector<Real> out(games * actions, Real(NAN));
+  const nlhf::MirrorDescent<Real> problem{policy.data(), preference.data(), reference.data(), tau.data(), 0,
+                                          steps.data(), games, actions, iterations, opponent_is_mixture, out.data()};
+  const int status = launch(problem);
+  if (status != 0) return status;
+  for (int64_t game = 0; game < games; ++game) {
+    double total = 0;
+    for (int64_t a = 0; a < actions; ++a) total += std::exp(static_cast<double>(out[game * actions + a]));
+    if (!(std::fabs(total - 1) < 1e-4)) return -1;
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main() {
+  for (const int device : {0, 1}) {
+    emulation_set_device(device);
+    emulation_set_seed(7 + device);
+    for (const int64_t rows : {0, 1, 255, 257}) {
+      if (run_uniforms(rows) != 0) return std::printf("row_uniforms failed with %d rows\n", int(rows)), 1;
+    }
+    for (const int64_t actions : {1, 31, 33, 64, 127, 130, 300}) {
+      const int status = run_games<float>(2, actions, 2, actions % 2) + run_games<double>(2, actions, 2, actions % 2);
+      if (status != 0) return std::printf("mirror_descent failed with %d actions\n", int(actions)), 1;
+    }
+    if (run_games<float>(70, 3, 2, true) != 0) return std::printf("mirror_descent failed with 70 games\n"), 1;
+  }
+  std::puts("clean");
+  return 0;
+}

@@ -1,0 +1,131 @@
+"""Compiles every Triton kernel for GPUs that are not here: `python -m tests.support.aot [op ...] [--arch 90 ...]`.
+
+Each room's Triton function is called on its examples while a stand-in driver says "there is an sm_90"; the launch is
+replaced by Triton's own warm-up, which specialises on the real arguments and compiles down to machine code. So the
+kernels compiled are exactly those a user's launch would compile, pointer alignment and all. Prints one line a kernel.
+Must run in a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+import nlhf_kernels
+from nlhf_kernels.core.registry import get_op, ops
+
+ARCHITECTURES = (80, 90, 100, 120)
+#: Shared memory a block may ask for, by architecture (CUDA programming guide, compute capabilities).
+MAX_SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
+
+
+class StandInDriver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # one cache of compiled kernels per architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def registers(image: bytes) -> str:
+    """Registers and stack of the machine code: a stack means that something was spilled to memory."""
+    tool = next(Path(triton.__file__).parent.rglob("bin/cuobjdump"), None)
+    if tool is None:
+        return "registers unknown (this triton brings no cuobjdump)"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(image)
+        file.flush()
+        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    return f"{found[1]} registers, {found[2]} bytes of stack" if found else "registers unknown"
+
+
+def compile_room(op: str, architecture: int) -> list[str]:
+    """Compile every kernel that the room's examples launch; one line of facts each."""
+    driver.set_active(StandInDriver(architecture))
+    lines: list[str] = []
+
+    def compile_only(kernel: jit.JITFunction, grid: object):
+        def launch(*args, **kwargs):
+            compiled = kernel.warmup(*args, grid=(1,), **kwargs)
+            image, shared = compiled.asm["cubin"], compiled.metadata.shared
+            assert image, f"{kernel.__name__}: no machine code"
+            assert shared <= MAX_SHARED[architecture], f"{kernel.__name__}: {shared} bytes of shared memory"
+            aligned = compiled.asm["ttir"].count("tt.divisibility = 16")
+            assert aligned, f"{kernel.__name__}: no argument is known to be aligned, unlike in a user's launch"
+            lines.append(
+                f"{op} {kernel.__name__} sm_{architecture}: {compiled.metadata.num_warps} warps, "
+                f"{shared} bytes shared, {aligned} aligned arguments, {registers(image)}"
+            )
+
+        return launch
+
+    original, jit.JITFunction.__getitem__ = jit.JITFunction.__getitem__, compile_only
+    try:
+        for arguments in recorded_backend_arguments(op):
+            get_op(op).backend("triton").run(*arguments)
+    finally:
+        jit.JITFunction.__getitem__ = original
+    assert lines, f"{op}: its examples launched no Triton kernel"
+    return lines
+
+
+def recorded_backend_arguments(op: str) -> list[tuple]:
+    """What the room's public function hands to a backend, for each of its examples that Triton takes."""
+    entry = get_op(op)
+    examples = importlib.import_module(f"tests.test_{op}").EXAMPLES
+    calls: list[tuple] = []
+    reference = entry.backend("reference")
+    original = reference.run
+
+    def record(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    reference.__dict__["run"] = record
+    try:
+        for make in examples:
+            args, kwargs = make(torch.device("cpu"))
+            if not entry.backend("triton").limits(entry.describe(*args, **kwargs)):
+                getattr(nlhf_kernels, op)(*args, **kwargs, backend="reference")
+    finally:
+        reference.__dict__["run"] = original
+    return calls
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    with_triton = [op.name for op in ops() if "triton" not in op.absent]
+    parser.add_argument("op", nargs="*", default=with_triton)
+    parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES))
+    arguments = parser.parse_args(argv)
+    print(f"triton {triton.__version__}")
+    for op in arguments.op:
+        for architecture in arguments.arch:
+            print("\n".join(compile_room(op, architecture)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

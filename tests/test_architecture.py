@@ -1,0 +1,147 @@
+"""The house rules, held by a test: import arrows, sizes, environment reads, complete rooms."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from nlhf_kernels.core import settings
+from nlhf_kernels.core.registry import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "nlhf_kernels"
+
+#: What each folder of the package may import besides itself. Data flows one way: nothing imports what stands above it.
+ARROWS = {
+    "core": set(),
+    "ops": {"core"},
+    "tabular": {"core", "ops"},
+    "data": {"core"},
+    "engine": {"core", "ops"},
+    "preference": {"core", "ops", "data"},
+    "train": {"core", "ops", "data", "engine", "preference"},
+    "integrations": {"core", "ops", "data", "engine", "preference", "train"},
+    "cli": {"core", "ops", "tabular", "data", "engine", "preference", "train", "integrations", "__init__"},
+}
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 60, 120
+
+PYTHON = [path for folder in ("nlhf_kernels", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+NATIVE = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _imported_folders(path: Path) -> set[str]:
+    """Top-level folders of the package that a file imports, relative and absolute, wherever in the file."""
+    inside = path.relative_to(PACKAGE).parts
+    folders = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets: list[list[str]] = []
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = list(inside[: len(inside) - node.level])
+            parts = (node.module or "").split(".") if node.module else []
+            targets = [base + (parts or [alias.name]) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nlhf_kernels"):
+            parts = (node.module or "").split(".")[1:]
+            targets = [parts or [alias.name] for alias in node.names]
+        elif isinstance(node, ast.Import):
+            targets = [a.name.split(".")[1:] for a in node.names if a.name.startswith("nlhf_kernels.")]
+        for target in targets:
+            known = target and (PACKAGE / target[0]).is_dir()
+            folders.add(target[0] if known else "__init__")
+    return folders
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=_name)
+def test_imports_point_one_way(path) -> None:
+    parts = path.relative_to(PACKAGE).parts
+    if len(parts) == 1:
+        return  # the package's face names what is public
+    folder = parts[0]
+    assert folder in ARROWS, f"{folder}: say in ARROWS what it may import"
+    forbidden = _imported_folders(path) - ARROWS[folder] - {folder}
+    assert not forbidden, f"{_name(path)} imports {sorted(forbidden)}"
+
+
+@pytest.mark.parametrize("op", [op.name for op in ops()])
+def test_rooms_do_not_import_each_other(op) -> None:
+    others = {other.name for other in ops()} - {op}
+    for path in (PACKAGE / "ops" / op).glob("*.py"):
+        named = set(re.findall(r"(?:from|import) [\w.]*\b(\w+)\b", path.read_text()))
+        assert not named & others, f"{_name(path)} imports the room {named & others}"
+
+
+@pytest.mark.parametrize("path", PYTHON + NATIVE, ids=_name)
+def test_files_are_short_and_open_with_what_they_are(path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_FILE, f"{len(text.splitlines())} lines: is there a better cut?"
+    if path.suffix != ".py":
+        assert text.startswith("//"), "a file opens with what it is and why"
+    elif path.name != "__init__.py" or text.strip():
+        assert ast.get_docstring(ast.parse(text)), "a file opens with what it is and why"
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=_name)
+def test_functions_are_short(path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= (MAX_KERNEL if kernel else MAX_FUNCTION), f"{node.name}: {lines} lines"
+
+
+def test_environment_is_read_in_one_file() -> None:
+    readers = [
+        _name(path)
+        for path in [*PACKAGE.rglob("*.py"), *NATIVE]
+        if re.search(r"\b(os\.environ|os\.getenv|getenv\s*\(|environ\[)", path.read_text())
+    ]
+    assert readers == ["nlhf_kernels/core/settings.py"]
+    read = set(re.findall(r'"([A-Z][A-Z_]{5,})"', (PACKAGE / "core" / "settings.py").read_text()))
+    assert read == set(settings.VARIABLES), "every variable read is listed, and the other way round"
+    assert len(settings.VARIABLES) <= 4
+
+
+def test_every_folder_under_ops_is_a_registered_room() -> None:
+    folders = {path.name for path in (PACKAGE / "ops").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {op.name for op in ops()}
+
+
+@pytest.mark.parametrize("op", ops(), ids=lambda op: op.name)
+def test_rooms_are_complete(op) -> None:
+    """Oracle, a kernel or a reason for every backend, README, test with examples, bench case; one name everywhere."""
+    room = PACKAGE / "ops" / op.name
+    for name in ("op.py", "reference.py", "README.md"):
+        assert (room / name).exists(), f"{op.name} lacks {name}"
+    for backend in op.backends:
+        module, _, function = backend.path.partition(":")
+        source = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        assert source.is_relative_to(room), f"{backend.name} of {op.name} lives elsewhere: {source}"
+        assert re.search(rf"^def {function}\(", source.read_text(), re.M), backend.path
+        assert function.startswith(op.name), f"{function}: one name everywhere"
+    for backend, suffix in (("cpu", "_cpu.cpp"), ("cuda", "_cuda.cu")):
+        source = ROOT / "csrc" / op.name / (op.name + suffix)
+        assert source.exists() is (backend not in op.absent), source
+        assert (f'"{op.name}"' in (ROOT / "csrc" / f"bindings_{backend}.cpp").read_text()) is (backend not in op.absent)
+    assert all(len(reason) > 10 for reason in op.absent.values()), "a reason that explains itself"
+    assert getattr(importlib.import_module(f"tests.test_{op.name}"), "EXAMPLES", None), "examples for the shared tests"
+    assert (ROOT / "benchmarks" / "cases" / f"{op.name}.py").exists()
+
+
+def test_native_folders_are_rooms() -> None:
+    folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()} - {"common"}
+    assert folders <= {op.name for op in ops()}
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=_name)
+def test_shared_native_functions_have_internal_linkage(path) -> None:
+    """A header compiled at several instruction sets must not export: the linker would keep one copy, any copy."""
+    if path.suffix == ".h" and path.parent.name == "common" and path.name != "levels.h":
+        loose = re.findall(r"^inline [^;{]*\(", path.read_text(), re.M)
+        assert not loose, f"use NLHF_HOST_DEVICE or static: {loose}"

@@ -1,0 +1,425 @@
+"""The CUDA sources, compiled as plain C++ and run on the CPU (tests/emulation): their logic where there is no GPU.
+
+The module under test is the real binding over the real launchers and kernels; only the CUDA runtime is replaced.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import re
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATION = ROOT / "tests" / "emulation"
+ROOMY, CRAMPED = 0, 1  # the emulated devices, see emulator.h
+MASK32 = 0xFFFFFFFF
+
+
+# ------------------------------------------------------------------------------------------------- building
+def _compile(folder: Path, jobs: list[tuple[Path, list[str]]]) -> list[Path]:
+    """Compiles (source, extra flags) pairs side by side; returns the objects."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the CUDA emulation is compiled by g++, which is not installed")
+
+    def compile_one(job: tuple[Path, list[str]]) -> Path:
+        source, flags = job
+        target = folder / (source.name + ".o")
+        command = [compiler, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+        command += ["-I", str(EMULATION), *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, jobs))
+
+
+def _link(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+
+
+def _kernel_sources() -> list[Path]:
+    return sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
+
+
+class Emulation(NamedTuple):
+    module: ModuleType  # `_cuda`
+    library: ctypes.CDLL  # the same file: the emulator's switches and the planted kernels
+
+
+@pytest.fixture(scope="session")
+def _built(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("cuda_emulation")
+    bindings = ["-O0", "-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"], "-fvisibility=hidden"]
+    bindings += ['-DNLHF_CUDA_ARCHITECTURES="none"', '-DNLHF_COMPILER="g++"']
+    jobs = [(ROOT / "csrc" / "bindings_cuda.cpp", bindings)]  # the slowest first
+    sources = [*_kernel_sources(), EMULATION / "emulator.cpp", EMULATION / "planted.cpp"]
+    jobs += [(source, ["-O1", "-g"]) for source in sources]
+    path = folder / "_cuda.so"
+    # -Bsymbolic: the emulated runtime stays ours even where another library brought functions of the same name
+    _link(["g++", "-shared", "-Wl,-Bsymbolic", "-o", str(path), *map(str, _compile(folder, jobs))])
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    library = ctypes.CDLL(str(path))
+    library.emulation_last_fault.restype = ctypes.c_char_p
+    library.planted_bfloat16.restype = library.planted_half.restype = ctypes.c_float
+    library.planted_bfloat16.argtypes = library.planted_half.argtypes = [ctypes.c_float]
+    return Emulation(module, library)
+
+
+@pytest.fixture
+def emulation(_built: Emulation) -> Emulation:
+    _built.library.emulation_set_device(ROOMY)
+    _built.library.emulation_set_seed(ctypes.c_uint64(20240501))  # blocks and threads in a shuffled order
+    return _built
+
+
+def _address(array: np.ndarray) -> int:
+    assert array.flags.c_contiguous
+    return array.ctypes.data
+
+
+# --------------------------------------------------------------------------------------------- row_uniforms
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(high >> 32) ^ c[1] ^ k[0], high & MASK32, (low >> 32) ^ c[3] ^ k[1], low & MASK32]
+        k = [(k[0] + 0x9E3779B9) & MASK32, (k[1] + 0xBB67AE85) & MASK32]
+    return c
+
+
+def expected_uniform(seed: int, row: int, step: int, stream: int) -> float:
+    key = [seed & MASK32, seed >> 32 & MASK32]
+    words = philox([row & MASK32, row >> 32 & MASK32, step & MASK32, stream << 24], key)
+    return ((words[1] << 32 | words[0]) >> 12) * 2.0**-52 + 2.0**-53
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([MASK32] * 4, [MASK32] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_the_oracle_reproduces_random123(counter: list[int], key: list[int], words: str) -> None:
+    assert philox(counter, key) == [int(word, 16) for word in words.split()]
+
+
+def _uniforms(emulation: Emulation, seed: list[int], rows: list[int], step: list[int], stream: int) -> np.ndarray:
+    """(rows); a single seed or step serves all rows by a stride of 0."""
+    arrays = [np.array(values, dtype=np.int64) for values in (seed, rows, step)]
+    out = np.full(len(rows) + 1, np.nan)
+    strides = [0 if len(values) == 1 else 1 for values in (seed, step)]
+    pointers = [_address(array) for array in arrays]
+    emulation.module.row_uniforms(
+        pointers[0], strides[0], pointers[1], pointers[2], strides[1], stream, len(rows), _address(out), 0
+    )
+    assert math.isnan(out[-1])
+    return out[:-1]
+
+
+def test_row_uniforms_known_answer(emulation: Emulation) -> None:
+    bits = 0xE169C58D6627E8D5  # the first two words of the all-zero vector
+    assert _uniforms(emulation, [0], [0], [0], 0)[0] == (bits >> 12) * 2.0**-52 + 2.0**-53
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 700])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_row_uniforms_bit_for_bit(emulation: Emulation, count: int, per_row: bool) -> None:
+    random = np.random.default_rng(count)
+    low, high = -(2**63), 2**63 - 1
+    rows = random.integers(low, high, count).tolist()
+    seeds = random.integers(low, high, count if per_row else 1).tolist()
+    steps = random.integers(0, 2**32, count if per_row else 1).tolist()
+    out = _uniforms(emulation, seeds, rows, steps, stream=3)
+    for i, row in enumerate(rows):
+        seed, step = (seeds[i], steps[i]) if per_row else (seeds[0], steps[0])
+        assert out[i] == expected_uniform(seed, row, step, 3)
+
+
+# ------------------------------------------------------------------------------------------- mirror_descent
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def expected_descent(
+    log_policy: np.ndarray,  # (G, A)
+    preference: np.ndarray,  # (G, A, A)
+    log_reference: np.ndarray,  # (G, A)
+    tau: np.ndarray,  # (G) or (1)
+    step_sizes: np.ndarray,  # (K)
+    opponent_is_mixture: bool,
+) -> np.ndarray:
+    """The definition in float64, normalised in every iteration."""
+    x, p, r = (array.astype(np.float64) for array in (log_policy, preference, log_reference))
+    b_of_step = step_sizes[:, None] * tau  # in the inputs' precision: whether b is 0 or 1 is decided there
+    for step, b in zip(step_sizes.astype(np.float64), b_of_step.astype(np.float64), strict=True):
+        b = np.broadcast_to(b[:, None], x.shape)
+        with np.errstate(invalid="ignore"):
+            mixture = np.where(b == 0, x, np.where(b == 1, r, (1 - b) * x + b * r))
+        opponent = np.exp(log_softmax(mixture if opponent_is_mixture else x))
+        x = log_softmax(mixture + step * np.einsum("gij,gj->gi", p, opponent))
+    return log_softmax(x) if x.size else x
+
+
+class Games(NamedTuple):
+    log_policy: np.ndarray
+    preference: np.ndarray
+    log_reference: np.ndarray
+    tau: np.ndarray
+    step_sizes: np.ndarray
+
+
+def make_games(games: int, actions: int, iterations: int, dtype: type, tau_per_game: bool = True) -> Games:
+    random = np.random.default_rng([games, actions, iterations])
+    arrays = [
+        log_softmax(random.normal(size=(games, actions))) if games else np.zeros((games, actions)),
+        random.uniform(size=(games, actions, actions)),
+        log_softmax(random.normal(size=(games, actions))) if games else np.zeros((games, actions)),
+        random.uniform(0.05, 0.4, size=games if tau_per_game else 1),
+        random.uniform(0.1, 1.0, size=iterations),
+    ]
+    return Games(*(np.ascontiguousarray(array.astype(dtype)) for array in arrays))
+
+
+def descend(emulation: Emulation, games: Games, opponent_is_mixture: bool) -> np.ndarray:
+    count, actions = games.log_policy.shape
+    out = np.full(count * actions + 1, np.nan, dtype=games.log_policy.dtype)
+    emulation.module.mirror_descent(
+        out.dtype == np.float64,
+        *(_address(array) for array in games[:4]),
+        0 if len(games.tau) == 1 else 1,
+        _address(games.step_sizes),
+        count,
+        actions,
+        len(games.step_sizes),
+        opponent_is_mixture,
+        _address(out),
+        0,
+    )
+    assert math.isnan(out[-1])
+    return out[:-1].reshape(count, actions)
+
+
+def assert_descends(emulation: Emulation, games: Games, opponent_is_mixture: bool) -> None:
+    truth = expected_descent(*games, opponent_is_mixture)
+    out = descend(emulation, games, opponent_is_mixture).astype(np.float64)
+    finite = np.isfinite(truth)
+    np.testing.assert_array_equal(out[~finite], truth[~finite])
+    if games.log_policy.dtype == np.float64:
+        tolerance = 1e-12
+    else:
+        # Each iteration rounds numbers as large as the result's and the step; K of them add up like a random walk.
+        largest = np.abs(truth[finite]).max(initial=1.0) + games.step_sizes.max(initial=0.0)
+        tolerance = 2 * np.finfo(np.float32).eps * largest * math.sqrt(len(games.step_sizes) + 1)
+    np.testing.assert_allclose(out[finite], truth[finite], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("opponent_is_mixture", [False, True])
+@pytest.mark.parametrize("actions", [1, 2, 7, 32, 33, 64, 100, 128, 130, 300])
+def test_mirror_descent(emulation: Emulation, actions: int, opponent_is_mixture: bool, dtype: type) -> None:
+    for games, iterations in [(0, 17), (1, 17), (5, 0), (5, 1), (2, 3)]:
+        problem = make_games(games, actions, iterations, dtype, tau_per_game=games != 2)
+        assert_descends(emulation, problem, opponent_is_mixture)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("actions", [130, 200])
+def test_mirror_descent_same_in_shared_and_global_memory(emulation: Emulation, actions: int, dtype: type) -> None:
+    problem = make_games(2, actions, 3, dtype)
+    results = []
+    for device in (ROOMY, CRAMPED):  # 200 doubles squared exceed both, so that pair shows only that nothing depends
+        emulation.library.emulation_set_device(device)
+        assert_descends(emulation, problem, True)
+        results.append(descend(emulation, problem, True))
+    np.testing.assert_array_equal(*results)  # the same sums in the same order
+
+
+def test_mirror_descent_more_games_than_blocks(emulation: Emulation) -> None:
+    emulation.library.emulation_set_device(CRAMPED)  # one multiprocessor: 32 blocks at most
+    for games, actions in [(70, 3), (33, 40), (33, 129)]:
+        assert_descends(emulation, make_games(games, actions, 2, np.float64), True)
+
+
+@pytest.mark.parametrize("actions", [7, 64, 128, 130])
+@pytest.mark.parametrize("opponent_is_mixture", [False, True])
+def test_mirror_descent_ends_of_the_mixture(emulation: Emulation, actions: int, opponent_is_mixture: bool) -> None:
+    base = make_games(2, actions, 2, np.float64)
+    impossible = base.log_reference.copy()
+    impossible[:, ::3] = -np.inf
+    only_policy = base._replace(log_reference=impossible, tau=np.zeros(2))  # b = 0
+    assert np.isfinite(descend(emulation, only_policy, opponent_is_mixture)).all()
+    assert_descends(emulation, only_policy, opponent_is_mixture)
+
+    only_reference = base._replace(  # b = 1: an impossible action of the policy comes back to life
+        log_policy=impossible, log_reference=base.log_policy, tau=np.full(2, 0.5), step_sizes=np.full(2, 2.0)
+    )
+    assert np.isfinite(descend(emulation, only_reference, opponent_is_mixture)).all()
+    assert_descends(emulation, only_reference, opponent_is_mixture)
+
+    beyond = base._replace(tau=np.full(2, 0.6), step_sizes=np.full(2, 2.0))  # b > 1: padding must stay out of it
+    assert_descends(emulation, beyond, opponent_is_mixture)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("actions", [2, 33, 64, 100, 130, 300])
+def test_mirror_descent_keeps_impossible_actions_impossible(emulation: Emulation, actions: int, dtype: type) -> None:
+    problem = make_games(2, actions, 4, dtype)
+    problem.log_policy[:, 1::2] = -np.inf
+    for opponent_is_mixture in (False, True):
+        out = descend(emulation, problem, opponent_is_mixture)
+        assert np.isneginf(out[:, 1::2]).all()
+        assert_descends(emulation, problem, opponent_is_mixture)
+    problem.log_policy[0] = -np.inf  # no distribution at all: NaN, and only in that game
+    out = descend(emulation, problem, True)
+    assert np.isnan(out[0]).all()
+    assert not np.isnan(out[1]).any()
+
+
+@pytest.mark.parametrize("actions", [64, 130])
+def test_mirror_descent_survives_logits_far_from_zero(emulation: Emulation, actions: int) -> None:
+    problem = make_games(2, actions, 3, np.float64)
+    problem.log_policy[0] += 1000.0
+    problem.log_policy[1] -= 1000.0
+    assert_descends(emulation, problem, True)
+
+
+@pytest.mark.parametrize("actions", [5, 129])
+@pytest.mark.parametrize("opponent_is_mixture", [False, True])
+def test_mirror_descent_does_not_drift(emulation: Emulation, actions: int, opponent_is_mixture: bool) -> None:
+    """Without care the unnormalised log-policy grows towards 0.5 / tau = 250 and loses the digits that 250 has not."""
+    problem = make_games(1, actions, 300, np.float32)
+    problem.preference[:] = 0.5 + 0.002 * (problem.preference - 0.5)
+    problem.tau[:], problem.step_sizes[:] = 0.002, 2.0
+    assert_descends(emulation, problem, opponent_is_mixture)
+
+
+def test_too_many_actions_for_the_device_is_an_error(emulation: Emulation) -> None:
+    nothing = np.zeros(1)
+    emulation.library.emulation_set_device(CRAMPED)
+    pointers = [_address(nothing)] * 4
+    with pytest.raises(RuntimeError, match=r"mirror_descent: CUDA error 1 \(invalid argument\)"):
+        emulation.module.mirror_descent(True, *pointers, 0, _address(nothing), 1, 6200, 0, False, _address(nothing), 0)
+
+
+def test_build_info(emulation: Emulation) -> None:
+    assert emulation.module.build_info() == {"cuda_version": "0.0", "architectures": "none", "compiler": "g++"}
+
+
+# -------------------------------------------------------------------------------------- the emulator itself
+LAUNCH_FAILURE = 719
+
+
+@pytest.mark.parametrize(
+    ("planted", "fault"),
+    [
+        ("planted_barrier_in_branch", r"divergent barrier: thread \d+ waits in __syncthreads .*planted.*finished"),
+        ("planted_barriers_in_two_branches", "threads meet at different places"),
+        ("planted_shuffle_after_return", "(lane 7, which has finished|divergent barrier.*thread 7 has finished)"),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_divergence_is_found(emulation: Emulation, planted: str, fault: str, seed: int) -> None:
+    emulation.library.emulation_set_seed(ctypes.c_uint64(seed))
+    out = np.zeros(64, dtype=np.int32)
+    assert getattr(emulation.library, planted)(ctypes.c_void_p(_address(out))) == LAUNCH_FAILURE
+    assert re.search(fault, emulation.library.emulation_last_fault().decode())
+
+
+def test_writing_past_dynamic_shared_memory_is_found(emulation: Emulation) -> None:
+    out = np.zeros(64, dtype=np.int32)
+
+    def run(shared_bytes: int) -> int:
+        return emulation.library.planted_write_past_shared(
+            ctypes.c_void_p(_address(out)), ctypes.c_size_t(shared_bytes)
+        )
+
+    assert run(256) == 0
+    assert run(255) == LAUNCH_FAILURE
+    assert b"outside dynamic shared memory" in emulation.library.emulation_last_fault()
+    assert run(200 * 1024) == 0  # the launch helper opts in
+    emulation.library.emulation_set_device(CRAMPED)
+    assert run(200 * 1024) == 1
+
+
+def test_shared_memory_starts_poisoned(emulation: Emulation) -> None:
+    results = np.zeros((2, 64), dtype=np.float32)
+    pointers = [ctypes.c_void_p(_address(row)) for row in results]
+    for seed in (0, 5):  # the second time, statics still hold the first run's numbers unless poisoned
+        emulation.library.emulation_set_seed(ctypes.c_uint64(seed))
+        assert emulation.library.planted_neighbour(*pointers, False) == 0
+        assert np.isnan(results).any(axis=1).all()
+        assert emulation.library.planted_neighbour(*pointers, True) == 0
+        np.testing.assert_array_equal(results, np.tile((np.arange(64) + 1) % 64, (2, 1)))
+
+
+@pytest.mark.parametrize("threads", [32, 128, 1024])
+def test_collectives_answer_as_documented(emulation: Emulation, threads: int) -> None:
+    deviation = np.full((threads, 12), np.nan)
+    assert emulation.library.planted_collectives(ctypes.c_void_p(_address(deviation)), threads) == 0
+    np.testing.assert_array_equal(deviation, 0)
+
+
+def test_blocks_run_in_an_order_drawn_from_the_seed(emulation: Emulation) -> None:
+    last = []
+    for seed in range(6):
+        emulation.library.emulation_set_seed(ctypes.c_uint64(seed))
+        numbers = np.zeros(4, dtype=np.int32)
+        places = [ctypes.c_void_p(_address(numbers) + 4 * i) for i in range(4)]
+        assert emulation.library.planted_last_block(*places, 40) == 0
+        assert numbers[2] == 40 * 39 // 2
+        last.append(int(numbers[3]))
+    assert last[0] == 39  # seed 0: the natural order
+    assert len(set(last)) > 2
+
+
+def test_half_types_round_as_the_hardware(emulation: Emulation) -> None:
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    values = random.normal(size=500) * 10.0 ** random.integers(-9, 6, 500)
+    values = [*values.astype(np.float32).tolist(), 0.0, -0.0, 65519.9, 65520.0, 3e38, math.inf, 2.0**-25, 3 * 2.0**-25]
+    exact = torch.tensor(values, dtype=torch.float32)
+    for name, dtype in (("planted_bfloat16", torch.bfloat16), ("planted_half", torch.float16)):
+        rounded = torch.tensor([getattr(emulation.library, name)(value) for value in values])
+        torch.testing.assert_close(rounded, exact.to(dtype).float(), rtol=0, atol=0)
+        assert math.isnan(getattr(emulation.library, name)(math.nan))
+
+
+def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    objects = _compile(tmp_path, [(probe, flags)])
+    if subprocess.run(
+        ["g++", *flags, *map(str, objects), "-o", str(tmp_path / "probe")], capture_output=True
+    ).returncode:
+        pytest.skip("this g++ has no sanitizer runtimes")
+    sources = [*_kernel_sources(), EMULATION / "emulator.cpp", EMULATION / "sanitized_main.cpp"]
+    objects = _compile(tmp_path, [(source, [*flags, "-O1", "-g"]) for source in sources])
+    program = tmp_path / "sanitized"
+    _link(["g++", *flags, "-o", str(program), *map(str, objects)])
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "clean\n", done.stdout + done.stderr
