@@ -9,10 +9,7 @@ import ctypes
 import importlib.util
 import math
 import re
-import shutil
 import subprocess
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -20,39 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-EMULATION = ROOT / "tests" / "emulation"
+from tests.emulation.build import build_module, build_sanitized
+
 ROOMY, CRAMPED = 0, 1  # the emulated devices, see emulator.h
 MASK32 = 0xFFFFFFFF
-
-
-# ------------------------------------------------------------------------------------------------- building
-def _compile(folder: Path, jobs: list[tuple[Path, list[str]]]) -> list[Path]:
-    """Compiles (source, extra flags) pairs side by side; returns the objects."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("the CUDA emulation is compiled by g++, which is not installed")
-
-    def compile_one(job: tuple[Path, list[str]]) -> Path:
-        source, flags = job
-        target = folder / (source.name + ".o")
-        command = [compiler, "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-        command += ["-I", str(EMULATION), *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, jobs))
-
-
-def _link(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-
-
-def _kernel_sources() -> list[Path]:
-    return sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
 
 
 class Emulation(NamedTuple):
@@ -62,16 +30,7 @@ class Emulation(NamedTuple):
 
 @pytest.fixture(scope="session")
 def _built(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
-    pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("cuda_emulation")
-    bindings = ["-O0", "-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"], "-fvisibility=hidden"]
-    bindings += ['-DNLHF_CUDA_ARCHITECTURES="none"', '-DNLHF_COMPILER="g++"']
-    jobs = [(ROOT / "csrc" / "bindings_cuda.cpp", bindings)]  # the slowest first
-    sources = [*_kernel_sources(), EMULATION / "emulator.cpp", EMULATION / "planted.cpp"]
-    jobs += [(source, ["-O1", "-g"]) for source in sources]
-    path = folder / "_cuda.so"
-    # -Bsymbolic: the emulated runtime stays ours even where another library brought functions of the same name
-    _link(["g++", "-shared", "-Wl,-Bsymbolic", "-o", str(path), *map(str, _compile(folder, jobs))])
+    path = build_module(tmp_path_factory.mktemp("cuda_emulation"))
     spec = importlib.util.spec_from_file_location("_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -409,17 +368,5 @@ def test_half_types_round_as_the_hardware(emulation: Emulation) -> None:
 
 
 def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() {}\n")
-    objects = _compile(tmp_path, [(probe, flags)])
-    if subprocess.run(
-        ["g++", *flags, *map(str, objects), "-o", str(tmp_path / "probe")], capture_output=True
-    ).returncode:
-        pytest.skip("this g++ has no sanitizer runtimes")
-    sources = [*_kernel_sources(), EMULATION / "emulator.cpp", EMULATION / "sanitized_main.cpp"]
-    objects = _compile(tmp_path, [(source, [*flags, "-O1", "-g"]) for source in sources])
-    program = tmp_path / "sanitized"
-    _link(["g++", *flags, "-o", str(program), *map(str, objects)])
-    done = subprocess.run([str(program)], capture_output=True, text=True)
+    done = subprocess.run([str(build_sanitized(tmp_path))], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "clean\n", done.stdout + done.stderr

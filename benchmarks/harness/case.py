@@ -94,10 +94,7 @@ def _no_parts(inputs: Inputs) -> dict[str, Callable[[], Any] | Unavailable]:
 
 def random_upstream(outputs: Sequence[torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, ...]:
     """Non-uniform gradients for float64 outputs: a uniform one would hide errors that cancel over a row."""
-    draws = (
-        torch.randn(out.shape, dtype=torch.float64, device=generator.device, generator=generator) for out in outputs
-    )
-    return tuple(draw.to(out.device) for draw, out in zip(draws, outputs, strict=True))
+    return tuple(torch.randn(out.shape, dtype=torch.float64, device=out.device, generator=generator) for out in outputs)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def plan_for(preset: str, last_level_cache_bytes: int, device: torch.device) -> 
     # On a GPU 256 MiB also outlast the launch of one kernel, so that the launch hides behind the flush as it
     # hides behind earlier work in a real program; launches beyond that stay visible.
     flush = max(256 * MIB, 4 * last_level_cache_bytes) if device.type == "cuda" else last_level_cache_bytes * 5 // 4
-    return TimingPlan(budget_s=4.0, min_repeats=7, max_repeats=200, warmups=3, batch_s=0.005, flush_bytes=flush)
+    return TimingPlan(budget_s=4.0, min_repeats=5, max_repeats=200, warmups=3, batch_s=0.005, flush_bytes=flush)
 
 
 def percentile(samples: Sequence[float], fraction: float) -> float:
@@ -163,8 +163,8 @@ def _round_robin(
     entries = {name: _Entry(action, []) for name, action in actions.items()}
     with _no_collector():
         for entry in entries.values():
-            for _ in range(plan.warmups):
-                if entry.failure is None:
+            for warmed in range(plan.warmups):
+                if entry.failure is None and (warmed == 0 or entry.spent_s < plan.budget_s):
                     _step(entry, measure)
             entry.samples.clear()
             entry.spent_s = 0.0

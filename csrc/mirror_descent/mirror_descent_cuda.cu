@@ -149,12 +149,12 @@ __global__ void __launch_bounds__(Game::kThreads, Game::kResidentBlocks) small_g
 
 // ----------------------------------------------------------------------------- matrix in shared or global memory
 
-// 16 warps with four rows and four columns each keep 32 KB of float loads in flight, which is what one multiprocessor's
+// 16 warps with four rows and four columns a lane keep 32 KB of float loads in flight, about what one multiprocessor's
 // share of the memory's bandwidth times its latency asks for; 32 warps would have to spill registers.
 constexpr int kLargeThreads = 512;
 
-// target[a] += scale * sum_b matrix[a][b] weights[b] - top. A warp takes four rows at once: each load of the weights feeds
-// four products, and its lanes run along the rows, so loads coalesce and meet no bank conflict at any row length.
+// target[a] += scale * sum_b matrix[a][b] weights[b] - top. A warp takes four rows at once: each load of the weights
+// feeds four products, and its lanes run along the rows, so loads coalesce and meet no bank conflict at any row length.
 template <typename Real>
 NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale, Real top, int actions,
                              Real* target) {

@@ -130,7 +130,8 @@ void fiber_main() {
 
 void prepare(Fiber& fiber, unsigned thread) {
   if (fiber.stack == nullptr) {
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    constexpr int kUntouchedCostsNothing = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, kUntouchedCostsNothing, -1, 0);
     if (stack == MAP_FAILED) std::perror("emulator: stack"), std::abort();
     fiber.stack = static_cast<unsigned char*>(stack);
   }
@@ -222,13 +223,14 @@ void run_block(const std::vector<int>& order, std::mt19937_64& random) {
 class SharedMemory {
  public:
   explicit SharedMemory(size_t bytes)
-      : bytes_(bytes), memory_(static_cast<unsigned char*>(std::aligned_alloc(kGuardBytes, rounded(bytes))), &std::free) {
+      : bytes_(bytes), memory_(std::aligned_alloc(kGuardBytes, rounded(bytes)), &std::free) {
     std::memset(memory_.get(), kGuard, rounded(bytes));
     ASAN_POISON_MEMORY_REGION(memory_.get(), kGuardBytes);
     ASAN_POISON_MEMORY_REGION(data() + bytes, rounded(bytes) - kGuardBytes - bytes);
   }
   ~SharedMemory() { ASAN_UNPOISON_MEMORY_REGION(memory_.get(), rounded(bytes_)); }
-  unsigned char* data() { return memory_.get() + kGuardBytes; }
+  unsigned char* begin() { return static_cast<unsigned char*>(memory_.get()); }
+  unsigned char* data() { return begin() + kGuardBytes; }
 
   void poison() {
     std::memset(data(), kPoison, bytes_);
@@ -240,15 +242,15 @@ class SharedMemory {
 #if defined(__SANITIZE_ADDRESS__)
     return true;  // poisoned: the sanitizer has already stopped whoever touched them
 #endif
-    const unsigned char* end = memory_.get() + rounded(bytes_);
     const auto intact = [](unsigned char byte) { return byte == kGuard; };
-    return std::all_of(memory_.get(), data(), intact) && std::all_of<const unsigned char*>(data() + bytes_, end, intact);
+    return std::all_of(begin(), data(), intact) &&
+           std::all_of(data() + bytes_, begin() + rounded(bytes_), intact);
   }
 
  private:
   static size_t rounded(size_t bytes) { return (bytes + 3 * kGuardBytes - 1) / kGuardBytes * kGuardBytes; }
   size_t bytes_;
-  std::unique_ptr<unsigned char, void (*)(void*)> memory_;
+  std::unique_ptr<void, void (*)(void*)> memory_;
 };
 
 std::vector<int> shuffled(int count, std::mt19937_64& random) {

@@ -1,0 +1,21 @@
+"""The registry of cases: every module in this folder states one as `CASE`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from ..harness.case import Case
+
+
+@cache
+def all_cases() -> dict[str, Case]:
+    """name -> case. A case is named as its module, which is named as the op's room."""
+    cases = {}
+    for module in pkgutil.iter_modules(__path__):
+        case = importlib.import_module(f"{__name__}.{module.name}").CASE
+        if case.name != module.name:
+            raise ValueError(f"benchmarks/cases/{module.name}.py: expected the case {module.name}, got {case.name}")
+        cases[case.name] = case
+    return cases

@@ -1,0 +1,97 @@
+"""Who competes at one call: the baselines, torch.compile, the library's backends and the layers below them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from .case import Case, Function, Inputs, Unavailable
+from .check import Check
+from .library import backend_call, backend_report
+
+PART_MODES = ("forward", "overhead")  # a part is bound to its inputs, so it has no gradients
+COMPILED = "torch.compile"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One competitor; `function` is None where it cannot run, and `reasons` say why."""
+
+    name: str
+    kind: str  # baseline, compiled, backend, part
+    check: Check
+    function: Function | None = None
+    reasons: tuple[str, ...] = ()
+    chosen: bool = False  # `auto` would take it
+    answers_the_same: bool = True  # False: judged by a check of its own, its error says nothing about the others
+    bound: Callable[[], Any] | None = None  # a part: the bare call
+
+    def call(self, inputs: Inputs) -> Callable[[], Any]:
+        """The call without a Python frame of ours around it, for measuring the cost of a call."""
+        if self.bound is not None:
+            return self.bound
+        if self.function is None:
+            raise ValueError(f"{self.name} cannot run: {self.reasons}")
+        return partial(self.function, *inputs.args, **inputs.kwargs)
+
+
+def _compiled(case: Case, check: Check) -> Implementation:
+    torch.compiler.reset()  # else the second shape would be compiled for dynamic sizes
+    if case.compiled is None:
+        raise ValueError(f"case {case.name} has nothing to compile")
+    try:
+        function = case.compiled()
+    except Exception as error:
+        return Implementation(COMPILED, "compiled", check, None, (f"{type(error).__name__}: {error}",))
+    return Implementation(COMPILED, "compiled", check, function)
+
+
+def _backends(case: Case, inputs: Inputs, wanted: Sequence[str]) -> list[Implementation]:
+    report = backend_report(case.op, inputs.args, inputs.kwargs)
+    found = []
+    for name, reasons in report.reasons.items():
+        if not wanted or name in wanted:
+            function = None if reasons else backend_call(case.op, name)
+            chosen = name == report.chosen
+            found.append(Implementation(name, "backend", case.check, function, tuple(reasons), chosen))
+    return found
+
+
+def _parts(case: Case, inputs: Inputs) -> list[Implementation]:
+    found = []
+    for name, part in case.parts(inputs).items():
+        if isinstance(part, Unavailable):
+            found.append(Implementation(name, "part", case.check, None, part.reasons))
+        else:
+            function = partial(_ignore_arguments, part)
+            found.append(Implementation(name, "part", case.check, function, bound=part))
+    return found
+
+
+def _ignore_arguments(part: Callable[[], Any], *_: Any, **__: Any) -> Any:
+    return part()
+
+
+def collect(
+    case: Case, inputs: Inputs, mode: str, wanted_backends: Sequence[str], with_compile: bool
+) -> dict[str, Implementation]:
+    """Every competitor by name; those that cannot run are there too, with their reasons."""
+    found = [
+        Implementation(
+            name, "baseline", rival.check or case.check, rival.function, answers_the_same=rival.check is None
+        )
+        for name, rival in case.baselines.items()
+    ]
+    if case.compiled is not None and with_compile:
+        found.append(_compiled(case, case.check))
+    found += _backends(case, inputs, wanted_backends)
+    if mode in PART_MODES:
+        found += _parts(case, inputs)
+    names = [implementation.name for implementation in found]
+    if len(set(names)) != len(names):
+        raise ValueError(f"case {case.name}: expected one implementation a name, got {names}")
+    return {implementation.name: implementation for implementation in found}

@@ -1,0 +1,133 @@
+"""Result rows: one fixed schema, one JSON object a line. README.md beside the cases documents every field."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .timing import Timing
+
+SCHEMA = 1
+STATUSES = ("ok", "red", "failed", "unavailable")
+
+
+@dataclass(frozen=True)
+class RowKey:
+    """What makes a row the same row in another file."""
+
+    case: str
+    shape: str
+    dtype: str
+    mode: str
+    implementation: str
+    device: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.case} [{self.shape} {self.dtype}] {self.mode} {self.implementation} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    error: float | None  # None: not finite
+    allowed: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time this device allows, from the bytes and FLOPs the case states."""
+
+    bytes: float
+    flops: float
+    floor_us: float
+    bound_by: str
+    percent: float  # of the floor reached: 100 * floor / median
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Time of the rival / time of this row; None where the rival has no time."""
+
+    eager: float | None
+    compiled: float | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    peak_bytes: int
+    method: str
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The same for every row of a run."""
+
+    timestamp: str  # UTC, ISO 8601
+    preset: str
+    commit: str | None
+    dirty: bool | None
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    ceilings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    key: RowKey
+    kind: str  # backend, part, baseline, compiled
+    status: str  # one of STATUSES; a time is there only where it is "ok"
+    run: RunFacts
+    reasons: tuple[str, ...] = ()
+    chosen: bool = False  # what `auto` takes for this call
+    accuracy: Accuracy | None = None
+    timing: Timing | None = None
+    memory: Memory | None = None
+    floor: Floor | None = None
+    speedup: Speedup | None = None
+    schema: int = field(default=SCHEMA)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), allow_nan=False, sort_keys=True)
+
+    @staticmethod
+    def from_json(line: str) -> ResultRow:
+        data = json.loads(line)
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"results: expected schema {SCHEMA}, got {data.get('schema')!r}")
+        parts = {"accuracy": Accuracy, "timing": Timing, "memory": Memory, "floor": Floor, "speedup": Speedup}
+        for name, kind in parts.items():
+            if data[name] is not None:
+                data[name] = kind(**data[name])
+        data |= {"key": RowKey(**data["key"]), "run": RunFacts(**data["run"]), "reasons": tuple(data["reasons"])}
+        return ResultRow(**data)
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def append_rows(path: Path, rows: Iterable[ResultRow]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(row.to_json() + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[ResultRow]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            if line.strip():
+                rows.append(ResultRow.from_json(line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path.name}, line {number}: {type(error).__name__}: {error}") from error
+    return rows
+
+
+def latest(rows: Iterable[ResultRow]) -> dict[RowKey, ResultRow]:
+    """Files are appended to; of several rows with one key the last counts."""
+    return {row.key: row for row in rows}

@@ -1,0 +1,151 @@
+"""From a case to result rows: make the inputs, check everyone, time who passed, measure memory, relate to the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+
+import torch
+
+from .case import Case, Shape
+from .gate import Verdict, judge_all, short_reason
+from .implementations import COMPILED, collect
+from .machine import Ceilings, machine_facts, measure_ceilings, source_state, versions
+from .memory import METHODS, peak_bytes
+from .modes import Problem, make_problem
+from .results import Accuracy, Floor, Memory, ResultRow, RowKey, RunFacts, Speedup, finite_or_none
+from .timing import Timing, TimingPlan, plan_for, time_calls, time_overhead
+
+SEED = 20240101
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asked for."""
+
+    device: torch.device
+    preset: str
+    backends: tuple[str, ...] = ()  # () = all
+    shape_filter: Mapping[str, str] | None = None
+    with_compile: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    case: Case
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Session:
+    """What is measured once and holds for every row of the run."""
+
+    settings: Settings
+    plan: TimingPlan
+    ceilings: Ceilings
+    facts: RunFacts
+    threads: int
+
+
+def select_jobs(cases: Sequence[Case], settings: Settings) -> list[Job]:
+    wanted = settings.shape_filter or {}
+    return [
+        Job(case, shape)
+        for case in cases
+        for shape in case.shapes[settings.preset]
+        if settings.device.type in shape.devices and shape.matches(wanted)
+    ]
+
+
+def open_session(settings: Settings, jobs: Sequence[Job]) -> Session:
+    device, preset = settings.device, settings.preset
+    ceilings = measure_ceilings(device, {job.shape.dtype for job in jobs}, preset)
+    machine = machine_facts(device)
+    commit, dirty = source_state()
+    facts = RunFacts(
+        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        preset=preset,
+        commit=commit,
+        dirty=dirty,
+        machine=machine,
+        versions=versions(),
+        ceilings=asdict(ceilings),
+    )
+    plan = plan_for(preset, machine["last_level_cache_bytes"], device)
+    return Session(settings, plan, ceilings, facts, torch.get_num_threads())
+
+
+def run_job(job: Job, session: Session, on_mode: Callable[[str], None] = lambda mode: None) -> list[ResultRow]:
+    """All rows of a case at a shape."""
+    case, shape = job.case, job.shape
+    modes = case.modes_at(shape)
+    device = session.settings.device
+    generator = torch.Generator(device).manual_seed(SEED)
+    problem = make_problem(case, case.make(shape, device, generator), modes, generator)
+    rows = []
+    for mode in modes:
+        on_mode(mode)
+        rows += _run_mode(job, mode, problem, session)
+    return rows
+
+
+def _run_mode(job: Job, mode: str, problem: Problem, session: Session) -> list[ResultRow]:
+    settings = session.settings
+    competitors = collect(job.case, problem.inputs, mode, settings.backends, settings.with_compile)
+    verdicts = judge_all(competitors, problem, mode, job.shape.dtype)
+    passed = {name: verdict for name, verdict in verdicts.items() if verdict.action is not None}
+    if mode == "overhead":
+        calls = {name: verdict.implementation.call(problem.inputs) for name, verdict in passed.items()}
+        timings = time_overhead(calls, settings.device, session.plan)
+    else:
+        actions = {name: verdict.action for name, verdict in passed.items() if verdict.action is not None}
+        timings = time_calls(actions, settings.device, session.plan)
+    return [_row(job, mode, verdicts[name], timings, session) for name in competitors]
+
+
+def _row(
+    job: Job, mode: str, verdict: Verdict, timings: Mapping[str, Timing | Exception], session: Session
+) -> ResultRow:
+    name = verdict.implementation.name
+    device = session.settings.device
+    timing = timings.get(name)
+    status, reasons = verdict.status, verdict.reasons
+    if isinstance(timing, Exception):
+        status, reasons, timing = "failed", (short_reason(timing),), None
+    checked = verdict.checked
+    return ResultRow(
+        key=RowKey(job.case.name, job.shape.label, job.shape.dtype, mode, name, device.type, session.threads),
+        kind=verdict.implementation.kind,
+        status=status,
+        run=session.facts,
+        reasons=reasons,
+        chosen=verdict.implementation.chosen,
+        accuracy=None if checked is None else Accuracy(finite_or_none(checked.error), checked.allowed),
+        timing=timing,
+        memory=_memory(verdict, device) if timing is not None else None,
+        floor=_floor(job, mode, timing, session.ceilings) if timing is not None else None,
+        speedup=_speedup(timing, timings) if timing is not None else None,
+    )
+
+
+def _memory(verdict: Verdict, device: torch.device) -> Memory | None:
+    if verdict.action is None:
+        return None
+    return Memory(peak_bytes(verdict.action, device), METHODS[device.type])
+
+
+def _floor(job: Job, mode: str, timing: Timing, ceilings: Ceilings) -> Floor | None:
+    if mode == "overhead":
+        return None  # the cost of a call has nothing to do with bytes or FLOPs
+    moved, flops = float(job.case.bytes_moved(job.shape, mode)), float(job.case.flops(job.shape, mode))
+    floor_us, bound_by = ceilings.floor_us(moved, flops, job.shape.dtype)
+    return Floor(moved, flops, floor_us, bound_by, 100 * floor_us / timing.median_us)
+
+
+def _speedup(timing: Timing, timings: Mapping[str, Timing | Exception]) -> Speedup:
+    def against(rival: str) -> float | None:
+        other = timings.get(rival)
+        return other.median_us / timing.median_us if isinstance(other, Timing) else None
+
+    return Speedup(against("eager"), against(COMPILED))

@@ -1,0 +1,1 @@
+"""The CUDA sources on the CPU: an emulated runtime, and the kernels it is itself tested with."""
