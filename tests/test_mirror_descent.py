@@ -213,3 +213,18 @@ def test_inputs_are_left_as_they_were() -> None:
     copies = [tensor.clone() for tensor in game]
     nlhf_kernels.mirror_descent(*game, tau=0.5, step_sizes=steps(3, DEVICE))
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(game, copies, strict=True))
+
+
+@every_rival
+@pytest.mark.parametrize("opponent", ["mixture", "policy"])
+def test_many_steps_at_weak_regularisation_keep_their_digits(backend, opponent) -> None:
+    """A constant that builds up over the steps, to 1 / (2 tau) = 256 here, would cost float32 its last digits."""
+    device, tau, iterations = device_of(backend), 2.0**-9, 300
+    exact = random_game(4, 30, device)
+    inputs = tuple(tensor.float() for tensor in exact)
+    options = {"tau": tau, "opponent": opponent}
+    step_sizes = torch.full((iterations,), 0.4, device=device, dtype=torch.float64)
+    truth = nlhf_kernels.mirror_descent(*exact, step_sizes=step_sizes, backend="reference", **options)
+    pytorch = nlhf_kernels.mirror_descent(*inputs, step_sizes=step_sizes.float(), backend="reference", **options)
+    result = call("mirror_descent", backend, *inputs, step_sizes=step_sizes.float(), **options)
+    assert_accurate(result, truth, pytorch, constant=4)

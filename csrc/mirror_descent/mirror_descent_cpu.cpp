@@ -21,10 +21,9 @@ Real maximum(const Real* x, int64_t n) {
   return best;
 }
 
-// out = exp(x - max x); returns the sum. A row of -inf only has no distribution: it gives NaN, as PyTorch's softmax.
+// out = exp(x - top); returns the sum. A row of -inf only has no distribution: it gives NaN, as PyTorch's softmax.
 template <typename Real>
-Real exponentials(const Real* x, int64_t n, Real* out) {
-  const Real top = maximum(x, n);
+Real exponentials(const Real* x, Real top, int64_t n, Real* out) {
   Real sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
@@ -125,7 +124,8 @@ struct Scratch {
   Real* transposed;  // (actions, stride), the padding zero for ever
 };
 
-// All iterations of one game. log_policy stays unnormalised until the end: a constant of the row changes no softmax.
+// All iterations of one game. log_policy is normalised at the end only, as a constant of the row changes no softmax;
+// but a maximum that is known anyway is taken off, or the constant grows towards 1 / (2 tau) and costs digits.
 template <typename Real>
 void solve_game(const MirrorDescent<Real>& p, int64_t game, const Scratch<Real>& scratch) {
   const int64_t n = p.actions;
@@ -139,7 +139,11 @@ void solve_game(const MirrorDescent<Real>& p, int64_t game, const Scratch<Real>&
   for (int64_t k = 0; k < p.iterations; ++k) {
     const Real step = p.step_sizes[k];
     mix(log_policy, log_reference, step * tau, n, mixture);
-    const Real sum = exponentials(p.opponent_is_mixture ? mixture : log_policy, n, opponent);
+    const Real* played = p.opponent_is_mixture ? mixture : log_policy;
+    const Real top = maximum(played, n);
+    const Real sum = exponentials(played, top, n, opponent);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) mixture[i] -= top;
     if (by_columns) {
       add_expected_by_columns(scratch.transposed, scratch.stride, opponent, step / sum, n, mixture);
     } else {
@@ -148,7 +152,7 @@ void solve_game(const MirrorDescent<Real>& p, int64_t game, const Scratch<Real>&
     std::memcpy(log_policy, mixture, n * sizeof(Real));
   }
   const Real top = maximum(log_policy, n);
-  const Real normaliser = top + std::log(exponentials(log_policy, n, opponent));
+  const Real normaliser = top + std::log(exponentials(log_policy, top, n, opponent));
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) log_policy[i] -= normaliser;
 }

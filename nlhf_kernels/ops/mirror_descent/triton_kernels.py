@@ -18,12 +18,6 @@ def _log_softmax(x):
 
 
 @triton.jit
-def _softmax(x):
-    weights = tl.exp(x - tl.max(x, axis=0))
-    return weights / tl.sum(weights, axis=0)
-
-
-@triton.jit
 def mirror_descent_kernel(
     log_policy,  # (games, actions)
     preference,  # (games, actions, actions)
@@ -52,8 +46,12 @@ def mirror_descent_kernel(
         kept = tl.where(b == 1, tl.where(inside, 0.0, float("-inf")), (1 - b) * log_pi)
         pulled = tl.where(b == 0, 0.0, b * log_mu)
         mixture = tl.where(inside, kept + pulled, float("-inf"))
-        rival = _softmax(mixture if OPPONENT_IS_MIXTURE else log_pi)
-        log_pi = mixture + step * tl.sum(wins * rival[None, :], axis=1)
+        played = mixture if OPPONENT_IS_MIXTURE else log_pi
+        top = tl.max(played, axis=0)
+        weights = tl.exp(played - top)
+        rival = weights / tl.sum(weights, axis=0)
+        # Without `- top` a constant builds up over the steps, towards 1 / (2 tau), and costs float32 its last digits.
+        log_pi = (mixture - top) + step * tl.sum(wins * rival[None, :], axis=1)
     tl.store(out + game * actions + action, _log_softmax(log_pi), mask=inside)
 
 
