@@ -1,0 +1,54 @@
+// mixture_sample: one token a row from softmax((sum_m w_m z_m + bias) / temperature), with log-probabilities.
+//
+// The contract, the same for every backend, is nlhf_kernels/ops/mixture_sample/README.md; the oracle is reference.py.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/levels.h"
+
+namespace nlhf {
+
+enum class Float : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr int kMaxModels = 4;
+
+struct Logits {
+  const void* data;  // (rows, vocabulary), the columns contiguous
+  Float dtype;
+  int64_t row_stride;  // in elements; may exceed the vocabulary
+};
+
+// A row's settings, packed as float32: four numbers, then one weight a model.
+enum Setting : int { kTemperature = 0, kTopK = 1, kTopP = 2, kMinP = 3, kWeights = 4 };
+
+struct MixtureSample {
+  int models;
+  Logits logits[kMaxModels];
+  const float* settings;    // (rows or 1, 4 + models)
+  int64_t settings_stride;  // 0: one set for all rows
+  bool filtered;            // false: no row has a filter, whatever the settings say
+  const float* bias;        // null, (vocabulary) or (rows, vocabulary); added before the temperature
+  int64_t bias_stride;      // 0: one for all rows
+  const double* uniforms;   // null: drawn from (seed, row id, step, stream); else (rows), in [0, 1]
+  const int64_t* seed;
+  int64_t seed_stride;
+  const int64_t* row_ids;
+  const int64_t* step;
+  int64_t step_stride;
+  uint32_t stream;
+  int64_t rows;
+  int64_t vocabulary;
+  uint32_t wanted;   // bit m: the log-probability under model m; bit `models`: under the mixture
+  int64_t* tokens;   // (rows)
+  float* logprobs;   // (models + 1, rows), written where wanted
+  bool* ok;          // (rows)
+};
+
+NLHF_DECLARE_CPU(mixture_sample, MixtureSample)
+
+// Bytes of device memory that a launch needs beside its outputs.
+int64_t mixture_sample_workspace(int64_t rows, int64_t vocabulary, int models, bool filtered);
+int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* cuda_stream);  // a cudaError_t
+
+}  // namespace nlhf

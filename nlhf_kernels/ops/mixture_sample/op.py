@@ -1,0 +1,286 @@
+"""mixture_sample: the next token of every row from the geometric mixture of two models, with its log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ...core import torch_op
+from ...core.checks import FLOATS, INTEGERS, Sizes, check_integer, check_not_empty, check_tensor
+from ...core.registry import Backend, Op, register
+from .settings import MixtureSettings, Number, mixture_settings
+
+_HERE = "nlhf_kernels.ops.mixture_sample"
+MAX_MODELS = 4
+Integer = int | torch.Tensor  # () or (R,) int64
+
+
+class MixtureSample(NamedTuple):
+    """A token per row; log-probabilities are None where they were not asked for."""
+
+    tokens: torch.Tensor  # (R,) int64
+    policy_logprob: torch.Tensor | None  # (R,) float32, at temperature 1, unfiltered
+    reference_logprob: torch.Tensor | None  # likewise
+    mixture_logprob: torch.Tensor | None  # (R,) float32, of what was sampled from: after temperature and filters
+    ok: torch.Tensor  # (R,) bool; False: the row's logits are no distribution, its token is 0
+
+
+class LogLinearSample(NamedTuple):
+    """A token per row; log-probabilities are None where they were not asked for."""
+
+    tokens: torch.Tensor  # (R,) int64
+    logprobs: tuple[torch.Tensor | None, ...]  # of (R,) float32, one per model, at temperature 1, unfiltered
+    mixture_logprob: torch.Tensor | None  # (R,) float32, after temperature and filters
+    ok: torch.Tensor  # (R,) bool; False: the row's logits are no distribution, its token is 0
+
+
+class MixtureSampleProblem(NamedTuple):
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    vocabulary: int
+    filtered: bool
+
+
+def _describe_call(logits: Sequence[torch.Tensor], filtered: bool) -> MixtureSampleProblem:
+    first = logits[0]
+    return MixtureSampleProblem(first.device, tuple(model.dtype for model in logits), first.shape[1], filtered)
+
+
+def _describe(
+    policy_logits: torch.Tensor, reference_logits: torch.Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    logits = [policy_logits] if reference_logits is None else [policy_logits, reference_logits]
+    logits = [model[:, : kwargs.get("vocab_size")] for model in logits]
+    settings = kwargs.get("settings")
+    filtered = settings.filtered if settings else any(kwargs.get(n, off) is not off for n, off in _FILTERS.items())
+    return _describe_call(logits, filtered)
+
+
+_FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+OP = register(
+    Op(
+        name="mixture_sample",
+        backends=(
+            Backend("reference", f"{_HERE}.reference:mixture_sample"),
+            Backend("triton", f"{_HERE}.triton_kernels:mixture_sample"),
+            Backend("cuda", f"{_HERE}.native:mixture_sample_cuda"),
+            Backend("cpu", f"{_HERE}.native:mixture_sample_cpu"),
+        ),
+        order={"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")},
+        describe=_describe,
+    )
+)
+
+
+def _run(logits: Sequence[torch.Tensor], settings: torch.Tensor, filtered: bool, *arguments: Any) -> Any:
+    *rest, backend = arguments
+    return OP.resolve(backend, _describe_call(logits, filtered)).run(logits, settings, filtered, *rest)
+
+
+def _fake(logits: Sequence[torch.Tensor], *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, first = logits[0].shape[0], logits[0]
+    return (
+        first.new_empty(rows, dtype=torch.int64),
+        first.new_empty((len(logits) + 1, rows), dtype=torch.float32),
+        first.new_empty(rows, dtype=torch.bool),
+    )
+
+
+_operator = torch_op.define(
+    "mixture_sample",
+    "(Tensor[] logits, Tensor settings, bool filtered, Tensor? bias, Tensor? uniforms, Tensor seed, Tensor row_ids,"
+    " Tensor step, int stream, int wanted, str backend) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
+
+
+def mixture_sample(
+    policy_logits: torch.Tensor,  # (R, V) float32, bfloat16 or float16
+    reference_logits: torch.Tensor | None = None,  # (R, V), its dtype and row stride its own; None: the policy alone
+    beta: Number | None = None,  # number or (R,); needed with a reference, unless `settings` are given
+    *,
+    temperature: Number = 1.0,
+    top_k: Number = 0,
+    top_p: Number = 1.0,
+    min_p: Number = 0.0,
+    settings: MixtureSettings | None = None,
+    seed: Integer | None = None,
+    row_ids: torch.Tensor | None = None,  # (R,) int64
+    step: Integer | None = None,
+    stream: int = 0,
+    uniforms: torch.Tensor | None = None,  # (R,) float64 in [0, 1]
+    bias: torch.Tensor | None = None,  # (V,) or (R, V) float32
+    vocab_size: int | None = None,
+    logprobs: Sequence[str] | None = None,
+    backend: str | None = None,
+) -> MixtureSample:
+    """Draw each row's next token from softmax(((1 - beta) z_policy + beta z_reference + bias) / temperature).
+
+    beta 0 never looks at the reference's values and beta 1 never at the policy's; beta outside [0, 1] is contrastive
+    decoding or guidance. temperature 0 takes the likeliest token. Filters act on the mixture in transformers' order:
+    top_k (0: off), top_p (1: off), min_p (0: off). bias is added before the temperature; -inf forbids a token.
+    vocab_size leaves columns beyond it out of everything (padded heads).
+
+    The draw is the uniform of (seed, row id, step, stream) alone, see `row_uniforms`, or your own `uniforms`. With
+    tensors for seed, row_ids and step a captured graph advances as they change.
+
+    logprobs names what is computed: any of "policy", "reference", "mixture"; None means all there are. Per-row
+    tensors of settings can be packed once, `settings=mixture_settings([1 - beta, beta], ...)`, instead of per call.
+    """
+    op = "mixture_sample"
+    names = ("policy", "mixture") if reference_logits is None else ("policy", "reference", "mixture")
+    wanted = _wanted(op, names, logprobs)
+    logits = {"policy_logits": policy_logits}
+    if reference_logits is not None:
+        logits["reference_logits"] = reference_logits
+    if settings is None:
+        if (beta is None) is not (reference_logits is None):
+            raise ValueError(f"{op}: beta: expected with reference_logits and not without; got {beta!r}")
+        weights = [1.0] if beta is None else [1 - beta, _number(op, "beta", beta)]
+        device = policy_logits.device if isinstance(policy_logits, torch.Tensor) else torch.device("cpu")
+        settings = mixture_settings(
+            weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, device=device, op=op
+        )
+    tokens, rows, ok = _sample(
+        op, logits, settings, bias, uniforms, (seed, row_ids, step), stream, vocab_size, wanted, backend
+    )
+    given = [rows[index] if wanted >> index & 1 else None for index in range(len(names))]
+    if reference_logits is None:
+        given.insert(1, None)
+    return MixtureSample(tokens, given[0], given[1], given[2], ok)
+
+
+def log_linear_sample(
+    logits: Sequence[torch.Tensor],  # of (R, V), one to four models
+    weights: Sequence[Number],  # a number or (R,) per model; they need not sum to 1
+    *,
+    temperature: Number = 1.0,
+    top_k: Number = 0,
+    top_p: Number = 1.0,
+    min_p: Number = 0.0,
+    settings: MixtureSettings | None = None,
+    seed: Integer | None = None,
+    row_ids: torch.Tensor | None = None,
+    step: Integer | None = None,
+    stream: int = 0,
+    uniforms: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    vocab_size: int | None = None,
+    logprobs: Sequence[int | str] | None = None,
+    backend: str | None = None,
+) -> LogLinearSample:
+    """`mixture_sample` for softmax((sum_m weights[m] z_m + bias) / temperature): contrastive decoding (2, -1), proxy
+    tuning (1, 1, -1), classifier-free guidance. A model of weight 0 is not looked at. logprobs names model indices and
+    "mixture"; None means all."""
+    op = "log_linear_sample"
+    if not 1 <= len(logits) <= MAX_MODELS:
+        raise ValueError(f"{op}: logits: expected 1 to {MAX_MODELS} models; got {len(logits)}")
+    if len(weights) != len(logits):
+        raise ValueError(f"{op}: weights: expected one per model, {len(logits)}; got {len(weights)}")
+    wanted = _wanted(op, (*range(len(logits)), "mixture"), logprobs)
+    if settings is None:
+        device = logits[0].device if isinstance(logits[0], torch.Tensor) else torch.device("cpu")
+        settings = mixture_settings(
+            weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, device=device, op=op
+        )
+    named = {f"logits[{m}]": model for m, model in enumerate(logits)}
+    tokens, rows, ok = _sample(
+        op, named, settings, bias, uniforms, (seed, row_ids, step), stream, vocab_size, wanted, backend
+    )
+    given = [rows[index] if wanted >> index & 1 else None for index in range(len(logits) + 1)]
+    return LogLinearSample(tokens, tuple(given[:-1]), given[-1], ok)
+
+
+def _number(op: str, name: str, value: Number) -> Number:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
+        raise TypeError(f"{op}: {name}: expected a number or a tensor of one per row; got {type(value).__name__}")
+    if isinstance(value, (int, float)) and not abs(value) < float("inf"):
+        raise ValueError(f"{op}: {name}: expected a finite number; got {value}")
+    return value
+
+
+def _wanted(op: str, names: Sequence[int | str], logprobs: Sequence[int | str] | None) -> int:
+    """Bit i: the log-probability of names[i]."""
+    if logprobs is None:
+        return (1 << len(names)) - 1
+    wanted = 0
+    for name in logprobs:
+        if name not in names:
+            raise ValueError(f"{op}: logprobs: expected any of {', '.join(map(str, names))}; got {name!r}")
+        wanted |= 1 << list(names).index(name)
+    return wanted
+
+
+def _sample(
+    op: str,
+    named: dict[str, torch.Tensor],
+    settings: MixtureSettings,
+    bias: torch.Tensor | None,
+    uniforms: torch.Tensor | None,
+    counter: tuple[Integer | None, torch.Tensor | None, Integer | None],
+    stream: int,
+    vocab_size: int | None,
+    wanted: int,
+    backend: str | None,
+) -> Any:
+    """Check the rest and call the operator."""
+    sizes: Sizes = {}
+    first = next(iter(named.values()))
+    for name, value in named.items():
+        check_tensor(op, name, value, ("rows", "vocabulary"), FLOATS, sizes, first.device)
+    check_not_empty(op, next(iter(named)), sizes, "vocabulary")
+    logits = [_columns(op, model, vocab_size) for model in named.values()]
+    sizes["vocabulary"] = logits[0].shape[1]
+    if bias is not None:
+        shape = ("rows", "vocabulary") if isinstance(bias, torch.Tensor) and bias.ndim == 2 else ("vocabulary",)
+        check_tensor(op, "bias", bias, shape, (torch.float32,), sizes, first.device)
+        bias = _rows_contiguous(bias)
+    packed, filtered = settings
+    if packed.shape[1] != 4 + len(logits) or packed.shape[0] not in (1, sizes["rows"]):
+        expected = f"({sizes['rows']} or 1 rows, 4 + {len(logits)} columns)"
+        raise ValueError(f"{op}: settings: expected packed for {expected}; got {tuple(packed.shape)}")
+    draw = _draw(op, uniforms, counter, sizes, first.device)
+    check_integer(op, "stream", stream, 0, 255)
+    return _operator(logits, packed, filtered, bias, *draw, stream, wanted, backend or "")
+
+
+def _draw(
+    op: str,
+    uniforms: torch.Tensor | None,
+    counter: tuple[Integer | None, torch.Tensor | None, Integer | None],
+    sizes: Sizes,
+    device: torch.device,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """uniforms, seed, row_ids, step as the operator takes them."""
+    seed, row_ids, step = counter
+    if uniforms is not None:
+        check_tensor(op, "uniforms", uniforms, ("rows",), (torch.float64,), sizes, device)
+        unused = torch.empty(0, dtype=torch.int64, device=device)
+        return uniforms.contiguous(), unused, unused, unused
+    if seed is None or row_ids is None or step is None:
+        raise ValueError(f"{op}: seed, row_ids, step: expected all three, or uniforms; got one that is None")
+    check_tensor(op, "row_ids", row_ids, ("rows",), INTEGERS, sizes, device)
+    tensors = []
+    for name, value in (("seed", seed), ("step", step)):
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = torch.full((), value, dtype=torch.int64, device=device)
+        shape = ("rows",) if isinstance(value, torch.Tensor) and value.ndim else ()
+        tensors.append(check_tensor(op, name, value, shape, INTEGERS, sizes, device).contiguous())
+    return None, tensors[0], row_ids.contiguous(), tensors[1]
+
+
+def _columns(op: str, model: torch.Tensor, vocab_size: int | None) -> torch.Tensor:
+    """The columns that count, as rows of contiguous elements; the rows may lie further apart."""
+    model = model.detach()
+    if vocab_size is not None:
+        check_integer(op, "vocab_size", vocab_size, 1, model.shape[1])
+        model = model[:, :vocab_size]
+    return _rows_contiguous(model)
+
+
+def _rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.shape[-1] <= 1 or matrix.stride(-1) == 1 else matrix.contiguous()

@@ -1,0 +1,101 @@
+"""What a row is sampled with: numbers or per-row tensors, checked and packed into one small tensor on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from ...core.checks import Sizes, check_number, check_tensor
+
+Number = float | torch.Tensor  # one for all rows, or (R,)
+
+
+class MixtureSettings(NamedTuple):
+    """Sampling settings ready for the device; made once, they serve every step. See `mixture_settings`."""
+
+    packed: torch.Tensor  # (R or 1, 4 + models) float32: temperature, top_k, top_p, min_p, weights
+    filtered: bool  # whether any row has a filter
+
+
+def mixture_settings(
+    weights: Sequence[Number],
+    *,
+    temperature: Number = 1.0,
+    top_k: Number = 0,
+    top_p: Number = 1.0,
+    min_p: Number = 0.0,
+    device: torch.device,
+    op: str = "mixture_settings",
+) -> MixtureSettings:
+    """Check and pack. `weights` are one per model: (1 - beta, beta) for the policy and the reference of Nash-MD.
+
+    temperature  above 0; 0 takes the likeliest token
+    top_k        whole number; 0 keeps all
+    top_p        in (0, 1]; 1 keeps all
+    min_p        in [0, 1]; 0 keeps all
+
+    Values inside tensors are not looked at: that would stop the GPU. Tensors for the filters count as filtering.
+    """
+    named: dict[str, Number] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    named |= {f"weights[{m}]": weight for m, weight in enumerate(weights)}
+    sizes: Sizes = {}
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor):
+            check_tensor(op, name, value, ("rows",) if value.ndim else (), _DTYPES, sizes, device)
+        else:
+            _check_value(op, name, value)
+    filtered = any(isinstance(named[name], torch.Tensor) or named[name] != off for name, off in _OFF.items())
+    if any(isinstance(value, torch.Tensor) for value in named.values()):
+        columns = [torch.as_tensor(value).expand(sizes.get("rows", 1)) if isinstance(value, torch.Tensor) else value
+                   for value in named.values()]  # fmt: skip
+        return MixtureSettings(_pack_columns(columns, sizes.get("rows", 1), device), filtered)
+    return MixtureSettings(_pack_numbers(tuple(map(float, named.values())), device), filtered)  # type: ignore[arg-type]
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+_OFF = {"top_k": 0, "top_p": 1, "min_p": 0}  # the values that filter nothing
+
+
+def _check_value(op: str, name: str, value: object) -> None:
+    if name == "temperature":
+        check_number(op, name, value, 0.0)
+    elif name == "top_k":
+        if check_number(op, name, value, 0, 2**24) != int(value):  # type: ignore[call-overload]
+            raise ValueError(f"{op}: top_k: expected a whole number, 0 for no filter; got {value}")
+    elif name == "top_p":
+        check_number(op, name, value, 0.0, 1.0, open_low=True)
+    elif name == "min_p":
+        check_number(op, name, value, 0.0, 1.0)
+    else:
+        check_number(op, name, value)
+
+
+def _pack_columns(columns: Sequence[Number], rows: int, device: torch.device) -> torch.Tensor:
+    """(rows, columns), without a copy from the host: a number becomes a column by filling."""
+    packed = torch.empty((rows, len(columns)), dtype=torch.float32, device=device)
+    for index, column in enumerate(columns):
+        if isinstance(column, torch.Tensor):
+            packed[:, index].copy_(column)
+        else:
+            packed[:, index].fill_(column)
+    return packed
+
+
+@lru_cache(maxsize=256)
+def _pack_kept(numbers: tuple[float, ...], device: torch.device, stream: int) -> torch.Tensor:
+    return _pack_columns(numbers, 1, device)
+
+
+def _pack_numbers(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Kept from call to call, per stream: another stream could read before this one has written. Not kept while a
+    graph is recorded, whose memory is not ours to keep."""
+    if torch.compiler.is_compiling():
+        return _pack_columns(numbers, 1, device)
+    if device.type != "cuda":
+        return _pack_kept(numbers, device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return _pack_columns(numbers, 1, device)
+    return _pack_kept(numbers, device, torch.cuda.current_stream(device).cuda_stream)
