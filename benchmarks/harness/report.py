@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,13 +17,25 @@ STATUS_STYLE = {"ok": "", "red": "bold red", "failed": "bold red"}
 VERDICT_STYLE = {"same": "", "new": "cyan", "faster": "green"}
 
 
+def _unit(microseconds: float) -> tuple[float, str]:
+    return (1.0, "us") if microseconds < 1e3 else (1e3, "ms") if microseconds < 1e6 else (1e6, "s")
+
+
+def three_digits(value: float) -> str:
+    """1234 -> 1234, 123.4 -> 123, 12.3 -> 12.3, 0.0123 -> 0.012: no exponents, no noise."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2g}"
+
+
 def format_us(microseconds: float | None) -> str:
     if microseconds is None:
         return "-"
-    for limit, scale, unit in ((1e3, 1.0, "us"), (1e6, 1e3, "ms")):
-        if microseconds < limit:
-            return f"{microseconds / scale:.3g} {unit}"
-    return f"{microseconds / 1e6:.3g} s"
+    scale, unit = _unit(microseconds)
+    return f"{three_digits(microseconds / scale)} {unit}"
+
+
+def format_range(low_us: float, high_us: float) -> str:
+    scale, _ = _unit(low_us)
+    return f"{three_digits(low_us / scale)} - {three_digits(high_us / scale)}"
 
 
 def format_bytes(count: float | None) -> str:
@@ -30,13 +43,13 @@ def format_bytes(count: float | None) -> str:
         return "-"
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
-            return f"{count:.4g} {unit}"
+            return f"{three_digits(count)} {unit}" if count else "0"
         count /= 1024
-    return f"{count:.4g} GiB"
+    return f"{three_digits(count)} GiB"
 
 
 def format_ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}x"
+    return "-" if value is None else f"{three_digits(value)}x"
 
 
 def _cells(row: ResultRow) -> list[str]:
@@ -47,10 +60,10 @@ def _cells(row: ResultRow) -> list[str]:
     return [
         name,
         format_us(row.timing.median_us),
-        f"{format_us(row.timing.p20_us)} - {format_us(row.timing.p80_us)}",
+        format_range(row.timing.p20_us, row.timing.p80_us),
         format_ratio(row.speedup.eager),
         format_ratio(row.speedup.compiled),
-        "-" if row.floor is None else f"{row.floor.percent:.3g} %",
+        "-" if row.floor is None else f"{three_digits(row.floor.percent)} %",
         "-" if row.memory is None else format_bytes(row.memory.peak_bytes),
         error,
     ]
@@ -58,9 +71,9 @@ def _cells(row: ResultRow) -> list[str]:
 
 def results_table(case: str, rows: Sequence[ResultRow]) -> Table:
     """One case: a block for each shape and mode, a line for each implementation that ran or should have."""
-    table = Table(title=case, title_justify="left", title_style="bold", pad_edge=False)
-    table.add_column("shape, mode / implementation", no_wrap=True)
-    for name in ("median", "p20 - p80", "vs eager", "vs compile", "of floor", "peak", "error"):
+    table = Table(title=case, title_justify="left", title_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)
+    table.add_column("shape, mode / implementation", overflow="fold")
+    for name in ("median", "p20 - p80", "eager", "compile", "floor", "peak", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for (shape, dtype, mode), block in groupby(rows, key=lambda row: (row.key.shape, row.key.dtype, row.key.mode)):
         table.add_section()
@@ -105,7 +118,9 @@ def print_results(rows: Sequence[ResultRow], console: Console) -> None:
 
 
 def print_comparison(changes: Sequence[Change], differences: Sequence[str], console: Console) -> None:
-    table = Table(title="new against old", title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(
+        title="new against old", title_justify="left", title_style="bold", pad_edge=False, box=box.SIMPLE_HEAD
+    )
     table.add_column("row", overflow="fold")
     for name in ("old", "new", "new / old", "verdict"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class Clock:
 
 @dataclass
 class _Entry:
-    action: Action
+    sample_us: Callable[[], float]
     samples: list[float]
     spent_s: float = 0.0
     failure: Exception | None = None
@@ -147,45 +148,45 @@ class _Entry:
         return len(self.samples) < plan.min_repeats or self.spent_s < plan.budget_s
 
 
-def _step(entry: _Entry, measure: Callable[[Action], float]) -> None:
+def _step(entry: _Entry) -> None:
     start = time.perf_counter()
     try:
-        entry.samples.append(measure(entry.action))
+        entry.samples.append(entry.sample_us())
     except Exception as error:  # out of memory, say: this rival has no time, the others go on
         entry.failure = error
     entry.spent_s += time.perf_counter() - start
 
 
 def _round_robin(
-    actions: Mapping[str, Action], plan: TimingPlan, measure: Callable[[Action], float], flush_bytes: int
+    samplers: Mapping[str, Callable[[], float]], plan: TimingPlan, flush_bytes: int
 ) -> dict[str, Timing | Exception]:
     """One sample of each in turn, so that a drift of the clock rate or a noisy neighbour hits all alike."""
-    entries = {name: _Entry(action, []) for name, action in actions.items()}
+    entries = {name: _Entry(sampler, []) for name, sampler in samplers.items()}
     with _no_collector():
         for entry in entries.values():
             for warmed in range(plan.warmups):
                 if entry.failure is None and (warmed == 0 or entry.spent_s < plan.budget_s):
-                    _step(entry, measure)
+                    _step(entry)
             entry.samples.clear()
             entry.spent_s = 0.0
         while any(entry.wants_more(plan) for entry in entries.values()):
             for entry in entries.values():
                 if entry.wants_more(plan):
-                    _step(entry, measure)
+                    _step(entry)
     return {name: entry.failure or summarise(entry.samples, flush_bytes) for name, entry in entries.items()}
 
 
 def time_calls(actions: Mapping[str, Action], device: torch.device, plan: TimingPlan) -> dict[str, Timing | Exception]:
     """Each action from cold caches (plan.flush_bytes), in turn."""
     clock = Clock(device, plan.flush_bytes)
-    return _round_robin(actions, plan, clock.sample_us, plan.flush_bytes)
+    samplers = {name: partial(clock.sample_us, action) for name, action in actions.items()}
+    return _round_robin(samplers, plan, plan.flush_bytes)
 
 
 def time_overhead(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, plan: TimingPlan
 ) -> dict[str, Timing | Exception]:
     """Wall time per call of many back-to-back calls with hot caches, ended by one synchronisation."""
-    batch_sizes: dict[int, int] = {}
 
     def batch_us(call: Callable[[], Any], count: int) -> float:
         start = time.perf_counter_ns()
@@ -194,16 +195,19 @@ def time_overhead(
         synchronise(device)
         return (time.perf_counter_ns() - start) / 1e3
 
-    def measure(action: Action) -> float:
-        call = action.prepare()
-        synchronise(device)
-        count = batch_sizes.get(id(action))
-        if count is None:
-            count = 1
-            while batch_us(call, count) < plan.batch_s * 1e6:
-                count *= 2
-            batch_sizes[id(action)] = count
-        return batch_us(call, count) / count
+    def batch_size(call: Callable[[], Any]) -> int:
+        count = 1
+        # The fastest of three: one preempted batch must not pass for a long one, or batches stay at a single call.
+        while min(batch_us(call, count) for _ in range(3)) < plan.batch_s * 1e6:
+            count *= 2
+        return count
 
-    actions = {name: Action(lambda call=call: call, lambda state: state) for name, call in calls.items()}
-    return _round_robin(actions, plan, measure, 0)
+    sizes: dict[str, int] = {}
+
+    def measured(name: str, call: Callable[[], Any]) -> float:
+        if name not in sizes:
+            sizes[name] = batch_size(call)
+        batch_us(call, 1 + sizes[name] // 10)  # the caches still hold the rival that ran before
+        return batch_us(call, sizes[name]) / sizes[name]
+
+    return _round_robin({name: partial(measured, name, call) for name, call in calls.items()}, plan, 0)

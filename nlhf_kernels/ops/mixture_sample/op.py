@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core import torch_op
-from ...core.checks import FLOATS, INTEGERS, Sizes, check_integer, check_not_empty, check_tensor
+from ...core.checks import FLOATS, INTEGERS, Sizes, check_integer, check_not_empty, check_number, check_tensor
 from ...core.registry import Backend, Op, register
 from .settings import MixtureSettings, Number, mixture_settings
 
@@ -140,11 +140,8 @@ def mixture_sample(
     if settings is None:
         if (beta is None) is not (reference_logits is None):
             raise ValueError(f"{op}: beta: expected with reference_logits and not without; got {beta!r}")
-        weights = [1.0] if beta is None else [1 - beta, _number(op, "beta", beta)]
-        device = policy_logits.device if isinstance(policy_logits, torch.Tensor) else torch.device("cpu")
-        settings = mixture_settings(
-            weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, device=device, op=op
-        )
+        weights = [1.0] if beta is None else _weights(op, beta)
+        settings = _settings(op, policy_logits, weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     tokens, rows, ok = _sample(
         op, logits, settings, bias, uniforms, (seed, row_ids, step), stream, vocab_size, wanted, backend
     )
@@ -183,10 +180,7 @@ def log_linear_sample(
         raise ValueError(f"{op}: weights: expected one per model, {len(logits)}; got {len(weights)}")
     wanted = _wanted(op, (*range(len(logits)), "mixture"), logprobs)
     if settings is None:
-        device = logits[0].device if isinstance(logits[0], torch.Tensor) else torch.device("cpu")
-        settings = mixture_settings(
-            weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, device=device, op=op
-        )
+        settings = _settings(op, logits[0], weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     named = {f"logits[{m}]": model for m, model in enumerate(logits)}
     tokens, rows, ok = _sample(
         op, named, settings, bias, uniforms, (seed, row_ids, step), stream, vocab_size, wanted, backend
@@ -195,12 +189,19 @@ def log_linear_sample(
     return LogLinearSample(tokens, tuple(given[:-1]), given[-1], ok)
 
 
-def _number(op: str, name: str, value: Number) -> Number:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
-        raise TypeError(f"{op}: {name}: expected a number or a tensor of one per row; got {type(value).__name__}")
-    if isinstance(value, (int, float)) and not abs(value) < float("inf"):
-        raise ValueError(f"{op}: {name}: expected a finite number; got {value}")
-    return value
+def _weights(op: str, beta: Number) -> list[Number]:
+    if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.Tensor)):
+        raise TypeError(f"{op}: beta: expected a number or a tensor of one per row; got {type(beta).__name__}")
+    if not isinstance(beta, torch.Tensor):
+        check_number(op, "beta", beta)
+    return [1 - beta, beta]
+
+
+def _settings(op: str, first: torch.Tensor, weights: Sequence[Number], **named: Number) -> MixtureSettings:
+    """Packed for the rows and the device of `first`, whose own check comes later."""
+    known = isinstance(first, torch.Tensor) and first.ndim > 0
+    device, rows = (first.device, first.shape[0]) if known else (torch.device("cpu"), None)
+    return mixture_settings(weights, device=device, rows=rows, op=op, **named)
 
 
 def _wanted(op: str, names: Sequence[int | str], logprobs: Sequence[int | str] | None) -> int:

@@ -28,6 +28,7 @@ def mixture_settings(
     top_p: Number = 1.0,
     min_p: Number = 0.0,
     device: torch.device,
+    rows: int | None = None,
     op: str = "mixture_settings",
 ) -> MixtureSettings:
     """Check and pack. `weights` are one per model: (1 - beta, beta) for the policy and the reference of Nash-MD.
@@ -41,7 +42,7 @@ def mixture_settings(
     """
     named: dict[str, Number] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     named |= {f"weights[{m}]": weight for m, weight in enumerate(weights)}
-    sizes: Sizes = {}
+    sizes: Sizes = {} if rows is None else {"rows": rows}
     for name, value in named.items():
         if isinstance(value, torch.Tensor):
             check_tensor(op, name, value, ("rows",) if value.ndim else (), _DTYPES, sizes, device)
@@ -49,10 +50,9 @@ def mixture_settings(
             _check_value(op, name, value)
     filtered = any(isinstance(named[name], torch.Tensor) or named[name] != off for name, off in _OFF.items())
     if any(isinstance(value, torch.Tensor) for value in named.values()):
-        columns = [torch.as_tensor(value).expand(sizes.get("rows", 1)) if isinstance(value, torch.Tensor) else value
-                   for value in named.values()]  # fmt: skip
-        return MixtureSettings(_pack_columns(columns, sizes.get("rows", 1), device), filtered)
-    return MixtureSettings(_pack_numbers(tuple(map(float, named.values())), device), filtered)  # type: ignore[arg-type]
+        per_row = any(isinstance(value, torch.Tensor) and value.ndim for value in named.values())
+        return MixtureSettings(_pack_columns(list(named.values()), sizes["rows"] if per_row else 1, device), filtered)
+    return MixtureSettings(_pack_numbers(tuple(map(float, named.values())), device), filtered)
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
