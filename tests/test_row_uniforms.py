@@ -143,6 +143,11 @@ def test_streams_are_independent() -> None:
         ({"row_ids": torch.zeros(5, dtype=torch.int32)}, TypeError, "row_ids: expected dtype int64; got int32"),
         ({"step": torch.zeros(5, 1, dtype=torch.int64)}, ValueError, "step: expected shape"),
         ({"step": torch.tensor(1, device="meta")}, ValueError, "step: expected a tensor on cpu"),
+        (
+            {"row_ids": torch.arange(5).to_sparse()},
+            TypeError,
+            "row_ids: expected a dense tensor; got layout torch.sparse",
+        ),
         ({"stream": 256}, ValueError, r"stream: expected an integer in \[0, 255\]; got 256"),
         ({"stream": 1.5}, TypeError, "stream: expected an integer; got float"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of auto, reference"),

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from .results import ResultRow, RowKey, latest
 
+RIVALS = ("baseline", "compiled")  # kinds of rows that are not the library's
+
 
 @dataclass(frozen=True)
 class Change:
     """One row of the comparison; `ratio` is the new median over the old one."""
 
     key: RowKey
-    verdict: str  # "same", "faster", "slower", "red", "failed", "vanished", "new"
+    verdict: str  # "same", "faster", "slower", "drifted", "red", "failed", "vanished", "new"
     detail: str = ""
     old_us: float | None = None
     new_us: float | None = None
@@ -44,6 +46,9 @@ def _change(key: RowKey, old: ResultRow | None, new: ResultRow | None, fail_abov
         return Change(key, "new", "", None, new_us)
     ratio = new_us / old_us
     verdict = "slower" if ratio > fail_above else "faster" if ratio < 1 / fail_above else "same"
+    if verdict != "same" and new is not None and new.kind in RIVALS:
+        # Not our code: the machine or PyTorch changed, and the other rows of the block with it.
+        verdict = "drifted"
     return Change(key, verdict, "", old_us, new_us)
 
 

@@ -87,7 +87,8 @@ def collect(
         for name, rival in case.baselines.items()
     ]
     if case.compiled is not None and with_compile:
-        found.append(_compiled(case, case.check))
+        eager = case.baselines.get("eager")  # the compiled rival is eager again, and judged as eager is
+        found.append(_compiled(case, (eager and eager.check) or case.check))
     found += _backends(case, inputs, wanted_backends)
     if mode in PART_MODES:
         found += _parts(case, inputs)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .report import three_digits
 from .results import ResultRow, latest
 
 # Okabe and Ito's palette: told apart by colour-blind readers too. One colour an implementation, in every figure.
@@ -39,11 +41,43 @@ def _percent(row: ResultRow) -> float | None:
     return row.floor.percent if row.floor is not None else None
 
 
-def _bars(axes: Any, rows: Sequence[ResultRow], value: Callable[[ResultRow], float | None], suffix: str) -> None:
+@dataclass(frozen=True)
+class _Kind:
+    """What a figure shows."""
+
+    value: Callable[[ResultRow], float | None]
+    unit: str
+    axis_label: str
+    reference: float
+    reference_label: str
+    may_be_logarithmic: bool  # then bars grow from the reference, for a logarithmic axis has no zero to grow from
+
+
+KINDS = {
+    "speedup": _Kind(_speedup, "x", "speed-up against PyTorch eager (times as fast)", 1.0, "eager", True),
+    "floor": _Kind(_percent, " %", "percent of the floor reached (higher is better)", 100.0, "floor", False),
+}
+
+
+def _bar(axes: Any, position: float, number: float, kind: _Kind, start: float, **style: Any) -> None:
+    axes.barh(position, number - start, left=start, height=BAR, edgecolor="white", **style)
+    leftwards = number < start
+    axes.annotate(
+        f"{three_digits(number)}{kind.unit}",
+        (number, position),
+        (-4 if leftwards else 4, 0),
+        textcoords="offset points",
+        ha="right" if leftwards else "left",
+        va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},  # no line runs through a number
+    )
+
+
+def _bars(axes: Any, rows: Sequence[ResultRow], kind: _Kind, start: float) -> None:
     """One group of horizontal bars for each shape and mode, the value written at each bar's end."""
     groups: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
-        number = value(row)
+        number = kind.value(row)
         if number is not None:
             groups.setdefault(_group(row), []).append((row.key.implementation, number))
     names = list(dict.fromkeys(name for bars in groups.values() for name, _ in bars))
@@ -52,17 +86,8 @@ def _bars(axes: Any, rows: Sequence[ResultRow], value: Callable[[ResultRow], flo
     ticks = []
     for label, bars in groups.items():
         for index, (name, number) in enumerate(bars):
-            axes.barh(
-                top + index,
-                number,
-                height=BAR,
-                color=_colour(name, names),
-                edgecolor="white",
-                label=None if name in labelled else name,
-            )
-            axes.annotate(
-                f"{number:.3g}{suffix}", (number, top + index), (3, 0), textcoords="offset points", va="center"
-            )
+            legend = None if name in labelled else name
+            _bar(axes, top + index, number, kind, start, color=_colour(name, names), label=legend)
             labelled.add(name)
         ticks.append((top + (len(bars) - 1) / 2, label))
         top += len(bars) + 0.8
@@ -71,43 +96,40 @@ def _bars(axes: Any, rows: Sequence[ResultRow], value: Callable[[ResultRow], flo
     axes.tick_params(axis="y", length=0)
 
 
-def _style(axes: Any, values: Sequence[float], reference: float, reference_label: str) -> None:
+def _scale(axes: Any, lowest: float, highest: float, logarithmic: bool) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
-    lowest, highest = min([*values, reference]), max([*values, reference])
-    if highest > 20 * lowest:
-        axes.set_xscale("log")
-        axes.set_xlim(lowest / 1.6, highest * 2.2)  # room for the numbers at the bars' ends
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-    else:
+    if not logarithmic:
         axes.set_xlim(0, highest * 1.12)
-    axes.axvline(reference, color="#333333", linewidth=1.2, linestyle="--", label=reference_label)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+        return
+    room = (highest / lowest) ** 0.12  # for the numbers at the bars' ends
+    axes.set_xscale("log")
+    axes.set_xlim(lowest / room, highest * room)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
 
 
-def _figure(
-    rows: Sequence[ResultRow],
-    value: Callable[[ResultRow], float | None],
-    texts: tuple[str, str, str],  # suffix of the numbers, label of the axis, label of the reference line
-    reference: float,
-) -> Any | None:
+def _figure(rows: Sequence[ResultRow], kind: _Kind) -> Any | None:
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    shown = [row for row in rows if value(row) is not None]
-    if not shown:
+    shown = [row for row in rows if kind.value(row) is not None]
+    values = [number for row in shown if (number := kind.value(row)) is not None]
+    if not values:
         return None
-    values = [number for row in shown if (number := value(row)) is not None]
+    lowest, highest = min([*values, kind.reference]), max([*values, kind.reference])
+    logarithmic = kind.may_be_logarithmic and highest > 20 * lowest
     groups = {_group(row) for row in shown}
-    suffix, axis_label, reference_label = texts
     figure = Figure(figsize=(9.5, 1.4 + 0.3 * (len(shown) + 0.8 * len(groups))), layout="constrained")
     axes = figure.add_subplot()
-    _bars(axes, shown, value, suffix)
-    _style(axes, values, reference, reference_label)
+    _bars(axes, shown, kind, kind.reference if logarithmic else 0.0)
+    _scale(axes, lowest, highest, logarithmic)
+    axes.axvline(kind.reference, color="#333333", linewidth=1.2, linestyle="--", label=kind.reference_label)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     key, machine = rows[0].key, rows[0].run.machine
-    axes.set_xlabel(axis_label)
-    where = machine["gpu"] if key.device == "cuda" else f"{machine['cpu']}, {key.threads} threads"
+    axes.set_xlabel(kind.axis_label)
+    plural = "s" if key.threads > 1 else ""
+    where = machine["gpu"] if key.device == "cuda" else f"{machine['cpu']}, {key.threads} thread{plural}"
     axes.set_title(f"{key.case}\n{where}", loc="left", fontsize=11)
     return figure
 
@@ -118,17 +140,13 @@ def write_plots(rows: Sequence[ResultRow], folder: Path) -> list[Path]:
     blocks: dict[tuple[str, str, int], list[ResultRow]] = {}
     for row in latest(rows).values():
         blocks.setdefault((row.key.case, row.key.device, row.key.threads), []).append(row)
-    kinds = {
-        "speedup": (_speedup, ("x", "speed-up against PyTorch eager (times as fast)", "eager"), 1.0),
-        "floor": (_percent, (" %", "of the floor reached (percent, higher is better)", "floor"), 100.0),
-    }
     written = []
     for (case, device, threads), block in blocks.items():
         suffix = f"{device}{threads}" if device == "cpu" else device
-        for kind, (value, texts, reference) in kinds.items():
-            figure = _figure(block, value, texts, reference)
+        for name, kind in KINDS.items():
+            figure = _figure(block, kind)
             for extension in ("png", "svg") if figure is not None else ():
-                path = folder / f"{kind}_{case}_{suffix}.{extension}"
+                path = folder / f"{name}_{case}_{suffix}.{extension}"
                 figure.savefig(path, dpi=150)
                 written.append(path)
     return written

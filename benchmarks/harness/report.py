@@ -14,7 +14,7 @@ from .compare import Change
 from .results import ResultRow, RunFacts
 
 STATUS_STYLE = {"ok": "", "red": "bold red", "failed": "bold red"}
-VERDICT_STYLE = {"same": "", "new": "cyan", "faster": "green"}
+VERDICT_STYLE = {"same": "", "new": "cyan", "faster": "green", "drifted": "yellow"}
 
 
 def _unit(microseconds: float) -> tuple[float, str]:
@@ -54,7 +54,7 @@ def format_ratio(value: float | None) -> str:
 
 def _cells(row: ResultRow) -> list[str]:
     name = f"  {row.key.implementation}{' (auto)' if row.chosen else ''}"
-    error = "-" if row.accuracy is None else "inf" if row.accuracy.error is None else f"{row.accuracy.error:.1e}"
+    error = "-" if row.accuracy is None else "inf" if row.accuracy.error is None else f"{row.accuracy.error:.0e}"
     if row.timing is None or row.speedup is None:
         return [name, row.status.upper(), "-", "-", "-", "-", "-", error]
     return [
@@ -98,13 +98,15 @@ def reason_lines(rows: Iterable[ResultRow]) -> list[str]:
 
 
 def facts_line(facts: RunFacts, threads: int) -> str:
-    rates = facts.ceilings["matmul_flops_per_s"].items()
-    state = {True: "+changes", False: "", None: ""}[facts.dirty]
+    rates = ", ".join(
+        f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in facts.ceilings["matmul_flops_per_s"].items()
+    )
+    commit = (facts.commit or "none")[:10] + ("+changes" if facts.dirty else "")
+    plural = "s" if threads > 1 else ""
     return (
-        f"{facts.machine['gpu'] or facts.machine['cpu']}, {threads} CPU threads, torch {facts.versions['torch']}, "
-        f"commit {(facts.commit or 'none')[:10]}{state}; "
-        f"copy {facts.ceilings['copy_bytes_per_s'] / 1e9:.4g} GB/s, matmul "
-        + ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates)
+        f"{facts.machine['gpu'] or facts.machine['cpu']}, {threads} CPU thread{plural}, "
+        f"torch {facts.versions['torch']}, commit {commit}; "
+        f"copy {facts.ceilings['copy_bytes_per_s'] / 1e9:.4g} GB/s, matmul {rates}"
     )
 
 

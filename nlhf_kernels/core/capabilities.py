@@ -39,6 +39,7 @@ def _load_native(name: str) -> tuple[ModuleType | None, str]:
     return module, ""
 
 
+@cache
 def native(name: str) -> ModuleType:
     """The native module `_cpu` or `_cuda`; only backends whose `why_not` is empty ask for it."""
     module, reason = _load_native(name)

@@ -33,7 +33,7 @@ def check_tensor(
     got = value.shape
     if len(got) != len(shape):
         _raise_shape(op, name, value, shape, sizes)
-    for symbol, size in zip(shape, got, strict=True):
+    for symbol, size in zip(shape, got):  # noqa: B905  (lengths are equal; `strict` costs on every call)
         if sizes.setdefault(symbol, size) != size:
             _raise_shape(op, name, value, shape, sizes)
     if value.dtype not in dtypes:
@@ -43,7 +43,7 @@ def check_tensor(
         raise ValueError(
             f"{op}: {name}: expected a tensor on {device}, where the other arguments are; got {value.device}"
         )
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise TypeError(f"{op}: {name}: expected a dense tensor; got layout {value.layout}")
     return value
 
@@ -68,8 +68,9 @@ def check_number(
         raise TypeError(f"{op}: {name}: expected a number; got {type(value).__name__}")
     inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
     if not inside:
-        interval = f"{'(' if open_low else '['}{low}, {high}{')' if math.isinf(high) else ']'}"
-        raise ValueError(f"{op}: {name}: expected a finite number in {interval}; got {value}")
+        bounded = math.isfinite(low) or math.isfinite(high)
+        interval = f" in {'(' if open_low else '['}{low}, {high}{')' if math.isinf(high) else ']'}" if bounded else ""
+        raise ValueError(f"{op}: {name}: expected a finite number{interval}; got {value}")
     return float(value)
 
 

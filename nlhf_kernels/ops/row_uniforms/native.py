@@ -9,7 +9,7 @@ from ...core.native import cuda_stream, on_device
 
 
 def _pointers(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor) -> tuple[int, ...]:
-    return seed.data_ptr(), int(seed.ndim), row_ids.data_ptr(), step.data_ptr(), int(step.ndim)
+    return seed.data_ptr(), seed.ndim, row_ids.data_ptr(), step.data_ptr(), step.ndim
 
 
 def row_uniforms_cpu(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> torch.Tensor:

@@ -1,0 +1,155 @@
+"""mixture_sample: a token a row from the mixture of two models with three log-probabilities, against PyTorch's ways."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..harness.case import Baseline, Case, Inputs, Shape, Unavailable
+from ..harness.check import CheckContext, CheckResult, Tensors
+
+BETA = 0.3
+TIES = 1 / 500  # share of rows whose token may differ from float64's by rounding, on top of one row
+FILTERS = ("top_k", "top_p", "min_p")
+LOGPROB_ERROR = 1e-4  # absolute: float32 sums over a vocabulary, whatever the logits' dtype
+
+
+def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inputs:
+    rows, vocabulary = int(shape.sizes["rows"]), int(shape.sizes["vocabulary"])
+
+    def logits() -> torch.Tensor:
+        draw = torch.randn(rows, vocabulary, device=device, generator=generator)
+        return (3 * draw).to(shape.torch_dtype)
+
+    counter = {"seed": 11, "step": 5}
+    kwargs: dict[str, Any] = {name: torch.tensor(value).to(device) for name, value in counter.items()}
+    kwargs["row_ids"] = torch.arange(rows, device=device)
+    kwargs |= {name: shape.sizes[name] for name in FILTERS if name in shape.sizes}
+    return Inputs((logits(), logits(), BETA), kwargs)
+
+
+def truth(policy: torch.Tensor, other: torch.Tensor, beta: float, **kwargs: Any) -> Any:
+    """The library's oracle in float64, whose tests hold it against transformers and against theory."""
+    from nlhf_kernels.ops.mixture_sample import reference
+    from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
+
+    filters = {name: kwargs[name] for name in FILTERS if name in kwargs}
+    settings = mixture_settings([1 - beta, beta], device=policy.device, **filters)
+    draw = (kwargs["seed"], kwargs["row_ids"], kwargs["step"])
+    tokens, logprobs, _ = reference.mixture_sample([policy, other], *settings, None, None, *draw, 0, 0b111)
+    return tokens, *logprobs
+
+
+def draw_check(result: Tensors, expected: Tensors, context: CheckContext) -> CheckResult:
+    """The truth's tokens, but for rare ties within rounding; the log-probabilities of those that agree."""
+    tokens, *logprobs = result[:4]
+    agree = tokens == expected[0]
+    if int((~agree).sum()) > 1 + TIES * len(tokens):
+        return CheckResult(False, float("inf"), LOGPROB_ERROR)
+    errors = [(ours[agree] - true[agree].float()).abs() for ours, true in zip(logprobs, expected[1:], strict=True)]
+    error = max((float(error.max()) for error in errors if error.numel()), default=0.0)
+    return CheckResult(error <= LOGPROB_ERROR, error, LOGPROB_ERROR)
+
+
+def own_draw_check(result: Tensors, expected: Tensors, context: CheckContext) -> CheckResult:
+    """A rival with random numbers of its own: the form of its answer, and log-probabilities that can be such."""
+    tokens, *logprobs = result
+    good = tokens.shape == expected[0].shape and bool((tokens >= 0).all())
+    return CheckResult(good and all(bool((values <= 0).all()) for values in logprobs), 0.0, 0.0)
+
+
+def _filtered(scores: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """transformers' warpers, in generate()'s order."""
+    if any(name in kwargs for name in FILTERS):
+        from transformers.generation import logits_process as warpers
+
+        kinds = (warpers.TopKLogitsWarper, warpers.TopPLogitsWarper, warpers.MinPLogitsWarper)
+        for name, warper in zip(FILTERS, kinds, strict=True):
+            scores = warper(kwargs[name])(None, scores) if name in kwargs else scores
+    return scores
+
+
+def eager(policy: torch.Tensor, other: torch.Tensor, beta: float, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    """What a careful PyTorch user writes: log-softmax of both models in float32, mix, filter, sample, gather."""
+    log_pi = policy.float().log_softmax(-1)
+    log_mu = other.float().log_softmax(-1)
+    log_mix = _filtered(torch.lerp(log_pi, log_mu, beta), kwargs).log_softmax(-1)
+    tokens = torch.multinomial(log_mix.exp(), 1)
+    return tokens.squeeze(-1), *(values.gather(-1, tokens).squeeze(-1) for values in (log_pi, log_mu, log_mix))
+
+
+def geometric_mixture_wrapper(policy: torch.Tensor, other: torch.Tensor, beta: float, **kwargs: Any) -> torch.Tensor:
+    """The operations TRL's wrapper and transformers' sampling loop run for a token; no log-probabilities."""
+    mixed = torch.nn.functional.log_softmax(beta * other + (1 - beta) * policy, dim=-1)
+    scores = _filtered(mixed.to(copy=True, dtype=torch.float32), kwargs)
+    return torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+
+
+def compiled() -> Callable[..., Any]:
+    return torch.compile(eager)
+
+
+def parts(inputs: Inputs) -> Mapping[str, Callable[[], Any] | Unavailable]:
+    """FlashInfer samples one model's logits: timed on logits mixed beforehand, without log-probabilities."""
+    name = "flashinfer, pre-mixed"
+    policy, other, beta = inputs.args
+    if importlib.util.find_spec("flashinfer") is None:
+        return {name: Unavailable(("flashinfer does not import (pip install flashinfer-python)",))}
+    if policy.device.type != "cuda":
+        return {name: Unavailable((f"the tensors are on {policy.device}, flashinfer needs a GPU",))}
+    from flashinfer import sampling
+
+    mixed = torch.lerp(policy.float(), other.float(), beta)
+    if "top_k" in inputs.kwargs or "top_p" in inputs.kwargs:
+        limits = inputs.kwargs.get("top_k", mixed.shape[1]), inputs.kwargs.get("top_p", 1.0)
+        return {name: lambda: sampling.top_k_top_p_sampling_from_logits(mixed, *limits)}
+    return {name: lambda: sampling.sampling_from_logits(mixed)}
+
+
+def bytes_moved(shape: Shape, mode: str) -> float:
+    """Both models' logits, read once."""
+    return 2.0 * shape.torch_dtype.itemsize * int(shape.sizes["rows"]) * int(shape.sizes["vocabulary"])
+
+
+def flops(shape: Shape, mode: str) -> float:
+    return 0.0  # no matrix product: exponentials and additions
+
+
+def _shape(rows: int, vocabulary: int, dtype: str, device: str, **filters: float) -> Shape:
+    return Shape({"rows": rows, "vocabulary": vocabulary, **filters}, dtype, devices=(device,))
+
+
+CASE = Case(
+    name="mixture_sample",
+    op="mixture_sample",
+    shapes={
+        "tiny": [
+            Shape({"rows": 3, "vocabulary": 999}, "bfloat16"),
+            Shape({"rows": 3, "vocabulary": 999, "top_k": 20, "top_p": 0.9}, "float32"),
+        ],
+        "standard": [
+            _shape(32, 131_072, "float32", "cpu"),
+            _shape(32, 131_072, "bfloat16", "cpu"),
+            _shape(32, 131_072, "float32", "cpu", top_k=50, top_p=0.9),
+            *(_shape(rows, 128_256, "bfloat16", "cuda") for rows in (1, 16, 64)),
+            _shape(64, 151_936, "float32", "cuda"),
+            _shape(256, 151_936, "bfloat16", "cuda"),
+            _shape(64, 128_256, "bfloat16", "cuda", top_k=50, top_p=0.9),
+            _shape(64, 128_256, "bfloat16", "cuda", min_p=0.1),
+        ],
+    },
+    make=make,
+    truth=truth,
+    baselines={
+        "eager": Baseline(eager, check=own_draw_check),
+        "TRL's ops, no logps": Baseline(geometric_mixture_wrapper, check=own_draw_check),
+    },
+    compiled=compiled,
+    bytes_moved=bytes_moved,
+    flops=flops,
+    check=draw_check,
+    parts=parts,
+)
