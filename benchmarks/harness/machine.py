@@ -6,6 +6,7 @@ import importlib
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,14 @@ def versions() -> dict[str, str | None]:
         except ImportError:
             found[name] = None
     return found
+
+
+def without_paths(text: str) -> str:
+    """Messages of compilers and importers name files; results travel, so where they lay does not matter."""
+    for folder, name in ((ROOT, "."), (Path(sys.prefix), "<python>"), (Path.home(), "~")):
+        if folder != Path(folder.anchor):
+            text = text.replace(str(folder), name)
+    return text
 
 
 def _git(*arguments: str) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from .case import Case, Shape
 from .gate import Verdict, judge_all, short_reason
 from .implementations import COMPILED, collect
-from .machine import Ceilings, machine_facts, measure_ceilings, source_state, versions
+from .machine import Ceilings, machine_facts, measure_ceilings, source_state, versions, without_paths
 from .memory import METHODS, peak_bytes
 from .modes import Problem, make_problem
 from .results import Accuracy, Floor, Memory, ResultRow, RowKey, RunFacts, Speedup, finite_or_none
@@ -119,7 +119,7 @@ def _row(
         kind=verdict.implementation.kind,
         status=status,
         run=session.facts,
-        reasons=reasons,
+        reasons=tuple(map(without_paths, reasons)),
         chosen=verdict.implementation.chosen,
         accuracy=None if checked is None else Accuracy(finite_or_none(checked.error), checked.allowed),
         timing=timing,
