@@ -21,7 +21,7 @@ from benchmarks.harness.library import BACKENDS
 from benchmarks.harness.plots import write_plots
 from benchmarks.harness.report import print_comparison, print_results
 from benchmarks.harness.results import ResultRow, append_rows, read_rows
-from benchmarks.harness.runner import Job, Session, Settings, open_session, run_job, select_jobs
+from benchmarks.harness.runner import Job, RunContext, Settings, open_run, run_job, select_jobs
 
 LOG_WIDTH = 120
 BAD_STATUSES = ("red", "failed")
@@ -85,7 +85,7 @@ def print_cases(cases: Sequence[Case], console: Console) -> int:
     return 0
 
 
-def run_jobs(jobs: Sequence[Job], session: Session, out: Path | None, console: Console) -> list[ResultRow]:
+def run_jobs(jobs: Sequence[Job], context: RunContext, out: Path | None, console: Console) -> list[ResultRow]:
     """Every job's rows; each job's are written as soon as they are there, so that an interrupted run is not lost."""
     rows: list[ResultRow] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -101,7 +101,7 @@ def run_jobs(jobs: Sequence[Job], session: Session, out: Path | None, console: C
                 started += 1
                 progress.update(task, description=f"{job.case.name} {job.shape.label} {job.shape.dtype} {mode}")
 
-            new = run_job(job, session, show)
+            new = run_job(job, context, show)
             progress.update(task, advance=1)
             rows += new
             if out is not None:
@@ -125,7 +125,7 @@ def run_benchmarks(arguments: argparse.Namespace, cases: Sequence[Case], console
     try:
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
-        rows = run_jobs(jobs, open_session(settings, jobs), arguments.out, console)
+        rows = run_jobs(jobs, open_run(settings, jobs), arguments.out, console)
     finally:
         torch.set_num_threads(threads_before)
     print_results(rows, console)
@@ -142,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--fail-above: expected a ratio of at least 1, got {arguments.fail_above}")
     try:
         if arguments.compare:
-            return run_comparison(*arguments.compare, arguments.fail_above, console)
+            old, new = arguments.compare
+            return run_comparison(old, new, arguments.fail_above, console)
         if arguments.plot:
             return run_plots(arguments.plot, arguments.plot_dir, console)
     except (OSError, ValueError) as error:

@@ -70,12 +70,11 @@ def test_nothing_waits_for_the_device(backend) -> None:
     game = torch.zeros(4, 8, device="cuda"), torch.full((4, 8, 8), 0.5, device="cuda"), torch.zeros(4, 8, device="cuda")
     step_sizes = torch.full((3,), 0.1, device="cuda")
     nlhf_kernels.mirror_descent(*game, tau=0.1, step_sizes=step_sizes, backend=backend)
+    policy, other = logits_pair(4, 100, "cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         draw()
-        policy, other = logits_pair(4, 100, "cuda")
-        torch.cuda.set_sync_debug_mode("error")
         beta = torch.linspace(0, 1, 4, device="cuda")
         nlhf_kernels.mixture_sample(
             policy, other, beta, seed=1, row_ids=torch.arange(4, device="cuda"), step=2, top_p=0.8, backend=backend

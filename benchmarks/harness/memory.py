@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -56,7 +57,8 @@ def _peak_on_cpu(action: Action) -> int:
             profiler.stop()
     del result
     # The flat list of events: torch.profiler's own tables attribute allocations to operators and lose the order.
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    recorded: Any = profiler.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     on_cpu = [event for event in events if event.device_type() == torch.autograd.DeviceType.CPU]
     return peak_of_changes(event.nbytes() for event in sorted(on_cpu, key=lambda event: event.start_ns()))
 

@@ -145,7 +145,9 @@ def write_plots(rows: Sequence[ResultRow], folder: Path) -> list[Path]:
         suffix = f"{device}{threads}" if device == "cpu" else device
         for name, kind in KINDS.items():
             figure = _figure(block, kind)
-            for extension in ("png", "svg") if figure is not None else ():
+            if figure is None:
+                continue  # nothing of this kind was measured
+            for extension in ("png", "svg"):
                 path = folder / f"{name}_{case}_{suffix}.{extension}"
                 figure.savefig(path, dpi=150)
                 written.append(path)

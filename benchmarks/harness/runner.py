@@ -38,7 +38,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Session:
+class RunContext:
     """What is measured once and holds for every row of the run."""
 
     settings: Settings
@@ -58,7 +58,7 @@ def select_jobs(cases: Sequence[Case], settings: Settings) -> list[Job]:
     ]
 
 
-def open_session(settings: Settings, jobs: Sequence[Job]) -> Session:
+def open_run(settings: Settings, jobs: Sequence[Job]) -> RunContext:
     device, preset = settings.device, settings.preset
     ceilings = measure_ceilings(device, {job.shape.dtype for job in jobs}, preset)
     machine = machine_facts(device)
@@ -73,58 +73,63 @@ def open_session(settings: Settings, jobs: Sequence[Job]) -> Session:
         ceilings=asdict(ceilings),
     )
     plan = plan_for(preset, machine["last_level_cache_bytes"], device)
-    return Session(settings, plan, ceilings, facts, torch.get_num_threads())
+    return RunContext(settings, plan, ceilings, facts, torch.get_num_threads())
 
 
-def run_job(job: Job, session: Session, on_mode: Callable[[str], None] = lambda mode: None) -> list[ResultRow]:
-    """All rows of a case at a shape."""
+def run_job(job: Job, context: RunContext, on_mode: Callable[[str], None] = lambda mode: None) -> list[ResultRow]:
+    """All rows of a case at a shape. A case that breaks by itself is a failed row too: the other cases still run."""
     case, shape = job.case, job.shape
     modes = case.modes_at(shape)
-    device = session.settings.device
+    device = context.settings.device
     generator = torch.Generator(device).manual_seed(SEED)
-    problem = make_problem(case, case.make(shape, device, generator), modes, generator)
-    rows = []
-    for mode in modes:
-        on_mode(mode)
-        rows += _run_mode(job, mode, problem, session)
+    rows: list[ResultRow] = []
+    mode = modes[0]
+    try:
+        problem = make_problem(case, case.make(shape, device, generator), modes, generator)
+        for mode in modes:
+            on_mode(mode)
+            rows += _run_mode(job, mode, problem, context)
+    except Exception as error:  # out of memory in the float64 truth, say
+        key = RowKey(case.name, shape.label, shape.dtype, mode, "case", device.type, context.threads)
+        rows.append(ResultRow(key, "case", "failed", context.facts, (without_paths(short_reason(error)),)))
     return rows
 
 
-def _run_mode(job: Job, mode: str, problem: Problem, session: Session) -> list[ResultRow]:
-    settings = session.settings
+def _run_mode(job: Job, mode: str, problem: Problem, context: RunContext) -> list[ResultRow]:
+    settings = context.settings
     competitors = collect(job.case, problem.inputs, mode, settings.backends, settings.with_compile)
     verdicts = judge_all(competitors, problem, mode, job.shape.dtype)
     passed = {name: verdict for name, verdict in verdicts.items() if verdict.action is not None}
     if mode == "overhead":
         calls = {name: verdict.implementation.call(problem.inputs) for name, verdict in passed.items()}
-        timings = time_overhead(calls, settings.device, session.plan)
+        timings = time_overhead(calls, settings.device, context.plan)
     else:
         actions = {name: verdict.action for name, verdict in passed.items() if verdict.action is not None}
-        timings = time_calls(actions, settings.device, session.plan)
-    return [_row(job, mode, verdicts[name], timings, session) for name in competitors]
+        timings = time_calls(actions, settings.device, context.plan)
+    return [_row(job, mode, verdicts[name], timings, context) for name in competitors]
 
 
 def _row(
-    job: Job, mode: str, verdict: Verdict, timings: Mapping[str, Timing | Exception], session: Session
+    job: Job, mode: str, verdict: Verdict, timings: Mapping[str, Timing | Exception], context: RunContext
 ) -> ResultRow:
     name = verdict.implementation.name
-    device = session.settings.device
+    device = context.settings.device
     timing = timings.get(name)
     status, reasons = verdict.status, verdict.reasons
     if isinstance(timing, Exception):
         status, reasons, timing = "failed", (short_reason(timing),), None
     checked = verdict.checked
     return ResultRow(
-        key=RowKey(job.case.name, job.shape.label, job.shape.dtype, mode, name, device.type, session.threads),
+        key=RowKey(job.case.name, job.shape.label, job.shape.dtype, mode, name, device.type, context.threads),
         kind=verdict.implementation.kind,
         status=status,
-        run=session.facts,
+        run=context.facts,
         reasons=tuple(map(without_paths, reasons)),
         chosen=verdict.implementation.chosen,
         accuracy=None if checked is None else Accuracy(finite_or_none(checked.error), checked.allowed),
         timing=timing,
         memory=_memory(verdict, device) if timing is not None else None,
-        floor=_floor(job, mode, timing, session.ceilings) if timing is not None else None,
+        floor=_floor(job, mode, timing, context.ceilings) if timing is not None else None,
         speedup=_speedup(timing, timings) if timing is not None else None,
     )
 
