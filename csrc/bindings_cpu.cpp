@@ -5,7 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/levels.h"
-#include "mirror_descent/mirror_descent.h"
+#include "mirror_descent/mirror_descent_binding.h"
 #include "row_uniforms/row_uniforms.h"
 
 namespace py = pybind11;
@@ -25,35 +25,19 @@ void row_uniforms(std::uintptr_t seed, int64_t seed_stride, std::uintptr_t row_i
   NLHF_DISPATCH(row_uniforms, problem, threads)
 }
 
-template <typename Real>
-nlhf::MirrorDescent<Real> game_problem(std::uintptr_t log_policy, std::uintptr_t preference,
-                                       std::uintptr_t log_reference, std::uintptr_t tau, int64_t tau_stride,
-                                       std::uintptr_t step_sizes, int64_t games, int64_t actions, int64_t iterations,
-                                       bool opponent_is_mixture, std::uintptr_t out) {
-  return {pointer<const Real>(log_policy),
-          pointer<const Real>(preference),
-          pointer<const Real>(log_reference),
-          pointer<const Real>(tau),
-          tau_stride,
-          pointer<const Real>(step_sizes),
-          games,
-          actions,
-          iterations,
-          opponent_is_mixture,
-          pointer<Real>(out)};
-}
-
 void mirror_descent(bool is_double, std::uintptr_t log_policy, std::uintptr_t preference,
                     std::uintptr_t log_reference, std::uintptr_t tau, int64_t tau_stride, std::uintptr_t step_sizes,
-                    int64_t games, int64_t actions, int64_t iterations, bool opponent_is_mixture, std::uintptr_t out,
-                    int threads) {
+                    int64_t games, int64_t actions, int64_t iterations, int opponent, std::uintptr_t log_opponent,
+                    std::uintptr_t out, int threads) {
   if (is_double) {
-    const auto problem = game_problem<double>(log_policy, preference, log_reference, tau, tau_stride, step_sizes,
-                                              games, actions, iterations, opponent_is_mixture, out);
+    const auto problem =
+        nlhf::mirror_descent_problem<double>(log_policy, preference, log_reference, tau, tau_stride, step_sizes, games,
+                                             actions, iterations, opponent, log_opponent, out);
     NLHF_DISPATCH(mirror_descent_f64, problem, threads)
   } else {
-    const auto problem = game_problem<float>(log_policy, preference, log_reference, tau, tau_stride, step_sizes,
-                                             games, actions, iterations, opponent_is_mixture, out);
+    const auto problem =
+        nlhf::mirror_descent_problem<float>(log_policy, preference, log_reference, tau, tau_stride, step_sizes, games,
+                                            actions, iterations, opponent, log_opponent, out);
     NLHF_DISPATCH(mirror_descent_f32, problem, threads)
   }
 }

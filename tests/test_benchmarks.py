@@ -173,12 +173,8 @@ def test_red_gate_reports_no_speed_and_fails(run_toy, capsys) -> None:
     code, rows = run_toy({"right": right, "wrong": wrong, "absent": ("no such machine",), "crashing": crashing})
     assert code == 1
     good, bad = rows["forward", "right"], rows["forward", "wrong"]
-    assert good.status == "ok"
-    assert good.chosen
-    assert good.timing is not None
-    assert good.speedup is not None
+    assert (good.status, good.chosen) == ("ok", True)
     assert good.speedup.eager == pytest.approx(rows["forward", "eager"].timing.median_us / good.timing.median_us)
-    assert good.floor is not None
     assert good.floor.percent > 0
     assert (bad.status, bad.timing, bad.speedup, bad.floor, bad.memory) == ("red", None, None, None, None)
     assert bad.accuracy.error > bad.accuracy.allowed
@@ -257,8 +253,6 @@ def test_a_case_must_be_consistent() -> None:
         toy_case(modes=("full",))
     with pytest.raises(ValueError, match="modes: expected some of"):
         toy_case(modes=("sideways",))
-    with pytest.raises(ValueError, match="presets"):
-        toy_case(shapes={"tiny": []})
 
 
 def test_library_says_why_not() -> None:

@@ -163,7 +163,12 @@ def make_games(games: int, actions: int, iterations: int, dtype: type, tau_per_g
     return Games(*(np.ascontiguousarray(array.astype(dtype)) for array in arrays))
 
 
-def descend(emulation: Emulation, games: Games, opponent_is_mixture: bool) -> np.ndarray:
+GIVEN = 2  # enum class Opponent of mirror_descent.h; 0 and 1 are the policy and the mixture
+
+
+def descend(
+    emulation: Emulation, games: Games, opponent_is_mixture: bool, log_opponent: np.ndarray | None = None
+) -> np.ndarray:
     count, actions = games.log_policy.shape
     out = np.full(count * actions + 1, np.nan, dtype=games.log_policy.dtype)
     emulation.module.mirror_descent(
@@ -174,12 +179,26 @@ def descend(emulation: Emulation, games: Games, opponent_is_mixture: bool) -> np
         count,
         actions,
         len(games.step_sizes),
-        opponent_is_mixture,
+        GIVEN if log_opponent is not None else int(opponent_is_mixture),
+        0 if log_opponent is None else _address(log_opponent),
         _address(out),
         0,
     )
     assert math.isnan(out[-1])
     return out[:-1].reshape(count, actions)
+
+
+@pytest.mark.parametrize("actions", [7, 33, 100, 300])
+def test_mirror_descent_against_a_given_opponent(emulation: Emulation, actions: int) -> None:
+    """Twice as large logits, unnormalised: the opponent is their softmax, the same in every iteration."""
+    games = make_games(3, actions, 4, np.float64)
+    log_opponent = np.ascontiguousarray(games.log_reference * 2 + 1)
+    x = games.log_policy
+    against = np.einsum("gij,gj->gi", games.preference, np.exp(log_softmax(log_opponent)))
+    for step in games.step_sizes:
+        b = (step * games.tau)[:, None]
+        x = log_softmax((1 - b) * x + b * games.log_reference + step * against)
+    np.testing.assert_allclose(descend(emulation, games, False, log_opponent), x, rtol=0, atol=1e-12)
 
 
 def assert_descends(emulation: Emulation, games: Games, opponent_is_mixture: bool) -> None:
@@ -281,7 +300,7 @@ def test_too_many_actions_for_the_device_is_an_error(emulation: Emulation) -> No
     emulation.library.emulation_set_device(CRAMPED)
     pointers = [_address(nothing)] * 4
     with pytest.raises(RuntimeError, match=r"mirror_descent: CUDA error 1 \(invalid argument\)"):
-        emulation.module.mirror_descent(True, *pointers, 0, _address(nothing), 1, 6200, 0, False, _address(nothing), 0)
+        emulation.module.mirror_descent(True, *pointers, 0, _address(nothing), 1, 6200, 0, 0, 0, _address(nothing), 0)
 
 
 def test_build_info(emulation: Emulation) -> None:

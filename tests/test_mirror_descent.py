@@ -35,7 +35,13 @@ def _example(device: torch.device, dtype: torch.dtype, actions: int):
     return random_game(3, actions, device, dtype), {"tau": 0.5, "step_sizes": steps(4, device, dtype)}
 
 
-EXAMPLES = [partial(_example, dtype=dtype, actions=actions) for dtype in DTYPES for actions in (20, 64, 128)]
+def _against_a_given_opponent(device: torch.device):
+    game, options = _example(device, torch.float32, 20)
+    return game, {**options, "opponent": game[2] * 2}
+
+
+EXAMPLES = [_against_a_given_opponent]
+EXAMPLES += [partial(_example, dtype=dtype, actions=actions) for dtype in DTYPES for actions in (20, 64, 128)]
 
 
 @every_rival
@@ -58,6 +64,25 @@ def test_backends_match_float64(backend, dtype, opponent, games, actions, iterat
     assert_accurate(result, truth, pytorch, constant=4)
     if dtype == torch.float64:
         torch.testing.assert_close(result, truth, rtol=0, atol=1e-12)
+
+
+@every_backend
+@pytest.mark.parametrize("actions", [3, 40, 64])
+def test_a_given_opponent_stays(backend, actions) -> None:
+    """Against a fixed opponent q, the steps are affine in log pi: their closed form is a geometric series."""
+    device = device_of(backend)
+    log_policy, preference, log_reference = random_game(3, actions, device)
+    log_opponent = 2 * log_policy + 1  # unnormalised
+    tau, eta, count = 0.4, 0.5, 6
+    step_sizes = torch.full((count,), eta, device=device, dtype=torch.float64)
+    result = call(
+        "mirror_descent", backend, log_policy, preference, log_reference, tau=tau, step_sizes=step_sizes,
+        opponent=log_opponent,
+    )  # fmt: skip
+    against = (preference @ log_opponent.softmax(-1).unsqueeze(-1)).squeeze(-1)
+    kept = (1 - eta * tau) ** count
+    expected = kept * log_policy + (1 - kept) * (log_reference + against / tau)
+    torch.testing.assert_close(result, expected.log_softmax(-1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("simd_level", SIMD_LEVELS, indirect=True)
@@ -180,6 +205,7 @@ def test_the_oracle_converges_as_the_theorem_says() -> None:
         ({"tau": -1}, ValueError, "tau: expected a finite number"),
         ({"tau": "1"}, TypeError, "tau: expected a number; got str"),
         ({"tau": torch.zeros(3)}, ValueError, "tau: expected shape"),
+        ({"opponent": torch.zeros(2, 4)}, ValueError, "opponent: expected shape"),
         ({"opponent": "self"}, ValueError, "opponent: expected one of mixture, policy; got 'self'"),
     ],
 )

@@ -14,6 +14,7 @@ from .compare import Change
 from .results import ResultRow, RunFacts
 
 STATUS_STYLE = {"ok": "", "red": "bold red", "failed": "bold red"}
+NOISY = 1.5
 VERDICT_STYLE = {"same": "", "new": "cyan", "faster": "green", "drifted": "yellow"}
 
 
@@ -115,6 +116,9 @@ def print_results(rows: Sequence[ResultRow], console: Console) -> None:
         console.print(results_table(case, list(block)))
     for line in reason_lines(rows):
         console.print(line, style="dim" if line.startswith("unavailable") else "bold red", markup=False)
+    noisy = sum(row.timing is not None and row.timing.p80_us > NOISY * row.timing.p20_us for row in rows)
+    if noisy:
+        console.print(f"{noisy} rows are noisy (p80 > {NOISY} p20): was the machine busy?", style="yellow")
     if rows:
         console.print(facts_line(rows[0].run, rows[0].key.threads), style="dim", markup=False)
 

@@ -7,6 +7,8 @@
 
 namespace nlhf {
 
+enum class Opponent : int { policy = 0, mixture = 1, given = 2 };
+
 template <typename Real>
 struct MirrorDescent {
   const Real* log_policy;     // (games, actions)
@@ -18,7 +20,8 @@ struct MirrorDescent {
   int64_t games;
   int64_t actions;
   int64_t iterations;
-  bool opponent_is_mixture;  // else the opponent is the policy itself
+  Opponent opponent;
+  const Real* log_opponent;  // (games, actions) where the opponent is given, unnormalised is fine; else unused
   Real* out;                 // (games, actions), normalised log-probabilities; may not alias log_policy
 };
 

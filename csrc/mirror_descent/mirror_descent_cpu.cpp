@@ -139,7 +139,9 @@ void solve_game(const MirrorDescent<Real>& p, int64_t game, const Scratch<Real>&
   for (int64_t k = 0; k < p.iterations; ++k) {
     const Real step = p.step_sizes[k];
     mix(log_policy, log_reference, step * tau, n, mixture);
-    const Real* played = p.opponent_is_mixture ? mixture : log_policy;
+    const Real* played = p.opponent == Opponent::mixture  ? mixture
+                         : p.opponent == Opponent::policy ? log_policy
+                                                          : p.log_opponent + game * n;
     const Real top = maximum(played, n);
     const Real sum = exponentials(played, top, n, opponent);
 #pragma omp simd

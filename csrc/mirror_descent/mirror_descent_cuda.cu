@@ -126,13 +126,15 @@ __global__ void __launch_bounds__(Game::kThreads, Game::kResidentBlocks) small_g
     load_tile<Real, kLanes>(p.preference + game * actions * actions, actions, tile);
     Real log_policy = is_action ? p.log_policy[game * actions + row] : -Real(INFINITY);
     const Real log_reference = is_action ? p.log_reference[game * actions + row] : -Real(INFINITY);
+    const bool is_given = p.opponent == Opponent::given;
+    const Real log_opponent = is_given && is_action ? p.log_opponent[game * actions + row] : -Real(INFINITY);
     const Real tau = p.tau[game * p.tau_stride];
     Real next_step = p.iterations > 0 ? p.step_sizes[0] : Real(0);  // read ahead, to hide the load
     for (int64_t k = 0; k < p.iterations; ++k) {
       const Real step = next_step;
       next_step = k + 1 < p.iterations ? p.step_sizes[k + 1] : Real(0);
       const Real mixture = mix(log_policy, log_reference, step * tau);
-      const Real logit = p.opponent_is_mixture ? mixture : log_policy;
+      const Real logit = is_given ? log_opponent : p.opponent == Opponent::mixture ? mixture : log_policy;
       const Softmax<Real> opponent =
           share_softmax<Real, kLanes>(is_action ? logit : -Real(INFINITY), published[turn], weights);
       turn ^= 1;
@@ -204,7 +206,9 @@ __global__ void __launch_bounds__(kLargeThreads, 1) large_games(const MirrorDesc
       Real top = -Real(INFINITY), total = 0;
       for (int a = threadIdx.x; a < actions; a += threads) {
         const Real mixture = mix(policy[a], log_reference[a], step * tau);
-        weights[a] = p.opponent_is_mixture ? mixture : policy[a];
+        weights[a] = p.opponent == Opponent::given     ? p.log_opponent[game * actions + a]
+                     : p.opponent == Opponent::mixture ? mixture
+                                                       : policy[a];
         policy[a] = mixture;
         top = std::fmax(top, weights[a]);
       }

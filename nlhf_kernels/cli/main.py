@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, info
+from . import demo, info, sample
 
-COMMANDS = {"info": info, "demo": demo}
+COMMANDS = {"info": info, "demo": demo, "sample": sample}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -18,6 +19,8 @@ from ..core.checks import INTEGERS, Sizes, check_integer, check_number, check_op
 from ..ops import log_linear_sample, mixture_settings
 
 _OP = "generate_mixture"
+PADDING_TOLERANCE = 0.01  # what rounding may do to a logit, relative; padding that is read moves it far more
+_LEAVES_PADDING_OUT: WeakSet[torch.nn.Module] = WeakSet()  # models seen to
 LOGPROBS = ("policy", "reference", "mixture")
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # token ids (B, L), scores (B, V) -> scores
 Criterion = Callable[[torch.Tensor, Any], "torch.Tensor | bool"]  # token ids (B, L), None -> (B,) bool
@@ -172,14 +175,34 @@ class _Model:
             "use_cache": self.use_cache,
             "logits_to_keep": 1,
         }
-        if mask is not None and "attention_mask" not in self.accepted:
-            raise ValueError(f"{_OP}: attention_mask: {self.role} {type(self.model).__name__} cannot leave padding out")
         inputs = {name: self._here(value) for name, value in inputs.items() if name in self.accepted}
+        if mask is not None and self.model not in _LEAVES_PADDING_OUT:
+            self._check_padding(inputs)
         outputs = self.model(**inputs, return_dict=True)
         if self.use_cache:
             self.cache = getattr(outputs, "past_key_values", None)
         logits: torch.Tensor = outputs.logits[:, -1]
         return (logits.float() if logits.dtype == torch.float64 else logits).to(sequences.device)
+
+    def _check_padding(self, inputs: dict[str, Any]) -> None:
+        """Some recurrent models take an attention mask and read the padding all the same. Two prompts that differ only
+        in padding tell, the first time a model sees any."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        highest = ids.max()
+        other = torch.where(ids == highest, 0, highest)
+        inputs = {name: value for name, value in inputs.items() if name not in ("past_key_values", "use_cache")}
+        if "use_cache" in self.accepted:
+            inputs["use_cache"] = False
+        one, two = (
+            self.model(**{**inputs, "input_ids": prompt}, return_dict=True).logits[:, -1].float()
+            for prompt in (ids, ids if mask is None else torch.where(mask == 0, other, ids))
+        )
+        if mask is None or ((one - two).abs() > PADDING_TOLERANCE * one.abs().clamp(min=1.0)).any():
+            raise ValueError(
+                f"{_OP}: attention_mask: expected prompts of one length; got padding, which the {self.role}, "
+                f"{type(self.model).__name__}, does not leave out"
+            )
+        _LEAVES_PADDING_OUT.add(self.model)
 
     def _here(self, value: Any) -> Any:
         moves = isinstance(value, torch.Tensor) and self.device.type != "meta"  # meta: its hooks know where to
@@ -222,7 +245,7 @@ class _Sampler:
         if self.processors:
             scores = self._mixed(logits)
             for processor in self.processors:
-                scores = processor(sequences, scores)
+                scores = processor(sequences, scores).float()
             logits = [*logits, scores]
         bias = None
         if step < self.min_new_tokens:

@@ -36,7 +36,9 @@ int run_games(int64_t games, int64_t actions, int64_t iterations, bool opponent_
   const auto preference = vector(games * actions * actions), tau = vector(1), steps = vector(iterations);
   std::vector<Real> out(games * actions, Real(NAN));
   const nlhf::MirrorDescent<Real> problem{policy.data(), preference.data(), reference.data(), tau.data(), 0,
-                                          steps.data(), games, actions, iterations, opponent_is_mixture, out.data()};
+                                          steps.data(), games, actions, iterations,
+                                          opponent_is_mixture ? nlhf::Opponent::mixture : nlhf::Opponent::policy,
+                                          nullptr, out.data()};
   const int status = launch(problem);
   if (status != 0) return status;
   for (int64_t game = 0; game < games; ++game) {

@@ -9,6 +9,8 @@ import torch
 from ...core import capabilities
 from ...core.native import cuda_stream, on_device
 
+_OPPONENTS = ("policy", "mixture", "given")  # enum class Opponent of mirror_descent.h
+
 
 def _arguments(
     out: torch.Tensor,
@@ -18,6 +20,7 @@ def _arguments(
     tau: torch.Tensor,
     step_sizes: torch.Tensor,
     opponent: str,
+    log_opponent: torch.Tensor | None,
 ) -> tuple[int | bool, ...]:
     games, actions = log_policy.shape
     return (
@@ -31,7 +34,8 @@ def _arguments(
         games,
         actions,
         step_sizes.numel(),
-        opponent == "mixture",
+        _OPPONENTS.index(opponent),
+        log_opponent.data_ptr() if log_opponent is not None else 0,
         out.data_ptr(),
     )
 

@@ -66,7 +66,7 @@ def _fake(log_policy: torch.Tensor, *_: Any) -> torch.Tensor:
 _operator = torch_op.define(
     "mirror_descent",
     "(Tensor log_policy, Tensor preference, Tensor log_reference, Tensor tau, Tensor step_sizes, str opponent,"
-    " str backend) -> Tensor",
+    " Tensor? log_opponent, str backend) -> Tensor",
     _run,
     _fake,
 )
@@ -79,7 +79,7 @@ def mirror_descent(
     *,
     tau: float | torch.Tensor,  # number or (G,)
     step_sizes: torch.Tensor,  # (K,)
-    opponent: str = "mixture",
+    opponent: str | torch.Tensor = "mixture",  # or (G, A) log-probabilities
     backend: str | None = None,
 ) -> torch.Tensor:  # (G, A) log-probabilities
     """Play K steps of mirror descent in G preference games of A actions and return the last policies.
@@ -89,7 +89,8 @@ def mirror_descent(
         log pi <- (1 - eta tau) log pi + eta tau log mu + eta P(. > opponent) + const
 
     opponent "mixture" plays against the policy's geometric mixture with the reference (Nash-MD), "policy" against the
-    policy itself (online mirror descent). Not differentiable; gradients are not recorded.
+    policy itself (online mirror descent), a tensor against the policies it holds, the same in every step. Not
+    differentiable; gradients are not recorded.
     """
     op = "mirror_descent"
     sizes: Sizes = {}
@@ -100,11 +101,16 @@ def mirror_descent(
     check_tensor(op, "log_reference", log_reference, ("games", "actions"), same, sizes, device)
     check_tensor(op, "step_sizes", step_sizes, ("iterations",), same, sizes, device)
     check_not_empty(op, "log_policy", sizes, "actions")
-    check_option(op, "opponent", opponent, OPPONENTS)
+    if isinstance(opponent, torch.Tensor):
+        log_opponent = check_tensor(op, "opponent", opponent, ("games", "actions"), same, sizes, device)
+        log_opponent, opponent = log_opponent.detach().contiguous(), "given"
+    else:
+        log_opponent, opponent = None, check_option(op, "opponent", opponent, OPPONENTS)
     if isinstance(tau, torch.Tensor):
         check_tensor(op, "tau", tau, ("games",) if tau.ndim else (), same, sizes, device)
     else:
         tau = torch.full((), check_number(op, "tau", tau, 0.0), dtype=log_policy.dtype, device=device)
     inputs = (log_policy, preference, log_reference, tau, step_sizes)
-    result: torch.Tensor = _operator(*(tensor.detach().contiguous() for tensor in inputs), opponent, backend or "")
+    plain = (tensor.detach().contiguous() for tensor in inputs)
+    result: torch.Tensor = _operator(*plain, opponent, log_opponent, backend or "")
     return result

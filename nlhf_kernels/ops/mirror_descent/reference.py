@@ -12,13 +12,15 @@ def mirror_descent(
     tau: torch.Tensor,  # () or (G,)
     step_sizes: torch.Tensor,  # (K,)
     opponent: str,
+    log_opponent: torch.Tensor | None = None,  # (G, A), where the opponent is given
 ) -> torch.Tensor:
     log_policy = log_policy.log_softmax(-1)
     for step in step_sizes:
         b = (step * tau).reshape(-1, 1)  # (G, 1) or (1, 1)
         weighted = torch.where(b == 1, 0, (1 - b) * log_policy) + torch.where(b == 0, 0, b * log_reference)  # 0 * -inf
         mixture = weighted.log_softmax(-1)  # (2)
-        rival = (mixture if opponent == "mixture" else log_policy).exp()
+        played = mixture if opponent == "mixture" else log_policy if log_opponent is None else log_opponent
+        rival = played.softmax(-1)
         expected = (preference @ rival.unsqueeze(-1)).squeeze(-1)  # (G, A): P(a > rival)
         log_policy = (mixture + step * expected).log_softmax(-1)  # (1)
     return log_policy

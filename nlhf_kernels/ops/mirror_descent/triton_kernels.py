@@ -24,11 +24,12 @@ def mirror_descent_kernel(
     log_reference,  # (games, actions)
     tau,  # () or (games,)
     step_sizes,  # (iterations,)
+    log_opponent,  # (games, actions); read where OPPONENT is "given" only
     out,  # (games, actions)
     actions,
     iterations,
     tau_stride,
-    OPPONENT_IS_MIXTURE: tl.constexpr,
+    OPPONENT: tl.constexpr,  # "mixture", "policy" or "given"
     BLOCK: tl.constexpr,  # a power of two >= actions
 ):
     game = tl.program_id(0).to(tl.int64)
@@ -46,7 +47,12 @@ def mirror_descent_kernel(
         kept = tl.where(b == 1, tl.where(inside, 0.0, float("-inf")), (1 - b) * log_pi)
         pulled = tl.where(b == 0, 0.0, b * log_mu)
         mixture = tl.where(inside, kept + pulled, float("-inf"))
-        played = mixture if OPPONENT_IS_MIXTURE else log_pi
+        if OPPONENT == "given":
+            played = tl.load(log_opponent + game * actions + action, mask=inside, other=float("-inf"))
+        elif OPPONENT == "mixture":
+            played = mixture
+        else:
+            played = log_pi
         top = tl.max(played, axis=0)
         weights = tl.exp(played - top)
         rival = weights / tl.sum(weights, axis=0)
@@ -62,6 +68,7 @@ def mirror_descent(
     tau: torch.Tensor,
     step_sizes: torch.Tensor,
     opponent: str,
+    log_opponent: torch.Tensor | None,
 ) -> torch.Tensor:
     games, actions = log_policy.shape
     out = torch.empty_like(log_policy)
@@ -75,11 +82,12 @@ def mirror_descent(
                 log_reference,
                 tau,
                 step_sizes,
+                log_policy if log_opponent is None else log_opponent,
                 out,
                 actions,
                 step_sizes.numel(),
                 tau.ndim,
-                OPPONENT_IS_MIXTURE=opponent == "mixture",
+                OPPONENT=opponent,
                 BLOCK=block,
                 num_warps=max(1, warps),
             )

@@ -1,0 +1,329 @@
+"""`nlhf-kernels sample`: text from the mixture of a policy and a reference, token by token.
+
+Prints every token's log-probability under the policy, the reference and the mixture it was drawn from; green tokens
+are likelier under the policy, red ones under the reference. `--policy` alone samples plainly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..core.checks import check_integer, check_number
+
+if TYPE_CHECKING:
+    from ..integrations import MixtureGeneration
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LARGE_RATIO = 2.0  # nats between policy and reference at which a token's colour is full
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Token:
+    id: int
+    text: str
+    policy: float | None  # log-probabilities; None where there is none, or it is not finite
+    reference: float | None
+    mixture: float | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    index: int  # of the prompt's samples
+    text: str
+    tokens: list[Token]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models = parser.add_argument_group("models: folders or names on the Hugging Face hub, safetensors only")
+    models.add_argument("--policy", required=True)
+    models.add_argument("--reference", help="needs --beta; the policy's tokenizer serves both")
+    models.add_argument("--beta", type=float, help="the reference's weight: 0 the policy, 1 the reference")
+    models.add_argument("--dtype", choices=DTYPES, default="auto", help="default auto: the checkpoint's own")
+    models.add_argument("--device", help="default: cuda where there is one, else cpu")
+    models.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    prompts.add_argument("--prompts-file", type=Path, help="a prompt a line; empty lines are left out")
+    prompts.add_argument("--chat", action="store_true", help="wrap each prompt in the tokenizer's chat template")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--num-samples", type=int, default=1, help="of every prompt (default 1)")
+    sampling.add_argument("--max-new-tokens", type=int, default=64, help="(default 64)")
+    sampling.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
+    sampling.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="1 keeps all (default)")
+    sampling.add_argument("--min-p", type=float, default=0.0, help="0 keeps all (default)")
+    sampling.add_argument("--seed", type=int, default=0, help="(default 0)")
+    sampling.add_argument("--batch-size", type=int, default=16, help="rows at once; changes no sample (default 16)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        _check(arguments)
+        prompts = _prompts(arguments)
+        samples = _generate(arguments, prompts)
+    except (BadInput, ValueError, TypeError) as error:  # the checks' own errors are one line and name the argument
+        print(f"nlhf-kernels sample: error: {_first_line(error)}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(_as_json(arguments, samples))
+        return 0
+    console = Console()
+    for sample in samples:
+        _print(console, sample, arguments.num_samples)
+    return 0
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, low, high in (("num_samples", 1, 10**6), ("max_new_tokens", 1, 10**6), ("batch_size", 1, 10**6)):
+        check_integer("sample", f"--{name.replace('_', '-')}", getattr(arguments, name), low, high)
+    check_integer("sample", "--seed", arguments.seed, -(2**63), 2**63 - 1)
+    check_integer("sample", "--top-k", arguments.top_k, 0, 2**24)
+    check_number("sample", "--temperature", arguments.temperature, 0.0)
+    check_number("sample", "--top-p", arguments.top_p, 0.0, 1.0, open_low=True)
+    check_number("sample", "--min-p", arguments.min_p, 0.0, 1.0)
+    if arguments.beta is not None:
+        check_number("sample", "--beta", arguments.beta)
+    if (arguments.beta is None) is not (arguments.reference is None):
+        given, missing = ("--beta", "--reference") if arguments.reference is None else ("--reference", "--beta")
+        raise BadInput(f"sample: {missing}: expected together with {given}; got {given} alone")
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt)
+    if arguments.prompts_file is not None:
+        try:
+            lines = arguments.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"sample: --prompts-file: expected a text file; got {error}") from error
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise BadInput("sample: --prompt: expected at least one, or --prompts-file; got none")
+    return prompts
+
+
+def _generate(arguments: argparse.Namespace, prompts: list[str]) -> list[Sample]:
+    try:
+        from ..integrations import generate_mixture
+    except ImportError as error:
+        raise BadInput(f"sample: {error}") from error
+    device = _device(arguments.device)
+    tokenizer, policy, reference, width = _load(arguments, device)
+    rows = [_encode(tokenizer, prompt, arguments.chat) for prompt in prompts for _ in range(arguments.num_samples)]
+    eos, pad = _special(tokenizer, policy)
+    samples: list[Sample] = []
+    with _Bar(math.ceil(len(rows) / arguments.batch_size), arguments.max_new_tokens) as bar:
+        for start in range(0, len(rows), arguments.batch_size):
+            batch = rows[start : start + arguments.batch_size]
+            result = generate_mixture(
+                policy,
+                reference,
+                *_padded(batch, pad, device),
+                beta=arguments.beta,
+                max_new_tokens=arguments.max_new_tokens,
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                top_p=arguments.top_p,
+                min_p=arguments.min_p,
+                seed=arguments.seed,
+                row_ids=torch.arange(start, start + len(batch), device=device),  # not of the batch: its size is free
+                eos_token_id=eos,
+                pad_token_id=pad,
+                vocab_size=width,
+                streamer=bar,
+            )
+            if not result.ok.all():
+                raise BadInput("sample: expected finite logits; got NaN or infinity from the policy or the reference")
+            for row in range(len(batch)):
+                prompt, index = divmod(start + row, arguments.num_samples)
+                samples.append(_sample(tokenizer, prompts[prompt], index, result, row))
+    return samples
+
+
+class _Bar:
+    """A progress bar on stderr that is a streamer: every step of a batch puts a column of tokens."""
+
+    def __init__(self, batches: int, steps: int) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.task = self.progress.add_task("steps", total=batches * steps)
+        self.steps, self.batches_done = steps, 0
+
+    def __enter__(self) -> _Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.progress.advance(self.task)
+
+    def end(self) -> None:
+        """The steps that a batch did not need count as done."""
+        self.batches_done += 1
+        self.progress.update(self.task, completed=self.batches_done * self.steps)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build of PyTorch that is asked for CUDA
+        raise BadInput(f"sample: --device: expected a device PyTorch can use here; got {name!r}") from error
+
+
+def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Any, int | None]:
+    """The tokenizer, both models, and how many columns of their heads count (None: all)."""
+    tokenizer = _from_pretrained("AutoTokenizer", "--policy", arguments.policy, arguments.trust_remote_code)
+    models = []
+    for option, name in (("--policy", arguments.policy), ("--reference", arguments.reference)):
+        options = {"use_safetensors": True, "dtype": arguments.dtype}
+        trust = arguments.trust_remote_code
+        models.append(name and _from_pretrained("AutoModelForCausalLM", option, name, trust, **options).to(device))
+    policy, reference = models
+    if reference is None:
+        return tokenizer, policy, None, None
+    try:
+        other = _from_pretrained("AutoTokenizer", "--reference", arguments.reference, arguments.trust_remote_code)
+    except BadInput:
+        other = None  # a folder of weights alone: then only the sizes can be compared
+    if other is not None and other.get_vocab() != tokenizer.get_vocab():
+        raise BadInput(
+            f"sample: --reference: expected the policy's vocabulary, {len(tokenizer)} tokens; got another one of "
+            f"{len(other)} tokens"
+        )
+    widths = [model.get_output_embeddings().weight.shape[0] for model in models]
+    if other is not None and len(tokenizer) <= min(widths) < max(widths):
+        return tokenizer, policy, reference, min(widths)  # one vocabulary, heads padded to different sizes
+    return tokenizer, policy, reference, None
+
+
+def _from_pretrained(kind: str, option: str, name: str, trust: bool, **options: Any) -> Any:
+    import transformers
+
+    if not Path(name).expanduser().is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise BadInput(f"sample: {option}: expected a model's folder or its name on the hub; got {name!r}, no folder")
+    hub_log: Any = transformers.utils.logging
+    bars = hub_log.is_progress_bar_enabled()
+    hub_log.disable_progress_bar()
+    try:
+        return getattr(transformers, kind).from_pretrained(name, trust_remote_code=trust, **options)
+    except Exception as error:  # many kinds, from many files; the first line of each says what is wrong
+        raise BadInput(f"sample: {option}: {kind} cannot load {name!r}: {_first_line(error)}") from error
+    finally:
+        if bars:
+            hub_log.enable_progress_bar()
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if chat and not tokenizer.chat_template:
+        raise BadInput("sample: --chat: expected a tokenizer with a chat template; got one without")
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise BadInput(f"sample: --prompt: expected at least one token; got none in {prompt!r}")
+    return ids
+
+
+def _special(tokenizer: Any, policy: Any) -> tuple[list[int], int]:
+    """End-of-sequence ids, the model's and the tokenizer's, and what to pad with."""
+    ends = policy.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    return ends, ends[0] if ends else 0  # padding is masked: any id of the vocabulary will do
+
+
+def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _sample(tokenizer: Any, prompt: str, index: int, result: MixtureGeneration, row: int) -> Sample:
+    count = int(result.mask[row].sum())
+    ids = result.tokens[row, :count].tolist()
+    columns = []
+    for matrix in (result.policy_logprobs, result.reference_logprobs, result.mixture_logprobs):
+        values = [None] * count if matrix is None else matrix[row, :count].tolist()
+        columns.append([value if value is not None and math.isfinite(value) else None for value in values])
+    tokens = [Token(id, tokenizer.decode([id]), *three) for id, *three in zip(ids, *columns, strict=True)]
+    return Sample(prompt, index, tokenizer.decode(ids, skip_special_tokens=True), tokens)
+
+
+def _as_json(arguments: argparse.Namespace, samples: list[Sample]) -> str:
+    names = ("policy", "reference", "beta", "temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens")
+    document: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    document["samples"] = [{**vars(sample), "tokens": [vars(token) for token in sample.tokens]} for sample in samples]
+    return json.dumps(document, indent=2, allow_nan=False)
+
+
+def _print(console: Console, sample: Sample, samples: int) -> None:
+    number = f" (sample {sample.index + 1} of {samples})" if samples > 1 else ""
+    text = Text(_printable(sample.prompt), style="bold")
+    for token in sample.tokens:
+        text.append(_printable(token.text), style=_style(token))
+    console.print(text)
+    mixed = any(token.reference is not None for token in sample.tokens)
+    table = Table(title=f"log-probabilities{number}", title_justify="left")
+    for column in ("token", "id", "policy", *(("reference", "policy - reference", "mixture") if mixed else ("drawn",))):
+        table.add_column(column, justify="left" if column == "token" else "right")
+    for token in sample.tokens:
+        cells: list[Text | str] = [
+            Text(_printable(token.text).replace("\n", "\\n"), style=_style(token)),
+            str(token.id),
+        ]
+        cells.append(_number(token.policy))
+        if mixed:
+            cells += [_number(token.reference), _number(_ratio(token))]
+        table.add_row(*cells, _number(token.mixture))
+    console.print(table)
+
+
+def _ratio(token: Token) -> float | None:
+    return None if token.policy is None or token.reference is None else token.policy - token.reference
+
+
+def _style(token: Token) -> str:
+    """From grey to green where the policy likes the token better, to red where the reference does."""
+    ratio = _ratio(token)
+    if ratio is None:
+        return ""
+    strength = round(120 * min(abs(ratio) / LARGE_RATIO, 1.0))
+    faded = 135 - strength
+    return f"rgb({faded},{135 + strength},{faded})" if ratio > 0 else f"rgb({135 + strength},{faded},{faded})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _printable(text: str) -> str:
+    """A model may emit escape sequences; the terminal must not obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,51 @@
+"""Causal language models of two layers and random weights, of many architectures; made in milliseconds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import transformers
+
+VOCABULARY = 97
+_SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 128}
+
+
+def _config(name: str, **options: object) -> Callable[[int], transformers.PretrainedConfig]:
+    return lambda hidden: getattr(transformers, name)(
+        vocab_size=VOCABULARY, hidden_size=hidden, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options
+    )
+
+
+#: Each has its own way with positions, masks or caches.
+ARCHITECTURES = {
+    "gpt2": _config("GPT2Config", n_layer=2, n_head=4, n_positions=128),  # absolute positions
+    "opt": _config("OPTConfig", num_hidden_layers=2, num_attention_heads=4, ffn_dim=40, max_position_embeddings=128),
+    "bloom": _config("BloomConfig", n_layer=2, n_head=4),  # ALiBi; takes no position ids
+    "gpt_neox": _config("GPTNeoXConfig", **_SHAPE),  # rotary on a part of the head
+    "llama": _config("LlamaConfig", **_SHAPE, num_key_value_heads=2),
+    "qwen2": _config("Qwen2Config", **_SHAPE, num_key_value_heads=2),
+    "mistral": _config("MistralConfig", **_SHAPE, num_key_value_heads=2, sliding_window=4),  # the cache drops tokens
+    "gemma2": _config("Gemma2Config", **_SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=4),  # soft caps
+    "mamba": _config("MambaConfig", num_hidden_layers=2, state_size=4),  # no key/value cache
+}
+
+
+def tiny_model(architecture: str = "gpt2", seed: int = 0, hidden: int = 32) -> torch.nn.Module:
+    """Weights large enough that the next token depends on all that came before it."""
+    config = ARCHITECTURES[architecture](hidden)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "A_log" not in name:
+                torch.nn.init.normal_(parameter, std=0.4 if "embed" in name or "wte" in name else 0.25)
+    return model.eval()
+
+
+@torch.no_grad()
+def teacher_forced(model: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (T, V), float64, of what follows each prefix: one forward pass, no padding and no cache."""
+    logits = copy.deepcopy(model).double().eval()(torch.cat([prompt, tokens])[None], use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
