@@ -12,21 +12,27 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..core.checks import check_integer, check_number
 from ..core.registry import explain
 from ..ops import mirror_descent
-from ..tabular import cyclic_game, exploitability, random_games
+from ..tabular import PreferenceGame, cyclic_game, exploitability, plots, random_games, solve
 
 REPORTS = 12  # times each algorithm is measured on its way
-CONSTANT_STEP = 1.0  # converges on random games, circles for ever on rock-paper-scissors
+#: Name -> algorithm and options. The step 1 converges on random games and circles for ever on rock-paper-scissors.
+CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Nash-MD, steps 2/(tau(t+2))": ("nash-md", {}),
+    "Nash-MD, step 1": ("nash-md", {"step": 1.0}),
+    "self-play, step 1": ("omd", {"step": 1.0}),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     curves = {}
     with _progress(console) as progress:
         for title, preference in suites.items():
-            curves[title] = _play(title, preference.to(device), tau, arguments.steps, progress)
+            reference = torch.linspace(2, 0, preference.shape[-1], dtype=preference.dtype, device=device).softmax(-1)
+            game = PreferenceGame(preference.to(device), reference, tau)
+            curves[title] = _play(title, game, arguments.steps, progress)
     for title, curve in curves.items():
         console.print(_curve_table(title, curve))
     console.print(_figure_line(curves, tau, arguments.out))
@@ -65,39 +73,22 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _schedules(steps: int, tau: float, like: torch.Tensor) -> dict[str, tuple[torch.Tensor, str]]:
-    """Algorithm -> its step sizes and whom it plays."""
-    decreasing = 2 / (tau * (torch.arange(steps, dtype=like.dtype, device=like.device) + 2))
-    constant = torch.full_like(decreasing, CONSTANT_STEP)
-    return {
-        "Nash-MD, steps 2/(tau(t+2))": (decreasing, "mixture"),
-        f"Nash-MD, step {CONSTANT_STEP:g}": (constant, "mixture"),
-        f"self-play, step {CONSTANT_STEP:g}": (constant, "policy"),
-    }
-
-
-def _play(
-    title: str, preference: torch.Tensor, tau: float, steps: int, progress: Progress
-) -> dict[str, dict[int, float]]:
+def _play(title: str, game: PreferenceGame, steps: int, progress: Progress) -> dict[str, dict[int, float]]:
     """Exploitability, averaged over the games, along the way of every algorithm."""
-    games, actions, _ = preference.shape
-    ramp = torch.linspace(0, 2, actions, dtype=preference.dtype, device=preference.device).expand(games, -1)
-    log_reference, start = (-ramp).log_softmax(-1), ramp.log_softmax(-1)  # a reference that prefers the first actions
     marks = sorted({max(1, round(steps ** (i / (REPORTS - 1)))) for i in range(REPORTS)})
+    start = torch.linspace(0, 2, game.actions).to(game.preference).expand(game.log_reference.shape)
     curves = {}
-    for name, (step_sizes, opponent) in _schedules(steps, tau, preference).items():
+    for name, (algorithm, options) in CONTENDERS.items():
         task = progress.add_task(f"{title}: {name}", total=steps)
-        log_policy, done, curve = start, 0, {}
-        for mark in marks:
-            log_policy = mirror_descent(
-                log_policy, preference, log_reference, tau=tau, step_sizes=step_sizes[done:mark], opponent=opponent
-            )
-            gap = exploitability(log_policy, preference, log_reference, tau)
-            curve[mark] = max(0.0, gap.mean().item())  # rounding may leave -1e-17
-            progress.update(task, completed=mark)
-            done = mark
-        curves[name] = curve
+        report = partial(_report, progress, task)
+        solution = solve(game, algorithm, marks=marks, start=start, on_mark=report, **options)
+        gaps = exploitability(solution.trajectory, game).mean(-1)
+        curves[name] = dict(zip(marks, gaps.clamp(min=0).tolist(), strict=True))  # rounding may leave -1e-17
     return curves
+
+
+def _report(progress: Progress, task: TaskID, mark: int) -> None:
+    progress.update(task, completed=mark)
 
 
 def _curve_table(title: str, curves: dict[str, dict[int, float]]) -> Table:
@@ -112,19 +103,15 @@ def _curve_table(title: str, curves: dict[str, dict[int, float]]) -> Table:
 
 def _figure_line(curves: dict[str, dict[str, dict[int, float]]], tau: float, folder: Path) -> str:
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "No figure: matplotlib is not installed (pip install matplotlib)."
-    figure = Figure(figsize=(5.5 * len(curves), 4), layout="constrained")
+        figure = plots.new_figure(5.5 * len(curves), 4)
+    except ImportError as error:
+        return f"No figure: {error}"
     for axes, (title, suite) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        for (name, curve), style in zip(suite.items(), ("-", "--", ":"), strict=True):
-            axes.loglog(list(curve), [max(value, 1e-16) for value in curve.values()], style, label=name, linewidth=2)
-        axes.set(title=title, xlabel="step t", ylabel=f"exploitability (tau = {tau:g})")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    folder.mkdir(parents=True, exist_ok=True)
+        ways = {name: (list(curve), list(curve.values())) for name, curve in suite.items()}
+        plots.plot_curves(axes, ways, f"exploitability (tau = {tau:g})")
+        axes.set_title(title)
     path = folder / "exploitability.png"
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path)
     return f"Figure: {path}"
 
 

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, info, sample
+from . import demo, info, sample, tabular
 
-COMMANDS = {"info": info, "demo": demo, "sample": sample}
+COMMANDS = {"info": info, "demo": demo, "tabular": tabular, "sample": sample}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

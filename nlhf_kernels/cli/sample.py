@@ -197,7 +197,7 @@ def _device(name: str | None) -> torch.device:
 
 def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Any, int | None]:
     """The tokenizer, both models, and how many columns of their heads count (None: all)."""
-    tokenizer = _from_pretrained("AutoTokenizer", "--policy", arguments.policy, arguments.trust_remote_code)
+    tokenizer = _tokenizer("--policy", arguments.policy, arguments.trust_remote_code)
     models = []
     for option, name in (("--policy", arguments.policy), ("--reference", arguments.reference)):
         options = {"use_safetensors": True, "dtype": arguments.dtype}
@@ -207,18 +207,34 @@ def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any
     if reference is None:
         return tokenizer, policy, None, None
     try:
-        other = _from_pretrained("AutoTokenizer", "--reference", arguments.reference, arguments.trust_remote_code)
+        other = _tokenizer("--reference", arguments.reference, arguments.trust_remote_code)
     except BadInput:
         other = None  # a folder of weights alone: then only the sizes can be compared
-    if other is not None and other.get_vocab() != tokenizer.get_vocab():
-        raise BadInput(
-            f"sample: --reference: expected the policy's vocabulary, {len(tokenizer)} tokens; got another one of "
-            f"{len(other)} tokens"
-        )
+    if other is not None:
+        _check_same_tokens(tokenizer, other)
     widths = [model.get_output_embeddings().weight.shape[0] for model in models]
     if other is not None and len(tokenizer) <= min(widths) < max(widths):
         return tokenizer, policy, reference, min(widths)  # one vocabulary, heads padded to different sizes
     return tokenizer, policy, reference, None
+
+
+def _tokenizer(option: str, name: str, trust: bool) -> Any:
+    """transformers makes an empty tokenizer for some folders that have none; so the files are looked for first."""
+    folder = Path(name)
+    if folder.is_dir() and not any(any(folder.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model")):
+        raise BadInput(f"sample: {option}: expected tokenizer files; got a folder without, {name!r}")
+    return _from_pretrained("AutoTokenizer", option, name, trust)
+
+
+def _check_same_tokens(tokenizer: Any, other: Any) -> None:
+    """What both know must be the same; one may have more, a padding token say."""
+    ours, theirs = ({id: token for token, id in known.get_vocab().items()} for known in (tokenizer, other))
+    for id in sorted(ours.keys() & theirs.keys()):
+        if ours[id] != theirs[id]:
+            raise BadInput(
+                f"sample: --reference: expected the policy's vocabulary, {len(ours)} tokens; got another one, "
+                f"{len(theirs)} tokens: token {id} is {theirs[id]!r}, the policy's {ours[id]!r}"
+            )
 
 
 def _from_pretrained(kind: str, option: str, name: str, trust: bool, **options: Any) -> Any:

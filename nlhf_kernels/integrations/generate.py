@@ -50,7 +50,7 @@ _REFUSED = {
     "prefill_chunk_size": "both prompts are read in one piece",
 }
 #: Model inputs that generate() prepares and both models have of their own.
-_PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_PREPARED = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep"}
 
 
 @dataclass

@@ -1,6 +1,39 @@
-"""Tabular NLHF: preference games small enough to write down, and how far a policy is from their equilibrium."""
+"""Tabular NLHF: preference games small enough to write down, the algorithms that solve them, and who converges."""
 
-from .games import cyclic_game, dice_game, random_games
-from .measures import exploitability, kl_divergence
+from .baselines import bradley_terry_fit, dpo, ipo, rlhf
+from .game import PreferenceGame
+from .games import (
+    bradley_terry_game,
+    cyclic_game,
+    dice_game,
+    diversity_game,
+    game_from_counts,
+    low_rank_game,
+    random_games,
+)
+from .measures import best_response, exploitability, kl_divergence, span, win_rates
+from .solvers import ALGORITHMS, Solution, equilibrium, solve
 
-__all__ = ["cyclic_game", "dice_game", "exploitability", "kl_divergence", "random_games"]
+__all__ = [
+    "ALGORITHMS",
+    "PreferenceGame",
+    "Solution",
+    "best_response",
+    "bradley_terry_fit",
+    "bradley_terry_game",
+    "cyclic_game",
+    "dice_game",
+    "diversity_game",
+    "dpo",
+    "equilibrium",
+    "exploitability",
+    "game_from_counts",
+    "ipo",
+    "kl_divergence",
+    "low_rank_game",
+    "random_games",
+    "rlhf",
+    "solve",
+    "span",
+    "win_rates",
+]

@@ -1,4 +1,4 @@
-"""Preference matrices, (G, A, A), [g, a, b] = P(a > b), P + P^T = 1. They may be cyclic: that is the point."""
+"""Preference matrices, (..., A, A) with [a, b] = P(a > b), P + P^T = 1. They may be cyclic: that is the point."""
 
 from __future__ import annotations
 
@@ -6,20 +6,70 @@ import torch
 
 
 def random_games(games: int, actions: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Independent games, the lower triangle uniform in [0, 1]."""
+    """Independent games (G, A, A), the lower triangle uniform in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     lower = torch.rand(games, actions, actions, generator=generator, dtype=dtype).tril(-1)
     upper = (1 - lower.mT).triu(1)
     return lower + upper + 0.5 * torch.eye(actions, dtype=dtype)
 
 
-def cyclic_game(win: float = 1.0, *, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Rock, paper, scissors where the winner wins with probability `win`: each action beats the next."""
+def bradley_terry_game(rewards: torch.Tensor) -> torch.Tensor:
+    """P(a > b) = sigmoid(r_a - r_b) from rewards (..., A): the preferences that a reward model can express."""
+    return torch.sigmoid(rewards.unsqueeze(-1) - rewards.unsqueeze(-2))
+
+
+def low_rank_game(embeddings: torch.Tensor) -> torch.Tensor:
+    """General preferences of even rank: P(a > b) = sigmoid(x_a^T J x_b), embeddings (..., A, 2 R), J skew-symmetric.
+
+    Each pair of coordinates is a plane in which preference goes round; Bradley-Terry is the case where all but one
+    coordinate is constant.
+    """
+    if embeddings.shape[-1] % 2:
+        raise ValueError(f"low_rank_game: embeddings: expected an even last dimension; got {embeddings.shape[-1]}")
+    first, second = embeddings[..., 0::2], embeddings[..., 1::2]
+    product = first @ second.mT
+    return torch.sigmoid(product - product.mT)
+
+
+def cyclic_game(win: float = 1.0, *, actions: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Rock, paper, scissors (1, A, A): each action beats, with probability `win`, the half of the others after it."""
     if not 0.5 <= win <= 1:
         raise ValueError(f"cyclic_game: win: expected a probability in [0.5, 1]; got {win}")
-    return torch.tensor([[[0.5, win, 1 - win], [1 - win, 0.5, win], [win, 1 - win, 0.5]]], dtype=dtype)
+    if actions < 3 or actions % 2 == 0:
+        raise ValueError(f"cyclic_game: actions: expected an odd number from 3; got {actions}")
+    ahead = (torch.arange(actions)[None, :] - torch.arange(actions)[:, None]) % actions  # how far b comes after a
+    wins = torch.where(ahead <= actions // 2, win, 1 - win).to(dtype)
+    return wins.fill_diagonal_(0.5).unsqueeze(0)
 
 
 def dice_game(*, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Three fair dice, {2, 4, 9}, {1, 6, 8} and {3, 5, 7}: each beats the next with probability 5/9."""
     return cyclic_game(5 / 9, dtype=dtype)
+
+
+def diversity_game(epsilon: float = 0.0, *, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Three actions whose Nash equilibrium, without regularisation, is (1/3 + e/2, 1/3 + e/2, 1/3 - e).
+
+    It moves smoothly with e, while the best action under a Bradley-Terry fit jumps between the first and the second as
+    e changes sign: preference keeps a diversity that a reward throws away.
+    """
+    if not abs(epsilon) <= 1 / 3:
+        raise ValueError(f"diversity_game: epsilon: expected a number in [-1/3, 1/3]; got {epsilon}")
+    second, third, third_second = 2 / 3 - epsilon / 2, 1 / 3 - epsilon / 4, 2 / 3 + epsilon / 4
+    rows = [[0.5, 1 - second, 1 - third], [second, 0.5, 1 - third_second], [third, third_second, 0.5]]
+    return torch.tensor([rows], dtype=dtype)
+
+
+def game_from_counts(wins: torch.Tensor, smoothing: float = 1.0) -> torch.Tensor:
+    """From a table of human comparisons: wins[..., a, b] times a was preferred to b.
+
+    `smoothing` comparisons of each pair are added, half of them won: pairs never compared come out at 1/2.
+    """
+    wins = wins.to(torch.float64)
+    if wins.ndim < 2 or wins.shape[-1] != wins.shape[-2]:
+        raise ValueError(f"game_from_counts: wins: expected shape (..., A, A); got {tuple(wins.shape)}")
+    if not (wins >= 0).all() or not smoothing > 0:
+        raise ValueError(f"game_from_counts: expected counts of at least 0 and smoothing above 0; got {smoothing}")
+    preference = (wins + smoothing / 2) / (wins + wins.mT + smoothing)
+    preference.diagonal(dim1=-2, dim2=-1).fill_(0.5)
+    return preference

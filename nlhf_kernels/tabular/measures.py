@@ -1,29 +1,41 @@
-"""How far a policy is from the regularised Nash equilibrium pi*_tau of its game.
-
-P_tau(p > q) = p^T P q - tau KL(p, mu) + tau KL(q, mu) has one equilibrium; all policies here are log-probabilities
-(G, A), all results float64 where the inputs are.
-"""
+"""How far a policy is from the regularised Nash equilibrium pi*_tau of its game. Policies are log-probabilities."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from .game import PreferenceGame
 
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p, q) of each game, (G,). An action of probability 0 under p adds nothing."""
+    """KL(p, q) of each game, (...,). An action of probability 0 under p adds nothing."""
     terms = log_p.exp() * (log_p - log_q)
     return torch.where(log_p == -torch.inf, 0.0, terms).sum(-1)
 
 
-def exploitability(
-    log_policy: torch.Tensor, preference: torch.Tensor, log_reference: torch.Tensor, tau: float
-) -> torch.Tensor:
-    """max over p of P_tau(p > pi), minus 1/2: zero at the equilibrium only, (G,).
+def best_response(log_policy: torch.Tensor, game: PreferenceGame) -> torch.Tensor:
+    """argmax over p of P_tau(p > policy): log p = log reference + P(. > policy) / tau + const."""
+    return (game.log_reference + game.expected(log_policy) / game.tau).log_softmax(-1)
 
-    The best response is log p = log mu + P pi / tau + const, and its value tau log sum_a mu(a) exp(P(a > pi) / tau).
+
+def exploitability(log_policy: torch.Tensor, game: PreferenceGame) -> torch.Tensor:
+    """max over p of P_tau(p > policy), minus 1/2: zero at the equilibrium only, (...,).
+
+    The best response's value is tau log sum_a reference(a) exp(P(a > policy) / tau).
     """
-    if not tau > 0:
-        raise ValueError(f"exploitability: tau: expected a number above 0; got {tau}")
-    expected = (preference @ log_policy.exp().unsqueeze(-1)).squeeze(-1)
-    best = tau * torch.logsumexp(log_reference + expected / tau, -1)
-    return best + tau * kl_divergence(log_policy, log_reference) - 0.5
+    best = game.tau * torch.logsumexp(game.log_reference + game.expected(log_policy) / game.tau, -1)
+    return best + game.tau * kl_divergence(log_policy, game.log_reference) - 0.5
+
+
+def span(log_policy: torch.Tensor) -> torch.Tensor:
+    """Largest minus smallest log-probability: what the theorems' bounds on the log-ratios speak of."""
+    return log_policy.max(-1).values - log_policy.min(-1).values
+
+
+def win_rates(log_policies: Sequence[torch.Tensor], game: PreferenceGame) -> torch.Tensor:
+    """(N, N, ...): how often policy i is preferred to policy j, without regularisation."""
+    policies = [log_policy.exp() for log_policy in log_policies]
+    rows = [torch.stack([(p * game.expected(q.log())).sum(-1) for q in policies]) for p in policies]
+    return torch.stack(rows)

@@ -49,3 +49,18 @@ def teacher_forced(model: torch.nn.Module, prompt: torch.Tensor, tokens: torch.T
     """Log-probabilities (T, V), float64, of what follows each prefix: one forward pass, no padding and no cache."""
     logits = copy.deepcopy(model).double().eval()(torch.cat([prompt, tokens])[None], use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def tiny_tokenizer(chat: bool = False, first: str = " ") -> transformers.PreTrainedTokenizerFast:
+    """A token a character: the 94 from `first` (space to }) at the ids from 3 on."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {chr(ord(first) - 3 + id): id for id in range(3, VOCABULARY)}
+    fast = Tokenizer(models.BPE(vocabulary, merges=[]))
+    fast.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    if chat:
+        tokenizer.chat_template = "<bos>{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    return tokenizer

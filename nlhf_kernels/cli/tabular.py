@@ -1,0 +1,196 @@
+"""`nlhf-kernels tabular`: solve a preference game and show who converges.
+
+Prints how far each algorithm ends from the regularised Nash equilibrium and draws its way there. The game is one of
+the built-in ones or a preference matrix from a CSV, JSON or npy file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .. import tabular
+from ..tabular import plots
+from ..tabular.files import read_preference
+
+GAMES = {
+    "dice": lambda seed: tabular.dice_game()[0],
+    "cyclic": lambda seed: tabular.cyclic_game()[0],
+    "diversity": lambda seed: tabular.diversity_game(0.1)[0],
+    "random": lambda seed: tabular.random_games(1, 10, seed=seed)[0],
+}
+DEFAULT_ALGORITHMS = "nash-md,omd,ema,nash-mp"
+MARKS = 200  # points recorded along the way, evenly spaced on a logarithmic axis
+FIRST = 200  # and every one of the first steps, for a smooth path on the simplex
+
+
+class Outcome(NamedTuple):
+    solution: tabular.Solution
+    kl: list[float]
+    exploitability: list[float]
+    seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--game", choices=GAMES, default="dice", help="a built-in game (default dice)")
+    source.add_argument("--file", type=Path, help="preference matrix: .csv, .json or .npy, P[a][b] = P(a > b)")
+    parser.add_argument("--reference", help="comma-separated probabilities (default uniform)")
+    parser.add_argument("--start", help="comma-separated probabilities to start from (default: leaning to the first)")
+    parser.add_argument(
+        "--algorithms",
+        default=DEFAULT_ALGORITHMS,
+        help=f"of {', '.join(tabular.ALGORITHMS)} (default {DEFAULT_ALGORITHMS})",
+    )
+    parser.add_argument("--tau", type=float, default=0.1, help="strength of the pull to the reference (default 0.1)")
+    parser.add_argument("--steps", type=int, default=10_000, help="steps of every algorithm (default 10000)")
+    parser.add_argument("--step-size", type=float, help="constant step of nash-md, omd, ema (default: each its own)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random game")
+    parser.add_argument("--plot", type=Path, help="write a figure here (.png, .svg, .pdf)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    console = Console(stderr=arguments.json)
+    try:
+        game, names = _game(arguments)
+        algorithms = _algorithms(arguments.algorithms)
+        star = tabular.equilibrium(game)
+        outcomes = _play(game, star, algorithms, arguments, console)
+    except (ValueError, RuntimeError) as error:
+        print(f"nlhf-kernels tabular: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps(_as_json(names, star, outcomes), indent=2))
+    else:
+        console.print(_table(names, star, outcomes))
+    if arguments.plot:
+        _draw(game, names, star, outcomes, arguments.plot)
+        console.print(f"Figure: {arguments.plot}")
+    return 0
+
+
+def _game(arguments: argparse.Namespace) -> tuple[tabular.PreferenceGame, list[str]]:
+    if arguments.file is not None:
+        preference, names = read_preference(arguments.file)
+    else:
+        preference = GAMES[arguments.game](arguments.seed)
+        names = [str(action) for action in range(len(preference))]
+    reference = _probabilities("--reference", arguments.reference, len(names))
+    return tabular.PreferenceGame(preference, reference, tau=arguments.tau), names
+
+
+def _probabilities(option: str, text: str | None, actions: int) -> torch.Tensor | None:
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option}: expected numbers separated by commas; got {text!r}") from None
+    if len(values) != actions or min(values) <= 0:
+        raise ValueError(f"{option}: expected {actions} probabilities above 0; got {text!r}")
+    return torch.tensor(values, dtype=torch.float64) / sum(values)
+
+
+def _algorithms(text: str) -> list[str]:
+    chosen = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in tabular.ALGORITHMS]
+    if unknown or not chosen:
+        raise ValueError(f"--algorithms: expected some of {', '.join(tabular.ALGORITHMS)}; got {text!r}")
+    return chosen
+
+
+def _play(
+    game: tabular.PreferenceGame,
+    star: torch.Tensor,
+    algorithms: list[str],
+    arguments: argparse.Namespace,
+    console: Console,
+) -> dict[str, Outcome]:
+    steps = arguments.steps
+    if steps < 1:
+        raise ValueError(f"--steps: expected at least 1; got {steps}")
+    marks = sorted(
+        {max(1, round(steps ** (i / (MARKS - 1)))) for i in range(MARKS)} | {*range(1, min(steps, FIRST) + 1)}
+    )
+    start = _probabilities("--start", arguments.start, game.actions)
+    if start is None:
+        start = torch.linspace(2, 0, game.actions, dtype=torch.float64).softmax(-1)
+    outcomes = {}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        for name in algorithms:
+            task = progress.add_task(name, total=steps)
+            constant = name in ("nash-md", "omd", "ema") and arguments.step_size is not None
+            options = {"step": arguments.step_size} if constant else {}
+            began = time.perf_counter()
+            report = partial(_report, progress, task)
+            solution = tabular.solve(game, name, marks=marks, start=start.log(), on_mark=report, **options)
+            seconds = time.perf_counter() - began
+            kl = tabular.kl_divergence(star.expand_as(solution.trajectory), solution.trajectory)
+            gap = tabular.exploitability(solution.trajectory, game)
+            outcomes[name] = Outcome(solution, kl.clamp(min=0).tolist(), gap.clamp(min=0).tolist(), seconds)
+    return outcomes
+
+
+def _report(progress: Progress, task: TaskID, mark: int) -> None:
+    progress.update(task, completed=mark)
+
+
+def _table(names: list[str], star: torch.Tensor, outcomes: dict[str, Outcome]) -> Table:
+    table = Table(title=f"Equilibrium: {_policy(names, star)}", title_justify="left")
+    for column in ("algorithm", "KL to equilibrium", "exploitability", "seconds"):
+        table.add_column(column, justify="left" if column == "algorithm" else "right")
+    table.add_column("last policy", overflow="fold")
+    for name, outcome in outcomes.items():
+        figures = f"{outcome.kl[-1]:.2e}", f"{outcome.exploitability[-1]:.2e}", f"{outcome.seconds:.2f}"
+        table.add_row(name, *figures, _policy(names, outcome.solution.log_policy))
+    return table
+
+
+def _policy(names: list[str], log_policy: torch.Tensor) -> str:
+    shown = sorted(zip(log_policy.exp().tolist(), names, strict=True), reverse=True)[:5]
+    return "  ".join(f"{name}: {probability:.4f}" for probability, name in shown) + ("  ..." if len(names) > 5 else "")
+
+
+def _as_json(names: list[str], star: torch.Tensor, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    return {
+        "actions": names,
+        "equilibrium": star.exp().tolist(),
+        "algorithms": {
+            name: {
+                "policy": outcome.solution.log_policy.exp().tolist(),
+                "steps": list(outcome.solution.marks),
+                "kl": outcome.kl,
+                "exploitability": outcome.exploitability,
+                "seconds": outcome.seconds,
+            }
+            for name, outcome in outcomes.items()
+        },
+    }
+
+
+def _draw(
+    game: tabular.PreferenceGame, names: list[str], star: torch.Tensor, outcomes: dict[str, Outcome], path: Path
+) -> None:
+    on_simplex = game.actions == 3
+    figure = plots.new_figure(11 if on_simplex else 6, 4.5)
+    axes = figure.subplots(1, 2 if on_simplex else 1, squeeze=False)[0]
+    marks = next(iter(outcomes.values())).solution.marks
+    bound = marks, [8 / (game.tau**2 * (mark + 1)) for mark in marks]
+    curves = {name: (outcome.solution.marks, outcome.kl) for name, outcome in outcomes.items()}
+    plots.plot_curves(axes[0], curves, "KL(equilibrium, policy)", bound if "nash-md" in outcomes else None)
+    if on_simplex:
+        paths = {name: outcome.solution.trajectory[:FIRST].exp() for name, outcome in outcomes.items()}
+        plots.plot_simplex(axes[1], paths, star.exp(), names)
+    plots.save(figure, path)

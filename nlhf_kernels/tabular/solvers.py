@@ -1,0 +1,196 @@
+"""Algorithms that look for the regularised Nash equilibrium, each a few lines over one fused step, `mirror_descent`.
+
+An algorithm yields its policies at the asked-for marks (numbers of steps), so that `solve` can record, show progress
+and stop; what happens between two marks is one launch wherever the algorithm allows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from ..ops import mirror_descent
+from .game import PreferenceGame
+
+Policies = Iterator[torch.Tensor]  # (G, A) log-probabilities, one per mark
+
+
+class Solution(NamedTuple):
+    log_policy: torch.Tensor  # (..., A), after the last step
+    marks: tuple[int, ...]
+    trajectory: torch.Tensor  # (len(marks), ..., A)
+    ok: torch.Tensor  # (...,) bool: False where the game held NaN or the policy is no distribution
+
+
+class _Play(NamedTuple):
+    """A game as the kernels take it, with the number of steps at which to report."""
+
+    preference: torch.Tensor  # (G, A, A)
+    log_reference: torch.Tensor  # (G, A)
+    tau: float
+    marks: Sequence[int]
+
+    def step(self, log_policy: torch.Tensor, step_sizes: torch.Tensor, opponent: str | torch.Tensor) -> torch.Tensor:
+        return mirror_descent(
+            log_policy, self.preference, self.log_reference, tau=self.tau, step_sizes=step_sizes, opponent=opponent
+        )
+
+    def sizes(self, step: float | None) -> torch.Tensor:  # (steps,)
+        """Constant steps, or the theorem's 2 / (tau (t + 2))."""
+        count = torch.arange(self.marks[-1], dtype=self.preference.dtype, device=self.preference.device)
+        return torch.full_like(count, step) if step is not None else 2 / (self.tau * (count + 2))
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        return pairwise((0, *self.marks))
+
+
+def nash_md(play: _Play, log_policy: torch.Tensor, *, step: float | None = None, samples: int = 0) -> Policies:
+    """Nash-MD: mirror descent against the mixture with the reference. Decreasing steps unless one is given."""
+    return _descend(play, log_policy, play.sizes(step), "mixture", samples)
+
+
+def online_mirror_descent(
+    play: _Play, log_policy: torch.Tensor, *, step: float | None = None, samples: int = 0
+) -> Policies:
+    """OMD, self-play: the same step against the policy itself. Decreasing steps unless one is given."""
+    return _descend(play, log_policy, play.sizes(step), "policy", samples)
+
+
+def _descend(play: _Play, log_policy: torch.Tensor, sizes: torch.Tensor, opponent: str, samples: int) -> Policies:
+    for first, last in play.spans():
+        if samples:
+            for t in range(first, last):
+                log_opponent = _sampled(play, log_policy, sizes[t], opponent, samples)
+                log_policy = play.step(log_policy, sizes[t : t + 1], log_opponent)
+        else:
+            log_policy = play.step(log_policy, sizes[first:last], opponent)
+        yield log_policy
+
+
+def _sampled(play: _Play, log_policy: torch.Tensor, size: torch.Tensor, opponent: str, samples: int) -> torch.Tensor:
+    """The opponent as `samples` of its actions: P(a > opponent) is then their unbiased estimate."""
+    b = size * play.tau if opponent == "mixture" else 0 * size
+    played = log_policy if b == 0 else ((1 - b) * log_policy + b * play.log_reference)
+    drawn = torch.multinomial(played.nan_to_num(nan=0.0).softmax(-1), samples, replacement=True)
+    counts = torch.zeros_like(log_policy).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=log_policy.dtype))
+    return (counts / samples).log()
+
+
+def nash_ema(play: _Play, log_policy: torch.Tensor, *, step: float = 0.1, decay: float = 0.9) -> Policies:
+    """Nash-EMA: the opponent is the exponential moving average of the policy's log-probabilities."""
+    sizes, log_average = play.sizes(step), log_policy
+    for first, last in play.spans():
+        for t in range(first, last):
+            log_policy = play.step(log_policy, sizes[t : t + 1], log_average)
+            log_average = (decay * log_average + (1 - decay) * log_policy).log_softmax(-1)
+        yield log_policy
+
+
+def extragradient(play: _Play, log_policy: torch.Tensor, *, step: float | None = None) -> Policies:
+    """EGPO: a trial step against oneself, then the real step, from the old policy, against the trial."""
+    sizes = play.sizes(step if step is not None else 2 / (1 + 2 * play.tau))
+    for first, last in play.spans():
+        for t in range(first, last):
+            half = play.step(log_policy, sizes[t : t + 1], "policy")
+            log_policy = play.step(log_policy, sizes[t : t + 1], half)
+        yield log_policy
+
+
+def nash_mp(play: _Play, log_policy: torch.Tensor, *, eta: float | None = None) -> Policies:
+    """Nash-MP, mirror prox: EGPO with step eta / (tau (1 + eta)). With eta = 2 tau, KL <= (1 + 2 tau)^-k KL_0."""
+    eta = 2 * play.tau if eta is None else eta
+    return extragradient(play, log_policy, step=eta / (play.tau * (1 + eta)))
+
+
+def best_response_to_reference(play: _Play, log_policy: torch.Tensor, *, step: float | None = None) -> Policies:
+    """Play against the reference for ever (beta = 1): the best response to it, not the equilibrium."""
+    sizes = play.sizes(step)
+    for first, last in play.spans():
+        log_policy = play.step(log_policy, sizes[first:last], play.log_reference)
+        yield log_policy
+
+
+def self_play_gradient(play: _Play, log_policy: torch.Tensor, *, step: float = 1.0) -> Policies:
+    """Plain policy gradient on softmax logits, in self-play; its step shrinks with the action's probability."""
+    logits = log_policy
+    for first, last in play.spans():
+        for _ in range(first, last):
+            log_pi = logits.log_softmax(-1)
+            pi = log_pi.exp()
+            advantage = (play.preference @ pi.unsqueeze(-1)).squeeze(-1) - play.tau * (log_pi - play.log_reference)
+            logits = log_pi + step * pi * (advantage - (pi * advantage).sum(-1, keepdim=True))
+        yield logits.log_softmax(-1)
+
+
+ALGORITHMS: dict[str, Callable[..., Policies]] = {
+    "nash-md": nash_md,
+    "omd": online_mirror_descent,
+    "ema": nash_ema,
+    "egpo": extragradient,
+    "nash-mp": nash_mp,
+    "best-response": best_response_to_reference,
+    "policy-gradient": self_play_gradient,
+}
+
+
+def solve(
+    game: PreferenceGame,
+    algorithm: str = "nash-md",
+    *,
+    steps: int = 1000,
+    marks: Sequence[int] | None = None,
+    start: torch.Tensor | None = None,
+    on_mark: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Solution:
+    """Run an algorithm for `steps` steps, or to the last of `marks`, and record its policy at every mark.
+
+    start    (..., A) log-probabilities; None starts at the reference
+    options  of the algorithm: step, samples, decay, eta
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"solve: algorithm: expected one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
+    marks = tuple(marks) if marks is not None else (steps,)
+    if not marks or any(later <= earlier for earlier, later in pairwise((0, *marks))):
+        raise ValueError(f"solve: steps, marks: expected increasing numbers from 1; got {marks}")
+    for name, value in options.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"solve: {name}: expected a finite number of at least 0; got {value}")
+    shape = game.log_reference.shape
+    actions = game.actions
+    preference = game.preference.reshape(-1, actions, actions)
+    play = _Play(preference, game.log_reference.reshape(-1, actions), game.tau, marks)
+    first = play.log_reference if start is None else _checked_start(start, game).reshape(-1, actions)
+    trajectory = []
+    for mark, log_policy in zip(marks, ALGORITHMS[algorithm](play, first, **options), strict=True):
+        trajectory.append(log_policy.reshape(shape))
+        if on_mark is not None:
+            on_mark(mark)
+    last = trajectory[-1]
+    return Solution(last, marks, torch.stack(trajectory), game.ok & ~last.isnan().any(-1))
+
+
+def _checked_start(start: torch.Tensor, game: PreferenceGame) -> torch.Tensor:
+    if start.shape != game.log_reference.shape or start.dtype != game.preference.dtype:
+        expected = f"{tuple(game.log_reference.shape)} {game.preference.dtype}"
+        raise ValueError(f"solve: start: expected {expected}; got {tuple(start.shape)} {start.dtype}")
+    return start.log_softmax(-1)
+
+
+def equilibrium(game: PreferenceGame, *, tolerance: float = 1e-13, max_steps: int = 1_000_000) -> torch.Tensor:
+    """pi*_tau as log-probabilities, by Nash-MP until no log-probability moves by more than `tolerance` in 50 steps.
+
+    Games that hold NaN give NaN. A tau too small to get there in `max_steps` is an error, with the last movement.
+    """
+    log_policy = game.log_reference
+    for _ in range(0, max_steps, 50):
+        before, log_policy = log_policy, solve(game, "nash-mp", steps=50, start=log_policy).log_policy
+        scale = log_policy.abs().amax(-1).clamp(min=1.0)
+        moved = ((log_policy - before).abs().amax(-1) / scale)[game.ok]
+        if not (moved > tolerance).any():
+            return log_policy
+    raise RuntimeError(f"equilibrium: still moving by {moved.max():.1e} after {max_steps} steps at tau {game.tau}")

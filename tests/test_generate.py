@@ -1,0 +1,536 @@
+"""Decoding with two models: against a full forward pass of each, and against transformers' own decoding."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from nlhf_kernels.integrations import generate_mixture, lockstep, mixture_generate
+from tests.support.statistics import assert_plausible, chi_square_p
+from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, teacher_forced, tiny_model, tiny_tokenizer
+
+LENGTHS = (1, 6, 9)
+BETA = 0.3
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small are many times slower when threads share their work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pair(architecture: str = "gpt2") -> tuple:
+    return tiny_model(architecture, seed=1, hidden=32), tiny_model(architecture, seed=2, hidden=48)
+
+
+def prompts(lengths=LENGTHS, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    for row, prompt in enumerate(rows):
+        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def chosen(logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def worst_error(result, policy, reference, rows: list[torch.Tensor], beta: float = BETA) -> float:
+    """Largest distance of the reported log-probabilities from those of full forward passes, in nats."""
+    errors = []
+    for row, prompt in enumerate(rows):
+        count = int(result.mask[row].sum())
+        tokens = result.tokens[row, :count]
+        one, two = teacher_forced(policy, prompt, tokens), teacher_forced(reference, prompt, tokens)
+        mixture = ((1 - beta) * one + beta * two).log_softmax(-1)
+        for truth, got in ((one, result.policy_logprobs), (two, result.reference_logprobs),
+                           (mixture, result.mixture_logprobs)):  # fmt: skip
+            errors.append((chosen(truth, tokens) - got[row, :count]).abs().max())
+    return float(torch.stack(errors).max())
+
+
+# ---- what is reported, and what is drawn -----------------------------------------------------------------------------
+
+
+@every_architecture
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_logprobs_are_those_of_full_forward_passes(architecture, use_cache) -> None:
+    policy, reference = pair(architecture)
+    rows = prompts()
+    result = generate_mixture(
+        policy, reference, **padded(rows), beta=BETA, max_new_tokens=8, seed=3, eos_token_id=(), use_cache=use_cache
+    )
+    assert result.mask.all() and result.ok.all() and result.mask.shape == (3, 8)
+    assert worst_error(result, policy, reference, rows) < 5e-5
+
+
+@every_architecture
+def test_greedy_ends_of_the_mixture_are_the_models_themselves(architecture) -> None:
+    policy, reference = pair(architecture)
+    options = {**padded(prompts()), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for beta, model in ((0.0, policy), (1.0, reference)):
+        mixed = policy.generate(**options, custom_generate=mixture_generate, reference_model=reference, beta=beta)
+        assert torch.equal(mixed, model.generate(**options))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"top_k": 0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01}],
+    ids=["plain", "filtered"],
+)
+def test_first_token_is_distributed_as_the_exact_mixture(sampling) -> None:
+    policy, reference = pair("llama")
+    (prompt,) = prompts((5,))
+    drawn = policy.generate(
+        prompt[None], custom_generate=mixture_generate, reference_model=reference, beta=BETA, seed=11, do_sample=True,
+        max_new_tokens=1, num_return_sequences=4000, **sampling,
+    )[:, -1]  # fmt: skip
+    logits = sum(
+        weight * teacher_forced(model, prompt, prompt[:1])[0]
+        for weight, model in ((1 - BETA, policy), (BETA, reference))
+    )
+    if len(sampling) > 1:
+        for warper in (
+            transformers.TemperatureLogitsWarper(0.7), transformers.TopKLogitsWarper(20),
+            transformers.TopPLogitsWarper(0.9), transformers.MinPLogitsWarper(0.01),
+        ):  # fmt: skip
+            logits = warper(None, logits[None])[0]
+    counts = np.bincount(drawn.numpy(), minlength=VOCABULARY)
+    assert_plausible(chi_square_p(counts, logits.softmax(-1).numpy()), "first token")
+
+
+def test_caches_are_separate() -> None:
+    """The same model twice, so that nothing but the objects' identity could tell the caches apart."""
+    policy, reference = tiny_model(seed=1), tiny_model(seed=2)
+    caches: dict[str, set[int]] = {"policy": set(), "reference": set()}
+    alive = []  # an id is unique among living objects only
+    for role, model in (("policy", policy), ("reference", reference)):
+
+        def remember(module, args, kwargs, role=role) -> None:
+            alive.append(kwargs["past_key_values"])
+            caches[role].add(id(kwargs["past_key_values"]))
+
+        model.register_forward_pre_hook(remember, with_kwargs=True)
+    generate_mixture(policy, reference, prompts()[2][None], beta=BETA, max_new_tokens=4, eos_token_id=())
+    none = id(None)
+    assert len(caches["policy"] - {none}) == len(caches["reference"] - {none}) == 1
+    assert caches["policy"] & caches["reference"] <= {none}
+
+
+def _share_the_cache(monkeypatch) -> None:
+    box = {"cache": None}
+    shared = property(lambda self: box["cache"], lambda self, cache: box.update(cache=cache))
+    monkeypatch.setattr(lockstep._Model, "cache", shared, raising=False)
+
+
+def _drop_positions(monkeypatch) -> None:
+    call = lockstep._Model.__call__
+
+    def without(self, sequences, mask, positions):
+        self.accepted = {name: value for name, value in self.accepted.items() if name != "position_ids"}
+        return call(self, sequences, mask, positions)
+
+    monkeypatch.setattr(lockstep._Model, "__call__", without)
+
+
+@pytest.mark.parametrize(("break_it", "lengths"), [(_share_the_cache, (6, 6)), (_drop_positions, LENGTHS)])
+def test_the_judge_notices(break_it, lengths, monkeypatch) -> None:
+    """One cache for both models, or positions that count padding: the comparison above must fail by far."""
+    policy, reference = tiny_model(seed=1), tiny_model(seed=2)
+    rows = prompts(lengths)
+    break_it(monkeypatch)
+    options = {"beta": BETA, "max_new_tokens": 6, "seed": 3, "eos_token_id": ()}
+    assert worst_error(generate_mixture(policy, reference, **padded(rows), **options), policy, reference, rows) > 0.1
+
+
+def test_padding_that_a_model_reads_is_refused() -> None:
+    config = transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with pytest.raises(ValueError, match="attention_mask: expected prompts of one length; got padding, which the pol"):
+        generate_mixture(model, None, **padded(prompts()), max_new_tokens=2)
+    generate_mixture(model, None, prompts()[1][None], max_new_tokens=2)
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_row_does_not_depend_on_its_batch(architecture) -> None:
+    policy, reference = pair(architecture)
+    rows = prompts()
+    options = {
+        "custom_generate": mixture_generate, "reference_model": reference, "beta": BETA, "seed": 5, "do_sample": True,
+        "max_new_tokens": 10, "num_return_sequences": 2, "eos_token_id": None,
+    }  # fmt: skip
+    together = policy.generate(**padded(rows), row_ids=torch.tensor([7, 8, 9]), **options)[:, -10:]
+    for row, prompt in enumerate(rows):
+        alone = policy.generate(prompt[None], row_ids=torch.tensor([7 + row]), **options)[:, -10:]
+        assert torch.equal(alone, together[2 * row : 2 * row + 2])
+    assert len({tuple(tokens) for tokens in together.tolist()}) == 6, "every returned sequence has noise of its own"
+
+
+def test_seed_row_ids_and_stream_choose_the_noise() -> None:
+    policy, reference = pair()
+    prompt = prompts()[1].expand(2, -1)
+
+    def draw(**noise) -> list:
+        return generate_mixture(
+            policy, reference, prompt, beta=BETA, max_new_tokens=12, eos_token_id=(), **noise
+        ).tokens.tolist()
+
+    first = draw(seed=1)
+    assert first == draw(seed=1) == draw(seed=1, row_ids=torch.tensor([0, 1]))
+    assert first[::-1] == draw(seed=1, row_ids=torch.tensor([1, 0]))
+    assert first[0] != first[1]
+    assert first != draw(seed=2)
+    assert first != draw(seed=1, stream=1)
+    torch.manual_seed(4)
+    drawn = [draw(), draw()]
+    torch.manual_seed(4)
+    assert drawn == [draw(), draw()] and drawn[0] != drawn[1], "torch.manual_seed governs where no seed is given"
+
+
+def test_result_carries_the_seed_that_repeats_it() -> None:
+    policy, reference = pair()
+    options = {"beta": BETA, "max_new_tokens": 6}
+    first = generate_mixture(policy, reference, **padded(prompts()), **options)
+    again = generate_mixture(policy, reference, **padded(prompts()), **options, seed=first.seed)
+    assert torch.equal(first.sequences, again.sequences)
+
+
+def test_beta_per_prompt() -> None:
+    policy, reference = pair()
+    rows, options = prompts((4, 4, 4)), {"max_new_tokens": 6, "seed": 2, "eos_token_id": ()}
+    batch = torch.stack(rows)
+    mixed = generate_mixture(
+        policy, reference, batch, beta=torch.tensor([0.0, 0.5, 1.0]), num_return_sequences=2, **options
+    )
+    for row, beta in enumerate((0.0, 0.5, 1.0)):
+        ids = torch.tensor([2 * row, 2 * row + 1])
+        alone = generate_mixture(
+            policy, reference, batch[row : row + 1], beta=beta, row_ids=ids, num_return_sequences=2, **options
+        )
+        assert torch.equal(alone.tokens, mixed.tokens[2 * row : 2 * row + 2])
+
+
+def test_dropout_is_off_and_every_flag_comes_back() -> None:
+    policy, reference = pair()
+    options = {**padded(prompts()), "beta": BETA, "max_new_tokens": 5, "seed": 1}
+    still = generate_mixture(policy, reference, **options)
+    policy.train()
+    policy.transformer.h[0].eval()  # frozen by its owner
+    flags = [module.training for module in policy.modules()]
+    noisy = generate_mixture(policy, reference, **options)
+    assert torch.equal(still.sequences, noisy.sequences)
+    assert flags == [module.training for module in policy.modules()]
+    assert not reference.training
+    assert not noisy.policy_logprobs.requires_grad
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+
+
+def _without_ends(policy, reference, rows) -> list[list[int]]:
+    options = {"beta": BETA, "max_new_tokens": 8, "seed": 6, "eos_token_id": ()}
+    return generate_mixture(policy, reference, **padded(rows), **options).tokens.tolist()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
+def test_rows_end_at_their_own_end_of_sequence(architecture) -> None:
+    """Several ids; rows that end at different steps, one at once; an end in the prompt ends nothing."""
+    policy, reference = pair(architecture)
+    rows = prompts((1, 6, 9, 3))
+    free = _without_ends(policy, reference, rows)
+    ends = [free[0][0], free[1][3], free[2][5]]
+    rows[3][1] = ends[0]
+    free = _without_ends(policy, reference, rows)
+    result = policy.generate(
+        **padded(rows), custom_generate=mixture_generate, reference_model=reference, beta=BETA, seed=6, top_k=0,
+        do_sample=True, max_new_tokens=8, eos_token_id=ends, pad_token_id=0, return_dict_in_generate=True,
+    )  # fmt: skip
+    lengths = []
+    for row, tokens in enumerate(free):
+        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), 8)
+        assert result.sequences[row, 9:].tolist() == (tokens[:length] + [0] * 8)[: result.mask.shape[1]]
+        assert result.mask[row].tolist() == ([True] * length + [False] * 8)[: result.mask.shape[1]]
+        assert (result.policy_logprobs[row, length:] == 0).all() and (result.policy_logprobs[row, :length] < 0).all()
+        lengths.append(length)
+    assert lengths[0] == 1 and len(set(lengths)) >= 3
+
+
+def test_decoding_stops_when_every_row_has_ended() -> None:
+    policy, reference = pair()
+    rows = prompts((4, 7))
+    free = _without_ends(policy, reference, rows)
+    options = {"beta": BETA, "max_new_tokens": 8, "seed": 6}
+    result = generate_mixture(policy, reference, **padded(rows), **options, eos_token_id=[free[0][0], free[1][0]])
+    assert result.tokens.tolist() == [free[0][:1], free[1][:1]]
+    shortest = generate_mixture(
+        policy, reference, **padded(rows), **options, eos_token_id=[free[0][0], free[1][0]], min_new_tokens=3
+    )
+    assert shortest.mask.sum(1).min() >= 3
+
+
+def test_lengths_are_those_asked_for() -> None:
+    policy, reference = pair()
+    options = {"custom_generate": mixture_generate, "reference_model": reference, "beta": BETA, "eos_token_id": None}
+    prompt = prompts()[1][None]
+    assert policy.generate(prompt, max_length=9, **options).shape[1] == 9
+    assert policy.generate(prompt, max_new_tokens=5, **options).shape[1] == 11
+
+
+def test_stopping_criteria_stop_rows() -> None:
+    policy, reference = pair()
+    rows = prompts()
+    free = _without_ends(policy, reference, rows)
+    stop = transformers.StopStringCriteria(tiny_tokenizer(), [chr(29 + free[1][2])])
+    result = generate_mixture(
+        policy, reference, **padded(rows), beta=BETA, max_new_tokens=8, seed=6, eos_token_id=(), pad_token_id=0,
+        stopping_criteria=[stop],
+    )  # fmt: skip
+    assert result.mask[1].tolist() == [True] * 3 + [False] * 5
+    assert result.tokens[1].tolist() == free[1][:3] + [0] * 5
+    with pytest.raises(ValueError, match="pad_token_id: expected an id"):
+        generate_mixture(
+            policy, reference, **padded(rows), beta=BETA, max_new_tokens=8, seed=6, eos_token_id=(),
+            stopping_criteria=[stop],
+        )  # fmt: skip
+
+
+def test_streamers_see_the_prompt_and_every_token() -> None:
+    class Streamer(list):
+        def put(self, tokens) -> None:
+            self.append(tokens.tolist())
+
+        def end(self) -> None:
+            self.append("end")
+
+    policy, reference = pair()
+    options = {"custom_generate": mixture_generate, "reference_model": reference, "beta": BETA, "max_new_tokens": 3}
+    prompt, streamer = prompts()[1], Streamer()
+    out = policy.generate(prompt[None], **options, eos_token_id=None, token_streamer=streamer)
+    assert streamer == [[prompt.tolist()], *([token] for token in out[0, -3:].tolist()), "end"]
+    with pytest.raises(ValueError, match="streamer: generate.. does not hand it on; expected as token_streamer"):
+        policy.generate(prompt[None], **options, streamer=Streamer())
+
+
+# ---- logits processors -----------------------------------------------------------------------------------------------
+
+
+class _MixtureModel(transformers.GPT2LMHeadModel):
+    """A model whose logits are the mixture's: transformers' own decoding of it is the truth for processors."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **_):
+        models = zip((1 - BETA, BETA), self.models, strict=True)
+        logits = sum(weight * model(input_ids, attention_mask=attention_mask, position_ids=position_ids).logits
+                     for weight, model in models)  # fmt: skip
+        return CausalLMOutputWithPast(logits=logits)
+
+
+def _mixture_model(policy, reference) -> _MixtureModel:
+    model = _MixtureModel(policy.config).eval()
+    object.__setattr__(model, "models", [policy, reference])  # not as submodules
+    return model
+
+
+ANY_MODE = {
+    "repetition_penalty": {"repetition_penalty": 1.7},
+    "no_repeat_ngram": {"no_repeat_ngram_size": 2},
+    "bad_words": {"bad_words_ids": [[5], [6, 7], *([i] for i in range(20, 60))]},
+    "suppress": {"suppress_tokens": list(range(10, 70)), "begin_suppress_tokens": list(range(70, 90))},
+    "min_length": {"min_new_tokens": 5, "eos_token_id": list(range(2, 60))},
+    "forced_eos": {"forced_eos_token_id": 2},
+    "sequence_bias": {"sequence_bias": [[[9], 4.0], [[11], 3.0]]},
+    "exponential_decay": {"exponential_decay_length_penalty": (2, 1.5)},
+    "custom": {"logits_processor": [lambda ids, scores: scores.index_fill(1, torch.arange(50), -torch.inf)]},
+    "prefix": {"prefix_allowed_tokens_fn": lambda batch, ids: list(range(3 + batch, 60))},
+}
+SAMPLED = {
+    "ours": {"temperature": 0.7, "top_k": 30, "top_p": 0.8, "min_p": 0.02},
+    "default_top_k": {},
+    "typical": {"temperature": 0.7, "top_k": 30, "typical_p": 0.6},
+    "epsilon_eta": {"epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "temperature": 1.3},
+    "top_h": {"top_h": 0.4, "temperature": 0.8, "top_k": 40},
+    "renormalized": {"renormalize_logits": True, "top_k": 7},
+    "penalty_then_ours": {"repetition_penalty": 1.7, "temperature": 0.7, "top_k": 30},
+    "own_warper_first": {"logits_processor": [transformers.TopKLogitsWarper(9)], "temperature": 2.0, "top_k": 0},
+    "keeps_two": {"logits_processor": [transformers.TopPLogitsWarper(0.2, min_tokens_to_keep=2)], "top_k": 0},
+}
+
+
+@pytest.mark.parametrize("name", ANY_MODE)
+def test_processors_act_on_the_mixture_as_transformers_would(name) -> None:
+    policy, reference = pair()
+    base = {**padded(prompts()), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+    options = base | {key: _processors(value) for key, value in ANY_MODE[name].items()}
+    truth = _mixture_model(policy, reference).generate(**options, use_cache=False)
+    mixed = policy.generate(**options, custom_generate=mixture_generate, reference_model=reference, beta=BETA)
+    assert torch.equal(mixed, truth)
+    plain = policy.generate(**base, custom_generate=mixture_generate, reference_model=reference, beta=BETA)
+    assert not torch.equal(mixed, plain), "the case must change something"
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_logprobs_are_those_of_transformers_scores(name) -> None:
+    policy, reference = pair()
+    options = {key: _processors(value) for key, value in SAMPLED[name].items()}
+    options |= {"do_sample": True, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+    prompt = prompts((6,))[0].expand(16, -1)
+    result = policy.generate(
+        prompt,
+        custom_generate=mixture_generate,
+        reference_model=reference,
+        beta=BETA,
+        seed=1,
+        max_new_tokens=4,
+        **options,
+    )
+    truth = _mixture_model(policy, reference)
+    for step in range(4):
+        so_far = result.sequences[:, : 6 + step]
+        scores = truth.generate(
+            so_far,
+            attention_mask=torch.ones_like(so_far),
+            max_new_tokens=1,
+            use_cache=False,
+            output_scores=True,
+            **options,
+        ).scores[0]
+        expected = chosen(scores.log_softmax(-1), result.sequences[:, 6 + step])
+        torch.testing.assert_close(result.mixture_logprobs[:, step], expected, rtol=0, atol=2e-5)
+
+
+def _processors(value):
+    callables = isinstance(value, list) and callable(value[0])
+    return transformers.LogitsProcessorList(value) if callables else value
+
+
+def test_sampler_takes_its_own_warpers_out_of_the_list() -> None:
+    from nlhf_kernels.integrations.generate import _split
+
+    warpers = [transformers.TemperatureLogitsWarper(0.5), transformers.TopKLogitsWarper(4)]
+    assert _split(warpers, True) == ([], {"temperature": 0.5, "top_k": 4})
+    penalty = transformers.RepetitionPenaltyLogitsProcessor(1.5)
+    assert _split([penalty, *warpers], True) == ([penalty], {"temperature": 0.5, "top_k": 4})
+    assert _split([*warpers, penalty], True) == ([*warpers, penalty], {})
+    assert _split(warpers[::-1], True) == (warpers[1:], {"temperature": 0.5})
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "beam search": ({"num_beams": 2}, "expected greedy search or sampling"),
+    "lookup": ({"prompt_lookup_num_tokens": 3}, "got assisted_generation"),
+    "assistant": ({"assistant_model": "policy"}, "assistant_model: assisted generation cannot draw from a mixture"),
+    "guidance": ({"guidance_scale": 1.5}, "guidance_scale: UnbatchedClassifierFreeGuidance"),
+    "scores": ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: not supported"),
+    "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions: not supported"),
+    "static cache": ({"cache_implementation": "static"}, "cache_implementation: expected dynamic"),
+    "chunks": ({"prefill_chunk_size": 2}, "prefill_chunk_size: not supported"),
+    "token types": ({"token_type_ids": torch.zeros(1, 6, dtype=torch.long)}, "token_type_ids: expected text as input"),
+    "embeddings": ({"inputs_embeds": torch.zeros(1, 6, 32)}, "inputs_embeds: expected text as input_ids only"),
+    "positions": ({"position_ids": torch.arange(6)[None] + 3}, "position_ids: expected those that count"),
+    "no reference": ({"reference_model": None}, "reference_model: expected a causal language model; got None"),
+    "no beta": ({"beta": None}, "beta: expected a number, the reference's weight"),
+    "beta nan": ({"beta": float("nan")}, "beta: expected a finite number; got nan"),
+    "row ids": ({"row_ids": torch.arange(3)}, "row_ids: expected 1, one per prompt, or 1; got 3"),
+    "a typo": ({"temprature": 0.3}, "temprature"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_honoured_is_refused_by_name(case) -> None:
+    policy, reference = pair()
+    options, message = REFUSED[case]
+    options = {key: policy if key == "assistant_model" else value for key, value in options.items()}
+    ids = {} if case == "embeddings" else {"input_ids": prompts()[1][None]}
+    call = {"custom_generate": mixture_generate, "reference_model": reference, "beta": BETA, "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=message):
+        policy.generate(**ids, **{**call, **options})
+
+
+def test_right_padding_is_refused() -> None:
+    policy, reference = pair()
+    batch = padded(prompts())
+    flipped = {name: value.flip(1) for name, value in batch.items()}
+    with pytest.raises(ValueError, match="attention_mask: expected padding on the left; got a row whose last token"):
+        generate_mixture(policy, reference, **flipped, beta=BETA, max_new_tokens=2)
+
+
+def test_encoder_decoders_are_refused() -> None:
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=16, num_layers=1, num_heads=2, d_ff=16, d_kv=8)
+    with pytest.raises(ValueError, match="reference: expected a decoder-only model; got T5ForConditionalGeneration"):
+        generate_mixture(
+            tiny_model(),
+            transformers.T5ForConditionalGeneration(config),
+            prompts()[1][None],
+            beta=0.1,
+            max_new_tokens=1,
+        )
+
+
+def test_vocabularies_must_agree_unless_their_padding_is_left_out() -> None:
+    policy, reference = pair()
+    options = {**padded(prompts()), "beta": BETA, "max_new_tokens": 5, "seed": 4}
+    before = generate_mixture(policy, reference, **options)
+    torch.nn.Module.eval(reference.resize_token_embeddings(VOCABULARY + 7) and reference)
+    with pytest.raises(ValueError, match="expected policy and reference of one vocabulary; got 97 tokens and 104"):
+        generate_mixture(policy, reference, **options)
+    after = generate_mixture(policy, reference, **options, vocab_size=VOCABULARY)
+    assert torch.equal(before.sequences, after.sequences)
+    torch.testing.assert_close(before.reference_logprobs, after.reference_logprobs)
+
+
+def test_logits_that_are_no_distribution_are_reported() -> None:
+    policy, reference = pair()
+    with torch.no_grad():
+        reference.transformer.wpe.weight[8] = torch.nan  # only the longest prompt gets there at once
+    options = {**padded(prompts()), "max_new_tokens": 2}
+    result = generate_mixture(policy, reference, **options, beta=BETA, eos_token_id=())
+    assert result.ok.tolist() == [True, True, False] and result.tokens[2, 0] == 0
+    with pytest.raises(ValueError, match=r"mixture_generate: expected finite logits; got NaN.* in rows \[2\]"):
+        policy.generate(**options, custom_generate=mixture_generate, reference_model=reference, beta=BETA)
+
+
+def test_policy_alone_and_logprobs_on_request() -> None:
+    policy, reference = pair()
+    alone = generate_mixture(policy, None, **padded(prompts()), max_new_tokens=4, seed=1)
+    assert alone.reference_logprobs is None
+    torch.testing.assert_close(alone.policy_logprobs, alone.mixture_logprobs)
+    some = generate_mixture(
+        policy, reference, **padded(prompts()), beta=0.0, max_new_tokens=4, seed=1, logprobs=["mixture"]
+    )
+    assert some.policy_logprobs is None and some.reference_logprobs is None
+    assert torch.equal(some.sequences, alone.sequences)
+    torch.testing.assert_close(some.mixture_logprobs, alone.mixture_logprobs)
+    with pytest.raises(ValueError, match="logprobs: expected one of policy, mixture; got 'reference'"):
+        generate_mixture(policy, None, prompts()[1][None], max_new_tokens=1, logprobs=["reference"])
+
+
+def test_low_precision_models() -> None:
+    policy, reference = (model.to(torch.bfloat16) for model in pair("llama"))
+    result = generate_mixture(policy, reference, **padded(prompts()), beta=BETA, max_new_tokens=6, seed=3)
+    assert worst_error(result, policy, reference, prompts()) < 0.5  # bfloat16's own error; a wrong cache costs nats
+    assert result.policy_logprobs.dtype == torch.float32
+
+
+def test_package_and_command_line_do_not_import_transformers() -> None:
+    code = "import sys, nlhf_kernels, nlhf_kernels.cli.main; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
