@@ -156,6 +156,7 @@ BAD = {
     "top-p": ({"--top-p": "0"}, "--top-p: expected a finite number in (0.0, 1.0]; got 0.0"),
     "lengths": ({"--max-new-tokens": "0"}, "--max-new-tokens: expected an integer in [1, 1000000]; got 0"),
     "device": ({"--device": "nonsense"}, "--device: expected a device PyTorch can use here; got 'nonsense'"),
+    "too long": ({"--prompt": "a" * 127}, "expected prompt and new tokens within 128 positions of GPT2LMHeadModel"),
     "no prompt": ({"--prompt": None}, "--prompt: expected at least one, or --prompts-file; got none"),
     "empty prompt": ({"--prompt": ""}, "--prompt: expected at least one token; got none in ''"),
     "no file": ({"--prompts-file": "/no/file"}, "--prompts-file: expected a text file; got"),
@@ -175,7 +176,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, folders, capsys) -> None:
             words += [name] if value is True else [name, folders[value[1:]] if value.startswith("@") else value]
     code, out, err = run(capsys, *words)
     assert code == 2 and not out
-    lines = [line for line in err.splitlines() if line.startswith("nlhf-kernels sample: error: ")]
+    lines = [line for line in err.splitlines() if line.startswith("nlhf-kernels: error: ")]
     assert len(lines) == 1 and message in lines[0] and "Traceback" not in err
 
 

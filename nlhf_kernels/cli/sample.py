@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompts = _prompts(arguments)
         samples = _generate(arguments, prompts)
     except (BadInput, ValueError, TypeError) as error:  # the checks' own errors are one line and name the argument
-        print(f"nlhf-kernels sample: error: {_first_line(error)}", file=sys.stderr)
+        print(f"nlhf-kernels: error: {_first_line(error)}", file=sys.stderr)
         return 2
     if arguments.json:
         print(_as_json(arguments, samples))
@@ -131,6 +132,7 @@ def _generate(arguments: argparse.Namespace, prompts: list[str]) -> list[Sample]
     device = _device(arguments.device)
     tokenizer, policy, reference, width = _load(arguments, device)
     rows = [_encode(tokenizer, prompt, arguments.chat) for prompt in prompts for _ in range(arguments.num_samples)]
+    _check_room((policy, reference), max(map(len, rows)) + arguments.max_new_tokens)
     eos, pad = _special(tokenizer, policy)
     samples: list[Sample] = []
     with _Bar(math.ceil(len(rows) / arguments.batch_size), arguments.max_new_tokens) as bar:
@@ -240,7 +242,7 @@ def _check_same_tokens(tokenizer: Any, other: Any) -> None:
 def _from_pretrained(kind: str, option: str, name: str, trust: bool, **options: Any) -> Any:
     import transformers
 
-    if not Path(name).expanduser().is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise BadInput(f"sample: {option}: expected a model's folder or its name on the hub; got {name!r}, no folder")
     hub_log: Any = transformers.utils.logging
     bars = hub_log.is_progress_bar_enabled()
@@ -264,6 +266,17 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     if not ids:
         raise BadInput(f"sample: --prompt: expected at least one token; got none in {prompt!r}")
     return ids
+
+
+def _check_room(models: Sequence[Any], length: int) -> None:
+    """A table of positions ends with an IndexError, rotary positions with nonsense."""
+    for model in models:
+        room = model and getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if room and length > room:
+            raise BadInput(
+                f"sample: --max-new-tokens: expected prompt and new tokens within {room} positions of "
+                f"{type(model).__name__}; got {length}"
+            )
 
 
 def _special(tokenizer: Any, policy: Any) -> tuple[list[int], int]:
