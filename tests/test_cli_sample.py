@@ -12,15 +12,13 @@ from rich.console import Console
 from nlhf_kernels.cli import sample
 from nlhf_kernels.cli.main import main
 from nlhf_kernels.integrations import generate_mixture
-from tests.support.tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import VOCABULARY, one_thread, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +144,7 @@ BAD = {
     "pickled weights": ({"--policy": "@pickled"}, "--policy: AutoModelForCausalLM cannot load"),
     "other tokenizer": (
         {"--reference": "@other_tokenizer"},
-        "--reference: expected the policy's vocabulary, 97 tokens; got another one, 97 tokens: token 3 is '!', the policy's ' '",
+        "expected the policy's vocabulary, 97 tokens; got another one, 97 tokens: token 3 is '!', the policy's ' '",
     ),
     "other head": ({"--reference": "@wider_weights_only"}, "of one vocabulary; got 97 tokens and 104"),
     "beta nan": ({"--beta": "nan"}, "--beta: expected a finite number; got nan"),

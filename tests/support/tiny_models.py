@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import transformers
 
 VOCABULARY = 97
+BETA = 0.3
+LENGTHS = (1, 6, 9)  # of prompts
 _SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 128}
 
 
@@ -64,3 +67,33 @@ def tiny_tokenizer(chat: bool = False, first: str = " ") -> transformers.PreTrai
     if chat:
         tokenizer.chat_template = "<bos>{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
     return tokenizer
+
+
+def pair(architecture: str = "gpt2") -> tuple:
+    return tiny_model(architecture, seed=1, hidden=32), tiny_model(architecture, seed=2, hidden=48)
+
+
+def prompts(lengths=LENGTHS, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    for row, prompt in enumerate(rows):
+        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def chosen(logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models this small are many times slower when threads share their work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
