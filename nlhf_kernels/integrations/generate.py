@@ -87,13 +87,7 @@ def mixture_generate(
     eos and lengths are generate()'s own. Other logits processors act on the mixture's logits. transformers hands no
     `streamer` to a custom function: pass it as `token_streamer`.
     """
-    if reference_model is None:
-        raise ValueError(
-            f"{_OP}: reference_model: expected a causal language model; got None (for a PEFT policy, load the base "
-            "model a second time: adapters are not switched off while decoding)"
-        )
-    if beta is None:
-        raise ValueError(f"{_OP}: beta: expected a number, the reference's weight in the mixture; got None")
+    _require(reference_model, beta)
     frame = inspect.currentframe()
     _refuse_dropped(frame.f_back if frame else None)
     _refuse(generation_config, logits_processor, model_kwargs, synced_gpus)
@@ -125,6 +119,16 @@ def mixture_generate(
         logprobs=None if generation_config.return_dict_in_generate else (),
     )
     return _output(result, bool(generation_config.return_dict_in_generate))
+
+
+def _require(reference_model: torch.nn.Module | None, beta: Beta | None) -> None:
+    if reference_model is None:
+        raise ValueError(
+            f"{_OP}: reference_model: expected a causal language model; got None (for a PEFT policy, load the base "
+            "model a second time: adapters are not switched off while decoding)"
+        )
+    if beta is None:
+        raise ValueError(f"{_OP}: beta: expected a number, the reference's weight in the mixture; got None")
 
 
 def _refuse_dropped(caller: FrameType | None) -> None:
