@@ -6,6 +6,7 @@
 
 #include "common/levels.h"
 #include "mirror_descent/mirror_descent_binding.h"
+#include "mixture_sample/mixture_sample_binding.h"
 #include "row_uniforms/row_uniforms.h"
 
 namespace py = pybind11;
@@ -40,6 +41,19 @@ void mirror_descent(bool is_double, std::uintptr_t log_policy, std::uintptr_t pr
                                             actions, iterations, opponent, log_opponent, out);
     NLHF_DISPATCH(mirror_descent_f32, problem, threads)
   }
+}
+
+// The tuple of models is read while Python's lock is held; the work is done without it.
+void mixture_sample(const py::tuple& models, std::uintptr_t settings, int64_t settings_stride, bool filtered,
+                    std::uintptr_t bias, int64_t bias_stride, std::uintptr_t uniforms, std::uintptr_t seed,
+                    int64_t seed_stride, std::uintptr_t row_ids, std::uintptr_t step, int64_t step_stride,
+                    uint32_t stream, int64_t rows, int64_t vocabulary, uint32_t wanted, std::uintptr_t tokens,
+                    std::uintptr_t logprobs, std::uintptr_t ok, int threads) {
+  const nlhf::MixtureSample problem = nlhf::mixture_sample_problem(
+      models, settings, settings_stride, filtered, bias, bias_stride, uniforms, seed, seed_stride, row_ids, step,
+      step_stride, stream, rows, vocabulary, wanted, tokens, logprobs, ok);
+  const py::gil_scoped_release unlocked;
+  NLHF_DISPATCH(mixture_sample, problem, threads)
 }
 
 const char* level_name(nlhf::Level level) {
@@ -80,6 +94,7 @@ PYBIND11_MODULE(_cpu, module) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   module.def("row_uniforms", &row_uniforms, Unlocked());
   module.def("mirror_descent", &mirror_descent, Unlocked());
+  module.def("mixture_sample", &mixture_sample);
   module.def("build_info", &build_info);
   module.def("best_level", [] { return level_name(nlhf::best_level()); });
   module.def("active_level", [] { return level_name(nlhf::active_level()); });

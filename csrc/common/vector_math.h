@@ -36,7 +36,7 @@ NLHF_HOST_DEVICE double exp_nonpositive(double x) {
   p = p * r + 1.0;
   int64_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 1023) << 52;
+  bits = static_cast<int64_t>(static_cast<uint64_t>(bits + 1023) << 52);
   double scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return x < flush ? 0.0 : p * scale;

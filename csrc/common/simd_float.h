@@ -1,0 +1,97 @@
+// Arithmetic on whole vectors of float32, in registers: loads, maxima, exp, masks. Include in files that are compiled
+// per level only.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "simd.h"
+
+namespace nlhf {
+namespace NLHF_LEVEL {
+using Floats = Vector<float>;
+using Words = Vector<uint32_t>;
+using Mask = Vector<int32_t>;  // a lane is all ones or all zeros, as comparisons give it
+
+constexpr int64_t kLanes = VectorOf<float>::lanes;
+
+static inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+static inline void store(float* to, Floats values) { *reinterpret_cast<Floats*>(to) = values; }
+static inline Floats broadcast(float value) { return value - Floats{}; }
+
+// The larger of each lane; `best` where `x` is NaN, so a NaN loses against any number.
+static inline Floats larger(Floats x, Floats best) { return x > best ? x : best; }
+
+// The value itself, but a product that went through here is not fused with a sum: it was rounded.
+static inline Floats rounded(Floats value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__SSE2__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+
+static inline float largest_lane(Floats values) {
+  float lanes[kLanes], best = -__builtin_inff();
+  store(lanes, values);
+  for (const float lane : lanes) best = lane > best ? lane : best;
+  return best;
+}
+
+// Bit i: lane i of the mask is set.
+static inline uint32_t lane_bits(Mask mask) {
+#if defined(__AVX512DQ__)
+  return static_cast<uint32_t>(_mm512_movepi32_mask((__m512i)mask));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<uint32_t>(mask[lane] & 1) << lane;
+  return bits;
+#endif
+}
+
+static inline Floats where(Mask mask, Floats values) { return mask ? values : Floats{}; }  // 0 elsewhere
+
+// exp of arguments at most 0, to 1 ulp; 0 below -87, NaN for NaN. See vector_math.h for the idea; here the polynomial
+// is the best of degree 6 with p(0) = p'(0) = 1 (relative error 3e-9), the exponent's bias rides in `magic`, and
+// what overflows below -87 is thrown away at the end instead of being kept away at the start.
+static inline Floats exp_nonpositive(Floats x) {
+  constexpr float flush = -87.0f, magic = 0x1.8p23f + 127.0f;
+  const Floats shifted = x * 0x1.715476p0f + magic;
+  const Floats n = shifted - magic;
+  const Floats r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  Floats p = r * 0x1.6a23d0p-10f + 0x1.123a20p-7f;
+  p = p * r + 0x1.5558f2p-5f;
+  p = p * r + 0x1.555492p-3f;
+  p = p * r + 0x1.fffffcp-2f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Floats scale = (Floats)((Words)shifted << 23);
+  return x < flush ? Floats{} : p * scale;
+}
+
+// Adds the lanes to kLanes sums in double.
+static inline void add_lanes(Floats values, double* sums) {
+  float lanes[kLanes];
+  store(lanes, values);
+  for (int lane = 0; lane < kLanes; ++lane) sums[lane] += lanes[lane];
+}
+
+static inline double sum_of_lanes(const double* sums) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+  return total;
+}
+
+}  // namespace NLHF_LEVEL
+}  // namespace nlhf
