@@ -1,0 +1,130 @@
+# mypy: ignore-errors
+"""What the Triton kernels of mixture_sample share: a tile of the mixture, its exponentials, a row's (max, sum).
+
+Kernels work on y = sum_m w_m z_m + bias, before the temperature: (y - max y) / t rounds once less than y / t - max.
+A sum must mean the same in the kernel that made it and in the one that walks it again, so y and exp are computed by the
+functions here alone, and every launch switches multiply-add fusion off, which could be placed differently in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+#: Launches with one program per row wait for memory, so they get many warps; and their programs are too few to have to
+#: share a multiprocessor, but left to itself ptxas saves registers for that, and spills.
+A_PROGRAM_PER_ROW = {"num_warps": 8, "maxnreg": 168}
+_LANES = tl.constexpr(8)  # elements added in float32, before float64: a head token absorbs 7 others at most
+
+
+class Call(NamedTuple):
+    """What every kernel takes of a call, in the kernels' order."""
+
+    tensors: tuple[torch.Tensor, ...]  # four models, of which the absent ones repeat the first; bias; settings
+    sizes: tuple[int, ...]  # the row strides of all these; vocabulary
+    rows: int
+    vocabulary: int
+    models: int
+    flags: dict[str, object]  # constexpr arguments of every kernel, and the option that all launches share
+
+
+def describe(logits: Sequence[torch.Tensor], settings: torch.Tensor, bias: torch.Tensor | None) -> Call:
+    rows, vocabulary = logits[0].shape
+    models = [*logits, *[logits[0]] * (4 - len(logits))]
+    strides = [model.stride(0) for model in models]
+    strides.append(bias.stride(0) if bias is not None and bias.ndim == 2 else 0)
+    strides.append(settings.stride(0) if settings.shape[0] > 1 else 0)
+    flags = {"MODELS": len(logits), "HAS_BIAS": bias is not None, "enable_fp_fusion": False}
+    tensors = (*models, settings if bias is None else bias, settings)
+    return Call(tensors, (*strides, vocabulary), rows, vocabulary, len(logits), flags)
+
+
+@triton.jit
+def _load(z, lane, length, weight, WANTED: tl.constexpr):
+    """One model as float32. Of weight 0 and with no log-probability wanted, it is not read."""
+    if not WANTED:
+        length = tl.where(weight == 0, 0, length)
+    return tl.load(z + lane, mask=lane < length, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _weighted(z, weight):
+    return tl.where(weight == 0, 0.0, weight * z)  # 0 * -inf is NaN
+
+
+@triton.jit
+def load_tile(
+    z0, z1, z2, z3, bias, settings, stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary,
+    row, start, MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, WANTED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """y (TILE,), -inf beyond the vocabulary, and the models' logits (TILE,) for those that WANTED names."""
+    lane = tl.arange(0, TILE)
+    length = vocabulary - start
+    inside = lane < length
+    weights = settings + row * settings_stride + 4
+    w0 = tl.load(weights)
+    m0 = _load(z0 + row * stride0 + start, lane, length, w0, WANTED & 1)
+    m1 = m0
+    m2 = m0
+    m3 = m0
+    # All loads stand before the first use of any, so that they are under way together.
+    if MODELS > 1:
+        w1 = tl.load(weights + 1)
+        m1 = _load(z1 + row * stride1 + start, lane, length, w1, WANTED & 2)
+    if MODELS > 2:
+        w2 = tl.load(weights + 2)
+        m2 = _load(z2 + row * stride2 + start, lane, length, w2, WANTED & 4)
+    if MODELS > 3:
+        w3 = tl.load(weights + 3)
+        m3 = _load(z3 + row * stride3 + start, lane, length, w3, WANTED & 8)
+    if HAS_BIAS:
+        shift = tl.load(bias + row * bias_stride + start + lane, mask=inside, other=0.0)
+    y = _weighted(m0, w0)
+    if MODELS > 1:
+        y += _weighted(m1, w1)
+    if MODELS > 2:
+        y += _weighted(m2, w2)
+    if MODELS > 3:
+        y += _weighted(m3, w3)
+    if HAS_BIAS:
+        y += shift
+    return tl.where(inside, y, float("-inf")), m0, m1, m2, m3
+
+
+@triton.jit
+def temperature_of(settings, row, settings_stride):
+    """The temperature, 1 for a greedy row; log2(e) / temperature; greedy."""
+    temperature = tl.load(settings + row * settings_stride)
+    greedy = temperature <= 0
+    temperature = tl.where(greedy, 1.0, temperature)
+    return temperature, tl.minimum(1.4426950408889634 / temperature, 3e38), greedy  # finite: infinity times 0 is NaN
+
+
+@triton.jit
+def exp_of(y, top, to_log2):
+    """exp((y - top) / temperature). The difference first: under a large common offset it is exact."""
+    return tl.exp2((y - top) * to_log2)
+
+
+@triton.jit
+def sum_of(e, TILE: tl.constexpr):
+    """float64 sum of e (TILE,)."""
+    return tl.sum(tl.sum(tl.reshape(e, (TILE // _LANES, _LANES)), axis=1).to(tl.float64), axis=0)
+
+
+@triton.jit
+def combine_tiles(tops, sums, slot, here, to_log2):
+    """Of one row's tiles: their maxima; the row's; the factors from a tile's sum to the row's; the sums so scaled.
+
+    A row with +inf or NaN, or -inf everywhere, has sums of NaN.
+    """
+    tile_tops = tl.load(tops + slot, mask=here, other=float("-inf"))
+    tile_sums = tl.load(sums + slot, mask=here, other=0.0)
+    top = tl.max(tile_tops, axis=0)
+    factors = exp_of(tile_tops, top, to_log2).to(tl.float64)
+    return tile_tops, top, factors, tile_sums * factors
