@@ -10,6 +10,7 @@
 #include <string>
 
 #include "mirror_descent/mirror_descent_binding.h"
+#include "mixture_sample/mixture_sample_binding.h"
 #include "row_uniforms/row_uniforms.h"
 
 namespace py = pybind11;
@@ -55,6 +56,17 @@ void mirror_descent(bool is_double, std::uintptr_t log_policy, std::uintptr_t pr
   require_success("mirror_descent", status);
 }
 
+// Takes what mixture_sample_problem takes, then the workspace's address and the stream.
+template <typename... Fields>
+auto mixture_sample(nlhf::MixtureSample (*problem_of)(Fields...)) {
+  return [problem_of](Fields... fields, std::uintptr_t workspace, std::uintptr_t cuda_stream) {
+    const nlhf::MixtureSample problem = problem_of(fields...);  // reads Python objects, so before the lock is released
+    const py::gil_scoped_release unlocked;
+    const int status = nlhf::mixture_sample_cuda(problem, pointer<void>(workspace), pointer<void>(cuda_stream));
+    require_success("mixture_sample", status);
+  };
+}
+
 py::dict build_info() {
   py::dict info;
   info["cuda_version"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
@@ -70,5 +82,7 @@ PYBIND11_MODULE(_cuda, module) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   module.def("row_uniforms", &row_uniforms, Unlocked());
   module.def("mirror_descent", &mirror_descent, Unlocked());
+  module.def("mixture_sample_workspace", &nlhf::mixture_sample_workspace);
+  module.def("mixture_sample", mixture_sample(&nlhf::mixture_sample_problem));
   module.def("build_info", &build_info);
 }

@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from tests.emulation.fixture import built_emulation, emulation  # noqa: F401  (fixtures for every test file)
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

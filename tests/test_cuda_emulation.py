@@ -6,46 +6,19 @@ The module under test is the real binding over the real launchers and kernels; o
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import math
 import re
 import subprocess
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from tests.emulation.build import build_module, build_sanitized
+from tests.emulation.build import build_sanitized
+from tests.emulation.fixture import CRAMPED, ROOMY, Emulation
 
-ROOMY, CRAMPED = 0, 1  # the emulated devices, see emulator.h
 MASK32 = 0xFFFFFFFF
-
-
-class Emulation(NamedTuple):
-    module: ModuleType  # `_cuda`
-    library: ctypes.CDLL  # the same file: the emulator's switches and the planted kernels
-
-
-@pytest.fixture(scope="session")
-def _built(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
-    path = build_module(tmp_path_factory.mktemp("cuda_emulation"))
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    library = ctypes.CDLL(str(path))
-    library.emulation_last_fault.restype = ctypes.c_char_p
-    library.planted_bfloat16.restype = library.planted_half.restype = ctypes.c_float
-    library.planted_bfloat16.argtypes = library.planted_half.argtypes = [ctypes.c_float]
-    return Emulation(module, library)
-
-
-@pytest.fixture
-def emulation(_built: Emulation) -> Emulation:
-    _built.library.emulation_set_device(ROOMY)
-    _built.library.emulation_set_seed(ctypes.c_uint64(20240501))  # blocks and threads in a shuffled order
-    return _built
 
 
 def _address(array: np.ndarray) -> int:

@@ -18,6 +18,7 @@
 #define __constant__ static
 #define __forceinline__ inline
 #define __noinline__  // libstdc++ spells an attribute like this, so it must vanish rather than become one
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // Blocks run one at a time, so statics can play shared memory; one section for all lets the engine poison them before
@@ -174,6 +175,7 @@ void __stcs(T* address, std::common_type_t<T> value) { *address = value; }
 #define __log2f log2f
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -1,0 +1,142 @@
+// What one launch of mixture_sample works on: how rows are cut into tiles and parts, and what lies in the workspace.
+#pragma once
+
+#include <algorithm>
+
+#include "../common/cuda_launch.cuh"
+#include "mixture_sample_sums.cuh"
+
+namespace nlhf {
+namespace {
+
+// A row is cut into tiles, whose sums are kept and of which one is walked again; a warp takes a tile at a time. A part
+// is what one block takes of a row.
+struct Plan {
+  int tile_steps;  // of kStep elements
+  int tiles;       // of a row
+  int part_tiles;
+  int parts;  // of a row
+};
+
+constexpr int kMaxTileSteps = 4;
+constexpr int kBins = 2048;              // of the histogram over a row that its filters look at first
+constexpr int kMaxCandidates = 8192;     // elements of a row that a threshold may lie among, before it goes the slow way
+constexpr int64_t kMaxVocabulary = (int64_t{1} << 31) - (1 << 16);
+
+enum Search : int { kSearchTopK = 1, kSearchTopP = 2, kSearchPending = 4 };  // pending: the row has filters to apply
+
+// A row on its way through the passes that filters need.
+struct RowState {
+  double total;                  // of e^(z - top)
+  double log_sums[kMaxModels];   // log of the sum of e^logit, where wanted
+  float top;                     // max z
+  float floor;                   // min-p's threshold; -inf: none
+  int search;                    // of Search; 0: the row's token is written
+  int first_bin, last_bin;       // where the thresholds of top-k and top-p lie, or else min-p's
+  unsigned above;                // elements in the bins before first_bin
+};
+
+struct Candidate {
+  float z;
+  int index;
+};
+
+enum Counter : int { kStreamed, kCounted, kGathered, kCandidates, kCounters };
+
+struct Job {
+  MixtureSample p;
+  Plan plan;
+  unsigned* counters;           // (rows, kCounters), zeroed before the first kernel
+  float2* sums;                 // (rows, models + 1, tiles) top and mass, the mixture last
+  RowState* states;             // (rows); from here on only with filters
+  unsigned* bins;               // (rows, kBins), zeroed by the first kernel
+  double* kept;                 // (rows, tiles) mass that a tile keeps for sure
+  unsigned long long* kept_candidates;  // (rows, tiles) what its candidates add, in fixed point
+  Candidate* candidates;        // (rows, capacity)
+  int capacity;
+
+  __device__ __forceinline__ float2* tile_sums(int64_t row, int which) const {
+    return sums + (row * (p.models + 1) + which) * plan.tiles;
+  }
+  __device__ __forceinline__ int tile_elements() const { return plan.tile_steps * kStep; }
+};
+
+inline int64_t steps_of(int64_t vocabulary) { return (vocabulary + kStep - 1) / kStep; }
+
+// Hands out pieces of the workspace; with a null start it only measures.
+class Layout {
+ public:
+  explicit Layout(void* start) : start_(reinterpret_cast<std::uintptr_t>(start)) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    constexpr int64_t kAlignment = 256;
+    T* piece = reinterpret_cast<T*>(start_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  std::uintptr_t start_;
+  int64_t used_ = 0;
+};
+
+// Lays the workspace out for rows of `tiles` tiles; returns its size.
+inline int64_t lay_out(Job& job, int64_t rows, int64_t vocabulary, int models, bool filtered, int64_t tiles,
+                       void* workspace) {
+  Layout layout(workspace);
+  job.counters = layout.take<unsigned>(rows * kCounters);
+  job.sums = layout.take<float2>(rows * (models + 1) * tiles);
+  if (filtered) {
+    job.capacity = static_cast<int>(std::min<int64_t>(vocabulary, kMaxCandidates));
+    job.states = layout.take<RowState>(rows);
+    job.bins = layout.take<unsigned>(rows * kBins);
+    job.kept = layout.take<double>(rows * tiles);
+    job.kept_candidates = layout.take<unsigned long long>(rows * tiles);
+    job.candidates = layout.take<Candidate>(rows * job.capacity);
+  }
+  return layout.used();
+}
+
+// Blocks of a multiprocessor at once: registers for 768 threads, whose loads are enough to keep the memory busy.
+constexpr int kResidentBlocks = 3;
+
+// Tiles and parts for the fewest and shortest waves of blocks. In units of a fifth of a step: a tile costs one beside
+// its steps, for reductions over the warp, a block ten to start and to end.
+inline Plan make_plan(int64_t rows, int64_t vocabulary, int multiprocessors) {
+  constexpr int kPartTiles[] = {1, 2, 4, kWarps, 2 * kWarps, 3 * kWarps, 4 * kWarps, 6 * kWarps, 8 * kWarps};
+  const int64_t steps = steps_of(vocabulary), slots = int64_t{kResidentBlocks} * multiprocessors;
+  Plan best{};
+  int64_t least = INT64_MAX;
+  for (int tile_steps = 1; tile_steps <= kMaxTileSteps; ++tile_steps) {
+    const int64_t tiles = (steps + tile_steps - 1) / tile_steps;
+    for (const int part_tiles : kPartTiles) {
+      const int64_t parts = (tiles + part_tiles - 1) / part_tiles;
+      const int64_t waves = (rows * parts + slots - 1) / slots;
+      const int64_t cost = waves * (part_tiles * (5 * tile_steps + 1) + 10);
+      if (cost < least) {
+        least = cost;
+        best = {tile_steps, static_cast<int>(tiles), part_tiles, static_cast<int>(parts)};
+      }
+      if (parts == 1) break;
+    }
+  }
+  return best;
+}
+
+// Whether the calling block is the last of its row's `parts` to come here; what the others wrote before is then visible.
+NLHF_DEVICE bool last_of_row(unsigned* arrived, int parts, bool* shared) {
+  __syncthreads();
+  if (parts == 1) return true;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *shared = atomicAdd(arrived, 1u) + 1 == static_cast<unsigned>(parts);
+    __threadfence();
+  }
+  __syncthreads();
+  return *shared;
+}
+
+}  // namespace
+}  // namespace nlhf
