@@ -171,7 +171,9 @@ template <typename Real>
 void solve(const MirrorDescent<Real>& problem, int threads) {
   const MirrorDescent<Real> p = problem;
   bool out_of_memory = false;
-#pragma omp parallel num_threads(threads) if (threads > 1 && p.games > 1)
+  // Waking threads takes microseconds: about what this many multiply-adds take on one.
+  const bool worth_sharing = p.games * p.actions * p.actions * (p.iterations + 1) > (int64_t{1} << 16);
+#pragma omp parallel num_threads(threads) if (threads > 1 && p.games > 1 && worth_sharing)
   {
     const Scratch<Real> scratch(p.actions);
     if (scratch.opponent == nullptr) {
