@@ -44,15 +44,16 @@ void mix(const Real* log_policy, const Real* log_reference, Real b, int64_t n, R
   for (int64_t i = 0; i < n; ++i) out[i] = (1 - b) * log_policy[i] + b * log_reference[i];
 }
 
-// target += scale * P opponent, the matrix row by row: for large games, whose rows are long.
+// target += scale * P opponent - top, the matrix row by row: for large games, whose rows are long.
 template <typename Real>
-void add_expected_by_rows(const Real* preference, const Real* opponent, Real scale, int64_t n, Real* target) {
+void add_expected_by_rows(const Real* preference, const Real* opponent, Real scale, Real top, int64_t n,
+                          Real* target) {
   for (int64_t a = 0; a < n; ++a) {
     const Real* row = preference + a * n;
     Real sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) sum += row[i] * opponent[i];
-    target[a] += scale * sum;
+    target[a] = (target[a] - top) + scale * sum;
   }
 }
 
@@ -66,8 +67,8 @@ constexpr int64_t block_actions() {
 }
 
 template <typename Real>
-void add_expected_by_columns(const Real* transposed, int64_t stride, const Real* opponent, Real scale, int64_t n,
-                             Real* target) {
+void add_expected_by_columns(const Real* transposed, int64_t stride, const Real* opponent, Real scale, Real top,
+                             int64_t n, Real* target) {
   for (int64_t first = 0; first < n; first += block_actions<Real>()) {
     Vector<Real> sums[kBlockVectors] = {}, odd[kBlockVectors] = {};  // two sets: one waits on its own multiply-adds
     int64_t b = 0;
@@ -87,7 +88,7 @@ void add_expected_by_columns(const Real* transposed, int64_t stride, const Real*
     const Real* lanes = reinterpret_cast<const Real*>(sums);
     const int64_t count = n - first < block_actions<Real>() ? n - first : block_actions<Real>();
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) target[first + i] += scale * lanes[i];
+    for (int64_t i = 0; i < count; ++i) target[first + i] = (target[first + i] - top) + scale * lanes[i];
   }
 }
 
@@ -152,19 +153,19 @@ void solve_game(const MirrorDescent<Real>& p, int64_t game, const Scratch<Real>&
                                                           : p.log_opponent + game * n;
     const Real top = maximum(played, n);
     const Real sum = exponentials(played, top, n, opponent);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) mixture[i] -= top;
     if (by_columns) {
-      add_expected_by_columns(scratch.transposed, scratch.stride, opponent, step / sum, n, mixture);
+      add_expected_by_columns(scratch.transposed, scratch.stride, opponent, step / sum, top, n, mixture);
     } else {
-      add_expected_by_rows(preference, opponent, step / sum, n, mixture);
+      add_expected_by_rows(preference, opponent, step / sum, top, n, mixture);
     }
-    std::memcpy(log_policy, mixture, n * sizeof(Real));
+    Real* next = mixture;
+    mixture = log_policy;
+    log_policy = next;
   }
   const Real top = maximum(log_policy, n);
   const Real normaliser = top + std::log(exponentials(log_policy, top, n, opponent));
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) log_policy[i] -= normaliser;
+  for (int64_t i = 0; i < n; ++i) p.out[game * n + i] = log_policy[i] - normaliser;
 }
 
 template <typename Real>

@@ -102,11 +102,10 @@ class Op:
 
     def resolve(self, argument: str | None, problem: Problem) -> Backend:
         """The backend that runs `problem`. An explicit choice that cannot run raises; it never falls back."""
-        request = settings.requested(argument)
-        key = (request.backend, problem)
+        key = (argument or settings.requested(None).backend, problem)
         chosen = self._decisions.get(key)
         if chosen is None:
-            chosen = self._decide(request, problem)
+            chosen = self._decide(settings.requested(argument), problem)
             if len(self._decisions) >= _MAX_DECISIONS:
                 self._decisions.clear()
             self._decisions[key] = chosen

@@ -37,7 +37,7 @@ OP = register(
 
 
 def _run(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int, backend: str) -> torch.Tensor:
-    result: torch.Tensor = OP.resolve(backend, _describe(seed, row_ids, step)).run(seed, row_ids, step, stream)
+    result: torch.Tensor = OP.resolve(backend, RowUniformsProblem(row_ids.device)).run(seed, row_ids, step, stream)
     return result
 
 
