@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 
 import pytest
 import torch
 
+import nlhf_kernels
 from nlhf_kernels.core import capabilities
-from nlhf_kernels.ops.mixture_sample import native
+from nlhf_kernels.ops.mixture_sample import native, reference
 from nlhf_kernels.ops.mixture_sample.op import OP
+from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
 from tests import test_mixture_sample as shared
 from tests import test_mixture_sample_filters as filters
-from tests.emulation.fixture import CRAMPED
+from tests.emulation.fixture import CRAMPED, ROOMY
+from tests.support.mixture import assert_right, logits_pair, uniforms_for
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -37,7 +41,7 @@ def test_draws_match_float64(dtypes, vocabulary) -> None:
     shared.test_draws_match_float64("cpu", dtypes, vocabulary)
 
 
-@pytest.mark.parametrize("device", [0, CRAMPED])
+@pytest.mark.parametrize("device", [ROOMY, CRAMPED])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_large_vocabulary_in_any_order_of_blocks(emulation, device, seed) -> None:
     emulation.library.emulation_set_device(device)
@@ -90,3 +94,106 @@ def test_it_is_the_emulated_kernel_that_runs(monkeypatch) -> None:
     monkeypatch.setitem(OP.backend("cpu").__dict__, "run", refuse)
     with pytest.raises(ZeroDivisionError):
         shared.test_ends_of_the_uniform("cpu")
+
+
+def sample(logits, uniforms, **options):
+    policy, other = logits if len(logits) == 2 else (logits[0], None)
+    beta = None if other is None else 0.3
+    return nlhf_kernels.mixture_sample(policy, other, beta, uniforms=uniforms, backend="cpu", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 30}, {"top_p": 0.8, "temperature": 1.4}], ids=str)
+def test_the_grid_does_not_matter(emulation, options) -> None:
+    """One multiprocessor or 132, any order of blocks and warps: the same token; with the same grid, the same bits."""
+    logits, uniforms = logits_pair(3, 9001, "cpu", (BF16, BF16)), uniforms_for(3, "cpu")
+    expected = None
+    for device in (ROOMY, CRAMPED):
+        emulation.library.emulation_set_device(device)
+        results = []
+        for seed in (0, 1, 2):
+            emulation.library.emulation_set_seed(ctypes.c_uint64(seed))
+            results.append(sample(logits, uniforms, **options))
+        assert all(torch.equal(a, b) for later in results[1:] for a, b in zip(later, results[0], strict=True))
+        assert expected is None or torch.equal(results[0].tokens, expected)
+        expected = results[0].tokens
+
+
+@pytest.mark.parametrize("device", [ROOMY, CRAMPED])
+@pytest.mark.parametrize("dtypes", [(F32,), (BF16, BF16), (F32, F16)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"top_k": 9, "min_p": 0.01}], ids=str)
+def test_the_workspace_needs_no_zeros_and_suffices(emulation, device, dtypes, options) -> None:
+    emulation.library.emulation_set_device(device)
+    for rows, vocabulary in [(1, 1), (3, 513), (2, 5000)]:
+        logits, uniforms = logits_pair(rows, vocabulary, "cpu", dtypes), uniforms_for(rows, "cpu")
+        packed, filtered = mixture_settings([1.0, 0.5][: len(logits)], device=torch.device("cpu"), **options)
+        size = emulation.module.mixture_sample_workspace(rows, vocabulary, len(logits), filtered)
+        results = []
+        for poison in (0, 255):
+            workspace = torch.full((size + 256,), poison, dtype=torch.uint8)
+            outputs = native.empty_outputs(len(logits), rows, packed.device)
+            unused = torch.empty(0, dtype=torch.int64)
+            wanted = (2 << len(logits)) - 1
+            rest = (packed, filtered, None, uniforms, unused, unused, unused, 0, wanted)
+            emulation.module.mixture_sample(*native._arguments(outputs, logits, *rest), workspace.data_ptr(), 0)
+            assert (workspace[size:] == poison).all()
+            results.append(outputs)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert results[0][2].all()
+
+
+@pytest.mark.parametrize("options", [{"top_k": 50}, {"top_p": 0.9}, {"top_k": 9000, "top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 0.002, 0.3])
+def test_more_candidates_than_there_is_room_for(emulation, options, scale) -> None:
+    """8192 fit. Logits this close together all fall into a few bins of the first histogram."""
+    emulation.library.emulation_set_device(CRAMPED)
+    logits, uniforms = logits_pair(2, 20_000, "cpu", scale=scale), uniforms_for(2, "cpu")
+    assert_right(sample(logits, uniforms, **options), *logits, 0.3, uniforms, **options)
+
+
+@pytest.mark.parametrize("head", [0, 100_003, 200_000])
+@pytest.mark.parametrize("options", [{}, {"top_p": 1 - 1e-6}], ids=str)
+def test_heavy_tail(emulation, head, options) -> None:
+    """One token and 200,000 that lie 18 nats below it. A sum in float32 of more than a few hundred would lose them; the
+    boundaries must be right to a thousandth of the tail's mass."""
+    emulation.library.emulation_set_device(CRAMPED)
+    logits = torch.full((1, 200_001), -18.0)
+    logits[0, head] = 0.0
+    upper = logits[0].double().softmax(-1).cumsum(-1)
+    before, through = float(upper[head] - math.exp(0) / (1 + 2e5 * math.exp(-18))), float(upper[head])
+    uniforms = torch.tensor([before / 3, before * 0.999, 0.5, through + (1 - through) / 3, 1 - (1 - through) / 1000])
+    uniforms = uniforms.double().clamp(0, 1)
+    result = sample([logits.expand(5, -1)], uniforms, logprobs=(), **options)
+    expected = torch.searchsorted(upper, uniforms, right=True).clamp(max=200_000)
+    assert (upper[result.tokens] - upper[expected]).abs().max() < 1e-3 * 2e5 * math.exp(-18)
+    assert result.tokens[2] == head
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.2}], ids=str)
+def test_finite_masks(options) -> None:
+    """What a mask of the dtype's lowest number leaves: a tile or a whole row of it, whose exp is no NaN."""
+    lowest = torch.finfo(F32).min
+    logits = logits_pair(3, 5000, "cpu", (F32,))
+    logits[0][0, 900:] = lowest
+    logits[0][1, :4990] = lowest
+    logits[0][2] = lowest
+    uniforms = uniforms_for(3, "cpu")
+    assert_right(sample(logits, uniforms, **options), logits[0], None, None, uniforms, **options)
+
+
+def test_candidates_in_reach_of_a_filter_are_those_of_the_oracle() -> None:
+    """bfloat16 logits mix to values that are equal in one rounding and not in another; thresholds are such values."""
+    logits = logits_pair(40, 3000, "cpu", (BF16, BF16), scale=1.0)
+    options = {"top_k": 25, "temperature": 0.7}
+    packed = mixture_settings([0.7, 0.3], device=torch.device("cpu"), **options).packed
+    scaled = reference.mixed_logits([model.float() for model in logits], packed[:, 4:], None) / packed[:, :1]
+    keep = reference.support(scaled, packed)
+    expected = torch.where(keep, scaled.double(), -torch.inf).logsumexp(-1)
+    result = sample(logits, uniforms_for(40, "cpu"), logprobs=("mixture",), **options)
+    total = scaled.gather(-1, result.tokens[:, None])[:, 0].double() - result.mixture_logprob.double()
+    torch.testing.assert_close(total, expected, rtol=0, atol=3e-6)
+
+
+def test_too_long_a_row_is_an_error(emulation) -> None:
+    models = ((0, 0, 2**31),)
+    with pytest.raises(RuntimeError, match=r"mixture_sample: CUDA error 1 \(invalid argument\)"):
+        emulation.module.mixture_sample(models, 0, 0, False, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2**31, 0, 0, 0, 0, 0, 0)

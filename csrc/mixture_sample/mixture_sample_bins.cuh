@@ -56,12 +56,12 @@ struct Bins {
 
 template <typename RowType>
 NLHF_DEVICE Bins bins_of(const RowType& row, float top) {
-  const float temperature = std::fmin(1.0f / row.scale, 1e30f);
+  const float temperature = std::fmin(row.temperature, 1e30f);
   return {top, kBinsPerOctave * kLog2E * temperature, kBinsPerOctave * temperature};
 }
 
-// Whether e^(z - top) is more than 0 in float. What is 0 cannot be drawn, whether it is kept or not, so filters leave it
-// out: masked logits would otherwise be candidates by the thousand.
+// Whether e^(z - top) is more than 0 in float. What is 0 cannot be drawn, whether it is kept or not, so filters leave
+// it out: masked logits would otherwise be candidates by the thousand.
 NLHF_DEVICE bool is_alive(float z, float top) { return __fmul_rn(z - top, kLog2E) >= kSmallestExponent; }
 
 struct BracketScratch {
@@ -97,8 +97,8 @@ NLHF_DEVICE BinRun read_bins(const unsigned* bins, const Bins& scale, BracketScr
   return run;
 }
 
-// Calls visit(bin, elements through it, most and least mass through it) for the thread's bins in order. The mass through
-// a bin is bounded by the counts so far and, from the row's whole mass, by the counts that follow.
+// Calls visit(bin, elements through it, most and least mass through it) for the thread's bins in order. The mass
+// through a bin is bounded by the counts so far and, from the row's whole mass, by the counts that follow.
 template <typename Visit>
 NLHF_DEVICE void walk_bins(const BinRun& run, const Bins& scale, double total, Visit visit) {
   unsigned through = run.before;

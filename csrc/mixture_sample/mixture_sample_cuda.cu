@@ -12,7 +12,7 @@
 //                 finds the exact thresholds in the list, then chooses a tile and walks it as above. A list that
 //                 overflows (thousands of equal values) is replaced by the row itself: slower, as exact.
 //
-// The counters that tell a block that it is its row's last are zeroed on the stream before, so launches are independent.
+// The counters that tell a block that it is its row's last are zeroed on the stream before, so launches share nothing.
 #include "mixture_sample_finish.cuh"
 
 namespace nlhf {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) stream_rows(const _
   for (int tile = place.first_tile + threadIdx.x / kWarpSize; tile < place.end_tile; tile += kWarps) {
     LogSum mixture, models[kModels];
     const int end = (tile + 1) * job.tile_elements();
-    for (int first = end - job.tile_elements(); first < end && first < row.vocabulary; first += kStep) {
+    for (int first = end - job.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
       float z[kPerLane];
       read_step<true>(row, first, z, [&](int m, const float (&values)[kPerLane]) { models[m].add(values); });
       mixture.add(z);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) count_bins(const __
   for (int tile = place.first_tile + threadIdx.x / kWarpSize; tile < place.end_tile; tile += kWarps) {
     if (!is_alive(job.tile_sums(place.row, job.p.models)[tile].x, scale.top)) continue;
     const int end = (tile + 1) * job.tile_elements();
-    for (int first = end - job.tile_elements(); first < end && first < row.vocabulary; first += kStep) {
+    for (int first = end - job.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
       float z[kPerLane];
       read_step(row, first, z);
 #pragma unroll
@@ -94,20 +94,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) count_bins(const __
   find_bracket(filters_of(job.p, place.row, state.top), scale, bins, state);
 }
 
-struct GatherScratch {
-  FinishScratch finish;
-  SelectScratch select;
-  double kept[kWarps];
-};
-
 // Mass of the lane's elements of a tile that are kept for sure; those in the bracket join the row's candidates.
 template <typename RowType>
-NLHF_DEVICE float gather_tile(const Job& job, const RowType& row, int64_t index, int tile, const Bins& scale,
+NLHF_DEVICE float gather_tile(const Job& job, const RowType& row, int index, int tile, const Bins& scale, float reach,
                               int first_bin, int last_bin) {
-  const float reach = scale.reach(last_bin);
   float mass = 0;
   const int end = (tile + 1) * job.tile_elements();
-  for (int first = end - job.tile_elements(); first < end && first < row.vocabulary; first += kStep) {
+  for (int first = end - job.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
     float z[kPerLane];
     read_step(row, first, z);
     float highest = z[0];
@@ -121,9 +114,9 @@ NLHF_DEVICE float gather_tile(const Job& job, const RowType& row, int64_t index,
       if (bin < first_bin) {
         mass += exp_below(z[i], scale.top);
       } else if (bin <= last_bin) {
-        const unsigned at = atomicAdd(job.counters + index * kCounters + kCandidates, 1u);
+        const unsigned at = atomicAdd(job.counters + int64_t{index} * kCounters + kCandidates, 1u);
         const Candidate candidate{z[i], first + RowType::LaneSlice::offset(i)};
-        if (at < static_cast<unsigned>(job.capacity)) job.candidates[index * job.capacity + at] = candidate;
+        if (at < static_cast<unsigned>(job.capacity)) job.candidates[int64_t{index} * job.capacity + at] = candidate;
       }
     }
   }
@@ -132,16 +125,17 @@ NLHF_DEVICE float gather_tile(const Job& job, const RowType& row, int64_t index,
 
 // The masses that tiles keep once the threshold is known, from the row itself: the way when candidates overflowed.
 template <typename RowType>
-static __device__ __noinline__ void sum_kept(const Job& job, const RowType& row, int64_t index, float top, float threshold) {
+NLHF_DEVICE void sum_kept(const Job& job, const RowType& row, int64_t index, float top, float threshold) {
+  constexpr int kRun = 8;
   const int lane = threadIdx.x % kWarpSize;
   for (int tile = threadIdx.x / kWarpSize; tile < job.plan.tiles; tile += kWarps) {
     float mass = 0;
-    const int end = (tile + 1) * job.tile_elements();
-    for (int first = end - job.tile_elements(); first < end && first < row.vocabulary; first += kStep) {
-      float z[kPerLane];
-      read_step(row, first, z);
+    const int first = tile * job.tile_elements(), end = first + job.tile_elements();
+    for (int at = first + lane * kRun; at < end && at < row.vocabulary(); at += kRun * kWarpSize) {
+      float z[kRun];
+      read_run(row, at, row.vocabulary(), z);
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) mass += z[i] >= threshold ? exp_below(z[i], top) : 0.0f;
+      for (int i = 0; i < kRun; ++i) mass += z[i] >= threshold ? exp_below(z[i], top) : 0.0f;
     }
     const double sum = warp_sum(static_cast<double>(mass));
     if (lane == 0) {
@@ -151,45 +145,69 @@ static __device__ __noinline__ void sum_kept(const Job& job, const RowType& row,
   }
 }
 
-// What is kept in all, by the row's last block: the threshold, the tiles' masses with it, and the draw.
+struct ThresholdScratch {
+  static constexpr int kValues = 4096;
+  SelectScratch select;
+  double kept[kWarps];
+  float values[kValues];
+};
+
+// The row's threshold, by its last block; afterwards the tiles' kept masses are complete.
 template <Storage kStorage, int kModels>
-__device__ __noinline__ void finish_filtered(const Job& job, int64_t index) {
-  __shared__ GatherScratch s;
-  using RowType = Row<kStorage, kModels>;
-  const RowType row = open_row<kStorage, kModels>(job.p, index);
+__device__ __noinline__ float settle_threshold(const Job& job, int64_t index) {
+  __shared__ ThresholdScratch s;
   const RowState& state = job.states[index];
+  const int vocabulary = static_cast<int>(job.p.vocabulary);
   const Filters filters = filters_of(job.p, index, state.top);
-  double* kept = job.kept + index * job.plan.tiles;
-  unsigned long long* kept_candidates = job.kept_candidates + index * job.plan.tiles;
-  float threshold = state.floor;
-  const FixedPoint fixed = fixed_point(row.vocabulary);
+  const double* kept = job.kept + index * job.plan.tiles;
   double sure = 0, mass_above;
   for (int t = threadIdx.x; t < job.plan.tiles; t += kThreads) sure += __ldcg(kept + t);
   block_sum_before(sure, s.kept, &mass_above);
 
   const unsigned count = __ldcg(job.counters + index * kCounters + kCandidates);
   const Candidate* candidates = job.candidates + index * job.capacity;
-  const CandidateList list{candidates, static_cast<int>(count)};
+  CandidateList list{&candidates->z, sizeof(Candidate) / sizeof(float), static_cast<int>(count)};
+  if (count <= s.kValues) {
+    for (int i = threadIdx.x; i < list.size; i += kThreads) s.values[i] = list.z(i);
+    list = {s.values, 1, list.size};
+  }
+  __syncthreads();
+  float threshold;
   const bool fits = count <= static_cast<unsigned>(job.capacity);
-  if (fits && find_threshold(list, state, filters, row.vocabulary, mass_above, state.above, s.select, &threshold)) {
+  if (fits && find_threshold(list, state, filters, vocabulary, mass_above, state.above, s.select, &threshold)) {
+    unsigned long long* kept_candidates = job.kept_candidates + index * job.plan.tiles;
     for (int i = threadIdx.x; i < list.size; i += kThreads) {
       const float z = list.z(i);
       if (!(z >= threshold)) continue;
-      const int tile = __ldcg(&candidates[i].index) / job.tile_elements();
-      atomicAdd(kept_candidates + tile, fixed.of(exp_below(z, state.top)));
+      const int tile = candidates[i].index / job.tile_elements();
+      atomicAdd(kept_candidates + tile, fixed_point(vocabulary).of(exp_below(z, state.top)));
     }
   } else {
     __syncthreads();
-    const WholeRow<RowType> whole{row, row.vocabulary};
-    find_threshold(whole, state, filters, row.vocabulary, 0.0, 0, s.select, &threshold);
+    const Row<kStorage, kModels> row = open_row<kStorage, kModels>(job.p, index);
+    const WholeRow<Row<kStorage, kModels>> whole{row, vocabulary};
+    find_threshold(whole, state, filters, vocabulary, 0.0, 0, s.select, &threshold);
     sum_kept(job, row, index, state.top, threshold);
   }
   __syncthreads();
+  return threshold;
+}
+
+// The draw from what is kept, by the row's last block.
+template <Storage kStorage, int kModels>
+__device__ __noinline__ void finish_filtered(const Job& job, int64_t index) {
+  __shared__ FinishScratch s;
+  const RowState& state = job.states[index];
+  const float threshold = settle_threshold<kStorage, kModels>(job, index);
   const Draw draw{uniform_of(job.p, index), state.top, threshold, false};
+  const double* kept = job.kept + index * job.plan.tiles;
+  const unsigned long long* kept_candidates = job.kept_candidates + index * job.plan.tiles;
+  const FixedPoint fixed = fixed_point(static_cast<int>(job.p.vocabulary));
   const double total = choose_tile(job.plan.tiles, draw.uniform, [&](int t) {
     return __ldcg(kept + t) + fixed.mass(__ldcg(kept_candidates + t));
-  }, s.finish);
-  draw_and_write(job, row, index, draw, state.top, total, state.log_sums, s.finish);
+  }, s);
+  const Row<kStorage, kModels> row = open_row<kStorage, kModels>(job.p, index);
+  draw_and_write(job, row, index, draw, state.top, total, state.normalisers, s);
 }
 
 template <Storage kStorage, int kModels>
@@ -201,10 +219,11 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) gather_rows(const _
   const Row<kStorage, kModels> row = open_row<kStorage, kModels>(job.p, place.row);
   const Bins scale = bins_of(row, state.top);
   const int first_bin = state.first_bin, last_bin = state.last_bin;
+  const float reach = scale.reach(last_bin);
   for (int tile = place.first_tile + threadIdx.x / kWarpSize; tile < place.end_tile; tile += kWarps) {
     float mass = 0;
-    if (job.tile_sums(place.row, job.p.models)[tile].x >= scale.reach(last_bin)) {
-      mass = gather_tile(job, row, place.row, tile, scale, first_bin, last_bin);
+    if (job.tile_sums(place.row, job.p.models)[tile].x >= reach) {
+      mass = gather_tile(job, row, place.row, tile, scale, reach, first_bin, last_bin);
     }
     const double sum = warp_sum(static_cast<double>(mass));
     if (threadIdx.x % kWarpSize == 0) {

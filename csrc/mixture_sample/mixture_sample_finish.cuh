@@ -11,7 +11,7 @@ namespace {
 // Block-wide scratch of a row's last block; each piece is used by one step only, so that no barrier guards its reuse.
 struct FinishScratch {
   float tops[kWarpSize];
-  double log_sums[kMaxModels];
+  Normaliser normalisers[kMaxModels];
   CrossingScratch tile_crossing, element_crossing;
   int tile, token;
   double fraction;
@@ -22,8 +22,8 @@ NLHF_DEVICE double uniform_of(const MixtureSample& p, int64_t row) {
   return open_unit(random_bits(p.seed[row * p.seed_stride], p.row_ids[row], p.step[row * p.step_stride], p.stream));
 }
 
-// log of the sum of e^logit of each wanted model, a warp a model, into shared memory; a barrier must follow.
-NLHF_DEVICE void sum_models(const Job& job, int64_t row, double* log_sums) {
+// The sum of e^logit of each wanted model, a warp a model, into shared memory; a barrier must follow.
+NLHF_DEVICE void sum_models(const Job& job, int64_t row, Normaliser* normalisers) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   if (warp >= job.p.models || !(job.p.wanted >> warp & 1)) return;
   const float2* tiles = job.tile_sums(row, warp);
@@ -33,7 +33,7 @@ NLHF_DEVICE void sum_models(const Job& job, int64_t row, double* log_sums) {
   double mass = 0;
   for (int t = lane; t < job.plan.tiles; t += kWarpSize) mass += mass_below(__ldcg(tiles + t), top);
   mass = warp_sum(mass);
-  if (lane == 0) log_sums[warp] = top + std::log(mass);  // NaN where the model is no distribution
+  if (lane == 0) normalisers[warp] = {std::log(mass), top};  // NaN where the model is no distribution
 }
 
 // How a row's token is drawn: with weight e^(z - top) where z reaches `threshold`; or, greedy, as the first of the
@@ -80,7 +80,7 @@ NLHF_DEVICE void walk_tile(const Job& job, const RowType& row, const Draw& draw,
   constexpr int kRun = kMaxTileSteps * kStep / kThreads;
   const int run = job.tile_elements() / kThreads;
   const int first = s.tile * job.tile_elements() + threadIdx.x * run;
-  const int end = first + run < row.vocabulary ? first + run : row.vocabulary;
+  const int end = first + run < row.vocabulary() ? first + run : row.vocabulary();
   float weights[kRun];
   read_run(row, first, end, weights);
   double mass = 0;
@@ -112,7 +112,7 @@ NLHF_DEVICE void walk_tile(const Job& job, const RowType& row, const Draw& draw,
 // Writes a row's outputs, by the first warp. `ok` false: the row is no distribution.
 template <Storage kStorage, int kModels>
 NLHF_DEVICE void write_row(const Job& job, const Row<kStorage, kModels>& row, int64_t index, bool ok, int token,
-                           double mixture_logprob, const double* log_sums) {
+                           double mixture_logprob, const Normaliser* normalisers) {
   if (threadIdx.x >= kWarpSize) return;
   const MixtureSample& p = job.p;
   double logprob = mixture_logprob;
@@ -120,7 +120,8 @@ NLHF_DEVICE void write_row(const Job& job, const Row<kStorage, kModels>& row, in
 #pragma unroll
   for (int m = 0; m < kModels; ++m) {
     if (lane == m && row.is_wanted(m)) {
-      logprob = ok ? load_element<kStorage>(row.models[m], token, row.vocabulary) - log_sums[m] : NAN;
+      const float logit = load_element<kStorage>(row.model(m), token, row.vocabulary());
+      logprob = ok ? (logit - normalisers[m].top) - normalisers[m].log_mass : NAN;
     }
   }
   const bool wanted = lane <= p.models && p.wanted >> lane & 1;
@@ -135,12 +136,12 @@ NLHF_DEVICE void write_row(const Job& job, const Row<kStorage, kModels>& row, in
 // Draws from the chosen tile and writes the row; `total` is the mass of the whole support in units of e^top.
 template <typename RowType>
 NLHF_DEVICE void draw_and_write(const Job& job, const RowType& row, int64_t index, const Draw& draw, float row_top,
-                                double total, const double* log_sums, FinishScratch& s) {
-  if (s.tile < 0) return write_row(job, row, index, false, 0, NAN, log_sums);
+                                double total, const Normaliser* normalisers, FinishScratch& s) {
+  if (s.tile < 0) return write_row(job, row, index, false, 0, NAN, normalisers);
   walk_tile(job, row, draw, s);
   double logprob = 0;
   if (!draw.greedy) logprob = (read_one(row, s.token) - row_top) - std::log(total);
-  write_row(job, row, index, true, s.token, logprob, log_sums);
+  write_row(job, row, index, true, s.token, logprob, normalisers);
 }
 
 // After the last of a row's sums: its token, or, where filters need further passes, its state for them.
@@ -151,7 +152,7 @@ __device__ __noinline__ void finish_streaming(const Job& job, int64_t index) {
   const MixtureSample& p = job.p;
   const double uniform = uniform_of(p, index);
   const float2* tiles = job.tile_sums(index, p.models);
-  sum_models(job, index, s.log_sums);
+  sum_models(job, index, s.normalisers);
   float top = -INFINITY;
   bool broken = false;
   for (int t = threadIdx.x; t < job.plan.tiles; t += kThreads) {
@@ -166,8 +167,8 @@ __device__ __noinline__ void finish_streaming(const Job& job, int64_t index) {
   broken |= !(std::fabs(top) < INFINITY) || !(top >= filters.floor);
   broken = __syncthreads_or(broken);
   if (p.filtered && threadIdx.x == 0) job.states[index].search = 0;
-  if (broken) return write_row(job, row, index, false, 0, NAN, s.log_sums);
-  const bool greedy = row.greedy;
+  if (broken) return write_row(job, row, index, false, 0, NAN, s.normalisers);
+  const bool greedy = row.is_greedy();
   const double total = choose_tile(job.plan.tiles, greedy ? 0.0 : uniform, [&](int t) {
     const float2 sum = __ldcg(tiles + t);
     return greedy ? static_cast<double>(sum.x == top) : mass_below(sum, top);
@@ -176,7 +177,7 @@ __device__ __noinline__ void finish_streaming(const Job& job, int64_t index) {
     if (threadIdx.x != 0) return;
     RowState& state = job.states[index];
     state.total = total;
-    for (int m = 0; m < kMaxModels; ++m) state.log_sums[m] = s.log_sums[m];
+    for (int m = 0; m < kMaxModels; ++m) state.normalisers[m] = s.normalisers[m];
     state.top = top;
     state.floor = filters.floor;
     const bool searched = filters.top_k > 0 || filters.top_p < 1.0f;
@@ -187,7 +188,7 @@ __device__ __noinline__ void finish_streaming(const Job& job, int64_t index) {
   }
   // Within the tile in units of its own maximum, for small tiles to keep their digits.
   const Draw draw{uniform, greedy ? top : __ldcg(tiles + s.tile).x, -INFINITY, greedy};
-  draw_and_write(job, row, index, draw, top, total, s.log_sums, s);
+  draw_and_write(job, row, index, draw, top, total, s.normalisers, s);
 }
 
 }  // namespace

@@ -20,15 +20,20 @@ struct Plan {
 
 constexpr int kMaxTileSteps = 4;
 constexpr int kBins = 2048;              // of the histogram over a row that its filters look at first
-constexpr int kMaxCandidates = 8192;     // elements of a row that a threshold may lie among, before it goes the slow way
 constexpr int64_t kMaxVocabulary = (int64_t{1} << 31) - (1 << 16);
 
 enum Search : int { kSearchTopK = 1, kSearchTopP = 2, kSearchPending = 4 };  // pending: the row has filters to apply
 
+// A model's sum of e^logit over a row, e^top * e^log_mass; apart, since log_mass may be lost beside top.
+struct Normaliser {
+  double log_mass;
+  float top;
+};
+
 // A row on its way through the passes that filters need.
 struct RowState {
   double total;                  // of e^(z - top)
-  double log_sums[kMaxModels];   // log of the sum of e^logit, where wanted
+  Normaliser normalisers[kMaxModels];  // where wanted
   float top;                     // max z
   float floor;                   // min-p's threshold; -inf: none
   int search;                    // of Search; 0: the row's token is written
@@ -89,7 +94,8 @@ inline int64_t lay_out(Job& job, int64_t rows, int64_t vocabulary, int models, b
   job.counters = layout.take<unsigned>(rows * kCounters);
   job.sums = layout.take<float2>(rows * (models + 1) * tiles);
   if (filtered) {
-    job.capacity = static_cast<int>(std::min<int64_t>(vocabulary, kMaxCandidates));
+    // Gaussian logits bring a few thousand candidates, a model's logits fewer; a row of more goes the slow way.
+    job.capacity = static_cast<int>(std::min<int64_t>(vocabulary, std::max<int64_t>(8192, vocabulary / 16)));
     job.states = layout.take<RowState>(rows);
     job.bins = layout.take<unsigned>(rows * kBins);
     job.kept = layout.take<double>(rows * tiles);
@@ -125,7 +131,7 @@ inline Plan make_plan(int64_t rows, int64_t vocabulary, int multiprocessors) {
   return best;
 }
 
-// Whether the calling block is the last of its row's `parts` to come here; what the others wrote before is then visible.
+// Whether the calling block is the last of its row's `parts` to come here; then it sees what the others wrote before.
 NLHF_DEVICE bool last_of_row(unsigned* arrived, int parts, bool* shared) {
   __syncthreads();
   if (parts == 1) return true;

@@ -2,12 +2,14 @@
 //
 // A warp takes a row in steps of 512 elements, 16 a lane, whatever the dtype: 16-byte loads that coalesce, all of them
 // issued before the first is used. Which lane owns which element depends on the dtypes alone, so that sums come out the
-// same, bit for bit, however a row is aligned. z must come out the same in every pass over it, since one pass's sums
-// choose a tile and the next walks it: hence the explicit multiplies and fused multiply-adds, which the compiler may
-// neither split nor merge.
+// same, bit for bit, however a row is aligned. Products and sums are rounded one by one, as the oracle's are, with
+// intrinsics that the compiler may not fuse: filters compare values of z, two of which may be equal in one rounding and
+// not in another, and every pass over a row must see the same.
 #pragma once
 
 #include <cuda_fp16.h>
+
+#include <cfloat>
 
 #include "../common/cuda_block.cuh"
 #include "mixture_sample.h"
@@ -50,54 +52,87 @@ NLHF_DEVICE float element(const Slice<kStorage>& slice, int i) {
   return f16_to_float(i % 2 ? word >> 16 : word & 0xFFFFu);
 }
 
+// sum + weight * value, the product rounded before the sum. The first model's sum is 0, where fusing changes nothing.
+NLHF_DEVICE float add_product(bool is_first, float sum, float weight, float value) {
+  return is_first ? __fmaf_rn(weight, value, 0.0f) : __fadd_rn(sum, __fmul_rn(weight, value));
+}
+
 struct Model {
   const unsigned char* data;  // the row's first element
   Float dtype;
-  float weight;
 };
 
 template <Storage kStorage, int kModels>
 struct Row {
   using LaneSlice = Slice<kStorage>;
-  Model models[kModels];
-  const float* bias;  // null or the row's first element
+  const MixtureSample& p;  // what follows from the launch is read there, where it costs no registers
+  int64_t index;
+  const unsigned char* data[kModels];  // each model's first element
+  float weights[kModels];
+  float temperature;  // 1 where greedy
+  float inverse;      // of it
   unsigned flags;     // below; in one register
-  float scale;  // 1 / temperature; 1 where greedy
-  bool greedy;
-  int vocabulary;
 
-  static constexpr int kWanted = 8, kAligned = 16;
+  __device__ __forceinline__ int vocabulary() const { return static_cast<int>(p.vocabulary); }
+  __device__ __forceinline__ Model model(int m) const {
+    return {data[m], p.logits[m].dtype};
+  }
+  __device__ __forceinline__ const float* bias() const { return p.bias + index * p.bias_stride; }
+
+  static constexpr int kWanted = 8, kAligned = 16, kGreedy = 30, kDivides = 31;
   __device__ __forceinline__ bool is_used(int m) const { return flags >> m & 1; }  // its weight is not 0: part of z
   __device__ __forceinline__ bool is_wanted(int m) const { return flags >> (kWanted + m) & 1; }  // its log-probability
   // The row starts so that whole chunks may be loaded; kModels asks for the bias.
   __device__ __forceinline__ bool is_aligned(int m) const { return flags >> (kAligned + m) & 1; }
+  __device__ __forceinline__ bool is_greedy() const { return flags >> kGreedy & 1; }
+  __device__ __forceinline__ bool divides() const { return flags >> kDivides & 1; }
+
+  // Mixed logits over the temperature. Where filters compare values, rounded as a division is (Markstein's theorem: one
+  // step from the product with a correctly rounded inverse); elsewhere the product will do.
+  template <int kCount>
+  __device__ __forceinline__ void divide(float (&z)[kCount]) const {
+    if (!divides()) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) z[i] = __fmul_rn(z[i], inverse);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float product = __fmul_rn(z[i], inverse);
+      const float remainder = __fmaf_rn(-product, temperature, z[i]);
+      z[i] = std::fabs(product) < INFINITY ? __fmaf_rn(remainder, inverse, product) : product;
+    }
+  }
 };
 
-NLHF_DEVICE unsigned is_multiple(const void* address, unsigned bytes) {
-  return reinterpret_cast<std::uintptr_t>(address) % bytes == 0 ? 1u : 0u;
+NLHF_DEVICE bool is_multiple(const void* address, unsigned bytes) {
+  return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
 }
 
 template <Storage kStorage, int kModels>
 NLHF_DEVICE Row<kStorage, kModels> open_row(const MixtureSample& p, int64_t index) {
-  Row<kStorage, kModels> row;
+  using RowType = Row<kStorage, kModels>;
+  RowType row{p, index, {}, {}, 1.0f, 1.0f, 0};
   const float* settings = p.settings + index * p.settings_stride;
-  const float temperature = settings[kTemperature];
-  row.greedy = temperature <= 0.0f;
-  row.scale = row.greedy ? 1.0f : 1.0f / temperature;
-  row.vocabulary = static_cast<int>(p.vocabulary);
-  row.bias = p.bias == nullptr ? nullptr : p.bias + index * p.bias_stride;
-  row.flags = is_multiple(row.bias, 16) << (row.kAligned + kModels);
-  row.flags |= (p.wanted & ((1u << p.models) - 1)) << row.kWanted;
+  if (settings[kTemperature] <= 0.0f) {
+    row.flags |= 1u << RowType::kGreedy;
+  } else {
+    row.temperature = settings[kTemperature];
+    row.inverse = 1.0f / row.temperature;
+    if (row.inverse > FLT_MAX) row.inverse = FLT_MAX;  // 0 * inf is NaN
+    if (p.filtered && row.temperature != 1.0f) row.flags |= 1u << RowType::kDivides;
+  }
+  row.flags |= (p.wanted & ((1u << p.models) - 1)) << RowType::kWanted;
 #pragma unroll
   for (int m = 0; m < kModels; ++m) {
-    const Logits logits = p.logits[m];
-    const int bytes = logits.dtype == Float::f32 ? 4 : 2;
-    const auto* data = static_cast<const unsigned char*>(logits.data) + index * logits.row_stride * bytes;
-    const float weight = m < p.models ? settings[kWeights + m] : 0.0f;
-    row.models[m] = {data, logits.dtype, weight};
-    if (weight != 0.0f) row.flags |= 1u << m;
-    row.flags |= is_multiple(data, Slice<kStorage>::kWidth * bytes) << (row.kAligned + m);
+    row.weights[m] = m < p.models ? settings[kWeights + m] : 0.0f;
+    if (row.weights[m] != 0.0f) row.flags |= 1u << m;
+    const Logits& logits = p.logits[m];
+    const unsigned bytes = logits.dtype == Float::f32 ? 4 : 2;
+    row.data[m] = static_cast<const unsigned char*>(logits.data) + index * logits.row_stride * bytes;
+    if (is_multiple(row.data[m], Slice<kStorage>::kWidth * bytes)) row.flags |= 1u << (RowType::kAligned + m);
   }
+  if (is_multiple(row.bias(), 16)) row.flags |= 1u << (RowType::kAligned + kModels);
   return row;
 }
 
@@ -161,12 +196,12 @@ NLHF_DEVICE void load_chunks(const Model& model, int first, Slice<kStorage>& sli
   }
 }
 
-template <Storage kStorage>
-NLHF_DEVICE void load_slice(const Model& model, bool aligned, int first, int vocabulary, Slice<kStorage>& slice) {
-  if (aligned && first + kStep <= vocabulary) {
-    load_chunks(model, first, slice);
+template <Storage kStorage, int kModels>
+NLHF_DEVICE void load_slice(const Row<kStorage, kModels>& row, int m, int first, Slice<kStorage>& slice) {
+  if (row.is_aligned(m) && first + kStep <= row.vocabulary()) {
+    load_chunks(row.model(m), first, slice);
   } else {
-    load_elements(model, first, vocabulary, slice);
+    load_elements(row.model(m), first, row.vocabulary(), slice);
   }
 }
 
@@ -188,8 +223,8 @@ NLHF_DEVICE void add_bias(const float* bias, bool aligned, int first, int vocabu
   }
 }
 
-// z of the lane's elements of a step, equation (1); -inf outside the row. A model of weight 0 takes no part in it, since
-// 0 * -inf is NaN. With kWithWanted, visit(m, values) sees the elements of each model whose log-probability is wanted.
+// z of the lane's elements of a step, equation (1); -inf outside the row. A model of weight 0 takes no part: 0 * -inf
+// is NaN. With kWithWanted, visit(m, values) sees the elements of each model whose log-probability is wanted.
 template <bool kWithWanted, Storage kStorage, int kModels, typename Visit>
 NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (&z)[kPerLane], Visit visit) {
   // Four 16-byte loads on their way before the first is used: of both models, or of one at a time where that is enough.
@@ -197,7 +232,7 @@ NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (
   Slice<kStorage> slices[kTogether ? kModels : 1];
 #pragma unroll
   for (int m = 0; kTogether && m < kModels; ++m) {
-    if (row.is_used(m) || (kWithWanted && row.is_wanted(m))) load_slice(row.models[m], row.is_aligned(m), first, row.vocabulary, slices[m]);
+    if (row.is_used(m) || (kWithWanted && row.is_wanted(m))) load_slice(row, m, first, slices[m]);
   }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) z[i] = 0.0f;
@@ -205,23 +240,22 @@ NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (
   for (int m = 0; m < kModels; ++m) {
     if (!row.is_used(m) && !(kWithWanted && row.is_wanted(m))) continue;
     Slice<kStorage>& slice = slices[kTogether ? m : 0];
-    if (!kTogether) load_slice(row.models[m], row.is_aligned(m), first, row.vocabulary, slice);
+    if (!kTogether) load_slice(row, m, first, slice);
     float values[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) values[i] = element(slice, i);
     if (row.is_used(m)) {
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) z[i] = __fmaf_rn(row.models[m].weight, values[i], z[i]);
+      for (int i = 0; i < kPerLane; ++i) z[i] = add_product(m == 0, z[i], row.weights[m], values[i]);
     }
     if (kWithWanted && row.is_wanted(m)) visit(m, values);
   }
-  if (row.bias != nullptr) add_bias<kStorage>(row.bias, row.is_aligned(kModels), first, row.vocabulary, z);
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) z[i] = __fmul_rn(z[i], row.scale);
-  if (first + kStep > row.vocabulary) {
+  if (row.p.bias != nullptr) add_bias<kStorage>(row.bias(), row.is_aligned(kModels), first, row.vocabulary(), z);
+  row.divide(z);
+  if (first + kStep > row.vocabulary()) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (first + Slice<kStorage>::offset(i) >= row.vocabulary) z[i] = -INFINITY;
+      if (first + Slice<kStorage>::offset(i) >= row.vocabulary()) z[i] = -INFINITY;
     }
   }
 }
@@ -242,21 +276,25 @@ NLHF_DEVICE void read_run(const Row<kStorage, kModels>& row, int first, int end,
     if (!row.is_used(m)) continue;
     float values[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = load_element<kStorage>(row.models[m], first + i, end);
+    for (int i = 0; i < kCount; ++i) values[i] = load_element<kStorage>(row.model(m), first + i, end);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) z[i] = __fmaf_rn(row.models[m].weight, values[i], z[i]);
+    for (int i = 0; i < kCount; ++i) z[i] = add_product(m == 0, z[i], row.weights[m], values[i]);
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (row.bias != nullptr && first + i < end) z[i] += __ldg(row.bias + first + i);
-    z[i] = first + i < end ? __fmul_rn(z[i], row.scale) : -INFINITY;
+    if (row.p.bias != nullptr && first + i < end) z[i] += __ldg(row.bias() + first + i);
+  }
+  row.divide(z);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (first + i >= end) z[i] = -INFINITY;
   }
 }
 
 template <Storage kStorage, int kModels>
 NLHF_DEVICE float read_one(const Row<kStorage, kModels>& row, int index) {
   float z[1];
-  read_run(row, index, row.vocabulary, z);
+  read_run(row, index, row.vocabulary(), z);
   return z[0];
 }
 

@@ -44,12 +44,13 @@ NLHF_DEVICE FixedPoint fixed_point(int vocabulary) {
   return {__uint_as_float(static_cast<unsigned>(127 + bits) << 23)};
 }
 
-// What is searched: (count) elements, each z or dead. Here, those that fell in the bracket.
+// What is searched: `size` values of z. Here, those that fell in the bracket, in shared memory where there is room.
 struct CandidateList {
   static constexpr bool kWhole = false;
-  const Candidate* candidates;
+  const float* values;
+  int stride;
   int size;
-  __device__ __forceinline__ float z(int i) const { return __ldcg(&candidates[i].z); }
+  __device__ __forceinline__ float z(int i) const { return values[int64_t{i} * stride]; }
 };
 
 // The whole row, for rows with more candidates than there is room for.

@@ -3,10 +3,12 @@
 // access. That the answers are right is checked elsewhere; here they only have to be probabilities.
 #include <cmath>
 #include <cstdio>
+#include <memory>
 #include <random>
 #include <vector>
 
 #include "../../csrc/mirror_descent/mirror_descent.h"
+#include "../../csrc/mixture_sample/mixture_sample.h"
 #include "../../csrc/row_uniforms/row_uniforms.h"
 
 extern "C" void emulation_set_device(int device);
@@ -49,6 +51,37 @@ int run_games(int64_t games, int64_t actions, int64_t iterations, bool opponent_
   return 0;
 }
 
+// Two models, each row apart from the next and in as many bytes as it has; logits of few values, so that filters meet
+// ties. The second model is bfloat16 where `mixed`.
+int run_sampler(int64_t rows, int64_t vocabulary, bool filtered, bool mixed) {
+  std::mt19937 random(2);
+  std::vector<float> policy(rows * vocabulary), reference(rows * vocabulary), logprobs(3 * rows);
+  std::vector<uint16_t> narrow(rows * vocabulary);
+  for (float& logit : policy) logit = static_cast<float>(random() % 40) / 4;
+  for (float& logit : reference) logit = static_cast<float>(random() % 40) / 4;
+  for (uint16_t& logit : narrow) logit = static_cast<uint16_t>(0x3F80 + random() % 64);
+  const std::vector<float> settings{0.9f, 50.0f, 0.9f, 0.01f, 0.7f, 0.3f}, bias(vocabulary, 0.5f);
+  const std::vector<double> uniforms(rows, 1.0);
+  std::vector<int64_t> tokens(rows);
+  const auto ok = std::make_unique<bool[]>(rows);
+  std::vector<unsigned char> workspace(nlhf::mixture_sample_workspace(rows, vocabulary, 2, filtered), 0xFF);
+  nlhf::MixtureSample problem{};
+  problem.models = 2;
+  problem.logits[0] = {policy.data(), nlhf::Float::f32, vocabulary};
+  problem.logits[1] = {reference.data(), nlhf::Float::f32, vocabulary};
+  if (mixed) problem.logits[1] = {narrow.data(), nlhf::Float::bf16, vocabulary};
+  problem.settings = settings.data(), problem.filtered = filtered;
+  problem.bias = bias.data(), problem.uniforms = uniforms.data();
+  problem.rows = rows, problem.vocabulary = vocabulary, problem.wanted = 7;
+  problem.tokens = tokens.data(), problem.logprobs = logprobs.data(), problem.ok = ok.get();
+  const int status = nlhf::mixture_sample_cuda(problem, workspace.data(), nullptr);
+  if (status != 0) return status;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!ok[row] || tokens[row] < 0 || tokens[row] >= vocabulary || !(logprobs[2 * rows + row] <= 0)) return -1;
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main() {
@@ -63,6 +96,16 @@ int main() {
       if (status != 0) return std::printf("mirror_descent failed with %d actions\n", int(actions)), 1;
     }
     if (run_games<float>(70, 3, 2, true) != 0) return std::printf("mirror_descent failed with 70 games\n"), 1;
+  }
+  for (const int64_t vocabulary : {1, 7, 513, 1024, 9001}) {
+    for (const int device : {0, 1}) {
+      emulation_set_device(device);
+      int status = 0;
+      for (const bool filtered : {false, true}) {
+        for (const bool mixed : {false, true}) status |= run_sampler(2, vocabulary, filtered, mixed);
+      }
+      if (status != 0) return std::printf("mixture_sample failed with %d tokens\n", int(vocabulary)), 1;
+    }
   }
   std::puts("clean");
   return 0;
