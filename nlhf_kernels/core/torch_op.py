@@ -1,8 +1,8 @@
 """Operators: how a room's function becomes `torch.ops.nlhf_kernels.<name>`, opaque to torch.compile and cheap to call.
 
-`define` registers schema, implementation and fake with `torch.library.Library`, which costs about 2 us a call where
-the newer `torch.library.custom_op` costs several times that. The backend is chosen inside the operator, so a compiled
-graph holds no choice and a `use_backend` around it still counts.
+`define` registers schema, implementation and fake with `torch.library.Library`, which is cheaper to call than
+`torch.library.custom_op`; `benchmarks/cases/row_uniforms.py` measures what a call costs. The backend is chosen inside
+the operator, so a compiled graph holds no choice and a `use_backend` around it still counts.
 
 `differentiable` puts an autograd Function over operators defined this way. It is left out of the call where no input
 asks for a gradient; `backward` is told which inputs ask and computes nothing for the others.

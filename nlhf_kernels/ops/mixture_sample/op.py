@@ -54,11 +54,13 @@ def _describe(
     logits = [policy_logits] if reference_logits is None else [policy_logits, reference_logits]
     logits = [model[:, : kwargs.get("vocab_size")] for model in logits]
     settings = kwargs.get("settings")
-    filtered = settings.filtered if settings else any(kwargs.get(n, off) is not off for n, off in _FILTERS.items())
+    filtered = settings.filtered if settings else _filters(**kwargs)
     return _describe_call(logits, filtered)
 
 
-_FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+def _filters(top_k: Number = 0, top_p: Number = 1.0, min_p: Number = 0.0, **_: Any) -> bool:
+    return any(isinstance(value, torch.Tensor) or value != off for value, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
+
 
 OP = register(
     Op(
