@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/levels.h"
+#include "logprobs/logprobs_binding.h"
 #include "mirror_descent/mirror_descent_binding.h"
 #include "mixture_sample/mixture_sample_binding.h"
 #include "row_uniforms/row_uniforms.h"
@@ -56,6 +57,27 @@ void mixture_sample(const py::tuple& models, std::uintptr_t settings, int64_t se
   NLHF_DISPATCH(mixture_sample, problem, threads)
 }
 
+// As for mixture_sample: tuples are read under Python's lock, the work is done without it.
+void logprobs(const py::tuple& policy, const py::tuple& reference, std::uintptr_t targets, std::uintptr_t beta,
+              int64_t beta_stride, double temperature, uint32_t wanted, int64_t rows, int64_t vocabulary,
+              std::uintptr_t values, std::uintptr_t normalizers, int threads) {
+  const nlhf::Logprobs problem = nlhf::logprobs_problem(policy, reference, targets, beta, beta_stride, temperature,
+                                                        wanted, rows, vocabulary, values, normalizers);
+  const py::gil_scoped_release unlocked;
+  NLHF_DISPATCH(logprobs, problem, threads)
+}
+
+void logprobs_backward(const py::tuple& policy, const py::tuple& reference, std::uintptr_t targets,
+                       std::uintptr_t beta, int64_t beta_stride, double temperature, uint32_t wanted, int64_t rows,
+                       int64_t vocabulary, std::uintptr_t values, std::uintptr_t normalizers, std::uintptr_t upstream,
+                       std::uintptr_t out, int64_t out_stride, int threads) {
+  const nlhf::Logprobs forward = nlhf::logprobs_problem(policy, reference, targets, beta, beta_stride, temperature,
+                                                        wanted, rows, vocabulary, values, normalizers);
+  const nlhf::LogprobsBackward problem{forward, pointer<const float>(upstream), pointer<void>(out), out_stride};
+  const py::gil_scoped_release unlocked;
+  NLHF_DISPATCH(logprobs_backward, problem, threads)
+}
+
 const char* level_name(nlhf::Level level) {
   switch (level) {
     case nlhf::Level::avx512: return "avx512";
@@ -95,6 +117,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("row_uniforms", &row_uniforms, Unlocked());
   module.def("mirror_descent", &mirror_descent, Unlocked());
   module.def("mixture_sample", &mixture_sample);
+  module.def("logprobs", &logprobs);
+  module.def("logprobs_backward", &logprobs_backward);
   module.def("build_info", &build_info);
   module.def("best_level", [] { return level_name(nlhf::best_level()); });
   module.def("active_level", [] { return level_name(nlhf::active_level()); });

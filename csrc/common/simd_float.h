@@ -62,11 +62,17 @@ static inline uint32_t lane_bits(Mask mask) {
 
 static inline Floats where(Mask mask, Floats values) { return mask ? values : Floats{}; }  // 0 elsewhere
 
-// exp of arguments at most 0, to 1 ulp; 0 below -87, NaN for NaN. See vector_math.h for the idea; here the polynomial
-// is the best of degree 6 with p(0) = p'(0) = 1 (relative error 3e-9), the exponent's bias rides in `magic`, and
-// what overflows below -87 is thrown away at the end instead of being kept away at the start.
-static inline Floats exp_nonpositive(Floats x) {
-  constexpr float flush = -87.0f, magic = 0x1.8p23f + 127.0f;
+// exp(x) = scale * (1 + tail) for arguments at most 0 and not below kExpFlush. See vector_math.h for the idea; here the
+// polynomial is the best of degree 6 with p(0) = p'(0) = 1 (relative error 3e-9) and the exponent's bias rides in
+// `magic`.
+struct ExpParts {
+  Floats tail, scale;
+};
+
+constexpr float kExpFlush = -87.0f;
+
+static inline ExpParts exp_parts(Floats x) {
+  constexpr float magic = 0x1.8p23f + 127.0f;
   const Floats shifted = x * 0x1.715476p0f + magic;
   const Floats n = shifted - magic;
   const Floats r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
@@ -75,9 +81,20 @@ static inline Floats exp_nonpositive(Floats x) {
   p = p * r + 0x1.555492p-3f;
   p = p * r + 0x1.fffffcp-2f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const Floats scale = (Floats)((Words)shifted << 23);
-  return x < flush ? Floats{} : p * scale;
+  return {p * r, (Floats)((Words)shifted << 23)};
+}
+
+// exp of arguments at most 0, to 1 ulp; 0 below -87, NaN for NaN. What overflows below -87 is thrown away at the end
+// instead of being kept away at the start.
+static inline Floats exp_nonpositive(Floats x) {
+  const ExpParts parts = exp_parts(x);
+  return x < kExpFlush ? Floats{} : (parts.tail + 1.0f) * parts.scale;
+}
+
+// exp(x) - 1 of arguments at most 0, to 2 ulp: without the cancellation near 0.
+static inline Floats expm1_nonpositive(Floats x) {
+  const ExpParts parts = exp_parts(x);
+  return x < kExpFlush ? broadcast(-1.0f) : parts.tail * parts.scale + (parts.scale - 1.0f);
 }
 
 // Adds the lanes to kLanes sums in double.

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..core import capabilities, settings
-from ..core.registry import ops
+from ..core.registry import Op, ops
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pybind11", "accelerate", "peft")
 
@@ -132,7 +132,18 @@ def _settings() -> Table:
 def markdown_table() -> str:
     """Ops x backends, from the registry; the README's table is this text, and a test holds it to that."""
     lines = ["| op | " + " | ".join(settings.BACKENDS) + " |", "|---" * (len(settings.BACKENDS) + 1) + "|"]
+    notes: list[str] = []  # each reason once, however many rooms share it
+
+    def cell(op: Op, backend: str) -> str:
+        reason = op.absent.get(backend)
+        if reason is None:
+            return f"by `{op.built_on}`" if op.built_on else "yes"
+        if reason not in notes:
+            notes.append(reason)
+        return f"no ({notes.index(reason) + 1})"
+
     for op in ops():
-        cells = ["no: " + op.absent[name] if name in op.absent else "yes" for name in settings.BACKENDS]
+        cells = [cell(op, name) for name in settings.BACKENDS]
         lines.append(f"| [`{op.name}`](nlhf_kernels/ops/{op.name}/README.md) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    numbered = [f"({number}) {note}." for number, note in enumerate(notes, 1)]
+    return "\n".join([*lines, *(["", *numbered] if notes else [])])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ class Backend:
     name: str
     path: str  # "module:function", imported at first use: importing the package needs neither triton nor a compiler
     limits: Callable[[Any], list[str]] = lambda problem: []
+    backward: str = ""  # "module:function" of the gradient, where the op has one
 
     def why_not(self, problem: Problem) -> list[str]:
         """Reasons why this backend cannot run `problem`; empty where it can."""
@@ -47,9 +48,17 @@ class Backend:
 
     @cached_property
     def run(self) -> Callable[..., Any]:
-        module, _, function = self.path.partition(":")
-        implementation: Callable[..., Any] = getattr(importlib.import_module(module), function)
-        return implementation
+        return _imported(self.path)
+
+    @cached_property
+    def run_backward(self) -> Callable[..., Any]:
+        return _imported(self.backward)
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    implementation: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return implementation
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Op:
     order: dict[str, tuple[str, ...]]  # device type -> backends, the fastest first
     describe: Callable[..., Problem]  # the public function's arguments -> the problem
     absent: dict[str, str] = field(default_factory=dict)  # backend -> why this room has none
+    built_on: str = ""  # the room whose kernels this one calls; "": its own
     _decisions: dict[Any, Backend] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -132,6 +142,11 @@ def register(op: Op) -> Op:
         raise ValueError(f"op {op.name} is registered twice")
     _ops[op.name] = op
     return op
+
+
+def built_on(op: Op, name: str, describe: Callable[..., Problem]) -> Op:
+    """Register a room that has no kernels of its own: it runs where `op` does, for the same reasons."""
+    return register(replace(op, name=name, describe=describe, built_on=op.name, _decisions={}))
 
 
 def ops() -> tuple[Op, ...]:

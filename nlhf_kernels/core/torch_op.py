@@ -41,10 +41,12 @@ def differentiable(
     forward: Operator,
     save: Callable[..., Sequence[torch.Tensor | None]],
     backward: Callable[..., Sequence[torch.Tensor | None]],
+    visible: Operator = lambda output: output,
 ) -> Operator:
     """`forward` with a gradient.
 
     forward   an operator; called with positional arguments
+    visible   output -> the part of it that the caller gets; the rest exists for `save`
     save      (inputs, output) -> the tensors that backward needs
     backward  (needs, saved, inputs, *upstream) -> one gradient or None per input, where `needs[i]` says whether input
               i asks for one and `inputs` holds the non-tensor arguments (tensors in it are None: they were not saved)
@@ -56,7 +58,7 @@ def differentiable(
             output = forward(*inputs)
             ctx.save_for_backward(*save(inputs, output))
             ctx.plain = tuple(None if isinstance(value, torch.Tensor) else value for value in inputs)
-            return output
+            return visible(output)
 
         @staticmethod
         @once_differentiable
@@ -66,6 +68,6 @@ def differentiable(
     def call(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             return Differentiable.apply(*inputs)  # type: ignore[no-untyped-call]
-        return forward(*inputs)
+        return visible(forward(*inputs))
 
     return call

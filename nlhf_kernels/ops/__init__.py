@@ -1,17 +1,34 @@
 """One folder, one operation: oracle, kernels, public function, derivations."""
 
+from .linear_logprobs.head import Head
+from .linear_logprobs.op import linear_logprobs
+from .logprobs.op import Logprobs, logprobs
 from .mirror_descent.op import mirror_descent
 from .mixture_sample.op import LogLinearSample, MixtureSample, log_linear_sample, mixture_sample
 from .mixture_sample.settings import MixtureSettings, mixture_settings
+from .nash_pg_loss.linear import linear_nash_pg_loss
+from .nash_pg_loss.op import NashPGLoss, nash_pg_loss
+from .preference_loss.linear import linear_preference_loss
+from .preference_loss.op import PreferenceLoss, preference_loss
 from .row_uniforms.op import row_uniforms
 
 __all__ = [
+    "Head",
     "LogLinearSample",
+    "Logprobs",
     "MixtureSample",
     "MixtureSettings",
+    "NashPGLoss",
+    "PreferenceLoss",
+    "linear_logprobs",
+    "linear_nash_pg_loss",
+    "linear_preference_loss",
     "log_linear_sample",
+    "logprobs",
     "mirror_descent",
     "mixture_sample",
     "mixture_settings",
+    "nash_pg_loss",
+    "preference_loss",
     "row_uniforms",
 ]

@@ -116,7 +116,7 @@ def recorded_backend_arguments(op: str) -> list[tuple]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
-    with_triton = [op.name for op in ops() if "triton" not in op.absent]
+    with_triton = [op.name for op in ops() if "triton" not in op.absent and not op.built_on]
     parser.add_argument("op", nargs="*", default=with_triton)
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES))
     arguments = parser.parse_args(argv)

@@ -1,0 +1,359 @@
+// logprobs on the CPU: a row at a time on each thread. Forward goes once over the logits: a tile's maximum, then its
+// sums of exponentials from the first-level cache, relative to the largest score so far. Backward goes over them once
+// more and writes. Equation numbers are those of the op's README.md.
+#include "logprobs.h"
+
+#include <cfloat>
+#include <cmath>
+
+#include "scores.h"
+
+namespace nlhf {
+namespace NLHF_LEVEL {
+namespace {
+
+struct Scratch {
+  alignas(64) float policy[kTile];
+  alignas(64) float reference[kTile];
+  alignas(64) float mixture[kTile];
+  alignas(64) float gradient[kTile];
+  alignas(64) uint16_t half[kTile];
+};
+
+// Sum of exp((score - top) / temperature) over what was seen.
+struct Series {
+  float top = -INFINITY;
+  double sum = 0;
+};
+
+// The sums of a row. With a = (policy's score - top) / temperature and b the reference's:
+struct RowSums {
+  Series policy, reference, mixture;
+  double moment = 0;  // sum of exp(a) a
+  double gap = 0;     // sum of exp(a) (a - b): one sum, as both halves may be large where their difference is small
+};
+
+// What exponentials are taken relative to: the maximum, or 0 where there is none, as -inf - -inf is NaN.
+float finite_base(float top) { return top == -INFINITY ? 0.0f : top; }
+
+float inverse_of(double temperature) {
+  const float inverse = static_cast<float>(1 / temperature);
+  return inverse < FLT_MAX ? inverse : FLT_MAX;  // 0 * inf is NaN
+}
+
+// Lets `top` be the series' maximum if it is larger; (top before - top now) / temperature, 0 where nothing was seen.
+double raise(Series& series, float top, double temperature) {
+  const float before = series.top;
+  if (!(top > before)) return 0;
+  series.top = top;
+  if (before == -INFINITY) return 0;
+  const double shift = (static_cast<double>(before) - top) / temperature;
+  series.sum *= std::exp(shift);
+  return shift;
+}
+
+// The same for all sums over a policy's tile and, unless v is null, a reference's.
+void raise_tops(RowSums& sums, const float* u, const float* v, int64_t count, double temperature) {
+  const double mass = sums.policy.sum;
+  const double policy = raise(sums.policy, maximum(u, count), temperature);
+  const double reference = v == nullptr ? 0 : raise(sums.reference, maximum(v, count), temperature);
+  if (policy == 0 && reference == 0) return;
+  const double factor = std::exp(policy);
+  sums.moment = factor * (sums.moment + mass * policy);
+  sums.gap = factor > 0 ? factor * (sums.gap + mass * (policy - reference)) : 0;  // it may be infinite: 0 * inf is NaN
+}
+
+// Asks for the `bytes` at `at`: what lies a tile ahead, at a row's end in the next row.
+void fetch(const char* at, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte);
+}
+
+// Lanes add up this many floats before double takes over, so that a token far below the largest counts beside it.
+constexpr int kLinks = 8;
+
+double sum_of_exponentials(const float* x, float top, float inverse, int64_t count, const char* ahead, int64_t bytes) {
+  constexpr int kChains = 4;
+  constexpr int64_t kStep = kChains * kLanes;
+  const Floats base = broadcast(finite_base(top));
+  double totals[kLanes] = {};
+  for (int64_t first = 0; first < padded(count); first += kLinks * kStep) {
+    const int64_t end = padded(count) < first + kLinks * kStep ? padded(count) : first + kLinks * kStep;
+    Floats sums[kChains] = {};
+    for (int64_t i = first; i < end; i += kStep) {
+      for (int chain = 0; chain < kChains; ++chain) {
+        sums[chain] += exp_nonpositive((load(x + i + chain * kLanes) - base) * inverse);
+      }
+      fetch(ahead + i * bytes, kStep * bytes);
+    }
+    add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]), totals);
+  }
+  return sum_of_lanes(totals);
+}
+
+// Everything entropy and, unless v is null, KL need of a tile. A token of probability 0 counts nothing.
+template <bool kReferenced>
+void add_moments(const float* u, const float* v, float inverse, int64_t count, RowSums& sums) {
+  enum { kMass, kMoment, kGap, kReferenceMass, kSums };
+  constexpr int kChains = 2;
+  constexpr int64_t kStep = kChains * kLanes;
+  const Floats base_u = broadcast(finite_base(sums.policy.top)), base_v = broadcast(finite_base(sums.reference.top));
+  double totals[kSums][kLanes] = {};
+  for (int64_t first = 0; first < padded(count); first += kLinks * kStep) {
+    const int64_t end = padded(count) < first + kLinks * kStep ? padded(count) : first + kLinks * kStep;
+    Floats lanes[kSums][kChains] = {};
+    for (int64_t i = first; i < end; i += kStep) {
+      for (int chain = 0; chain < kChains; ++chain) {
+        const Floats a = (load(u + i + chain * kLanes) - base_u) * inverse, mass = exp_nonpositive(a);
+        lanes[kMass][chain] += mass;
+        lanes[kMoment][chain] += mass == 0.0f ? Floats{} : mass * a;
+        if (!kReferenced) continue;
+        const Floats b = (load(v + i + chain * kLanes) - base_v) * inverse;
+        lanes[kReferenceMass][chain] += exp_nonpositive(b);
+        lanes[kGap][chain] += mass == 0.0f ? Floats{} : mass * (a - b);
+      }
+    }
+    for (int sum = 0; sum < kSums; ++sum) add_lanes(lanes[sum][0] + lanes[sum][1], totals[sum]);
+  }
+  sums.policy.sum += sum_of_lanes(totals[kMass]);
+  sums.moment += sum_of_lanes(totals[kMoment]);
+  sums.reference.sum += sum_of_lanes(totals[kReferenceMass]);
+  sums.gap += sum_of_lanes(totals[kGap]);
+}
+
+// What a call asks of a row.
+struct Job {
+  ScoreRow policy, reference;
+  bool referenced;
+  float beta;
+  bool mixes;
+  uint32_t wanted;
+  double temperature;
+  float inverse;
+  int64_t vocabulary;
+};
+
+Job job_of(const Logprobs& p, int64_t row) {
+  Job job{};
+  job.policy = score_row(p.policy, row);
+  job.referenced = p.reference.data != nullptr;
+  if (job.referenced) job.reference = score_row(p.reference, row);
+  job.mixes = job.referenced && (p.wanted & kWantMixture) != 0;
+  if (job.mixes) job.beta = p.beta[row * p.beta_stride];
+  job.wanted = p.wanted;
+  job.temperature = p.temperature;
+  job.inverse = inverse_of(p.temperature);
+  job.vocabulary = p.vocabulary;
+  return job;
+}
+
+RowSums sums_of_row(const Job& job, Scratch& scratch) {
+  RowSums sums;
+  for (int64_t first = 0; first < job.vocabulary; first += kTile) {
+    const int64_t count = job.vocabulary - first < kTile ? job.vocabulary - first : kTile;
+    const float* u = load_scores(job.policy, first, count, scratch.policy);
+    const float* v = job.referenced ? load_scores(job.reference, first, count, scratch.reference) : nullptr;
+    raise_tops(sums, u, v, count, job.temperature);
+    if (job.referenced && (job.wanted & kWantKl) != 0) {
+      add_moments<true>(u, v, job.inverse, count, sums);
+    } else {
+      const int64_t bytes = bytes_of(job.policy.type);
+      if ((job.wanted & kWantEntropy) != 0) {
+        add_moments<false>(u, nullptr, job.inverse, count, sums);
+      } else {
+        sums.policy.sum += sum_of_exponentials(u, sums.policy.top, job.inverse, count,
+                                               job.policy.data + (first + kTile) * bytes, bytes);
+      }
+      if (job.referenced) {
+        const int64_t bytes = bytes_of(job.reference.type);
+        sums.reference.sum += sum_of_exponentials(v, sums.reference.top, job.inverse, count,
+                                                  job.reference.data + (first + kTile) * bytes, bytes);
+      }
+    }
+    if (job.mixes) {
+      const float* m = load_mixture(u, v, job.beta, count, scratch.mixture);
+      raise(sums.mixture, maximum(m, count), job.temperature);
+      sums.mixture.sum += sum_of_exponentials(m, sums.mixture.top, job.inverse, count, nullptr, 0);
+    }
+  }
+  return sums;
+}
+
+// A row of -inf only has no distribution: it gives NaN, as PyTorch's softmax.
+double log_sum(const Series& series) { return series.top == -INFINITY ? NAN : std::log(series.sum); }
+
+double log_probability(float score, const Series& series, double temperature) {
+  return (static_cast<double>(score) - series.top) / temperature - log_sum(series);
+}
+
+void forward_row(const Logprobs& p, int64_t row, Scratch& scratch) noexcept {
+  const int64_t target = p.targets[row];
+  const bool inside = target >= 0 && target < p.vocabulary;
+  double values[kOutputs] = {}, normalizers[kNormalizers] = {};
+  if (inside) {
+    const Job job = job_of(p, row);
+    const RowSums sums = sums_of_row(job, scratch);
+    const auto keep = [&](int first, const Series& series) {
+      normalizers[first + 1] = log_sum(series);
+      normalizers[first] = normalizers[first + 1] == normalizers[first + 1] ? series.top : NAN;  // all of a row is NaN
+    };
+    const float score = score_at(job.policy, target);
+    keep(kPolicyNormalizers, sums.policy);
+    values[kPolicy] = log_probability(score, sums.policy, p.temperature);
+    if ((p.wanted & kWantEntropy) != 0) values[kEntropy] = log_sum(sums.policy) - sums.moment / sums.policy.sum;
+    if (job.referenced) {
+      keep(kReferenceNormalizers, sums.reference);
+      values[kReference] = log_probability(score_at(job.reference, target), sums.reference, p.temperature);
+    }
+    if (job.referenced && (p.wanted & kWantKl) != 0) {
+      const double kl = sums.gap / sums.policy.sum - log_sum(sums.policy) + log_sum(sums.reference);
+      values[kKl] = kl < 0 ? 0 : kl;
+    }
+    if (job.mixes) {
+      const float mixture = mixture_at(score, score_at(job.reference, target), job.beta);
+      keep(kMixtureNormalizers, sums.mixture);
+      values[kMixture] = log_probability(mixture, sums.mixture, p.temperature);
+    }
+  } else if (target != kIgnoredTarget) {
+    for (double& value : values) value = NAN;
+    for (double& normalizer : normalizers) normalizer = NAN;
+  }
+  for (int i = 0; i < kOutputs; ++i) p.values[i * p.rows + row] = static_cast<float>(values[i]);
+  for (int i = 0; i < kNormalizers; ++i) p.normalizers[i * p.rows + row] = static_cast<float>(normalizers[i]);
+}
+
+// The gradient of a row by its scores u, as backward computes it: with a and b as in RowSums,
+//   exp(a) (constant + by_policy a + by_reference b) - mixture exp((m - top) / temperature), and `target` on top there.
+// Sums of exponentials are inside the factors; so is 1 / temperature.
+struct Gradient {
+  float tops[3];  // of policy, reference, mixture
+  float constant, by_policy, by_reference, mixture, target;
+};
+
+// Equations 5 to 8, their products expanded. A factor whose upstream is 0 is 0, whatever stands beside it.
+Gradient gradient_of(const LogprobsBackward& p, const Job& job, int64_t row) {
+  const Logprobs& f = p.forward;
+  const auto value = [&](Output output) { return static_cast<double>(f.values[output * f.rows + row]); };
+  const auto normalizer = [&](int which) { return static_cast<double>(f.normalizers[which * f.rows + row]); };
+  const auto upstream = [&](Output output, bool wanted) {
+    return wanted ? static_cast<double>(p.upstream[output * f.rows + row]) : 0.0;
+  };
+  const double policy = upstream(kPolicy, true);
+  const double entropy = upstream(kEntropy, (f.wanted & kWantEntropy) != 0);
+  const double kl = upstream(kKl, job.referenced && (f.wanted & kWantKl) != 0);
+  const double of_mixture = upstream(kMixture, job.mixes), mixture = of_mixture * (1 - static_cast<double>(job.beta));
+  const double log_sum = normalizer(kPolicyNormalizers + 1);
+  double constant = -policy;
+  if (entropy != 0) constant -= entropy * (value(kEntropy) - log_sum);
+  if (kl != 0) constant += kl * (normalizer(kReferenceNormalizers + 1) - log_sum - value(kKl));
+  const double scale = 1 / job.temperature, p_scale = scale * std::exp(-log_sum);
+  Gradient gradient{};
+  for (int i = 0; i < 3; ++i) gradient.tops[i] = static_cast<float>(normalizer(2 * i));
+  gradient.constant = static_cast<float>(constant * p_scale);
+  if (kl != entropy) gradient.by_policy = static_cast<float>((kl - entropy) * p_scale);  // 0 also beside NaN:
+  if (kl != 0) gradient.by_reference = static_cast<float>(-kl * p_scale);                // what is 0 is not read
+  const double mixture_sum = normalizer(kMixtureNormalizers + 1);
+  if (of_mixture != 0) gradient.mixture = static_cast<float>(mixture * scale * std::exp(-mixture_sum));
+  gradient.target = static_cast<float>((policy + mixture) * scale);
+  return gradient;
+}
+
+// out = constant * exp(a)
+void policy_gradient(const Gradient& g, const float* u, float inverse, int64_t count, float* out) {
+  const Floats top = broadcast(g.tops[0]);
+  for (int64_t i = 0; i < padded(count); i += kLanes) {
+    store(out + i, exp_nonpositive((load(u + i) - top) * inverse) * g.constant);
+  }
+}
+
+void moment_gradient(const Gradient& g, const float* u, const float* v, float inverse, int64_t count, float* out) {
+  const Floats top_u = broadcast(g.tops[0]), top_v = broadcast(g.tops[1]);
+  for (int64_t i = 0; i < padded(count); i += kLanes) {
+    const Floats a = (load(u + i) - top_u) * inverse, b = (load(v + i) - top_v) * inverse, mass = exp_nonpositive(a);
+    store(out + i, mass == 0.0f ? Floats{} : mass * (g.constant + g.by_policy * a + g.by_reference * b));
+  }
+}
+
+void add_mixture_gradient(const Gradient& g, const float* m, float inverse, int64_t count, float* out) {
+  const Floats top = broadcast(g.tops[2]);
+  for (int64_t i = 0; i < padded(count); i += kLanes) {
+    store(out + i, load(out + i) - exp_nonpositive((load(m + i) - top) * inverse) * g.mixture);
+  }
+}
+
+// From the gradient by the scores that by the logits (equation 1).
+void apply_slope(const ScoreRow& row, const float* u, int64_t count, float* out) {
+  const float inverse = row.softcap == 0 ? 0.0f : 1 / row.softcap;
+  for (int64_t i = 0; i < padded(count); i += kLanes) {
+    const Floats saturation = load(u + i) * inverse;
+    store(out + i, load(out + i) * (1.0f - saturation * saturation) * row.scale);
+  }
+}
+
+void gradient_row(const Job& job, const Gradient& g, int64_t target, char* out, Scratch& scratch) {
+  const int64_t bytes = bytes_of(job.policy.type);
+  const bool moments = g.by_policy != 0 || g.by_reference != 0;
+  const bool sloped = job.policy.scale != 1 || job.policy.softcap != 0;
+  const bool reads_reference = g.by_reference != 0 || (g.mixture != 0 && job.beta != 0);
+  for (int64_t first = 0; first < job.vocabulary; first += kTile) {
+    const int64_t count = job.vocabulary - first < kTile ? job.vocabulary - first : kTile;
+    const float* u = load_scores(job.policy, first, count, scratch.policy);
+    const float* v = reads_reference ? load_scores(job.reference, first, count, scratch.reference) : u;
+    if (moments) {
+      moment_gradient(g, u, v, job.inverse, count, scratch.gradient);
+    } else {
+      policy_gradient(g, u, job.inverse, count, scratch.gradient);
+    }
+    if (g.mixture != 0) {
+      const float* m = load_mixture(u, v, job.beta, count, scratch.mixture);
+      add_mixture_gradient(g, m, job.inverse, count, scratch.gradient);
+    }
+    if (target >= first && target < first + count) scratch.gradient[target - first] += g.target;
+    if (sloped) apply_slope(job.policy, u, count, scratch.gradient);
+    store_gradients(scratch.gradient, count, job.policy.type, scratch.half, out + first * bytes);
+  }
+}
+
+bool has_upstream(const LogprobsBackward& p, int64_t row) {
+  for (int i = 0; i < kOutputs; ++i) {
+    if (i != kReference && p.upstream[i * p.forward.rows + row] != 0) return true;
+  }
+  return false;
+}
+
+void backward_row(const LogprobsBackward& p, int64_t row, Scratch& scratch) noexcept {
+  const Logprobs& f = p.forward;
+  const int64_t target = f.targets[row], bytes = bytes_of(f.policy.type);
+  char* out = static_cast<char*>(p.out) + row * p.out_stride * bytes;
+  if (target == kIgnoredTarget || !has_upstream(p, row)) {
+    std::memset(out, 0, f.vocabulary * bytes);
+    return;
+  }
+  const Job job = job_of(f, row);
+  gradient_row(job, gradient_of(p, job, row), target, out, scratch);
+}
+
+template <typename Problem, typename OneRow>
+void over_rows(const Problem& problem, int64_t rows, int64_t vocabulary, int threads, OneRow one_row) {
+  // Waking threads takes microseconds: about what this many exponentials take on one.
+  const bool worth_sharing = rows * vocabulary > (int64_t{1} << 15);
+  const int64_t chunk = vocabulary < 4096 ? 8 : 1;  // rows may be ignored in runs; short ones are not handed out singly
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1 && worth_sharing)
+  {
+    Scratch scratch;
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t row = 0; row < rows; ++row) one_row(problem, row, scratch);
+  }
+}
+
+}  // namespace
+
+void logprobs(const Logprobs& problem, int threads) {
+  over_rows(problem, problem.rows, problem.vocabulary, threads, forward_row);
+}
+
+void logprobs_backward(const LogprobsBackward& problem, int threads) {
+  over_rows(problem, problem.forward.rows, problem.forward.vocabulary, threads, backward_row);
+}
+
+}  // namespace NLHF_LEVEL
+}  // namespace nlhf

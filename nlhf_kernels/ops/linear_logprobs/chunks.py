@@ -1,0 +1,170 @@
+"""From hidden states to log-probabilities and back, a chunk of rows at a time: the logits are never stored whole.
+
+One buffer of logits serves all chunks and both models: the reference is scored first and leaves only its
+log-probabilities behind, unless an output compares the two models token by token of the vocabulary (KL, mixture); then
+a chunk holds both. The gradient is written over the policy's logits and multiplied from there (README.md, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ...core.registry import Backend
+from ..logprobs.layout import Normalizer, Output, Settings, Want, real_dtype
+from .products import add_weight_gradient, logits_into
+
+CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # of logits at a time, both models together
+
+
+class Side(NamedTuple):
+    """One model: what its logits are made of, all in the dtype they are computed in."""
+
+    hidden: torch.Tensor  # (N, D)
+    weight: torch.Tensor  # (V, D)
+    bias: torch.Tensor | None  # (V,)
+
+    def to(self, dtype: torch.dtype) -> Side:
+        return Side(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
+
+    def shares_head_with(self, other: Side) -> bool:
+        return _same(self.weight, other.weight) and _same(self.bias, other.bias)
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """The same memory, seen the same way."""
+    if one is None or other is None:
+        return one is other
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """A call of a linear op, to be walked chunk by chunk."""
+
+    policy: Side
+    reference: Side | None
+    targets: torch.Tensor  # (N,)
+    beta: torch.Tensor | None  # () or (N,)
+    settings: Settings
+    backend: Backend  # of the room logprobs: what it does to rows of logits
+    chunk_bytes: int
+
+    @property
+    def compares(self) -> bool:
+        """Whether both models' logits are needed at once."""
+        return bool(self.settings.wanted & (Want.KL | Want.MIXTURE))
+
+    @property
+    def rows_per_chunk(self) -> int:
+        weight = self.policy.weight
+        row = weight.shape[0] * weight.element_size() * (2 if self.compares else 1)
+        return max(1, min(self.targets.numel(), self.chunk_bytes // max(1, row)))
+
+    def buffer(self) -> torch.Tensor:
+        rows = self.rows_per_chunk * (2 if self.compares else 1)
+        return torch.empty(
+            (rows, self.policy.weight.shape[0]), dtype=self.policy.weight.dtype, device=self.targets.device
+        )
+
+    def chunks(self, first: int = 0, last: int | None = None) -> Iterator[slice]:
+        last = self.targets.numel() if last is None else last
+        for start in range(first, last, self.rows_per_chunk):
+            yield slice(start, min(start + self.rows_per_chunk, last))
+
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where values and normalizers of all rows go."""
+        real, count = real_dtype(self.policy.weight.dtype), self.targets.numel()
+        shapes = ((len(Output), count), (len(Normalizer), count))
+        values, normalizers = (torch.zeros(shape, dtype=real, device=self.targets.device) for shape in shapes)
+        return values, normalizers
+
+    def reference_logprobs(self, buffer: torch.Tensor) -> torch.Tensor:  # (N,)
+        """The reference's log-probabilities alone: scored as if it were the policy."""
+        assert self.reference is not None, "there is a reference"
+        settings = Settings(self.settings.temperature, self.settings.reference)
+        parts = []
+        for rows in self.chunks():
+            logits = _logits(self.reference, rows, buffer)
+            values, _ = self.backend.run(logits, None, self.targets[rows], None, settings)
+            parts.append(values[Output.POLICY])
+        return torch.cat(parts)
+
+    def logits(self, rows: slice, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the policy, and of the reference where the outputs compare them; both in `buffer`."""
+        if not self.compares or self.reference is None:
+            return _logits(self.policy, rows, buffer), None
+        count = rows.stop - rows.start
+        if self.policy.shares_head_with(self.reference):
+            stacked = torch.cat([self.policy.hidden[rows], self.reference.hidden[rows]])
+            both = logits_into(buffer[: 2 * count], stacked, self.policy.weight, self.policy.bias)
+            return both[:count], both[count:]
+        return _logits(self.policy, rows, buffer), _logits(self.reference, rows, buffer[count:])
+
+    def score(self, rows: slice, logits: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        policy, reference = logits
+        result: tuple[torch.Tensor, torch.Tensor] = self.backend.run(
+            policy, reference, self.targets[rows], self._beta(rows), self.settings
+        )
+        return result
+
+    def logits_gradient(
+        self,
+        rows: slice,
+        logits: tuple[torch.Tensor, torch.Tensor | None],
+        values: torch.Tensor,  # (5, C)
+        normalizers: torch.Tensor,  # (6, C)
+        upstream: torch.Tensor,  # (5, C), of values
+    ) -> torch.Tensor:
+        """Written over the policy's logits."""
+        policy, reference = logits
+        saved = (values.contiguous(), normalizers.contiguous(), upstream.contiguous())
+        self.backend.run_backward(
+            policy, reference, self.targets[rows], self._beta(rows), *saved, self.settings, policy
+        )
+        return policy
+
+    def _beta(self, rows: slice) -> torch.Tensor | None:
+        return self.beta[rows] if self.beta is not None and self.beta.ndim else self.beta
+
+
+def _logits(side: Side, rows: slice, buffer: torch.Tensor) -> torch.Tensor:
+    return logits_into(buffer[: rows.stop - rows.start], side.hidden[rows], side.weight, side.bias)
+
+
+class Needs(NamedTuple):
+    """Which inputs ask for a gradient; the others cost nothing."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients:
+    """Of hidden states, weight and bias, collected over the chunks; those of the head in float32 or better."""
+
+    def __init__(self, side: Side, needs: Needs) -> None:
+        real = real_dtype(side.weight.dtype)
+        self.side = side
+        self.hidden = torch.zeros_like(side.hidden) if needs.hidden else None
+        self.weight = torch.zeros_like(side.weight, dtype=real) if needs.weight else None
+        self.bias = torch.zeros_like(side.weight[:, 0], dtype=real) if needs.bias else None
+
+    def add(self, rows: slice, logits_gradient: torch.Tensor) -> None:
+        if self.hidden is not None:
+            torch.mm(logits_gradient, self.side.weight, out=self.hidden[rows])
+        if self.weight is not None:
+            add_weight_gradient(self.weight, logits_gradient, self.side.hidden[rows])
+        if self.bias is not None:
+            self.bias += logits_gradient.sum(0, dtype=self.bias.dtype)
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For an operator's result: what was not asked for is empty."""
+        empty = self.side.weight.new_empty(0)
+        hidden, weight, bias = (
+            empty.clone() if part is None else part for part in (self.hidden, self.weight, self.bias)
+        )
+        return hidden, weight, bias

@@ -1,0 +1,53 @@
+"""The matrix products around a chunk of logits. They are PyTorch's: nothing beats cuBLAS and oneDNN at this size."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+_BLOCK_BYTES = 64 << 20  # what a temporary of the weight's gradient may take
+
+
+def logits_into(
+    out: torch.Tensor,  # (C, V)
+    hidden: torch.Tensor,  # (C, D)
+    weight: torch.Tensor,  # (V, D)
+    bias: torch.Tensor | None,  # (V,)
+) -> torch.Tensor:
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def add_weight_gradient(
+    total: torch.Tensor,  # (V, D) float32, or float64
+    logits_gradient: torch.Tensor,  # (C, V)
+    hidden: torch.Tensor,  # (C, D)
+) -> None:
+    """total += logits_gradient^T hidden, accumulated in the precision of `total`.
+
+    Where PyTorch cannot multiply half precision into float32 the product of one chunk is rounded once, block by block
+    of the vocabulary; the sum over chunks is exact to float32 all the same.
+    """
+    if logits_gradient.dtype == total.dtype:
+        total.addmm_(logits_gradient.t(), hidden)
+        return
+    if _multiplies_into_float32(total.device, hidden.dtype):
+        torch.addmm(total, logits_gradient.t(), hidden, out_dtype=torch.float32, out=total)
+        return
+    rows = max(1, _BLOCK_BYTES // (total.shape[1] * hidden.element_size()))
+    for first in range(0, total.shape[0], rows):
+        total[first : first + rows] += logits_gradient[:, first : first + rows].t() @ hidden
+
+
+@cache
+def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Asked of PyTorch itself, once: the CPU cannot, and on CUDA it depends on the version."""
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.ones(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool((total == 17).all())

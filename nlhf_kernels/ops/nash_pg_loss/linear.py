@@ -1,0 +1,195 @@
+"""linear_nash_pg_loss: the same loss from hidden states and heads, its gradient taken while the logits are at hand.
+
+A token's weight needs its whole sequence. So a chunk holds whole sequences where it can: scored, weighted and turned
+into gradients, its logits are never computed again. A sequence that no chunk can hold is walked twice (README.md,
+section 3). Backward only scales what forward has made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ...core import torch_op
+from ...core.checks import Sizes
+from ..linear_logprobs.chunks import Chunked, Gradients, Needs
+from ..linear_logprobs.head import Head
+from ..linear_logprobs.op import INPUTS, check_linear, chunked, fake_gradients
+from ..logprobs.layout import IGNORED, Output, Settings, Want, real_dtype
+from .op import OP, NashPGLoss, Scalar, as_result, check_terms
+from .sequences import Sequences, check_offset_values, layout_symbols
+from .weights import surrogate, token_weights
+
+_OP = "linear_nash_pg_loss"
+#: Gradients of logits are made without the normalizer and, in float16, with this factor: p * weight / sequences would
+#: fall below what float16 can hold.
+_FLOAT16_HEADROOM = 64.0
+
+
+def whole_sequences(offsets: list[int], rows: int) -> Iterator[tuple[int, int]]:
+    """Runs [first, last) of sequences that fit in `rows` tokens together; a longer sequence is a run of its own."""
+    first = 0
+    while first < len(offsets) - 1:
+        last = first + 1
+        while last < len(offsets) - 1 and offsets[last + 1] - offsets[first] <= rows:
+            last += 1
+        yield first, last
+        first = last
+
+
+def _headroom(compute: torch.dtype) -> float:
+    return _FLOAT16_HEADROOM if compute == torch.float16 else 1.0
+
+
+def _run(
+    advantage: torch.Tensor,
+    offsets: torch.Tensor,
+    reference_logprobs: torch.Tensor | None,
+    tau: float,
+    mode: str,
+    needs: list[bool],
+    *inputs: Any,
+) -> tuple[torch.Tensor, ...]:
+    with torch.autocast(advantage.device.type, enabled=False):
+        call = chunked(inputs, OP)
+        boundaries = offsets.tolist()
+        offsets = offsets.to(call.targets.device)
+        check_offset_values(_OP, boundaries, call.targets.numel())
+        buffer = call.buffer()
+        values, normalizers = call.outputs()
+        if reference_logprobs is not None:
+            values[Output.REFERENCE] = reference_logprobs
+        elif not call.compares and call.targets.numel():
+            values[Output.REFERENCE] = call.reference_logprobs(buffer)
+        weights = torch.zeros_like(values[0], dtype=torch.float64)
+        gradients = Gradients(call.policy, Needs(*needs))
+        for first, last in whole_sequences(boundaries, call.rows_per_chunk):
+            start, stop = boundaries[first], boundaries[last]
+            chunks = list(call.chunks(start, stop))
+            logits = [_score(call, rows, buffer, values, normalizers) for rows in chunks]
+            sequences = Sequences.from_offsets(offsets[first : last + 1] - start, stop - start)
+            run = slice(start, stop)
+            weights[run] = token_weights(mode, tau, advantage[first:last], values[:, run], sequences)
+            if any(needs):
+                upstream = _upstream(mode, tau, weights[run], values.dtype, _headroom(inputs[-2]))
+                for rows in chunks:
+                    kept = logits[0] if len(chunks) == 1 else call.logits(rows, buffer)
+                    saved = (values[:, rows], normalizers[:, rows], upstream[:, rows.start - start : rows.stop - start])
+                    gradients.add(rows, call.logits_gradient(rows, kept, *saved))
+        weights.masked_fill_(call.targets == IGNORED, 0)
+        total = surrogate(mode, tau, weights, values[Output.POLICY], values[Output.KL])
+        return total, values, weights, *gradients.tensors()
+
+
+def _score(
+    call: Chunked, rows: slice, buffer: torch.Tensor, values: torch.Tensor, normalizers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    logits = call.logits(rows, buffer)
+    scored, normalizers[:, rows] = call.score(rows, logits)
+    if not call.compares:
+        scored[Output.REFERENCE] = values[Output.REFERENCE, rows]
+    values[:, rows] = scored
+    return logits
+
+
+def _upstream(
+    mode: str, tau: float, weights: torch.Tensor, dtype: torch.dtype, headroom: float
+) -> torch.Tensor:  # (5, N)
+    upstream = torch.zeros((len(Output), weights.numel()), dtype=dtype, device=weights.device)
+    upstream[Output.POLICY] = -headroom * weights
+    if mode == "exact":
+        upstream[Output.KL] = headroom * tau
+    return upstream
+
+
+def _fake(advantage: Any, offsets: Any, given: Any, tau: Any, mode: Any, needs: list[bool], *inputs: Any) -> Any:
+    hidden, weight, compute = inputs[0], inputs[1], inputs[-2]
+    total = hidden.new_empty((), dtype=torch.float64)
+    values = hidden.new_empty((len(Output), hidden.shape[0]), dtype=real_dtype(compute))
+    weights = hidden.new_empty(hidden.shape[0], dtype=torch.float64)
+    return total, values, weights, *fake_gradients(needs, hidden, weight, compute)
+
+
+_operator = torch_op.define(
+    _OP,
+    f"(Tensor advantage, Tensor offsets, Tensor? reference_logprobs, float tau, str mode, bool[] needs, {INPUTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
+_HIDDEN, _WEIGHT, _BIAS = 6, 7, 8  # positions of what is differentiated
+
+
+def _backward(needs: Any, saved: Any, inputs: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    *parts, hidden, weight, bias = saved
+    scale = upstream / _headroom(inputs[-2])
+    given: list[torch.Tensor | None] = [None] * len(inputs)
+    for position, part, tensor in zip((_HIDDEN, _WEIGHT, _BIAS), parts, (hidden, weight, bias), strict=True):
+        if needs[position]:
+            given[position] = torch.mul(part, scale.to(real_dtype(part.dtype)), out=torch.empty_like(tensor))
+    return tuple(given)
+
+
+_differentiable = torch_op.differentiable(
+    _operator,
+    lambda inputs, output: (*output[3:], inputs[_HIDDEN], inputs[_WEIGHT], inputs[_BIAS]),
+    _backward,
+    visible=lambda output: output[:3],
+)
+
+
+def linear_nash_pg_loss(
+    hidden: torch.Tensor,  # (B, T, D), or (N, D) with cu_seqlens
+    head: Head | torch.Tensor,  # the policy's; its weight (V, D) alone is fine
+    targets: torch.Tensor,  # (B, T) or (N,) int64; -100: not part of the response
+    preference: torch.Tensor,  # (B,) P(y > y'), in [0, 1]
+    reference_hidden: torch.Tensor | None = None,  # (B, T, D') or (N, D')
+    reference_head: Head | torch.Tensor | None = None,  # None: the policy's, as a constant
+    *,
+    tau: float,
+    kl: str = "sequence",
+    reference_logprobs: torch.Tensor | None = None,  # as targets; instead of reference_hidden
+    mask: torch.Tensor | None = None,  # as targets; 0: not part of the response
+    cu_seqlens: torch.Tensor | None = None,  # (B + 1,); one on the CPU costs no synchronisation
+    baseline: Scalar = 0.5,  # number, () or (B,)
+    normalizer: Scalar | None = None,  # None: the number of sequences
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 32 MiB on a CPU
+    backend: str | None = None,
+) -> NashPGLoss:
+    """`nash_pg_loss` of hidden @ weight^T + bias, with memory for a chunk of logits and the gradients only.
+
+    The gradients are computed in the forward pass, for those of hidden states, weight and bias that ask for one, and
+    scaled in the backward pass.
+    """
+    sizes: Sizes = {}
+    symbols = layout_symbols(cu_seqlens)
+    inputs = check_linear(_OP, hidden, head, symbols, sizes, reference_hidden, reference_head, chunk_bytes)
+    terms = check_terms(
+        _OP, targets, mask, cu_seqlens, preference, baseline, normalizer, tau, kl,
+        (reference_hidden, reference_logprobs), sizes, hidden.device,
+    )  # fmt: skip
+    flags = Want.ENTROPY * entropy | Want.KL * (kl == "exact")
+    numbers, wanted = Settings(temperature, *inputs.transforms, flags).flat()
+    needs = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in inputs.tensors[:3]]
+    total, values, weights = _differentiable(
+        terms.advantage,
+        terms.layout.offsets(torch.device("cpu")),  # the chunks are planned on the host
+        terms.reference_logprobs,
+        tau,
+        kl,
+        needs,
+        *inputs.tensors,
+        terms.layout.targets,
+        None,
+        numbers,
+        wanted,
+        inputs.chunk_bytes,
+        inputs.compute,
+        backend or "",
+    )
+    scored_entropy = values[Output.ENTROPY] if entropy else None
+    return as_result(total / terms.normalizer, values, weights.detach(), scored_entropy, targets.shape, kl)

@@ -1,0 +1,99 @@
+"""preference_loss: IPO and DPO, with hard or soft preferences, over the log-ratios of two responses a prompt."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ...core.checks import Sizes, check_number, check_option, check_tensor
+from ...core.registry import Backend, Op, register
+from ..logprobs.op import DTYPES
+from ..nash_pg_loss.op import Scalar, check_normalizer, check_probabilities
+
+KINDS = ("ipo", "dpo")
+_NOTHING_TO_FUSE = (
+    "a few operations on one number a pair; what costs is the log-ratios, which linear_preference_loss "
+    "takes from linear_logprobs"
+)
+
+
+class PreferenceLoss(NamedTuple):
+    """The loss, and what it was made of, detached."""
+
+    loss: torch.Tensor  # ()
+    margin: torch.Tensor  # (B,) h = log pi(y) / mu(y) - log pi(y') / mu(y')
+    first: torch.Tensor  # (B,) log pi(y) / mu(y); per token where lengths were given
+    second: torch.Tensor  # (B,) likewise of y'
+
+
+class PreferenceLossProblem(NamedTuple):
+    device: torch.device
+
+
+OP = register(
+    Op(
+        name="preference_loss",
+        backends=(Backend("reference", "nlhf_kernels.ops.preference_loss.reference:preference_loss"),),
+        order={"cuda": ("reference",), "cpu": ("reference",)},
+        describe=lambda first, *_, **__: PreferenceLossProblem(first.device),
+        absent=dict.fromkeys(("triton", "cuda", "cpu"), _NOTHING_TO_FUSE),
+    )
+)
+
+
+def preference_loss(
+    first: torch.Tensor,  # (B,) log pi(y) / mu(y), summed over the response
+    second: torch.Tensor,  # (B,) log pi(y') / mu(y')
+    preference: torch.Tensor | None = None,  # (B,) P(y > y') in [0, 1]; None: y was preferred, always
+    *,
+    tau: float,
+    kind: str = "ipo",
+    lengths: tuple[torch.Tensor, torch.Tensor] | None = None,  # (B,) tokens of y and of y'
+    normalizer: Scalar | None = None,  # None: the number of pairs
+) -> PreferenceLoss:
+    """With h = first - second and p = preference, summed over pairs and divided by the normalizer:
+
+        ipo   p (h - 1 / (2 tau))^2 + (1 - p) (h + 1 / (2 tau))^2
+        dpo   -p log sigmoid(tau h) - (1 - p) log sigmoid(-tau h)
+
+    A fixed data set and p = 1 are IPO and DPO as published. Online IPO is "ipo" with y, y' drawn from the policy and
+    judged; IPO-MD the same with y, y' drawn from its mixture with the reference: they differ in who samples, not here.
+    lengths makes both log-ratios means per token. Differentiable in the log-ratios.
+    """
+    op = "preference_loss"
+    sizes: Sizes = {}
+    check_tensor(op, "first", first, ("pairs",), DTYPES, sizes)
+    check_tensor(op, "second", second, ("pairs",), DTYPES, sizes, first.device)
+    check_number(op, "tau", tau, 0.0, open_low=True)
+    check_option(op, "kind", kind, KINDS)
+    if preference is not None:
+        check_tensor(op, "preference", preference, ("pairs",), DTYPES, sizes, first.device)
+        check_probabilities(op, "preference", preference)
+    if lengths is not None:
+        first, second = (_per_token(op, *pair, sizes) for pair in zip((first, second), lengths, strict=True))
+    divisor = check_normalizer(op, normalizer, sizes["pairs"], first.device)
+    margin = first.double() - second.double()
+    p = _probability(preference, margin)
+    if kind == "ipo":
+        target = 1 / (2 * tau)
+        each = p * (margin - target) ** 2 + (1 - p) * (margin + target) ** 2
+    else:
+        log_sigmoid = torch.nn.functional.logsigmoid
+        each = -p * log_sigmoid(tau * margin) - (1 - p) * log_sigmoid(-tau * margin)
+    real = torch.promote_types(first.dtype, torch.float32)
+    loss = (each.sum() / divisor).to(real)
+    return PreferenceLoss(loss, margin.detach().to(real), first.detach(), second.detach())
+
+
+def _probability(preference: torch.Tensor | None, margin: torch.Tensor) -> torch.Tensor:
+    if preference is None:
+        return torch.ones_like(margin)
+    p = preference.detach().double()
+    return torch.where((p >= 0) & (p <= 1), p, torch.nan)
+
+
+def _per_token(op: str, log_ratio: torch.Tensor, length: Any, sizes: Sizes) -> torch.Tensor:
+    check_tensor(op, "lengths", length, ("pairs",), (torch.int64, torch.int32), sizes, log_ratio.device)
+    mean: torch.Tensor = log_ratio / length.clamp(min=1)  # an empty response has log-ratio 0, whatever it is divided by
+    return mean
