@@ -1,5 +1,8 @@
 """Nash Learning from Human Feedback at kernel speed: the public names."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import tabular
 from .core.registry import BackendUnavailable, Explanation, explain
 from .core.settings import set_backend, use_backend
@@ -24,6 +27,9 @@ from .ops import (
     row_uniforms,
 )
 
+if TYPE_CHECKING:
+    from .engine import Player, RolloutEngine, RolloutResult, RolloutSettings, nash_ema, nash_md
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -35,7 +41,11 @@ __all__ = [
     "MixtureSample",
     "MixtureSettings",
     "NashPGLoss",
+    "Player",
     "PreferenceLoss",
+    "RolloutEngine",
+    "RolloutResult",
+    "RolloutSettings",
     "explain",
     "linear_logprobs",
     "linear_nash_pg_loss",
@@ -45,6 +55,8 @@ __all__ = [
     "mirror_descent",
     "mixture_sample",
     "mixture_settings",
+    "nash_ema",
+    "nash_md",
     "nash_pg_loss",
     "preference_loss",
     "row_uniforms",
@@ -52,3 +64,12 @@ __all__ = [
     "tabular",
     "use_backend",
 ]
+
+_ENGINE = {"Player", "RolloutEngine", "RolloutResult", "RolloutSettings", "nash_ema", "nash_md"}
+
+
+def __getattr__(name: str) -> Any:
+    """The engine imports transformers, which `import nlhf_kernels` alone does not."""
+    if name in _ENGINE:
+        return getattr(import_module(".engine", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

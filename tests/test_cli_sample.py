@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, folders, capsys) -> None:
 
 
 def test_missing_transformers_says_what_to_install(folders, capsys, monkeypatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("nlhf_kernels.integrations")]:
+    for name in [name for name in sys.modules if name.startswith("nlhf_kernels.engine")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("transformers", "transformers.generation.configuration_utils"):
         monkeypatch.setitem(sys.modules, name, None)

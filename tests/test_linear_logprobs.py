@@ -141,6 +141,7 @@ def test_the_policy_alone() -> None:
 def test_frozen_inputs_pay_nothing(asking) -> None:
     """A frozen head costs no product for its gradient and no accumulator; frozen hidden states likewise."""
     hidden, weight, targets, *_ = problem()
+    targets = targets.clamp(min=0)
     hidden.requires_grad_(asking[0])
     weight.requires_grad_(asking[1])
     total = nlhf_kernels.linear_logprobs(hidden, weight, targets, chunk_bytes=4 * 301 * 4).policy.sum()
@@ -153,6 +154,17 @@ def test_frozen_inputs_pay_nothing(asking) -> None:
     assert of_weight.call_count == chunk_count * asking[1]
     assert mm.call_count == chunk_count * (1 + asking[0]), "the logits again, and the gradient of hidden states"
     assert (hidden.grad is not None, weight.grad is not None) == asking
+
+
+def test_rows_that_are_not_scored_are_not_multiplied_on_the_cpu() -> None:
+    """Two thirds of a batch may be prompts and padding."""
+    hidden, weight, targets, other, _, _ = problem(rows=12, device=torch.device("cpu"))
+    targets[:8] = -100
+    hidden[:8] = other[:8] = torch.nan
+    with mock.patch.object(chunks, "logits_into", wraps=products.logits_into) as made:
+        result = nlhf_kernels.linear_logprobs(hidden, weight, targets, other, weight, kl=True, chunk_bytes=1)
+    assert made.call_count == int((targets != -100).sum())
+    assert (result.kl[targets == -100] == 0).all() and result.kl.isfinite().all()
 
 
 def test_nothing_recorded_without_gradients() -> None:

@@ -181,10 +181,10 @@ def test_reference_logprobs_replace_the_reference(kl) -> None:
 
 def test_whole_sequences_are_not_computed_twice() -> None:
     """Products: one a chunk for the reference, one for the policy, two for its gradients; a long sequence one more."""
-    inputs = problem(device=torch.device("cpu"))
+    hidden, weight, targets, *rest = problem(device=torch.device("cpu"))
     for rows, runs, again in ((2 * T, 3, 0), (T - 1, 5, 10)):
         with mock.patch.object(chunks, "logits_into", wraps=products.logits_into) as made:
-            from_hidden("reference", inputs, rows, tau=0.3)
+            from_hidden("reference", (hidden, weight, targets.clamp(min=0), *rest), rows, tau=0.3)
         reference = -(-B * T // rows)
         assert made.call_count == reference + (runs if not again else 2 * again), rows
 

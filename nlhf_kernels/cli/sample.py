@@ -24,7 +24,7 @@ from rich.text import Text
 from ..core.checks import check_integer, check_number
 
 if TYPE_CHECKING:
-    from ..integrations import MixtureGeneration
+    from ..engine import Responses
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGE_RATIO = 2.0  # nats between policy and reference at which a token's colour is full
@@ -126,7 +126,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 def _generate(arguments: argparse.Namespace, prompts: list[str]) -> list[Sample]:
     try:
-        from ..integrations import generate_mixture
+        from ..engine import Hooks, Player, RolloutEngine, RolloutSettings, has_key_value_cache
     except ImportError as error:
         raise BadInput(f"sample: {error}") from error
     device = _device(arguments.device)
@@ -134,27 +134,25 @@ def _generate(arguments: argparse.Namespace, prompts: list[str]) -> list[Sample]
     rows = [_encode(tokenizer, prompt, arguments.chat) for prompt in prompts for _ in range(arguments.num_samples)]
     _check_room((policy, reference), max(map(len, rows)) + arguments.max_new_tokens)
     eos, pad = _special(tokenizer, policy)
+    cached = all(has_key_value_cache(model) for model in (policy, reference) if model is not None)
+    engine = RolloutEngine(policy, reference, vocab_size=width, use_cache=cached, op="sample")
+    settings = RolloutSettings(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        end_ids=eos,
+        pad_id=pad,
+    )
     samples: list[Sample] = []
     with _Bar(math.ceil(len(rows) / arguments.batch_size), arguments.max_new_tokens) as bar:
         for start in range(0, len(rows), arguments.batch_size):
             batch = rows[start : start + arguments.batch_size]
-            result = generate_mixture(
-                policy,
-                reference,
-                *_padded(batch, pad, device),
-                beta=arguments.beta,
-                max_new_tokens=arguments.max_new_tokens,
-                temperature=arguments.temperature,
-                top_k=arguments.top_k,
-                top_p=arguments.top_p,
-                min_p=arguments.min_p,
-                seed=arguments.seed,
-                row_ids=torch.arange(start, start + len(batch), device=device),  # not of the batch: its size is free
-                eos_token_id=eos,
-                pad_token_id=pad,
-                vocab_size=width,
-                streamer=bar,
-            )
+            ids = torch.arange(start, start + len(batch), device=device)  # not of the batch: its size is free
+            player = Player(0.0 if arguments.beta is None else arguments.beta, row_ids=ids)
+            (result,) = engine.rollout(*_padded(batch, pad, device), (player,), settings, Hooks(streamer=bar))
             if not result.ok.all():
                 raise BadInput("sample: expected finite logits; got NaN or infinity from the policy or the reference")
             for row in range(len(batch)):
@@ -295,7 +293,7 @@ def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torc
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _sample(tokenizer: Any, prompt: str, index: int, result: MixtureGeneration, row: int) -> Sample:
+def _sample(tokenizer: Any, prompt: str, index: int, result: Responses, row: int) -> Sample:
     count = int(result.mask[row].sum())
     ids = result.tokens[row, :count].tolist()
     columns = []

@@ -15,7 +15,9 @@ from typing import Any, cast
 
 import torch
 
-from .lockstep import Beta, MixtureGeneration, Processor, generate_mixture
+from ..engine.hooks import Processor
+from ..engine.shared_weights import is_adapted
+from .mixture import Beta, MixtureGeneration, generate_mixture
 
 try:
     from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
@@ -87,7 +89,7 @@ def mixture_generate(
     eos and lengths are generate()'s own. Other logits processors act on the mixture's logits. transformers hands no
     `streamer` to a custom function: pass it as `token_streamer`.
     """
-    _require(reference_model, beta)
+    _require(model, reference_model, beta)
     frame = inspect.currentframe()
     _refuse_dropped(frame.f_back if frame else None)
     _refuse(generation_config, logits_processor, model_kwargs, synced_gpus)
@@ -121,11 +123,11 @@ def mixture_generate(
     return _output(result, bool(generation_config.return_dict_in_generate))
 
 
-def _require(reference_model: torch.nn.Module | None, beta: Beta | None) -> None:
-    if reference_model is None:
+def _require(model: Any, reference_model: torch.nn.Module | None, beta: Beta | None) -> None:
+    if reference_model is None and not is_adapted(model):
         raise ValueError(
-            f"{_OP}: reference_model: expected a causal language model; got None (for a PEFT policy, load the base "
-            "model a second time: adapters are not switched off while decoding)"
+            f"{_OP}: reference_model: expected a causal language model; got None, which means the policy's own base, "
+            f"and {type(model).__name__} has no adapters beside one"
         )
     if beta is None:
         raise ValueError(f"{_OP}: beta: expected a number, the reference's weight in the mixture; got None")

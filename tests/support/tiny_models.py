@@ -36,8 +36,11 @@ ARCHITECTURES = {
 
 
 def tiny_model(architecture: str = "gpt2", seed: int = 0, hidden: int = 32) -> torch.nn.Module:
+    return random_model(ARCHITECTURES[architecture](hidden), seed)
+
+
+def random_model(config: transformers.PretrainedConfig, seed: int) -> torch.nn.Module:
     """Weights large enough that the next token depends on all that came before it."""
-    config = ARCHITECTURES[architecture](hidden)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -50,7 +53,10 @@ def tiny_model(architecture: str = "gpt2", seed: int = 0, hidden: int = 32) -> t
 @torch.no_grad()
 def teacher_forced(model: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (T, V), float64, of what follows each prefix: one forward pass, no padding and no cache."""
-    logits = copy.deepcopy(model).double().eval()(torch.cat([prompt, tokens])[None], use_cache=False).logits[0]
+    exact = copy.deepcopy(model).double().eval()
+    if hasattr(exact.config, "num_local_experts"):
+        exact.set_experts_implementation("eager")  # the grouped matrix product knows no float64
+    logits = exact(torch.cat([prompt, tokens])[None], use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 
 from ...core.registry import Backend
-from ..logprobs.layout import Normalizer, Output, Settings, Want, real_dtype
+from ..logprobs.layout import IGNORED, Normalizer, Output, Settings, Want, real_dtype
 from .products import add_weight_gradient, logits_into
 
+_TILE = 128  # rows that a matrix product handles at a time on a GPU: a chunk is a multiple where it can
 CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # of logits at a time, both models together
 
 
@@ -41,9 +42,40 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
 
 
+class Kept(NamedTuple):
+    """Which rows are multiplied at all. On the CPU those that are scored; on a GPU, where counting them would stop the
+    device, all of them."""
+
+    rows: torch.Tensor | None  # (K,) indices; None: all
+    total: int  # N
+
+    @staticmethod
+    def of(targets: torch.Tensor) -> Kept:
+        scored = targets != IGNORED
+        if targets.device.type != "cpu" or bool(scored.all()):
+            return Kept(None, targets.numel())
+        return Kept(scored.nonzero().squeeze(1), targets.numel())
+
+    def pick(self, values: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Of all N, those kept."""
+        return values if self.rows is None else values.index_select(dim, self.rows)
+
+    def spread(self, values: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """The way back; 0 for the others."""
+        if self.rows is None:
+            return values
+        shape = list(values.shape)
+        shape[dim] = self.total
+        return values.new_zeros(shape).index_copy_(dim, self.rows, values)
+
+    def offsets(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Where sequences begin among the rows kept."""
+        return offsets if self.rows is None else torch.searchsorted(self.rows, offsets)
+
+
 @dataclass(frozen=True)
 class Chunked:
-    """A call of a linear op, to be walked chunk by chunk."""
+    """A call of a linear op, to be walked chunk by chunk. Its N rows are those kept of the caller's."""
 
     policy: Side
     reference: Side | None
@@ -52,6 +84,7 @@ class Chunked:
     settings: Settings
     backend: Backend  # of the room logprobs: what it does to rows of logits
     chunk_bytes: int
+    kept: Kept
 
     @property
     def compares(self) -> bool:
@@ -62,7 +95,8 @@ class Chunked:
     def rows_per_chunk(self) -> int:
         weight = self.policy.weight
         row = weight.shape[0] * weight.element_size() * (2 if self.compares else 1)
-        return max(1, min(self.targets.numel(), self.chunk_bytes // max(1, row)))
+        rows = self.chunk_bytes // max(1, row)
+        return max(1, min(self.targets.numel(), rows // _TILE * _TILE or rows))
 
     def buffer(self) -> torch.Tensor:
         rows = self.rows_per_chunk * (2 if self.compares else 1)
@@ -149,7 +183,7 @@ class Gradients:
     def __init__(self, side: Side, needs: Needs) -> None:
         real = real_dtype(side.weight.dtype)
         self.side = side
-        self.hidden = torch.zeros_like(side.hidden) if needs.hidden else None
+        self.hidden = torch.empty_like(side.hidden) if needs.hidden else None
         self.weight = torch.zeros_like(side.weight, dtype=real) if needs.weight else None
         self.bias = torch.zeros_like(side.weight[:, 0], dtype=real) if needs.bias else None
 
@@ -161,10 +195,9 @@ class Gradients:
         if self.bias is not None:
             self.bias += logits_gradient.sum(0, dtype=self.bias.dtype)
 
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def tensors(self, kept: Kept) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For an operator's result: what was not asked for is empty."""
+        spread = None if self.hidden is None else kept.spread(self.hidden, 0)
         empty = self.side.weight.new_empty(0)
-        hidden, weight, bias = (
-            empty.clone() if part is None else part for part in (self.hidden, self.weight, self.bias)
-        )
+        hidden, weight, bias = (empty.clone() if part is None else part for part in (spread, self.weight, self.bias))
         return hidden, weight, bias

@@ -12,7 +12,7 @@ from ...core.registry import built_on
 from ..logprobs.layout import Output, Settings, Want, real_dtype
 from ..logprobs.op import DTYPES, Logprobs, LogprobsProblem, as_logprobs, beta_tensor, check_constant, check_targets
 from ..logprobs.op import OP as LOGPROBS
-from .chunks import CHUNK_BYTES, Chunked, Gradients, Needs, Side
+from .chunks import CHUNK_BYTES, Chunked, Gradients, Kept, Needs, Side
 from .head import Head, check_head
 
 
@@ -39,11 +39,15 @@ def chunked(inputs: tuple[Any, ...], op: Any = OP) -> Chunked:
     if tensors[3] is not None:
         reference = Side(*tensors[3:])
         shared = policy.shares_head_with(reference)  # asked before a cast makes two of one
-    policy = policy.to(compute)
+    kept = Kept.of(targets)
+    policy = policy._replace(hidden=kept.pick(policy.hidden, 0)).to(compute)
     if reference is not None:
+        reference = reference._replace(hidden=kept.pick(reference.hidden, 0))
         reference = policy._replace(hidden=reference.hidden.to(compute)) if shared else reference.to(compute)
     chosen = op.resolve(backend, LogprobsProblem(targets.device, (compute,)))
-    return Chunked(policy, reference, targets, beta, Settings.of(numbers, wanted), chosen, chunk_bytes)
+    beta = kept.pick(beta) if beta is not None and beta.ndim else beta
+    settings = Settings.of(numbers, wanted)
+    return Chunked(policy, reference, kept.pick(targets), beta, settings, chosen, chunk_bytes, kept)
 
 
 def _run(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +59,7 @@ def _run(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
             values[:, rows], normalizers[:, rows] = call.score(rows, call.logits(rows, buffer))
         if call.reference is not None and not call.compares and call.targets.numel():
             values[Output.REFERENCE] = call.reference_logprobs(buffer)
-        return values, normalizers
+        return call.kept.spread(values), call.kept.spread(normalizers)
 
 
 def _fake(hidden: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,10 +75,11 @@ def _run_backward(
         call = chunked(inputs)
         gradients = Gradients(call.policy, Needs(*needs))
         buffer = call.buffer()
+        of_rows = [call.kept.pick(part) for part in (values, normalizers, upstream)]
         for rows in call.chunks():
-            saved = (values[:, rows], normalizers[:, rows], upstream[:, rows])
+            saved = (part[:, rows] for part in of_rows)
             gradients.add(rows, call.logits_gradient(rows, call.logits(rows, buffer), *saved))
-        return gradients.tensors()
+        return gradients.tensors(call.kept)
 
 
 def fake_gradients(needs: list[bool], hidden: torch.Tensor, weight: torch.Tensor, compute: torch.dtype) -> Any:

@@ -54,13 +54,14 @@ def _run(
 ) -> tuple[torch.Tensor, ...]:
     with torch.autocast(advantage.device.type, enabled=False):
         call = chunked(inputs, OP)
+        check_offset_values(_OP, offsets.tolist(), call.kept.total)
+        offsets = call.kept.offsets(offsets)
         boundaries = offsets.tolist()
         offsets = offsets.to(call.targets.device)
-        check_offset_values(_OP, boundaries, call.targets.numel())
         buffer = call.buffer()
         values, normalizers = call.outputs()
         if reference_logprobs is not None:
-            values[Output.REFERENCE] = reference_logprobs
+            values[Output.REFERENCE] = call.kept.pick(reference_logprobs)
         elif not call.compares and call.targets.numel():
             values[Output.REFERENCE] = call.reference_logprobs(buffer)
         weights = torch.zeros_like(values[0], dtype=torch.float64)
@@ -80,7 +81,8 @@ def _run(
                     gradients.add(rows, call.logits_gradient(rows, kept, *saved))
         weights.masked_fill_(call.targets == IGNORED, 0)
         total = surrogate(mode, tau, weights, values[Output.POLICY], values[Output.KL])
-        return total, values, weights, *gradients.tensors()
+        spread = call.kept.spread
+        return total, spread(values), spread(weights), *gradients.tensors(call.kept)
 
 
 def _score(
@@ -123,18 +125,19 @@ _HIDDEN, _WEIGHT, _BIAS = 6, 7, 8  # positions of what is differentiated
 
 
 def _backward(needs: Any, saved: Any, inputs: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    *parts, hidden, weight, bias = saved
-    scale = upstream / _headroom(inputs[-2])
+    compute, dtypes = inputs[-3], inputs[-1]
+    scale = upstream / _headroom(compute)
     given: list[torch.Tensor | None] = [None] * len(inputs)
-    for position, part, tensor in zip((_HIDDEN, _WEIGHT, _BIAS), parts, (hidden, weight, bias), strict=True):
+    for position, part, dtype in zip((_HIDDEN, _WEIGHT, _BIAS), saved, dtypes, strict=True):
         if needs[position]:
-            given[position] = torch.mul(part, scale.to(real_dtype(part.dtype)), out=torch.empty_like(tensor))
+            out = torch.empty_like(part, dtype=dtype)  # one pass: no scaled copy in float32
+            given[position] = torch.mul(part, scale.to(real_dtype(part.dtype)), out=out)
     return tuple(given)
 
 
 _differentiable = torch_op.differentiable(
-    _operator,
-    lambda inputs, output: (*output[3:], inputs[_HIDDEN], inputs[_WEIGHT], inputs[_BIAS]),
+    lambda *inputs: _operator(*inputs[:-1]),  # the last are dtypes, for the gradients
+    lambda inputs, output: output[3:],
     _backward,
     visible=lambda output: output[:3],
 )
@@ -190,6 +193,7 @@ def linear_nash_pg_loss(
         inputs.chunk_bytes,
         inputs.compute,
         backend or "",
+        [None if tensor is None else tensor.dtype for tensor in inputs.tensors[:3]],
     )
     scored_entropy = values[Output.ENTROPY] if entropy else None
     return as_result(total / terms.normalizer, values, weights.detach(), scored_entropy, targets.shape, kl)

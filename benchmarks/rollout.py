@@ -1,0 +1,260 @@
+"""Rollouts side by side: the engine, the loop one would write by hand, `generate()`, and TRL's way.
+
+The harness of `benchmarks.run` is made for ops, with one call and one truth. A rollout is a loop over models, and its
+rivals draw with random numbers of their own; so this runner gates on log-probabilities (against a full forward pass)
+and shares the harness's timing, results and tables. A time is that of all steps, prompts included; no row ends early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+if __package__ in (None, ""):  # started as a script: the package is found one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.console import Console
+
+from benchmarks.harness.case import PRESETS, Shape
+from benchmarks.harness.report import print_results
+from benchmarks.harness.results import Accuracy, Floor, ResultRow, RowKey, Speedup, append_rows
+from benchmarks.harness.runner import Job, RunContext, Settings, open_run
+from benchmarks.harness.timing import Action, Timing, TimingPlan, time_calls
+
+BETA = 0.3
+ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.3}  # nats, of a log-probability
+_SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
+_LARGE = {"width": 896, "layers": 24, "vocabulary": 151_936}
+SHAPES = {
+    "tiny": [Shape({"prompts": 2, "prompt": 6, "new": 5, "width": 32, "layers": 2, "vocabulary": 101})],
+    "standard": [
+        *(Shape({"prompts": 4, "prompt": 64, "new": new, **_SMALL}, devices=("cpu",)) for new in (32, 128)),
+        *(
+            Shape({"prompts": prompts, "prompt": 128, "new": 64, **_LARGE}, "bfloat16", devices=("cuda",))
+            for prompts in (1, 16, 64)
+        ),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two Llamas of random weights, and prompts of one length each half padded away for every second row."""
+
+    policy: Any
+    reference: Any
+    ids: torch.Tensor
+    mask: torch.Tensor
+    new: int
+
+
+def make(shape: Shape, device: torch.device) -> Pair:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {name: int(value) for name, value in shape.sizes.items()}
+    config = LlamaConfig(
+        vocab_size=sizes["vocabulary"],
+        hidden_size=sizes["width"],
+        intermediate_size=sizes["width"] * 8 // 3,
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=max(1, sizes["width"] // 64),
+        max_position_embeddings=sizes["prompt"] + sizes["new"],
+    )
+    torch.manual_seed(7)
+    policy, reference = (LlamaForCausalLM(config).to(device, shape.torch_dtype).eval() for _ in range(2))
+    ids = torch.randint(3, sizes["vocabulary"], (sizes["prompts"], sizes["prompt"]), device=device)
+    mask = torch.ones_like(ids)
+    mask[1::2, : sizes["prompt"] // 4] = 0
+    return Pair(policy, reference, ids, mask, sizes["new"])
+
+
+@torch.no_grad()
+def lockstep(pair: Pair, betas: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """What a careful user writes: two DynamicCaches, logits of the last position only, all log-probabilities kept."""
+    from transformers import DynamicCache
+
+    models = pair.policy, pair.reference
+    caches = [DynamicCache(config=model.config) for model in models]
+    positions, text, columns = (mask.cumsum(-1) - 1).clamp(min=0), ids, []
+    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for _ in range(pair.new):
+        inputs = {"input_ids": text, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+        logits = [
+            model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+            for model, cache in zip(models, caches, strict=True)
+        ]
+        log_pi, log_mu = (one.log_softmax(-1) for one in logits)
+        log_mix = torch.lerp(log_pi, log_mu, betas[:, None]).log_softmax(-1)
+        text = torch.multinomial(log_mix.exp(), 1)
+        columns.append([text, *(values.gather(-1, text) for values in (log_pi, log_mu, log_mix))])
+        finished |= text[:, 0] < 0  # no token ends a row here, but a loop has to look
+        if finished.all():
+            break
+        mask = torch.cat([mask, mask[:, -1:]], 1)
+        positions = positions[:, -1:] + 1
+
+
+def batched(pair: Pair) -> None:
+    betas = torch.tensor([0.0, BETA], device=pair.ids.device).repeat_interleave(len(pair.ids))
+    lockstep(pair, betas, pair.ids.repeat(2, 1), pair.mask.repeat(2, 1))
+
+
+def one_after_the_other(pair: Pair) -> None:
+    for beta in (0.0, BETA):
+        lockstep(pair, torch.full((len(pair.ids),), beta, device=pair.ids.device), pair.ids, pair.mask)
+
+
+@torch.no_grad()
+def generate(model: Any, pair: Pair) -> None:
+    options = {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
+    model.generate(pair.ids, attention_mask=pair.mask, max_new_tokens=pair.new, **options)
+
+
+def generate_per_model(pair: Pair) -> None:
+    """y from the policy and a response from the reference: no mixture, no log-probabilities; the cost of two calls."""
+    generate(pair.policy, pair)
+    generate(pair.reference, pair)
+
+
+@torch.no_grad()
+def trl_way(pair: Pair) -> None:
+    """Transcribed from the cost structure of TRL 1.13's NashMDTrainer: generate() for the policy; for the mixture,
+    use_cache=False in both models, logits and their log-softmax at every position of the prefix, for every token."""
+    generate(pair.policy, pair)
+    text, mask = pair.ids, pair.mask
+    for _ in range(pair.new):
+        inputs = {"input_ids": text, "attention_mask": mask, "use_cache": False}
+        z_policy, z_reference = pair.policy(**inputs).logits, pair.reference(**inputs).logits
+        mixed = torch.nn.functional.log_softmax(BETA * z_reference + (1 - BETA) * z_policy, dim=-1)
+        scores = mixed[:, -1].to(copy=True, dtype=torch.float32)
+        token = torch.multinomial(scores.softmax(-1), 1)
+        text, mask = torch.cat([text, token], 1), torch.cat([mask, mask[:, -1:]], 1)
+
+
+def engine_call(pair: Pair) -> Callable[[], Any]:
+    from nlhf_kernels import RolloutEngine, RolloutSettings, nash_md
+
+    engine = RolloutEngine(pair.policy, pair.reference)
+    settings = RolloutSettings(max_new_tokens=pair.new, seed=1, end_ids=())
+    return partial(engine.rollout, pair.ids, pair.mask, nash_md(BETA), settings)
+
+
+@torch.no_grad()
+def largest_error(pair: Pair, result: Any) -> float:
+    """Of the log-probabilities, against one full forward pass without a cache."""
+    errors = []
+    for responses in result:
+        text = torch.cat([pair.ids, responses.tokens], 1)
+        mask = torch.cat([pair.mask, torch.ones_like(responses.tokens)], 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        for model, got in ((pair.policy, responses.policy_logprobs), (pair.reference, responses.reference_logprobs)):
+            logits = model(input_ids=text, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            truth = logits[:, pair.ids.shape[1] - 1 : -1].float().log_softmax(-1)
+            errors.append((truth.gather(-1, responses.tokens[..., None])[..., 0] - got).abs().max())
+    return float(torch.stack(errors).max())
+
+
+def floor(pair: Pair, context: RunContext) -> tuple[float, float]:
+    """Bytes of both models' weights, read once a token step (an embedding table is not read whole), and the time."""
+    weights = 0
+    for model in (pair.policy, pair.reference):
+        table = model.get_input_embeddings().weight
+        weights += sum(p.numel() * p.element_size() for p in model.parameters() if p is not table)
+    moved = float(weights * pair.new)
+    return moved, 1e6 * moved / context.ceilings.copy_bytes_per_s
+
+
+def run_shape(shape: Shape, context: RunContext, plan: TimingPlan) -> list[ResultRow]:
+    device = context.settings.device
+    pair = make(shape, device)
+    engine = engine_call(pair)
+    error = largest_error(pair, engine())
+    good = error <= ALLOWED_ERROR[shape.dtype]
+    calls = {"engine": engine} if good else {}
+    rivals = {"eager": batched, "y, then y'": one_after_the_other, "generate per model": generate_per_model}
+    rivals["TRL 1.13's way, transcribed"] = trl_way
+    calls |= {name: partial(function, pair) for name, function in rivals.items()}
+    actions = {name: Action(lambda: None, lambda _, call=call: call()) for name, call in calls.items()}
+    timings = time_calls(actions, device, plan)
+    moved, floor_us = floor(pair, context)
+    rows = []
+    for name in ("engine", *rivals):
+        timing = timings.get(name)
+        ours = name == "engine"
+        key = RowKey("rollout", shape.label, shape.dtype, "forward", name, device.type, context.threads)
+        timed, eager = isinstance(timing, Timing), timings["eager"]
+        status = "ok" if timed else "red" if timing is None else "failed"
+        rows.append(
+            ResultRow(
+                key=key,
+                kind="backend" if ours else "baseline",
+                status=status,
+                run=context.facts,
+                reasons=() if timed else (f"log-probabilities off by {error:.2g}" if ours else str(timing),),
+                chosen=ours,
+                accuracy=Accuracy(error, ALLOWED_ERROR[shape.dtype]) if ours else None,
+                timing=timing if timed else None,
+                floor=Floor(moved, 0.0, floor_us, "bandwidth", 100 * floor_us / timing.median_us) if timed else None,
+                speedup=Speedup(eager.median_us / timing.median_us, None)
+                if timed and isinstance(eager, Timing)
+                else None,
+            )
+        )
+    return rows
+
+
+def print_rates(rows: Sequence[ResultRow], shape: Shape, console: Console) -> None:
+    new, tokens = int(shape.sizes["new"]), 2 * int(shape.sizes["prompts"]) * int(shape.sizes["new"])
+    for row in rows:
+        if row.timing is not None:
+            seconds = row.timing.median_us / 1e6
+            rate = f"{1e3 * seconds / new:9.2f} ms a token step {tokens / seconds:12.0f} tokens/s"
+            console.print(f"  {row.key.implementation:<28} {rate}", highlight=False)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="standard", help="tiny: a smoke test")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--repeats", type=int, default=5, help="of every rival, in turn (default 5)")
+    parser.add_argument("--new", type=int, help="only shapes of this many new tokens")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    console = Console(width=120)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shapes = [
+        shape
+        for shape in SHAPES[arguments.preset]
+        if device.type in shape.devices and arguments.new in (None, shape.sizes["new"])
+    ]
+    case = SimpleNamespace(name="rollout")
+    context = open_run(Settings(device, arguments.preset), [Job(case, shape) for shape in shapes])
+    repeats = 1 if arguments.preset == "tiny" else arguments.repeats
+    plan = TimingPlan(0.0, repeats, repeats, warmups=1, batch_s=0.0, flush_bytes=0)
+    rows: list[ResultRow] = []
+    for shape in shapes:
+        new = run_shape(shape, context, plan)
+        print_rates(new, shape, console)
+        rows += new
+    if arguments.out is not None:
+        append_rows(arguments.out, rows)
+    print_results(rows, console)
+    return 0 if all(row.status == "ok" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The models that play together: found fit for each other before any work, and made into readers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ..core.checks import check_integer
+from .clock import Clock
+from .models import evaluating, inspect_model, twin
+from .readers import CachedReader, Reader, WholeTextReader
+from .request import Player
+from .shared_weights import BaseReader, SharedReader, check_base, is_adapted, why_not_one_pass
+
+_log = logging.getLogger(__name__)
+
+CAPTURED_ATTENTION = ("sdpa", "eager")  # those whose masks and kernels need nothing of the host
+CAPTURED_EXPERTS = ("batched_mm", "grouped_mm")
+
+
+class Ensemble:
+    """`mixes`: whether there is a reference. `notes`: what cannot be done the fast way, and why."""
+
+    def __init__(
+        self,
+        op: str,
+        policy: Any,
+        reference: Any,  # None: the policy's base where it has adapters, else there is none
+        opponent: Any,  # a model, a mapping of parameters, or None
+        vocab_size: int | None,
+        use_cache: bool,
+        attention: str | None,
+    ) -> None:
+        self.op, self.policy = op, policy
+        self.notes: list[str] = []
+        if isinstance(opponent, Mapping):
+            opponent = twin(policy, opponent, op)
+        given = {"policy": policy, "reference": reference, "opponent": opponent}
+        models = {role: model for role, model in given.items() if model is not None}
+        self.shares_base = reference is None and is_adapted(policy)
+        if self.shares_base:
+            check_base(policy, op)
+        if attention is not None:
+            for model in models.values():
+                model.set_attn_implementation(attention)
+        self.facts = {role: inspect_model(role, model, use_cache, op) for role, model in models.items()}
+        self.mixes = reference is not None or self.shares_base
+        self.device = self.facts["policy"].device
+        self._check_together()
+        self.vocabulary = self._common_vocabulary(vocab_size)
+        self.one_pass = self.shares_base and self._may_share(use_cache)
+
+    def _may_share(self, use_cache: bool) -> bool:
+        reason = why_not_one_pass(self.policy) if use_cache else "use_cache=False reads the whole text"
+        if reason is not None:
+            self.note(f"shared weights: the policy and its base take a forward pass each: {reason}")
+        return reason is None
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        _log.info("%s: %s", self.op, text)
+
+    def _check_together(self) -> None:
+        policy = self.facts["policy"]
+        for role, facts in self.facts.items():
+            if facts.device != policy.device:
+                raise ValueError(
+                    f"{self.op}: {role}: expected a model on {policy.device}, as the policy; got {facts.device}"
+                )
+            if facts.dtype != policy.dtype:
+                expected, got = (str(dtype).removeprefix("torch.") for dtype in (policy.dtype, facts.dtype))
+                raise ValueError(f"{self.op}: {role}: expected dtype {expected}, as the policy; got {got}")
+
+    def _common_vocabulary(self, vocab_size: int | None) -> int:
+        widths = {role: facts.vocabulary for role, facts in self.facts.items()}
+        if vocab_size is not None:
+            return check_integer(self.op, "vocab_size", vocab_size, 1, min(widths.values()))
+        for role, width in widths.items():
+            if width != widths["policy"]:
+                raise ValueError(
+                    f"{self.op}: {role}: expected policy and {role} of one vocabulary; got {widths['policy']} tokens "
+                    f"and {width} (vocab_size=... leaves out the columns that only pad a head)"
+                )
+        return widths["policy"]
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        return evaluating(*(facts.model for facts in self.facts.values()))
+
+    def roles(self, players: Sequence[Player]) -> list[str]:
+        """The models these players need."""
+        played = [role for role in ("policy", "opponent") if any(player.parameters == role for player in players)]
+        return [*played, "reference"] if self.mixes else played
+
+    def rows(self, prompts: int, players: Sequence[Player]) -> dict[str, int]:
+        """Rows that each of those models reads."""
+        every = prompts * sum(player.samples for player in players)
+        return {
+            role: prompts * sum(player.samples for player in players if player.parameters == role)
+            if role != "reference"
+            else every
+            for role in self.roles(players)
+        }
+
+    def reader(self, role: str, rows: int, length: int, clock: Clock) -> Reader:
+        if role == "reference" and self.shares_base:
+            policy = self.facts["policy"]
+            return BaseReader(self.policy, policy, rows, length, clock)
+        facts = self.facts[role]
+        return CachedReader(facts, rows, length, clock) if facts.cached else WholeTextReader(facts, rows, length, clock)
+
+    def readers(self, rows: Mapping[str, int], length: int, clock: Clock) -> list[Reader]:
+        if self.one_pass and "policy" in rows:
+            both = SharedReader(self.facts["policy"], rows["policy"] + rows["reference"], length, clock)
+            rest = [role for role in rows if role not in both.names]
+            return [both, *(self.reader(role, rows[role], length, clock) for role in rest)]
+        return [self.reader(role, count, length, clock) for role, count in rows.items()]
+
+    def cache_bytes(self, rows: Mapping[str, int], length: int) -> dict[str, int]:
+        """What `readers` allocates, model by model."""
+        parts = {}
+        for role, count in rows.items():
+            facts = self.facts["policy" if role == "reference" and self.shares_base else role]
+            parts[f"{role} cache"] = facts.cache_bytes(count, length) if facts.cached else count * length * 8
+        return parts
+
+    def check_room(self, longest: int, new_tokens: int) -> None:
+        """`longest`: tokens of the longest prompt. The last new token is never read."""
+        for role, facts in self.facts.items():
+            if facts.positions is not None and longest + new_tokens - 1 > facts.positions:
+                raise ValueError(
+                    f"{self.op}: max_new_tokens: expected prompt and response within the {role}'s {facts.positions} "
+                    f"positions; got {longest} + {new_tokens} tokens"
+                )
+
+    def why_not_recorded(self) -> list[str]:
+        """Why a step of these models cannot be captured in a graph."""
+        reasons = []
+        for role, facts in self.facts.items():
+            if not facts.cached:
+                reasons.append(f"the {role} reads the whole text every step")
+            if getattr(facts.model.config, "_attn_implementation", None) not in CAPTURED_ATTENTION:
+                name = getattr(facts.model.config, "_attn_implementation", None)
+                reasons.append(f"the {role}'s attention, {name}, may look at values on the host")
+            if _routes_on_host(facts.model):
+                reasons.append(f"the {role} has experts, and sends tokens to them by their number")
+        if self.shares_base and not self.one_pass:
+            reasons.append("adapters are switched off and on by the host")
+        return reasons
+
+
+def _routes_on_host(model: Any) -> bool:
+    """Mixtures of experts count their tokens on the host, unless the implementation is a batched one."""
+    config = model.config.get_text_config(decoder=True)
+    experts = any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    return experts and getattr(config, "_experts_implementation", None) not in CAPTURED_EXPERTS

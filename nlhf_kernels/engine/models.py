@@ -1,0 +1,159 @@
+"""What the engine must know of a model before the first token, found by looking: one forward pass of one token.
+
+The pass shows what every layer stores (so memory is planned exactly, for any architecture) and the width of the head;
+a model that keeps its past elsewhere than in keys and values cannot pass it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from .caches import LayerShape, ProbeLayer
+
+OP = "RolloutEngine"
+ATTENDING = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "attention",
+}  # layer types with keys and values
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    role: str
+    model: torch.nn.Module  # the module whose forward is called
+    accepted: frozenset[str]  # names of its forward's arguments
+    layers: tuple[LayerShape | None, ...]  # empty where the whole text is read every step
+    vocabulary: int
+    dtype: torch.dtype
+    device: torch.device
+    positions: int | None  # the longest text it can place; None: no limit known
+
+    @property
+    def cached(self) -> bool:
+        return bool(self.layers)
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    def cache_bytes(self, rows: int, length: int) -> int:
+        return sum(rows * length * shape.bytes for shape in self.layers if shape is not None)
+
+
+def inspect_model(role: str, model: Any, use_cache: bool, op: str = OP) -> ModelFacts:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{op}: {role}: expected a causal language model; got {type(model).__name__}")
+    inner = _unwrapped(model)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(f"{op}: {role}: expected LoRA or no adapter; got prompt learning, which lengthens prompts")
+    config: Any = getattr(inner, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{op}: {role}: expected a decoder-only model; got {type(inner).__name__}")
+    accepted = _accepted(inner)
+    parameter = next(inner.parameters())
+    if use_cache and (reason := _keeps_state_elsewhere(inner)):
+        raise ValueError(
+            f"{op}: {role}: expected a model whose past lies in keys and values; {type(inner).__name__} {reason} "
+            "(use_cache=False reads the whole text every step)"
+        )
+    layers, logits = _probe(role, inner, parameter.device, accepted, use_cache, op)
+    text = config.get_text_config(decoder=True)
+    return ModelFacts(
+        role=role,
+        model=inner,
+        accepted=accepted,
+        layers=layers,
+        vocabulary=logits.shape[-1],
+        dtype=parameter.dtype,
+        device=logits.device if parameter.device.type == "meta" else parameter.device,
+        positions=getattr(text, "max_position_embeddings", None),
+    )
+
+
+def has_key_value_cache(model: Any) -> bool:
+    """Whether the engine can decode with a cache."""
+    return _keeps_state_elsewhere(_unwrapped(model)) is None
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model in whose layers peft has put its adapters: peft's own forward says nothing of its arguments."""
+    return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+
+
+def _accepted(model: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
+
+
+def _keeps_state_elsewhere(model: Any) -> str | None:
+    config: Any = getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return None  # refused for that, elsewhere
+    types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    if other := sorted(set(types) - ATTENDING):
+        return f"has layers of {', '.join(other)}"
+    if getattr(model, "_is_stateful", False):
+        return "keeps a recurrent state"
+    return None if "past_key_values" in _accepted(model) else "takes no past_key_values"
+
+
+@torch.no_grad()
+def _probe(
+    role: str, model: Any, device: torch.device, accepted: frozenset[str], use_cache: bool, op: str
+) -> tuple[tuple[LayerShape | None, ...], torch.Tensor]:
+    token = torch.zeros(1, 1, dtype=torch.int64, device="cpu" if device.type == "meta" else device)
+    cache = Cache(layer_class_to_replicate=ProbeLayer)
+    inputs: dict[str, Any] = {"input_ids": token, "attention_mask": torch.ones_like(token), "use_cache": use_cache}
+    if use_cache:
+        inputs["past_key_values"] = cache
+    with evaluating(model):
+        outputs = model(**{name: value for name, value in inputs.items() if name in accepted}, return_dict=True)
+    layers = tuple(getattr(layer, "shape", None) for layer in cache.layers)
+    if use_cache and not any(layers):
+        raise ValueError(
+            f"{op}: {role}: expected a model that writes keys and values; {type(model).__name__} wrote none"
+        )
+    return layers, outputs.logits
+
+
+@contextmanager
+def evaluating(*models: torch.nn.Module) -> Iterator[None]:
+    """Dropout off, and gradient checkpointing with it, which would switch the caches off. Every submodule's own flag
+    comes back, as some may have been frozen in evaluation mode."""
+    flags = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def twin(model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], op: str = OP) -> torch.nn.Module:
+    """`model` with other parameters, by name: their storage is used as it is, so that an average updated in place plays
+    with its latest values. Parameters that are not named are the model's own, which must then be frozen."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    unknown = sorted(set(parameters) - set(named))
+    if unknown:
+        raise ValueError(f"{op}: opponent: expected names of the policy's parameters; got {unknown[0]!r}")
+    given = {id(named[name]): value for name, value in parameters.items()}
+    memo: dict[int, Any] = {}
+    for name, parameter in named.items():
+        value = given.get(id(parameter))
+        if value is None and parameter.requires_grad:
+            raise ValueError(f"{op}: opponent: expected every trained parameter; {name!r} is missing")
+        if value is not None and (value.shape, value.device) != (parameter.shape, parameter.device):
+            expected = f"{tuple(parameter.shape)} on {parameter.device}"
+            raise ValueError(f"{op}: opponent: {name}: expected {expected}; got {tuple(value.shape)} on {value.device}")
+        memo[id(parameter)] = parameter if value is None else torch.nn.Parameter(value.detach(), requires_grad=False)
+    return deepcopy(model, memo)

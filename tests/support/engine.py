@@ -1,0 +1,52 @@
+"""What the tests of the rollout engine share: more tiny architectures, and the distance from full forward passes."""
+
+from __future__ import annotations
+
+import torch
+
+from nlhf_kernels.engine import RolloutSettings
+from tests.support.tiny_models import _SHAPE, ARCHITECTURES, _config, chosen, random_model, teacher_forced
+
+_GQA = {**_SHAPE, "num_key_value_heads": 2}
+
+#: Every kind of position, mask, head and block that the engine claims.
+TINY = {
+    **{name: make for name, make in ARCHITECTURES.items() if name != "mamba"},
+    "qwen3": _config("Qwen3Config", **_GQA, head_dim=8),
+    "gemma3": _config(
+        "Gemma3TextConfig", **_GQA, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi3": _config("Phi3Config", **_GQA),
+    "granite": _config("GraniteConfig", **_GQA, logits_scaling=2.0, residual_multiplier=0.5),
+    "mixtral": _config("MixtralConfig", **_GQA, num_local_experts=4, num_experts_per_tok=2),
+    "falcon": _config("FalconConfig", num_hidden_layers=2, num_attention_heads=4, alibi=True),  # ALiBi, one kv head
+    "cohere": _config("CohereConfig", **_GQA, logit_scale=0.5),
+    "llama_tied": _config("LlamaConfig", **_GQA, tie_word_embeddings=True),
+}
+
+
+def tiny(architecture: str, seed: int = 1, hidden: int = 32) -> torch.nn.Module:
+    return random_model({**ARCHITECTURES, **TINY}[architecture](hidden), seed)
+
+
+def tiny_pair(architecture: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return tiny(architecture, seed=1, hidden=32), tiny(architecture, seed=2, hidden=48)
+
+
+def settings(steps: int, **options) -> RolloutSettings:
+    return RolloutSettings(steps, **{"seed": 3, "end_ids": (), **options})
+
+
+def worst_error(responses, policy, reference, rows: list[torch.Tensor], beta: float, samples: int = 1) -> float:
+    """Largest distance of the reported log-probabilities from those of full forward passes, in nats."""
+    errors = []
+    for row in range(len(rows) * samples):
+        prompt, count = rows[row // samples], int(responses.lengths[row])
+        tokens = responses.tokens[row, :count]
+        one = teacher_forced(policy, prompt, tokens)
+        two = one if reference is None else teacher_forced(reference, prompt, tokens)
+        mixture = ((1 - beta) * one + beta * two).log_softmax(-1)
+        pairs = [(one, responses.policy_logprobs), (mixture, responses.mixture_logprobs)]
+        pairs += [] if reference is None else [(two, responses.reference_logprobs)]
+        errors += [(chosen(truth, tokens) - got[row, :count]).abs().max() for truth, got in pairs]
+    return float(torch.stack(errors).max())
