@@ -83,35 +83,50 @@ def compile_room(op: str, architecture: int) -> list[str]:
 
     original, jit.JITFunction.__getitem__ = jit.JITFunction.__getitem__, compile_only
     try:
-        for arguments in recorded_backend_arguments(op):
-            get_op(op).backend("triton").run(*arguments)
+        for direction, arguments in recorded_backend_calls(op):
+            getattr(get_op(op).backend("triton"), direction)(*arguments)
     finally:
         jit.JITFunction.__getitem__ = original
     assert lines, f"{op}: its examples launched no Triton kernel"
     return lines
 
 
-def recorded_backend_arguments(op: str) -> list[tuple]:
-    """What the room's public function hands to a backend, for each of its examples that Triton takes."""
+def recorded_backend_calls(op: str) -> list[tuple[str, tuple]]:
+    """What the room's public function hands to a backend, for each of its examples that Triton takes: ("run" or
+    "run_backward", arguments). An example whose outputs require a gradient is also run backward."""
     entry = get_op(op)
     examples = importlib.import_module(f"tests.test_{op}").EXAMPLES
-    calls: list[tuple] = []
+    calls: list[tuple[str, tuple]] = []
     reference = entry.backend("reference")
-    original = reference.run
 
-    def record(*arguments):
-        calls.append(arguments)
-        return original(*arguments)
+    def recording(direction: str):
+        original = getattr(reference, direction)
 
-    reference.__dict__["run"] = record
+        def record(*arguments):
+            calls.append((direction, arguments))
+            return original(*arguments)
+
+        return record
+
+    directions = ("run", "run_backward") if reference.backward else ("run",)
+    reference.__dict__.update({direction: recording(direction) for direction in directions})
     try:
         for make in examples:
             args, kwargs = make(torch.device("cpu"))
             if not entry.backend("triton").limits(entry.describe(*args, **kwargs)):
-                getattr(nlhf_kernels, op)(*args, **kwargs, backend="reference")
+                _run_backward(getattr(nlhf_kernels, op)(*args, **kwargs, backend="reference"))
     finally:
-        reference.__dict__["run"] = original
+        for direction in directions:
+            del reference.__dict__[direction]  # cached properties: found anew at the next use
     return calls
+
+
+def _run_backward(outputs: object) -> None:
+    """The gradient of the sum of all outputs that require one, if any does."""
+    parts = outputs if isinstance(outputs, tuple) else (outputs,)
+    sums = [part.sum() for part in parts if isinstance(part, torch.Tensor) and part.requires_grad]
+    if sums:
+        torch.stack(sums).sum().backward()
 
 
 def main(argv: list[str] | None = None) -> int:
