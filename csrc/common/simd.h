@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace nlhf {
 namespace NLHF_LEVEL {
@@ -23,6 +24,44 @@ struct VectorOf {
 
 template <typename Real>
 using Vector = typename VectorOf<Real>::Type;
+
+template <typename Real>
+static inline Vector<Real> load(const Real* from) {
+  return *reinterpret_cast<const Vector<Real>*>(from);
+}
+
+template <typename Real>
+static inline void store(Real* to, Vector<Real> values) {
+  *reinterpret_cast<Vector<Real>*>(to) = values;
+}
+
+template <typename Real>
+static inline Vector<Real> broadcast(Real value) {
+  return value - Vector<Real>{};
+}
+
+// The larger of each lane; `best` where `x` is NaN, so a NaN loses against any number.
+template <typename Values>
+static inline Values larger(Values x, Values best) {
+  return x > best ? x : best;
+}
+
+// Lane i gets lane i ^ distance.
+template <int distance, typename Values, int... lane>
+static inline Values exchanged(Values values, std::integer_sequence<int, lane...>) {
+  return Values{values[lane ^ distance]...};
+}
+
+// All lanes combined by `combine`, in every lane of the result: a tree of exchanges, which never leaves the registers.
+template <typename Real, int distance = VectorOf<Real>::lanes / 2, typename Combine>
+static inline Vector<Real> over_lanes(Vector<Real> values, const Combine& combine) {
+  if constexpr (distance == 0) {
+    return values;
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, VectorOf<Real>::lanes>();
+    return over_lanes<Real, distance / 2>(combine(values, exchanged<distance>(values, lanes)), combine);
+  }
+}
 
 }  // namespace NLHF_LEVEL
 }  // namespace nlhf

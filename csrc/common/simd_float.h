@@ -19,13 +19,6 @@ using Mask = Vector<int32_t>;  // a lane is all ones or all zeros, as comparison
 
 constexpr int64_t kLanes = VectorOf<float>::lanes;
 
-static inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-static inline void store(float* to, Floats values) { *reinterpret_cast<Floats*>(to) = values; }
-static inline Floats broadcast(float value) { return value - Floats{}; }
-
-// The larger of each lane; `best` where `x` is NaN, so a NaN loses against any number.
-static inline Floats larger(Floats x, Floats best) { return x > best ? x : best; }
-
 // The value itself, but a product that went through here is not fused with a sum: it was rounded.
 static inline Floats rounded(Floats value) {
 #if defined(__AVX512F__)

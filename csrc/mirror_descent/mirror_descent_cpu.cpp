@@ -1,12 +1,18 @@
 // mirror_descent on the CPU: games over threads; one game's preference matrix stays in the core's cache while all its
-// iterations run, which is where the time against a PyTorch loop is won.
+// iterations run, and the next game's is on its way: that is where the time against a PyTorch loop is won.
+//
+// Vectors of actions are padded with -inf to whole SIMD vectors: no loop has a remainder, and no maximum and no sum of
+// exponentials sees the padding.
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
+#include <utility>
 
-#include "../common/simd.h"
-#include "../common/vector_math.h"
+#include "../common/simd_double.h"
+#include "../common/simd_float.h"
 #include "mirror_descent.h"
 
 namespace nlhf {
@@ -14,158 +20,280 @@ namespace NLHF_LEVEL {
 namespace {
 
 template <typename Real>
-Real maximum(const Real* x, int64_t n) {
-  Real best = -std::numeric_limits<Real>::infinity();
-#pragma omp simd reduction(max : best)
-  for (int64_t i = 0; i < n; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-}
-
-// out = exp(x - top); returns the sum. A row of -inf only has no distribution: it gives NaN, as PyTorch's softmax.
-template <typename Real>
-Real exponentials(const Real* x, Real top, int64_t n, Real* out) {
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = exp_nonpositive(x[i] - top);
-    sum += out[i];
-  }
-  return sum;
-}
-
-// (1 - b) log_policy + b log_reference; an end of the interval must not touch the other side: 0 * -inf is NaN.
-template <typename Real>
-void mix(const Real* log_policy, const Real* log_reference, Real b, int64_t n, Real* out) {
-  if (b == 0 || b == 1) {
-    std::memcpy(out, b == 0 ? log_policy : log_reference, n * sizeof(Real));
-    return;
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = (1 - b) * log_policy[i] + b * log_reference[i];
-}
-
-// target += scale * P opponent - top, the matrix row by row: for large games, whose rows are long.
-template <typename Real>
-void add_expected_by_rows(const Real* preference, const Real* opponent, Real scale, Real top, int64_t n,
-                          Real* target) {
-  for (int64_t a = 0; a < n; ++a) {
-    const Real* row = preference + a * n;
-    Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += row[i] * opponent[i];
-    target[a] = (target[a] - top) + scale * sum;
-  }
-}
-
-// The same from the transposed matrix, whose rows are padded to whole blocks: the sums of a block of actions stay in
-// registers while the opponent's actions run past, with no sum across lanes.
-constexpr int kBlockVectors = 4;
+constexpr Real kMinusInfinity = -std::numeric_limits<Real>::infinity();
 
 template <typename Real>
-constexpr int64_t block_actions() {
-  return kBlockVectors * VectorOf<Real>::lanes;
-}
+constexpr int kWidth = VectorOf<Real>::lanes;
 
+constexpr int kAccumulators = 8;  // independent sums: two multiply-adds start in a cycle, each takes four
+constexpr int kLineBytes = 64;    // of the cache
+
+// Actions with their padding: whole vectors, and whole rounds of accumulators.
 template <typename Real>
-void add_expected_by_columns(const Real* transposed, int64_t stride, const Real* opponent, Real scale, Real top,
-                             int64_t n, Real* target) {
-  for (int64_t first = 0; first < n; first += block_actions<Real>()) {
-    Vector<Real> sums[kBlockVectors] = {}, odd[kBlockVectors] = {};  // two sets: one waits on its own multiply-adds
-    int64_t b = 0;
-    for (; b + 2 <= n; b += 2) {
-      const auto* row = reinterpret_cast<const Vector<Real>*>(transposed + b * stride + first);
-      const auto* next = reinterpret_cast<const Vector<Real>*>(transposed + (b + 1) * stride + first);
-      for (int v = 0; v < kBlockVectors; ++v) {
-        sums[v] += row[v] * opponent[b];
-        odd[v] += next[v] * opponent[b + 1];
-      }
-    }
-    if (b < n) {
-      const auto* row = reinterpret_cast<const Vector<Real>*>(transposed + b * stride + first);
-      for (int v = 0; v < kBlockVectors; ++v) sums[v] += row[v] * opponent[b];
-    }
-    for (int v = 0; v < kBlockVectors; ++v) sums[v] += odd[v];
-    const Real* lanes = reinterpret_cast<const Real*>(sums);
-    const int64_t count = n - first < block_actions<Real>() ? n - first : block_actions<Real>();
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) target[first + i] = (target[first + i] - top) + scale * lanes[i];
-  }
+int64_t padded(int64_t actions) {
+  constexpr int64_t whole = std::max(kWidth<Real>, kAccumulators);
+  return (actions + whole - 1) / whole * whole;
 }
 
-// By blocks of 4 x 4 in registers: element by element, this would outweigh the iterations of a short run.
-template <typename Real>
-void transpose(const Real* matrix, int64_t n, int64_t stride, Real* out) {
-  typedef Real Four __attribute__((vector_size(4 * sizeof(Real)), aligned(sizeof(Real)), may_alias));
-  const int64_t whole = n / 4 * 4;
-  for (int64_t a = 0; a < whole; a += 4) {
-    for (int64_t b = 0; b < whole; b += 4) {
-      Four rows[4];
-      for (int i = 0; i < 4; ++i) rows[i] = *reinterpret_cast<const Four*>(matrix + (a + i) * n + b);
-      for (int i = 0; i < 4; ++i) {
-        const Four column = {rows[0][i], rows[1][i], rows[2][i], rows[3][i]};
-        *reinterpret_cast<Four*>(out + (b + i) * stride + a) = column;
-      }
-    }
-  }
-  for (int64_t a = 0; a < n; ++a) {
-    for (int64_t b = a < whole ? whole : 0; b < n; ++b) out[b * stride + a] = matrix[a * n + b];
-  }
-}
-
-// What a thread needs beside the output: two vectors and, for games small enough to gain by it, the transposed matrix.
+// What a thread needs beside the output: vectors and, for games small enough to gain by it, the transposed matrix.
 template <typename Real>
 struct Scratch {
   static constexpr int64_t kMaxTransposed = 256;  // 512 KiB in float64: within a core's second-level cache
 
-  explicit Scratch(int64_t actions)
-      : stride(actions > kMaxTransposed ? 0 : (actions + block_actions<Real>() - 1) / block_actions<Real>() *
-                                                  block_actions<Real>()),
-        opponent(static_cast<Real*>(std::calloc(2 * actions + actions * stride, sizeof(Real)))),
-        mixture(opponent + actions),
-        transposed(mixture + actions) {}
-  ~Scratch() { std::free(opponent); }
+  explicit Scratch(int64_t actions) : stride(padded<Real>(actions)) {
+    const bool transposes = actions <= kMaxTransposed;
+    const size_t bytes = stride * (6 + (transposes ? stride : 0)) * sizeof(Real);
+    memory = static_cast<Real*>(operator new(bytes, std::align_val_t(kLineBytes), std::nothrow));
+    if (memory == nullptr) return;
+    std::memset(memory, 0, bytes);
+    Real** const vectors[] = {&log_policy, &log_reference, &log_opponent, &mixture, &opponent, &expected};
+    Real* next = memory;
+    for (Real** vector : vectors) *vector = std::exchange(next, next + stride);
+    if (transposes) transposed = next;
+  }
+  ~Scratch() { operator delete(memory, std::align_val_t(kLineBytes)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  int64_t stride;  // 0: the matrix is read as it stands
-  Real* opponent;
-  Real* mixture;
-  Real* transposed;  // (actions, stride), the padding zero for ever
+  const int64_t stride;
+  Real *memory, *log_policy, *log_reference, *log_opponent, *mixture, *opponent, *expected;
+  Real* transposed = nullptr;  // (stride, stride), the padding zero for ever; null: the matrix is read as it stands
 };
+
+template <typename Real>
+void load_padded(const Real* from, int64_t actions, Real* to) {
+  std::copy(from, from + actions, to);
+  std::fill(to + actions, to + padded<Real>(actions), kMinusInfinity<Real>);
+}
+
+// The largest lane, in every lane.
+template <typename Real>
+Vector<Real> maximum_over_lanes(Vector<Real> values) {
+  return over_lanes<Real>(values, [](Vector<Real> x, Vector<Real> y) { return larger(x, y); });
+}
+
+// The largest that is not NaN, in every lane; -inf where there is none.
+template <typename Real>
+Vector<Real> maximum(const Real* x, int64_t stride) {
+  Vector<Real> best = broadcast(kMinusInfinity<Real>);
+  for (int64_t i = 0; i < stride; i += kWidth<Real>) best = larger(load(x + i), best);
+  return maximum_over_lanes<Real>(best);
+}
+
+// out = exp(x - top); returns the sum, in every lane. A row of -inf only has no distribution: it gives NaN, as
+// PyTorch's softmax.
+template <typename Real>
+Vector<Real> exponentials(const Real* x, Vector<Real> top, int64_t stride, Real* out) {
+  Vector<Real> sum = {};
+  for (int64_t i = 0; i < stride; i += kWidth<Real>) {
+    const Vector<Real> value = exp_nonpositive(load(x + i) - top);
+    store(out + i, value);
+    sum += value;
+  }
+  return over_lanes<Real>(sum, [](Vector<Real> x, Vector<Real> y) { return x + y; });
+}
+
+// Ends a step, log_policy = mixture - top + scale * expected, and begins the next one with its mixture,
+// (1 - b) log_policy + b log_reference, whose maximum is returned, in every lane. An end of the interval must not touch
+// the other side: 0 * -inf is NaN. So is, outside the interval, the mixture of the padding.
+template <typename Real>
+Vector<Real> advance(const Scratch<Real>& s, int64_t n, Vector<Real> top, Vector<Real> scale, Real b) {
+  Vector<Real> best = broadcast(kMinusInfinity<Real>), other_best = best;  // two: one waits on its own comparisons
+  for (int64_t i = 0; i < s.stride; i += kWidth<Real>) {
+    const Vector<Real> log_policy = (load(s.mixture + i) - top) + scale * load(s.expected + i);
+    const Vector<Real> log_reference = load(s.log_reference + i);
+    const Vector<Real> mixture = b == 0   ? log_policy
+                                 : b == 1 ? log_reference
+                                          : (1 - b) * log_policy + b * log_reference;
+    store(s.log_policy + i, log_policy);
+    store(s.mixture + i, mixture);
+    best = larger(mixture, best);
+    std::swap(best, other_best);
+  }
+  if (!(b >= 0 && b <= 1)) std::fill(s.mixture + n, s.mixture + s.stride, kMinusInfinity<Real>);
+  return maximum_over_lanes<Real>(larger(best, other_best));
+}
+
+// Asks for a range of memory, a line at a time between other work: asked for at once, the lines would queue up and the
+// work behind them would wait. What was not asked for in the end is read when it is needed.
+class Prefetch {
+ public:
+  Prefetch() = default;
+
+  template <typename Real>
+  Prefetch(const Real* from, const Real* to)
+      : next_(reinterpret_cast<const char*>(from)), end_(reinterpret_cast<const char*>(to)) {}
+
+  void line() {
+    if (next_ >= end_) return;
+    __builtin_prefetch(next_, 0, 2);  // into the second-level cache: the first is full
+    next_ += kLineBytes;
+  }
+
+  void all() {
+    while (next_ < end_) line();
+  }
+
+ private:
+  const char *next_ = nullptr, *end_ = nullptr;
+};
+
+// What is to be asked for in iteration k: its share of the next game's matrix.
+template <typename Real>
+Prefetch share_of_next_game(const MirrorDescent<Real>& p, int64_t game, int64_t k) {
+  if (game + 1 == p.games) return {};
+  const int64_t row = (game + 1) * p.actions, size = p.actions * p.actions;
+  if (k == 0) {
+    Prefetch(p.log_policy + row, p.log_policy + row + p.actions).all();
+    Prefetch(p.log_reference + row, p.log_reference + row + p.actions).all();
+  }
+  const Real* matrix = p.preference + row * p.actions;
+  return {matrix + size * k / p.iterations, matrix + size * (k + 1) / p.iterations};
+}
+
+// expected = P opponent, the matrix row by row: for large games, whose rows are long.
+template <typename Real>
+void expect_by_rows(const Real* preference, const Real* opponent, int64_t n, Real* expected) {
+  int64_t a = 0;
+  for (; a + 4 <= n; a += 4) {
+    const Real* row = preference + a * n;
+    Real sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;  // one sum would wait on its own multiply-adds
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+    for (int64_t i = 0; i < n; ++i) {
+      sum0 += row[i] * opponent[i];
+      sum1 += row[n + i] * opponent[i];
+      sum2 += row[2 * n + i] * opponent[i];
+      sum3 += row[3 * n + i] * opponent[i];
+    }
+    const Real sums[] = {sum0, sum1, sum2, sum3};
+    std::copy(sums, sums + 4, expected + a);
+  }
+  for (; a < n; ++a) {
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += preference[a * n + i] * opponent[i];
+    expected[a] = sum;
+  }
+}
+
+// The same for kVectors vectors of actions from the transposed matrix: their sums stay in registers while the
+// opponent's actions run past, with no sum across lanes.
+template <int kVectors, typename Real>
+void expect_block(const Real* transposed, int64_t stride, const Real* opponent, int64_t n, Real* expected,
+                  Prefetch& ahead) {
+  constexpr int kSets = kAccumulators / kVectors;
+  Vector<Real> sums[kSets][kVectors] = {};
+  for (int64_t b = 0; b < n; b += kSets) {
+    ahead.line();
+    for (int set = 0; set < kSets; ++set) {
+      const Real* row = transposed + (b + set) * stride;
+      for (int v = 0; v < kVectors; ++v) sums[set][v] += load(row + v * kWidth<Real>) * opponent[b + set];
+    }
+  }
+  for (int half = kSets / 2; half > 0; half /= 2) {
+    for (int set = 0; set < half; ++set) {
+      for (int v = 0; v < kVectors; ++v) sums[set][v] += sums[set + half][v];
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(expected + v * kWidth<Real>, sums[0][v]);
+}
+
+template <typename Real>
+void expect_by_columns(const Scratch<Real>& s, int64_t n, Prefetch& ahead) {
+  int64_t first = 0;
+  const auto blocks_of = [&](auto vectors) {
+    constexpr int64_t kActions = vectors * kWidth<Real>;
+    for (; first + kActions <= s.stride; first += kActions) {
+      expect_block<vectors>(s.transposed + first, s.stride, s.opponent, n, s.expected + first, ahead);
+    }
+  };
+  blocks_of(std::integral_constant<int, 8>());
+  blocks_of(std::integral_constant<int, 4>());
+  blocks_of(std::integral_constant<int, 2>());
+  blocks_of(std::integral_constant<int, 1>());
+}
+
+// x, or y, after the two exchanged blocks of `distance` lanes: the upper ones of x for the lower ones of y.
+template <int distance, bool second, typename Values, int... lane>
+Values half_exchanged(Values x, Values y, std::integer_sequence<int, lane...>) {
+  if constexpr (second) {
+    return Values{(lane & distance ? y[lane] : x[lane | distance])...};
+  } else {
+    return Values{(lane & distance ? y[lane & ~distance] : x[lane])...};
+  }
+}
+
+// A square block in registers: halves are exchanged, then quarters within them, and so on.
+template <typename Real, int distance = kWidth<Real> / 2>
+void transpose_block(Vector<Real>* rows) {
+  if constexpr (distance > 0) {
+    constexpr auto lanes = std::make_integer_sequence<int, kWidth<Real>>();
+    for (int i = 0; i < kWidth<Real>; ++i) {
+      if (i & distance) continue;
+      const Vector<Real> x = rows[i], y = rows[i + distance];
+      rows[i] = half_exchanged<distance, false>(x, y, lanes);
+      rows[i + distance] = half_exchanged<distance, true>(x, y, lanes);
+    }
+    transpose_block<Real, distance / 2>(rows);
+  }
+}
+
+// Element by element, this would outweigh the iterations of a short run. The last blocks overlap those before them.
+template <typename Real>
+void transpose(const Real* matrix, int64_t n, int64_t stride, Real* out) {
+  constexpr int64_t width = kWidth<Real>;
+  if (n < width) {
+    for (int64_t a = 0; a < n; ++a) {
+      for (int64_t b = 0; b < n; ++b) out[b * stride + a] = matrix[a * n + b];
+    }
+    return;
+  }
+  for (int64_t row = 0; row < n; row += width) {
+    for (int64_t column = 0; column < n; column += width) {
+      const int64_t a = std::min(row, n - width), b = std::min(column, n - width);
+      Vector<Real> block[width];
+      for (int64_t i = 0; i < width; ++i) block[i] = load(matrix + (a + i) * n + b);
+      transpose_block<Real>(block);
+      for (int64_t i = 0; i < width; ++i) store(out + (b + i) * stride + a, block[i]);
+    }
+  }
+}
 
 // All iterations of one game. log_policy is normalised at the end only, as a constant of the row changes no softmax;
 // but a maximum that is known anyway is taken off, or the constant grows towards 1 / (2 tau) and costs digits.
 template <typename Real>
-void solve_game(const MirrorDescent<Real>& p, int64_t game, const Scratch<Real>& scratch) {
+void solve_game(const MirrorDescent<Real>& p, int64_t game, const Scratch<Real>& s) {
   const int64_t n = p.actions;
   const Real* preference = p.preference + game * n * n;
-  const Real* log_reference = p.log_reference + game * n;
   const Real tau = p.tau[game * p.tau_stride];
-  Real *log_policy = p.out + game * n, *opponent = scratch.opponent, *mixture = scratch.mixture;
-  const bool by_columns = scratch.stride > 0 && p.iterations > 2;  // fewer do not repay the transposition
-  if (by_columns) transpose(preference, n, scratch.stride, scratch.transposed);
-  std::memcpy(log_policy, p.log_policy + game * n, n * sizeof(Real));
+  const bool by_columns = s.transposed != nullptr && p.iterations > 2;  // fewer do not repay the transposition
+  if (by_columns) transpose(preference, n, s.stride, s.transposed);
+  load_padded(p.log_reference + game * n, n, s.log_reference);
+  if (p.opponent == Opponent::given) load_padded(p.log_opponent + game * n, n, s.log_opponent);
+  const Real* played = p.opponent == Opponent::mixture  ? s.mixture
+                       : p.opponent == Opponent::policy ? s.log_policy
+                                                        : s.log_opponent;
+
+  load_padded(p.log_policy + game * n, n, s.mixture);  // as if a step that changes nothing came before the first
+  std::fill(s.expected, s.expected + s.stride, Real(0));
+  Vector<Real> top = {}, scale = {};
   for (int64_t k = 0; k < p.iterations; ++k) {
     const Real step = p.step_sizes[k];
-    mix(log_policy, log_reference, step * tau, n, mixture);
-    const Real* played = p.opponent == Opponent::mixture  ? mixture
-                         : p.opponent == Opponent::policy ? log_policy
-                                                          : p.log_opponent + game * n;
-    const Real top = maximum(played, n);
-    const Real sum = exponentials(played, top, n, opponent);
+    top = advance(s, n, top, scale, step * tau);
+    const Vector<Real> played_top = played == s.mixture ? top : maximum(played, s.stride);
+    scale = step / exponentials(played, played_top, s.stride, s.opponent);
     if (by_columns) {
-      add_expected_by_columns(scratch.transposed, scratch.stride, opponent, step / sum, top, n, mixture);
+      Prefetch ahead = share_of_next_game(p, game, k);
+      expect_by_columns(s, n, ahead);
     } else {
-      add_expected_by_rows(preference, opponent, step / sum, top, n, mixture);
+      expect_by_rows(preference, s.opponent, n, s.expected);
     }
-    Real* next = mixture;
-    mixture = log_policy;
-    log_policy = next;
   }
-  const Real top = maximum(log_policy, n);
-  const Real normaliser = top + std::log(exponentials(log_policy, top, n, opponent));
+  top = advance(s, n, top, scale, Real(0));
+  const Vector<Real> sum = exponentials(s.log_policy, top, s.stride, s.opponent);
+  const Real normaliser = top[0] + std::log(sum[0]);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) p.out[game * n + i] = log_policy[i] - normaliser;
+  for (int64_t i = 0; i < n; ++i) p.out[game * n + i] = s.log_policy[i] - normaliser;
 }
 
 template <typename Real>
@@ -177,13 +305,13 @@ void solve(const MirrorDescent<Real>& problem, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && p.games > 1 && worth_sharing)
   {
     const Scratch<Real> scratch(p.actions);
-    if (scratch.opponent == nullptr) {
+    if (scratch.memory == nullptr) {
 #pragma omp atomic write
       out_of_memory = true;
     }
 #pragma omp for schedule(static)
     for (int64_t game = 0; game < p.games; ++game) {
-      if (scratch.opponent != nullptr) solve_game(p, game, scratch);
+      if (scratch.memory != nullptr) solve_game(p, game, scratch);
     }
   }
   if (out_of_memory) throw std::bad_alloc();
