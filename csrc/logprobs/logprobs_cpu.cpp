@@ -1,12 +1,13 @@
-// logprobs on the CPU: a row at a time on each thread. Forward goes once over the logits: a tile's maximum, then its
-// sums of exponentials from the first-level cache, relative to the largest score so far. Backward goes over them once
-// more and writes. Equation numbers are those of the op's README.md.
+// logprobs on the CPU: a row at a time on each thread. Forward goes once over the logits, backward goes over them once
+// more and writes. Memory is the limit of both, so the loops over a tile fetch the next one. Equation numbers are those
+// of the op's README.md.
 #include "logprobs.h"
 
 #include <cfloat>
 #include <cmath>
 
 #include "scores.h"
+#include "sums.h"
 
 namespace nlhf {
 namespace NLHF_LEVEL {
@@ -17,107 +18,11 @@ struct Scratch {
   alignas(64) float reference[kTile];
   alignas(64) float mixture[kTile];
   alignas(64) float gradient[kTile];
-  alignas(64) uint16_t half[kTile];
 };
-
-// Sum of exp((score - top) / temperature) over what was seen.
-struct Series {
-  float top = -INFINITY;
-  double sum = 0;
-};
-
-// The sums of a row. With a = (policy's score - top) / temperature and b the reference's:
-struct RowSums {
-  Series policy, reference, mixture;
-  double moment = 0;  // sum of exp(a) a
-  double gap = 0;     // sum of exp(a) (a - b): one sum, as both halves may be large where their difference is small
-};
-
-// What exponentials are taken relative to: the maximum, or 0 where there is none, as -inf - -inf is NaN.
-float finite_base(float top) { return top == -INFINITY ? 0.0f : top; }
 
 float inverse_of(double temperature) {
   const float inverse = static_cast<float>(1 / temperature);
   return inverse < FLT_MAX ? inverse : FLT_MAX;  // 0 * inf is NaN
-}
-
-// Lets `top` be the series' maximum if it is larger; (top before - top now) / temperature, 0 where nothing was seen.
-double raise(Series& series, float top, double temperature) {
-  const float before = series.top;
-  if (!(top > before)) return 0;
-  series.top = top;
-  if (before == -INFINITY) return 0;
-  const double shift = (static_cast<double>(before) - top) / temperature;
-  series.sum *= std::exp(shift);
-  return shift;
-}
-
-// The same for all sums over a policy's tile and, unless v is null, a reference's.
-void raise_tops(RowSums& sums, const float* u, const float* v, int64_t count, double temperature) {
-  const double mass = sums.policy.sum;
-  const double policy = raise(sums.policy, maximum(u, count), temperature);
-  const double reference = v == nullptr ? 0 : raise(sums.reference, maximum(v, count), temperature);
-  if (policy == 0 && reference == 0) return;
-  const double factor = std::exp(policy);
-  sums.moment = factor * (sums.moment + mass * policy);
-  sums.gap = factor > 0 ? factor * (sums.gap + mass * (policy - reference)) : 0;  // it may be infinite: 0 * inf is NaN
-}
-
-// Asks for the `bytes` at `at`: what lies a tile ahead, at a row's end in the next row.
-void fetch(const char* at, int64_t bytes) {
-  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte);
-}
-
-// Lanes add up this many floats before double takes over, so that a token far below the largest counts beside it.
-constexpr int kLinks = 8;
-
-double sum_of_exponentials(const float* x, float top, float inverse, int64_t count, const char* ahead, int64_t bytes) {
-  constexpr int kChains = 4;
-  constexpr int64_t kStep = kChains * kLanes;
-  const Floats base = broadcast(finite_base(top));
-  double totals[kLanes] = {};
-  for (int64_t first = 0; first < padded(count); first += kLinks * kStep) {
-    const int64_t end = padded(count) < first + kLinks * kStep ? padded(count) : first + kLinks * kStep;
-    Floats sums[kChains] = {};
-    for (int64_t i = first; i < end; i += kStep) {
-      for (int chain = 0; chain < kChains; ++chain) {
-        sums[chain] += exp_nonpositive((load(x + i + chain * kLanes) - base) * inverse);
-      }
-      fetch(ahead + i * bytes, kStep * bytes);
-    }
-    add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]), totals);
-  }
-  return sum_of_lanes(totals);
-}
-
-// Everything entropy and, unless v is null, KL need of a tile. A token of probability 0 counts nothing.
-template <bool kReferenced>
-void add_moments(const float* u, const float* v, float inverse, int64_t count, RowSums& sums) {
-  enum { kMass, kMoment, kGap, kReferenceMass, kSums };
-  constexpr int kChains = 2;
-  constexpr int64_t kStep = kChains * kLanes;
-  const Floats base_u = broadcast(finite_base(sums.policy.top)), base_v = broadcast(finite_base(sums.reference.top));
-  double totals[kSums][kLanes] = {};
-  for (int64_t first = 0; first < padded(count); first += kLinks * kStep) {
-    const int64_t end = padded(count) < first + kLinks * kStep ? padded(count) : first + kLinks * kStep;
-    Floats lanes[kSums][kChains] = {};
-    for (int64_t i = first; i < end; i += kStep) {
-      for (int chain = 0; chain < kChains; ++chain) {
-        const Floats a = (load(u + i + chain * kLanes) - base_u) * inverse, mass = exp_nonpositive(a);
-        lanes[kMass][chain] += mass;
-        lanes[kMoment][chain] += mass == 0.0f ? Floats{} : mass * a;
-        if (!kReferenced) continue;
-        const Floats b = (load(v + i + chain * kLanes) - base_v) * inverse;
-        lanes[kReferenceMass][chain] += exp_nonpositive(b);
-        lanes[kGap][chain] += mass == 0.0f ? Floats{} : mass * (a - b);
-      }
-    }
-    for (int sum = 0; sum < kSums; ++sum) add_lanes(lanes[sum][0] + lanes[sum][1], totals[sum]);
-  }
-  sums.policy.sum += sum_of_lanes(totals[kMass]);
-  sums.moment += sum_of_lanes(totals[kMoment]);
-  sums.reference.sum += sum_of_lanes(totals[kReferenceMass]);
-  sums.gap += sum_of_lanes(totals[kGap]);
 }
 
 // What a call asks of a row.
@@ -147,32 +52,25 @@ Job job_of(const Logprobs& p, int64_t row) {
 }
 
 RowSums sums_of_row(const Job& job, Scratch& scratch) {
+  const bool entropy = (job.wanted & kWantEntropy) != 0, kl = job.referenced && (job.wanted & kWantKl) != 0;
   RowSums sums;
   for (int64_t first = 0; first < job.vocabulary; first += kTile) {
     const int64_t count = job.vocabulary - first < kTile ? job.vocabulary - first : kTile;
-    const float* u = load_scores(job.policy, first, count, scratch.policy);
-    const float* v = job.referenced ? load_scores(job.reference, first, count, scratch.reference) : nullptr;
-    raise_tops(sums, u, v, count, job.temperature);
-    if (job.referenced && (job.wanted & kWantKl) != 0) {
-      add_moments<true>(u, v, job.inverse, count, sums);
+    const ScoreTile u = load_scores(job.policy, first, count, scratch.policy);
+    const ScoreTile v = job.referenced ? load_scores(job.reference, first, count, scratch.reference) : u;
+    if (kl) {
+      add_moments<true>(sums, u, v, job.temperature, job.inverse);
     } else {
-      const int64_t bytes = bytes_of(job.policy.type);
-      if ((job.wanted & kWantEntropy) != 0) {
-        add_moments<false>(u, nullptr, job.inverse, count, sums);
+      if (entropy) {
+        add_moments<false>(sums, u, u, job.temperature, job.inverse);
       } else {
-        sums.policy.sum += sum_of_exponentials(u, sums.policy.top, job.inverse, count,
-                                               job.policy.data + (first + kTile) * bytes, bytes);
+        add_tile(sums.policy, u, job.temperature, job.inverse);
       }
-      if (job.referenced) {
-        const int64_t bytes = bytes_of(job.reference.type);
-        sums.reference.sum += sum_of_exponentials(v, sums.reference.top, job.inverse, count,
-                                                  job.reference.data + (first + kTile) * bytes, bytes);
-      }
+      if (job.referenced) add_tile(sums.reference, v, job.temperature, job.inverse);
     }
     if (job.mixes) {
-      const float* m = load_mixture(u, v, job.beta, count, scratch.mixture);
-      raise(sums.mixture, maximum(m, count), job.temperature);
-      sums.mixture.sum += sum_of_exponentials(m, sums.mixture.top, job.inverse, count, nullptr, 0);
+      const ScoreTile m = load_mixture(u, v, job.beta, scratch.mixture);
+      add_tile(sums.mixture, m, job.temperature, job.inverse);
     }
   }
   return sums;
@@ -185,7 +83,7 @@ double log_probability(float score, const Series& series, double temperature) {
   return (static_cast<double>(score) - series.top) / temperature - log_sum(series);
 }
 
-void forward_row(const Logprobs& p, int64_t row, Scratch& scratch) noexcept {
+void forward_row(const Logprobs& p, int64_t row, Scratch& scratch) {
   const int64_t target = p.targets[row];
   const bool inside = target >= 0 && target < p.vocabulary;
   double values[kOutputs] = {}, normalizers[kNormalizers] = {};
@@ -257,59 +155,66 @@ Gradient gradient_of(const LogprobsBackward& p, const Job& job, int64_t row) {
   return gradient;
 }
 
+// noexcept from here on: g++ fails to see it of some, and the exception tables it then makes hold a symbol that the
+// linker would merge across levels (tests/test_build.py).
+
 // out = constant * exp(a)
-void policy_gradient(const Gradient& g, const float* u, float inverse, int64_t count, float* out) {
+void policy_gradient(const Gradient& g, const ScoreTile& u, float inverse, float* out) noexcept {
   const Floats top = broadcast(g.tops[0]);
-  for (int64_t i = 0; i < padded(count); i += kLanes) {
-    store(out + i, exp_nonpositive((load(u + i) - top) * inverse) * g.constant);
+  for (int64_t i = 0; i < padded(u.count); i += kLanes) {
+    fetch_ahead(u, i);
+    store(out + i, exp_nonpositive((load(u.scores + i) - top) * inverse) * g.constant);
   }
 }
 
-void moment_gradient(const Gradient& g, const float* u, const float* v, float inverse, int64_t count, float* out) {
+void moment_gradient(const Gradient& g, const ScoreTile& u, const ScoreTile& v, float inverse, float* out) noexcept {
   const Floats top_u = broadcast(g.tops[0]), top_v = broadcast(g.tops[1]);
-  for (int64_t i = 0; i < padded(count); i += kLanes) {
-    const Floats a = (load(u + i) - top_u) * inverse, b = (load(v + i) - top_v) * inverse, mass = exp_nonpositive(a);
+  for (int64_t i = 0; i < padded(u.count); i += kLanes) {
+    fetch_ahead(u, i);
+    fetch_ahead(v, i);
+    const Floats a = (load(u.scores + i) - top_u) * inverse, b = (load(v.scores + i) - top_v) * inverse;
+    const Floats mass = exp_nonpositive(a);
     store(out + i, mass == 0.0f ? Floats{} : mass * (g.constant + g.by_policy * a + g.by_reference * b));
   }
 }
 
-void add_mixture_gradient(const Gradient& g, const float* m, float inverse, int64_t count, float* out) {
+void add_mixture_gradient(const Gradient& g, const ScoreTile& m, float inverse, float* out) noexcept {
   const Floats top = broadcast(g.tops[2]);
-  for (int64_t i = 0; i < padded(count); i += kLanes) {
-    store(out + i, load(out + i) - exp_nonpositive((load(m + i) - top) * inverse) * g.mixture);
+  for (int64_t i = 0; i < padded(m.count); i += kLanes) {
+    store(out + i, load(out + i) - exp_nonpositive((load(m.scores + i) - top) * inverse) * g.mixture);
   }
 }
 
 // From the gradient by the scores that by the logits (equation 1).
-void apply_slope(const ScoreRow& row, const float* u, int64_t count, float* out) {
+void apply_slope(const ScoreRow& row, const ScoreTile& u, float* out) noexcept {
   const float inverse = row.softcap == 0 ? 0.0f : 1 / row.softcap;
-  for (int64_t i = 0; i < padded(count); i += kLanes) {
-    const Floats saturation = load(u + i) * inverse;
+  for (int64_t i = 0; i < padded(u.count); i += kLanes) {
+    const Floats saturation = load(u.scores + i) * inverse;
     store(out + i, load(out + i) * (1.0f - saturation * saturation) * row.scale);
   }
 }
 
-void gradient_row(const Job& job, const Gradient& g, int64_t target, char* out, Scratch& scratch) {
-  const int64_t bytes = bytes_of(job.policy.type);
+// A tile's gradient is made in the first-level cache and leaves it once it is whole: the logits may be where it goes.
+void gradient_row(const Job& job, const Gradient& g, int64_t target, char* out, Scratch& scratch) noexcept {
   const bool moments = g.by_policy != 0 || g.by_reference != 0;
   const bool sloped = job.policy.scale != 1 || job.policy.softcap != 0;
   const bool reads_reference = g.by_reference != 0 || (g.mixture != 0 && job.beta != 0);
   for (int64_t first = 0; first < job.vocabulary; first += kTile) {
     const int64_t count = job.vocabulary - first < kTile ? job.vocabulary - first : kTile;
-    const float* u = load_scores(job.policy, first, count, scratch.policy);
-    const float* v = reads_reference ? load_scores(job.reference, first, count, scratch.reference) : u;
+    const ScoreTile u = load_scores(job.policy, first, count, scratch.policy);
+    const ScoreTile v = reads_reference ? load_scores(job.reference, first, count, scratch.reference) : u;
     if (moments) {
-      moment_gradient(g, u, v, job.inverse, count, scratch.gradient);
+      moment_gradient(g, u, v, job.inverse, scratch.gradient);
     } else {
-      policy_gradient(g, u, job.inverse, count, scratch.gradient);
+      policy_gradient(g, u, job.inverse, scratch.gradient);
     }
     if (g.mixture != 0) {
-      const float* m = load_mixture(u, v, job.beta, count, scratch.mixture);
-      add_mixture_gradient(g, m, job.inverse, count, scratch.gradient);
+      const ScoreTile m = load_mixture(u, v, job.beta, scratch.mixture);
+      add_mixture_gradient(g, m, job.inverse, scratch.gradient);
     }
     if (target >= first && target < first + count) scratch.gradient[target - first] += g.target;
-    if (sloped) apply_slope(job.policy, u, count, scratch.gradient);
-    store_gradients(scratch.gradient, count, job.policy.type, scratch.half, out + first * bytes);
+    if (sloped) apply_slope(job.policy, u, scratch.gradient);
+    store_gradients(scratch.gradient, count, job.policy.type, out + first * bytes_of(job.policy.type));
   }
 }
 
@@ -320,7 +225,7 @@ bool has_upstream(const LogprobsBackward& p, int64_t row) {
   return false;
 }
 
-void backward_row(const LogprobsBackward& p, int64_t row, Scratch& scratch) noexcept {
+void backward_row(const LogprobsBackward& p, int64_t row, Scratch& scratch) {
   const Logprobs& f = p.forward;
   const int64_t target = f.targets[row], bytes = bytes_of(f.policy.type);
   char* out = static_cast<char*>(p.out) + row * p.out_stride * bytes;
@@ -332,8 +237,8 @@ void backward_row(const LogprobsBackward& p, int64_t row, Scratch& scratch) noex
   gradient_row(job, gradient_of(p, job, row), target, out, scratch);
 }
 
-template <typename Problem, typename OneRow>
-void over_rows(const Problem& problem, int64_t rows, int64_t vocabulary, int threads, OneRow one_row) {
+template <auto one_row, typename Problem>
+void over_rows(const Problem& problem, int64_t rows, int64_t vocabulary, int threads) {
   // Waking threads takes microseconds: about what this many exponentials take on one.
   const bool worth_sharing = rows * vocabulary > (int64_t{1} << 15);
   const int64_t chunk = vocabulary < 4096 ? 8 : 1;  // rows may be ignored in runs; short ones are not handed out singly
@@ -348,11 +253,11 @@ void over_rows(const Problem& problem, int64_t rows, int64_t vocabulary, int thr
 }  // namespace
 
 void logprobs(const Logprobs& problem, int threads) {
-  over_rows(problem, problem.rows, problem.vocabulary, threads, forward_row);
+  over_rows<forward_row>(problem, problem.rows, problem.vocabulary, threads);
 }
 
 void logprobs_backward(const LogprobsBackward& problem, int threads) {
-  over_rows(problem, problem.forward.rows, problem.forward.vocabulary, threads, backward_row);
+  over_rows<backward_row>(problem, problem.forward.rows, problem.forward.vocabulary, threads);
 }
 
 }  // namespace NLHF_LEVEL

@@ -25,6 +25,14 @@ struct ScoreRow {
   float scale, softcap;
 };
 
+// One tile of it, or of a mixture.
+struct ScoreTile {
+  const float* scores;  // padded to whole blocks
+  int64_t count;
+  const char* ahead;  // the logits a tile further on, to be fetched meanwhile; at a row's end the next row's
+  int64_t bytes;      // a logit there; 0: nothing to fetch
+};
+
 static inline int64_t bytes_of(LogitType type) { return type == LogitType::f32 ? 4 : 2; }
 
 static inline ScoreRow score_row(const ModelLogits& model, int64_t row) {
@@ -67,18 +75,21 @@ static inline void copy_logits(const ScoreRow& row, int64_t first, int64_t count
   }
 }
 
-// The tile's scores, padded to whole blocks: where the logits stand if that is what they are.
-static inline const float* load_scores(const ScoreRow& row, int64_t first, int64_t count, float* scratch) {
+// The tile's scores: where the logits stand if that is what they are.
+static inline ScoreTile load_scores(const ScoreRow& row, int64_t first, int64_t count, float* scratch) {
+  const int64_t bytes = bytes_of(row.type);
+  ScoreTile tile{scratch, count, row.data + (first + kTile) * bytes, bytes};
   const bool plain = row.scale == 1 && row.softcap == 0;
   if (plain && row.type == LogitType::f32 && count % kBlock == 0) {
-    return reinterpret_cast<const float*>(row.data) + first;
+    tile.scores = reinterpret_cast<const float*>(row.data) + first;
+    return tile;
   }
   copy_logits(row, first, count, scratch);
   if (!plain) {
     for (int64_t i = 0; i < padded(count); i += kLanes) store(scratch + i, transformed(load(scratch + i), row));
   }
   pad(scratch, count);
-  return scratch;
+  return tile;
 }
 
 static inline float score_at(const ScoreRow& row, int64_t index) {
@@ -88,40 +99,49 @@ static inline float score_at(const ScoreRow& row, int64_t index) {
 }
 
 // (1 - beta) u + beta v; an end of the interval must not touch the other side: 0 * -inf is NaN.
-static inline const float* load_mixture(const float* u, const float* v, float beta, int64_t count, float* scratch) {
-  if (beta == 0 || beta == 1) return beta == 0 ? u : v;
-  for (int64_t i = 0; i < padded(count); i += kLanes) store(scratch + i, mixed(load(u + i), load(v + i), beta));
-  pad(scratch, count);
-  return scratch;
+static inline ScoreTile load_mixture(const ScoreTile& u, const ScoreTile& v, float beta, float* scratch) {
+  if (beta == 0 || beta == 1) return {beta == 0 ? u.scores : v.scores, u.count, nullptr, 0};
+  for (int64_t i = 0; i < padded(u.count); i += kLanes) {
+    store(scratch + i, mixed(load(u.scores + i), load(v.scores + i), beta));
+  }
+  pad(scratch, u.count);
+  return {scratch, u.count, nullptr, 0};
 }
 
 static inline float mixture_at(float u, float v, float beta) {
   return beta == 0 ? u : beta == 1 ? v : mixed(broadcast(u), broadcast(v), beta)[0];
 }
 
-// The largest that is not NaN; -inf where there is none.
-static inline float maximum(const float* x, int64_t count) {
-  constexpr int kChains = 4;
-  Floats best[kChains];
-  for (Floats& lanes : best) lanes = broadcast(-INFINITY);
-  for (int64_t i = 0; i < padded(count); i += kChains * kLanes) {
-    for (int chain = 0; chain < kChains; ++chain) best[chain] = larger(load(x + i + chain * kLanes), best[chain]);
-  }
-  return largest_lane(larger(larger(best[0], best[1]), larger(best[2], best[3])));
+// Asks for the cache line of the logits that lie a tile further on than the vector at `i`.
+static inline void fetch_ahead(const ScoreTile& tile, int64_t i) {
+  if (tile.bytes != 0) __builtin_prefetch(tile.ahead + i * tile.bytes);
 }
 
-// `count` gradients in the policy's type. `half` is room for them.
-static inline void store_gradients(const float* gradients, int64_t count, LogitType type, uint16_t* half, char* to) {
-  if (type == LogitType::f32) {
-    std::memcpy(to, gradients, count * sizeof(float));
-    return;
+// The largest score that is not NaN; -inf where there is none.
+static inline float maximum(const ScoreTile& tile) {
+  Floats best = broadcast(-INFINITY);
+  for (int64_t i = 0; i < padded(tile.count); i += kLanes) best = larger(load(tile.scores + i), best);
+  return largest_lane(best);
+}
+
+// `count` gradients in the policy's type, which may take the place of the logits they belong to.
+static inline void store_gradients(const float* gradients, int64_t count, LogitType type, char* to) {
+  uint16_t* half = reinterpret_cast<uint16_t*>(to);
+  switch (type) {
+    case LogitType::f32: {
+      float* out = reinterpret_cast<float*>(to);
+      int64_t i = 0;  // not memcpy, which for this length is slower into memory that is not in the cache
+      for (; i + kLanes <= count; i += kLanes) store(out + i, load(gradients + i));
+      for (; i < count; ++i) out[i] = gradients[i];
+      break;
+    }
+    case LogitType::bf16:
+      for (int64_t i = 0; i < count; ++i) half[i] = float_to_bf16(gradients[i]);
+      break;
+    case LogitType::f16:
+      for (int64_t i = 0; i < count; ++i) half[i] = float_to_f16(gradients[i]);
+      break;
   }
-  if (type == LogitType::bf16) {
-    for (int64_t i = 0; i < count; ++i) half[i] = float_to_bf16(gradients[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) half[i] = float_to_f16(gradients[i]);
-  }
-  std::memcpy(to, half, count * sizeof(uint16_t));
 }
 
 }  // namespace NLHF_LEVEL
