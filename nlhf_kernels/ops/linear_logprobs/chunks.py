@@ -18,7 +18,7 @@ from ..logprobs.layout import IGNORED, Normalizer, Output, Settings, Want, real_
 from .products import add_weight_gradient, logits_into
 
 _TILE = 128  # rows that a matrix product handles at a time on a GPU: a chunk is a multiple where it can
-CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # of logits at a time, both models together
+CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}  # of logits at a time, both models together
 
 
 class Side(NamedTuple):
@@ -184,19 +184,23 @@ class Gradients:
         real = real_dtype(side.weight.dtype)
         self.side = side
         self.hidden = torch.empty_like(side.hidden) if needs.hidden else None
-        self.weight = torch.zeros_like(side.weight, dtype=real) if needs.weight else None
+        self.weight = torch.empty_like(side.weight, dtype=real) if needs.weight else None
         self.bias = torch.zeros_like(side.weight[:, 0], dtype=real) if needs.bias else None
+        self.empty = True
 
     def add(self, rows: slice, logits_gradient: torch.Tensor) -> None:
         if self.hidden is not None:
             torch.mm(logits_gradient, self.side.weight, out=self.hidden[rows])
         if self.weight is not None:
-            add_weight_gradient(self.weight, logits_gradient, self.side.hidden[rows])
+            add_weight_gradient(self.weight, logits_gradient, self.side.hidden[rows], first=self.empty)
         if self.bias is not None:
             self.bias += logits_gradient.sum(0, dtype=self.bias.dtype)
+        self.empty = False
 
     def tensors(self, kept: Kept) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For an operator's result: what was not asked for is empty."""
+        if self.empty and self.weight is not None:
+            self.weight.zero_()
         spread = None if self.hidden is None else kept.spread(self.hidden, 0)
         empty = self.side.weight.new_empty(0)
         hidden, weight, bias = (empty.clone() if part is None else part for part in (spread, self.weight, self.bias))

@@ -183,7 +183,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     kl: bool = False,
-    chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 32 MiB on a CPU
+    chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 64 MiB on a CPU
     backend: str | None = None,
 ) -> Logprobs:
     """`logprobs(hidden @ weight^T + bias, ...)` with memory for a chunk of logits only; backward computes them again.

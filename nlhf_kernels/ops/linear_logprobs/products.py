@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 _BLOCK_BYTES = 64 << 20  # what a temporary of the weight's gradient may take
+_CACHED_BYTES = 256 << 10  # what stays in a core's cache while it is written and read again
 
 
 def logits_into(
@@ -24,21 +25,38 @@ def add_weight_gradient(
     total: torch.Tensor,  # (V, D) float32, or float64
     logits_gradient: torch.Tensor,  # (C, V)
     hidden: torch.Tensor,  # (C, D)
+    first: bool,
 ) -> None:
-    """total += logits_gradient^T hidden, accumulated in the precision of `total`.
+    """total += logits_gradient^T hidden, accumulated in the precision of `total`; the first is written, not added.
 
     Where PyTorch cannot multiply half precision into float32 the product of one chunk is rounded once, block by block
     of the vocabulary; the sum over chunks is exact to float32 all the same.
     """
+    keep = 0 if first else 1
     if logits_gradient.dtype == total.dtype:
-        total.addmm_(logits_gradient.t(), hidden)
+        total.addmm_(logits_gradient.t(), hidden, beta=keep)
         return
     if _multiplies_into_float32(total.device, hidden.dtype):
-        torch.addmm(total, logits_gradient.t(), hidden, out_dtype=torch.float32, out=total)
+        torch.addmm(total, logits_gradient.t(), hidden, beta=keep, out_dtype=torch.float32, out=total)
         return
     rows = max(1, _BLOCK_BYTES // (total.shape[1] * hidden.element_size()))
-    for first in range(0, total.shape[0], rows):
-        total[first : first + rows] += logits_gradient[:, first : first + rows].t() @ hidden
+    for start in range(0, total.shape[0], rows):
+        product = logits_gradient[:, start : start + rows].t() @ hidden
+        block = total[start : start + rows]
+        block.copy_(product) if first else block.add_(product)
+
+
+def scaled(part: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """part * scale, rounded to dtype in one pass: no scaled copy in float32 beside a large gradient."""
+    out = torch.empty_like(part, dtype=dtype)
+    if part.device.type != "cpu" or part.dtype == dtype or part.ndim < 2:
+        return torch.mul(part, scale, out=out)
+    rows = max(
+        1, _CACHED_BYTES // (part.shape[1] * part.element_size())
+    )  # PyTorch's CPU makes that copy: keep it small
+    for start in range(0, part.shape[0], rows):
+        torch.mul(part[start : start + rows], scale, out=out[start : start + rows])
+    return out
 
 
 @cache

@@ -17,6 +17,7 @@ from ...core.checks import Sizes
 from ..linear_logprobs.chunks import Chunked, Gradients, Needs
 from ..linear_logprobs.head import Head
 from ..linear_logprobs.op import INPUTS, check_linear, chunked, fake_gradients
+from ..linear_logprobs.products import scaled
 from ..logprobs.layout import IGNORED, Output, Settings, Want, real_dtype
 from .op import OP, NashPGLoss, Scalar, as_result, check_terms
 from .sequences import Sequences, check_offset_values, layout_symbols
@@ -121,6 +122,12 @@ _operator = torch_op.define(
     _run,
     _fake,
 )
+_scaled = torch_op.define(
+    "scaled_gradient",
+    "(Tensor part, Tensor scale, ScalarType dtype) -> Tensor",
+    scaled,
+    lambda part, scale, dtype: torch.empty_like(part, dtype=dtype),
+)
 _HIDDEN, _WEIGHT, _BIAS = 6, 7, 8  # positions of what is differentiated
 
 
@@ -130,8 +137,7 @@ def _backward(needs: Any, saved: Any, inputs: Any, upstream: torch.Tensor, *_: A
     given: list[torch.Tensor | None] = [None] * len(inputs)
     for position, part, dtype in zip((_HIDDEN, _WEIGHT, _BIAS), saved, dtypes, strict=True):
         if needs[position]:
-            out = torch.empty_like(part, dtype=dtype)  # one pass: no scaled copy in float32
-            given[position] = torch.mul(part, scale.to(real_dtype(part.dtype)), out=out)
+            given[position] = _scaled(part, scale.to(real_dtype(part.dtype)), dtype)
     return tuple(given)
 
 
@@ -160,7 +166,7 @@ def linear_nash_pg_loss(
     normalizer: Scalar | None = None,  # None: the number of sequences
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 32 MiB on a CPU
+    chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 64 MiB on a CPU
     backend: str | None = None,
 ) -> NashPGLoss:
     """`nash_pg_loss` of hidden @ weight^T + bias, with memory for a chunk of logits and the gradients only.

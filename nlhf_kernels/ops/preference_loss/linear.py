@@ -32,7 +32,7 @@ def linear_preference_loss(
     cu_seqlens: torch.Tensor | None = None,  # (2 B + 1,) offsets of packed sequences, from 0 to N
     normalizer: Scalar | None = None,  # None: the number of pairs
     temperature: float = 1.0,
-    chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 32 MiB on a CPU
+    chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 64 MiB on a CPU
     backend: str | None = None,
 ) -> PreferenceLoss:
     """`preference_loss` of the log-ratios of response b and response B + b. per_token divides them by their lengths."""
