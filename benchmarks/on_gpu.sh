@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go, in the active environment (PyTorch with CUDA, Triton, nvcc, pybind11, pytest):
 # build, the whole test suite on the GPU, compute-sanitizer on the CUDA kernels, the benchmarks. Ends with a summary.
+# Rivals take part where they are installed: flashinfer-python, liger-kernel, cut-cross-entropy.
 #
 #   bash benchmarks/on_gpu.sh [FOLDER]     results and logs go to FOLDER (default: benchmarks/results)
 set -uo pipefail
@@ -26,6 +27,7 @@ for tool in memcheck racecheck initcheck synccheck; do
     "$python" -m pytest -q -x tests/test_mirror_descent.py tests/test_row_uniforms.py tests/test_mixture_sample.py -k "$small"
 done
 step benchmarks "$python" -m benchmarks.run --device cuda --out "$out/$gpu.jsonl"
+step growth "$python" -m benchmarks.run --device cuda --preset growth --no-compile --out "$out/$gpu.jsonl"
 step plots "$python" -m benchmarks.run --plot "$out/$gpu.jsonl" --plot-dir "$out"
 
 tail -n 60 "$out/benchmarks.log"

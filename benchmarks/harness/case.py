@@ -12,19 +12,21 @@ from .check import Check, accuracy_check
 
 MODES = ("forward", "backward", "full", "overhead")
 GRADIENT_MODES = ("backward", "full")
-PRESETS = ("tiny", "standard")
+PRESETS = ("tiny", "standard", "growth")
+NEEDED_PRESETS = ("tiny", "standard")  # growth, time and memory against one size at a time, is for some cases
 
 Function = Callable[..., Any]  # called with the inputs' args and kwargs, as the library's function is
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One size of the problem. `modes` and `devices` narrow what the case measures at this size."""
+    """One size of the problem. `modes`, `devices` and `gradients_of` narrow what the case measures at this size."""
 
     sizes: Mapping[str, int | float | str]
     dtype: str = "float32"
     modes: tuple[str, ...] = ()  # () = the modes of the case
     devices: tuple[str, ...] = ("cpu", "cuda")
+    gradients_of: tuple[int | str, ...] = ()  # () = those of the case
 
     @property
     def label(self) -> str:
@@ -47,6 +49,7 @@ class Inputs:
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    spare: Mapping[int | str, torch.Tensor] = field(default_factory=dict)  # copies for `restore`; no call sees them
 
     def map_tensors(self, change: Callable[[int | str, torch.Tensor], torch.Tensor]) -> Inputs:
         """A copy with `change(position or name, tensor)` in the place of every tensor."""
@@ -86,6 +89,15 @@ class Baseline:
 
     function: Function
     check: Check | None = None
+    why_not: Callable[[Inputs], tuple[str, ...]] = lambda inputs: ()  # why it cannot run here; empty: it can
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another way to call the library's function: a row beside each backend's own, where that backend can run."""
+
+    call: Callable[[Function], Function]  # the function, held to a backend -> what is called instead of it
+    modes: tuple[str, ...] = MODES
 
 
 def _no_parts(inputs: Inputs) -> dict[str, Callable[[], Any] | Unavailable]:
@@ -102,13 +114,14 @@ class Case:
     """One op's benchmark. Every function of `args, kwargs` is called exactly as the library's function is."""
 
     name: str
-    op: str  # the library's function, nlhf_kernels.<op>
+    op: str  # the room that resolves the backend
     shapes: Mapping[str, Sequence[Shape]]  # preset -> shapes
     make: Callable[[Shape, torch.device, torch.Generator], Inputs]
     truth: Function  # called with float64 copies of the inputs; differentiable where gradients are measured
     baselines: Mapping[str, Baseline]  # "eager" is what speed-ups refer to, and what errors are measured against
     bytes_moved: Callable[[Shape, str], float]  # (shape, mode) -> least bytes read and written
     flops: Callable[[Shape, str], float]  # (shape, mode) -> FLOPs that could run at the matmul rate
+    function: str = ""  # the library's function, nlhf_kernels.<function>; "" = the room's name
     compiled: Callable[[], Function] | None = None  # makes the torch.compile rival; None: compiling changes nothing
     check: Check = field(default_factory=accuracy_check)
     modes: tuple[str, ...] = ("forward",)
@@ -116,15 +129,20 @@ class Case:
     upstream: Callable[[Sequence[torch.Tensor], torch.Generator], tuple[torch.Tensor, ...]] = random_upstream
     parts: Callable[[Inputs], Mapping[str, Callable[[], Any] | Unavailable]] = _no_parts  # layers below the public call
     restore: Callable[[Inputs], None] | None = None  # puts back, untimed, what a call may overwrite
+    variants: Mapping[str, Variant] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         used = set(self.modes).union(*(shape.modes for shapes in self.shapes.values() for shape in shapes))
         if used - set(MODES):
             raise ValueError(f"case {self.name}: modes: expected some of {MODES}, got {sorted(used - set(MODES))}")
-        if set(self.shapes) != set(PRESETS):
-            raise ValueError(f"case {self.name}: shapes: expected the presets {PRESETS}, got {sorted(self.shapes)}")
+        if not set(NEEDED_PRESETS) <= set(self.shapes) <= set(PRESETS):
+            expected = f"{NEEDED_PRESETS} of the presets {PRESETS}"
+            raise ValueError(f"case {self.name}: shapes: expected {expected}, got {sorted(self.shapes)}")
         if used & set(GRADIENT_MODES) and not self.gradients_of:
             raise ValueError(f"case {self.name}: gradients_of: expected arguments, for {GRADIENT_MODES} are measured")
 
     def modes_at(self, shape: Shape) -> tuple[str, ...]:
         return shape.modes or self.modes
+
+    def gradients_at(self, shape: Shape) -> tuple[int | str, ...]:
+        return shape.gradients_of or self.gradients_of

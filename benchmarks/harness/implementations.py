@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .case import Case, Function, Inputs, Unavailable
+from .case import Baseline, Case, Function, Inputs, Unavailable
 from .check import Check
 from .library import backend_call, backend_report
 
@@ -22,7 +22,7 @@ class Implementation:
     """One competitor; `function` is None where it cannot run, and `reasons` say why."""
 
     name: str
-    kind: str  # baseline, compiled, backend, part
+    kind: str  # baseline, compiled, backend, variant, part
     check: Check
     function: Function | None = None
     reasons: tuple[str, ...] = ()
@@ -39,6 +39,14 @@ class Implementation:
         return partial(self.function, *inputs.args, **inputs.kwargs)
 
 
+def _baseline(name: str, rival: Baseline, case: Case, inputs: Inputs) -> Implementation:
+    reasons = rival.why_not(inputs)
+    function = None if reasons else rival.function
+    return Implementation(
+        name, "baseline", rival.check or case.check, function, reasons, answers_the_same=rival.check is None
+    )
+
+
 def _compiled(case: Case, check: Check) -> Implementation:
     torch.compiler.reset()  # else the second shape would be compiled for dynamic sizes
     if case.compiled is None:
@@ -50,14 +58,17 @@ def _compiled(case: Case, check: Check) -> Implementation:
     return Implementation(COMPILED, "compiled", check, function)
 
 
-def _backends(case: Case, inputs: Inputs, wanted: Sequence[str]) -> list[Implementation]:
+def _backends(case: Case, inputs: Inputs, mode: str, wanted: Sequence[str]) -> list[Implementation]:
     report = backend_report(case.op, inputs.args, inputs.kwargs)
     found = []
     for name, reasons in report.reasons.items():
         if not wanted or name in wanted:
-            function = None if reasons else backend_call(case.op, name)
+            function = None if reasons else backend_call(case.function or case.op, name)
             chosen = name == report.chosen
             found.append(Implementation(name, "backend", case.check, function, tuple(reasons), chosen))
+            for label, variant in case.variants.items():
+                if function is not None and mode in variant.modes:
+                    found.append(Implementation(f"{name}, {label}", "variant", case.check, variant.call(function)))
     return found
 
 
@@ -80,16 +91,11 @@ def collect(
     case: Case, inputs: Inputs, mode: str, wanted_backends: Sequence[str], with_compile: bool
 ) -> dict[str, Implementation]:
     """Every competitor by name; those that cannot run are there too, with their reasons."""
-    found = [
-        Implementation(
-            name, "baseline", rival.check or case.check, rival.function, answers_the_same=rival.check is None
-        )
-        for name, rival in case.baselines.items()
-    ]
+    found = [_baseline(name, rival, case, inputs) for name, rival in case.baselines.items()]
     if case.compiled is not None and with_compile:
         eager = case.baselines.get("eager")  # the compiled rival is eager again, and judged as eager is
         found.append(_compiled(case, (eager and eager.check) or case.check))
-    found += _backends(case, inputs, wanted_backends)
+    found += _backends(case, inputs, mode, wanted_backends)
     if mode in PART_MODES:
         found += _parts(case, inputs)
     names = [implementation.name for implementation in found]

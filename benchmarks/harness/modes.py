@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from .case import GRADIENT_MODES, Case, Function, Inputs
+from .case import GRADIENT_MODES, Case, Function, Inputs, Shape
 from .check import Tensors, tensors_of
 from .timing import Action
 
@@ -19,7 +19,8 @@ class Problem:
 
     case: Case
     inputs: Inputs
-    upstream: Tensors = ()  # float64; one for each differentiable output
+    gradients_of: tuple[int | str, ...] = ()
+    upstream: Mapping[int, torch.Tensor] = field(default_factory=dict)  # output's position -> float64 gradient
 
     def restore(self) -> None:
         if self.case.restore is not None:
@@ -36,15 +37,15 @@ class Problem:
         return Action(self.restore, forward)
 
     def _gradient_action(self, function: Function, mode: str) -> Action:
-        keys = self.case.gradients_of
-        inputs = self.inputs.requiring_gradients(keys)
-        leaves = [inputs.at(key) for key in keys]
+        inputs = self.inputs.requiring_gradients(self.gradients_of)
+        leaves = [inputs.at(key) for key in self.gradients_of]
         upstream: list[torch.Tensor] = []  # in the outputs' dtypes; cast in the first run, which nobody times
 
         def forward() -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-            outputs = differentiable(function(*inputs.args, **inputs.kwargs))
+            result = tensors_of(function(*inputs.args, **inputs.kwargs))
+            outputs = [result[position] for position in self.upstream]
             if not upstream:
-                upstream.extend(grad.to(out) for grad, out in zip(self.upstream, outputs, strict=True))
+                upstream.extend(grad.to(out) for grad, out in zip(self.upstream.values(), outputs, strict=True))
             return outputs, upstream
 
         def backward(state: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]) -> Tensors:
@@ -59,22 +60,24 @@ class Problem:
         return Action(self.restore, lambda _: backward(forward()))
 
 
-def differentiable(result: Any) -> Tensors:
-    return tuple(tensor for tensor in tensors_of(result) if tensor.requires_grad)
+def make_problem(case: Case, shape: Shape, device: torch.device, generator: torch.Generator) -> Problem:
+    """The problem, with the upstream gradients formed once, so that every implementation gets the same.
 
-
-def make_problem(case: Case, inputs: Inputs, modes: Sequence[str], generator: torch.Generator) -> Problem:
-    """The problem, with the upstream gradients formed once, so that every implementation gets the same."""
-    if not set(modes) & set(GRADIENT_MODES):
-        return Problem(case, inputs)
-    double = inputs.in_float64().requiring_gradients(case.gradients_of)
-    outputs = differentiable(case.truth(*double.args, **double.kwargs))
-    return Problem(case, inputs, tuple(case.upstream(outputs, generator)))
+    What the truth can differentiate gets one: an implementation may give more outputs a gradient than it promises.
+    """
+    inputs, keys = case.make(shape, device, generator), case.gradients_at(shape)
+    if not set(case.modes_at(shape)) & set(GRADIENT_MODES):
+        return Problem(case, inputs, keys)
+    double = inputs.in_float64().requiring_gradients(keys)
+    outputs = tensors_of(case.truth(*double.args, **double.kwargs))
+    positions = [position for position, output in enumerate(outputs) if output.requires_grad]
+    upstream = case.upstream([outputs[position] for position in positions], generator)
+    return Problem(case, inputs, keys, dict(zip(positions, upstream, strict=True)))
 
 
 def truth_of(problem: Problem, mode: str) -> Tensors:
     """The float64 result of `mode`: outputs, or gradients."""
     problem.restore()
-    double = Problem(problem.case, problem.inputs.in_float64(), problem.upstream)
+    double = replace(problem, inputs=problem.inputs.in_float64())
     action = double.action(problem.case.truth, "full" if mode in GRADIENT_MODES else "forward")
     return tuple(tensor.detach() for tensor in tensors_of(action.run(None)))

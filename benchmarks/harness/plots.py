@@ -1,4 +1,4 @@
-"""Plots of result files: speed-up against eager and percent of the floor, one figure for each case and device."""
+"""Plots of result files: speed-up against eager, percent of the floor, growth; one figure for each case and device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .growth import growth_figure
 from .report import three_digits
 from .results import ResultRow, latest
 
@@ -126,29 +127,49 @@ def _figure(rows: Sequence[ResultRow], kind: _Kind) -> Any | None:
     _scale(axes, lowest, highest, logarithmic)
     axes.axvline(kind.reference, color="#333333", linewidth=1.2, linestyle="--", label=kind.reference_label)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    key, machine = rows[0].key, rows[0].run.machine
     axes.set_xlabel(kind.axis_label)
-    plural = "s" if key.threads > 1 else ""
-    where = machine["gpu"] if key.device == "cuda" else f"{machine['cpu']}, {key.threads} thread{plural}"
-    axes.set_title(f"{key.case}\n{where}", loc="left", fontsize=11)
+    axes.set_title(f"{rows[0].key.case}\n{_where(rows[0])}", loc="left", fontsize=11)
     return figure
 
 
 def write_plots(rows: Sequence[ResultRow], folder: Path) -> list[Path]:
-    """PNG and SVG of every case, device and thread count in `rows`; the latest row of a key counts."""
+    """PNG and SVG of every case, device and thread count in `rows`; the latest row of a key counts.
+
+    Rows of the preset growth are lines over one size each, all others bars.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    blocks: dict[tuple[str, str, int], list[ResultRow]] = {}
-    for row in latest(rows).values():
-        blocks.setdefault((row.key.case, row.key.device, row.key.threads), []).append(row)
+    growing = [row for row in rows if row.run.preset == "growth"]
     written = []
-    for (case, device, threads), block in blocks.items():
-        suffix = f"{device}{threads}" if device == "cpu" else device
+    for suffix, block in _blocks([row for row in rows if row.run.preset != "growth"]).items():
         for name, kind in KINDS.items():
-            figure = _figure(block, kind)
-            if figure is None:
-                continue  # nothing of this kind was measured
-            for extension in ("png", "svg"):
-                path = folder / f"{name}_{case}_{suffix}.{extension}"
-                figure.savefig(path, dpi=150)
-                written.append(path)
+            written += _save(_figure(block, kind), folder / f"{name}_{suffix}")
+    for suffix, block in _blocks(growing).items():
+        colours = {row.key.implementation: "" for row in block}
+        colours = {name: _colour(name, list(colours)) for name in colours}
+        written += _save(growth_figure(block, colours, _where(block[0])), folder / f"growth_{suffix}")
     return written
+
+
+def _blocks(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
+    """By case, device and thread count: the end of a figure's file name -> its rows."""
+    blocks: dict[str, list[ResultRow]] = {}
+    for key, row in latest(rows).items():
+        place = f"{key.device}{key.threads}" if key.device == "cpu" else key.device
+        blocks.setdefault(f"{key.case}_{place}", []).append(row)
+    return blocks
+
+
+def _where(row: ResultRow) -> str:
+    """The title's second line."""
+    key, machine = row.key, row.run.machine
+    plural = "s" if key.threads > 1 else ""
+    return str(machine["gpu"]) if key.device == "cuda" else f"{machine['cpu']}, {key.threads} thread{plural}"
+
+
+def _save(figure: Any | None, stem: Path) -> list[Path]:
+    if figure is None:
+        return []  # nothing of this kind was measured
+    paths = [stem.with_name(f"{stem.name}.{extension}") for extension in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    return paths

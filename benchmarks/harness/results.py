@@ -78,7 +78,7 @@ class RunFacts:
 @dataclass(frozen=True)
 class ResultRow:
     key: RowKey
-    kind: str  # backend, part, baseline, compiled; case where the case itself broke
+    kind: str  # backend, variant, part, baseline, compiled; case where the case itself broke
     status: str  # one of STATUSES; a time is there only where it is "ok"
     run: RunFacts
     reasons: tuple[str, ...] = ()

@@ -53,7 +53,7 @@ def select_jobs(cases: Sequence[Case], settings: Settings) -> list[Job]:
     return [
         Job(case, shape)
         for case in cases
-        for shape in case.shapes[settings.preset]
+        for shape in case.shapes.get(settings.preset, ())
         if settings.device.type in shape.devices and shape.matches(wanted)
     ]
 
@@ -85,7 +85,7 @@ def run_job(job: Job, context: RunContext, on_mode: Callable[[str], None] = lamb
     rows: list[ResultRow] = []
     mode = modes[0]
     try:
-        problem = make_problem(case, case.make(shape, device, generator), modes, generator)
+        problem = make_problem(case, shape, device, generator)
         for mode in modes:
             on_mode(mode)
             rows += _run_mode(job, mode, problem, context)
