@@ -90,7 +90,7 @@ class RolloutEngine:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(f"{self.op}: expected one rollout at a time; got a second while one is running")
         try:
-            with self.ensemble.evaluating():
+            with self.ensemble.playing():
                 return self._run(plan)
         finally:
             self._busy.release()

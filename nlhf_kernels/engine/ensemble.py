@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..core.checks import check_integer
 from .clock import Clock
+from .heads import weights_first
 from .models import evaluating, inspect_model, twin
 from .readers import CachedReader, Reader, WholeTextReader
 from .request import Player
@@ -85,8 +86,12 @@ class Ensemble:
                 )
         return widths["policy"]
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        return evaluating(*(facts.model for facts in self.facts.values()))
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """Dropout off and heads at their fastest; the models are as they were afterwards."""
+        models = [facts.model for facts in self.facts.values()]
+        with evaluating(*models), weights_first(models):
+            yield
 
     def roles(self, players: Sequence[Player]) -> list[str]:
         """The models these players need."""

@@ -1,0 +1,230 @@
+"""What a rollout promises around the tokens: ends, flags, memory, interruptions, and errors before any work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nlhf_kernels.engine import Hooks, Player, RolloutEngine, RolloutSettings, nash_ema, nash_md
+from tests.support.engine import settings, tiny, tiny_pair, worst_error
+from tests.support.tiny_models import BETA, VOCABULARY, one_thread, padded, prompts
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+def rollout(engine, rows, steps=6, players=None, **options):
+    return engine.rollout(**padded(rows), players=players or nash_md(BETA), settings=settings(steps, **options))
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+
+
+def test_several_ends_and_rows_that_finish_at_once() -> None:
+    policy, reference = tiny_pair("gpt2")
+    engine, rows = RolloutEngine(policy, reference), prompts((1, 6, 9, 3))
+    free = rollout(engine, rows, 30)
+    ends = (int(free[0].tokens[0, 0]), int(free[0].tokens[1, 11]), int(free[1].tokens[2, 5]))
+    result = rollout(engine, rows, 30, end_ids=ends, pad_id=96)
+    for before, responses in zip(free, result, strict=True):
+        for row, tokens in enumerate(before.tokens.tolist()):
+            length = next((i + 1 for i, token in enumerate(tokens) if token in ends), 30)
+            width = responses.tokens.shape[1]
+            assert responses.tokens[row].tolist() == (tokens[:length] + [96] * 30)[:width]
+            assert responses.mask[row].tolist() == ([True] * length + [False] * 30)[:width]
+            assert int(responses.lengths[row]) == length
+            assert responses.finish_reasons[row] == ("end" if tokens[length - 1] in ends else "length")
+            assert (responses.mixture_logprobs[row, length:] == 0).all()
+    assert int(result[0].lengths[0]) == 1
+    assert worst_error(result[0], policy, reference, rows, 0.0) < 5e-5
+
+
+def test_an_end_at_the_last_step_is_an_end() -> None:
+    engine, rows = RolloutEngine(*tiny_pair("gpt2")), prompts((4,))
+    free = rollout(engine, rows, 3, players=(Player(),))[0]
+    ended = rollout(engine, rows, 3, players=(Player(),), end_ids=[int(free.tokens[0, 2])])[0]
+    if int(free.tokens[0, 2]) not in free.tokens[0, :2].tolist():
+        assert ended.finish_reasons == ["end"] and int(ended.lengths[0]) == 3
+    assert rollout(engine, rows, 3, players=(Player(),), end_ids=[95])[0].finish_reasons == ["length"]
+
+
+def test_minimum_length_forbids_every_end() -> None:
+    engine, rows = RolloutEngine(*tiny_pair("gpt2")), prompts()
+    ends = list(range(2, 90))
+    assert int(rollout(engine, rows, 20, end_ids=ends, min_new_tokens=11)[0].lengths.min()) >= 12
+    assert int(rollout(engine, rows, 20, end_ids=ends)[0].lengths.min()) < 11
+
+
+def test_decoding_stops_soon_after_everyone_has_ended() -> None:
+    result = rollout(RolloutEngine(*tiny_pair("gpt2")), prompts(), 100, end_ids=list(range(VOCABULARY)))
+    assert result.steps <= 9 and result[0].tokens.shape == (3, 1)
+
+
+def test_the_policys_own_ends_are_the_default() -> None:
+    policy, reference = tiny_pair("gpt2")
+    policy.generation_config.eos_token_id = list(range(VOCABULARY))
+    result = RolloutEngine(policy, reference).rollout(
+        **padded(prompts()), players=nash_md(BETA), settings=RolloutSettings(20, seed=1)
+    )
+    assert result[0].lengths.tolist() == [1, 1, 1]
+
+
+def test_a_nan_is_reported_and_stays_in_its_row() -> None:
+    policy, reference = tiny_pair("gpt2")
+    with torch.no_grad():
+        reference.transformer.wpe.weight[8] = torch.nan  # only the longest prompt gets there
+    _, other = rollout(RolloutEngine(policy, reference), prompts(), 2)
+    assert other.ok.tolist() == [True, True, False] and other.tokens[2, 0] == 0
+    assert worst_error(other, policy, reference, prompts()[:2], BETA) < 5e-5
+
+
+# ---- around the loop -------------------------------------------------------------------------------------------------
+
+
+def test_dropout_and_checkpointing_are_off_and_every_flag_comes_back() -> None:
+    policy, reference = tiny_pair("llama")
+    still = rollout(RolloutEngine(policy, reference), prompts())
+    policy.train()
+    policy.gradient_checkpointing_enable()
+    policy.config.attention_dropout = 0.5
+    policy.model.layers[0].eval()  # frozen by its owner
+    flags = [module.training for module in policy.modules()]
+    noisy = rollout(RolloutEngine(policy, reference), prompts())
+    assert all(torch.equal(one.tokens, two.tokens) for one, two in zip(still, noisy, strict=True))
+    assert flags == [module.training for module in policy.modules()]
+    assert not noisy[0].policy_logprobs.requires_grad
+
+
+@pytest.mark.parametrize("prompts_of", [3, 4, 7, 8])
+def test_heads_say_the_same_either_way_round(prompts_of) -> None:
+    """6 and 16 rows take the usual product, 8 and 14 the other; afterwards every head is the model's own."""
+    policy, reference = tiny_pair("llama")
+    rows = prompts(range(2, 2 + prompts_of))
+    result = rollout(RolloutEngine(policy, reference), rows, 4)
+    assert worst_error(result[1], policy, reference, rows, BETA) < 5e-5
+    assert "forward" not in vars(policy.lm_head) and "forward" not in vars(reference.lm_head)
+
+
+def test_an_interrupted_rollout_leaves_the_engine_usable() -> None:
+    policy, reference = tiny_pair("gpt2")
+    engine = RolloutEngine(policy, reference)
+    before = rollout(engine, prompts())
+    policy.train()
+    calls = []
+
+    def interrupt(*_) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    handle = reference.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        rollout(engine, prompts())
+    handle.remove()
+    assert policy.training and "forward" not in vars(policy.lm_head)
+    after = rollout(engine, prompts())
+    assert torch.equal(before[1].tokens, after[1].tokens)
+    assert torch.equal(before[1].mixture_logprobs, after[1].mixture_logprobs)
+
+
+def test_a_rollout_within_a_rollout_is_refused() -> None:
+    engine = RolloutEngine(*tiny_pair("gpt2"))
+    hooks = Hooks(criteria=[lambda ids, scores: rollout(engine, prompts()) is None])
+    with pytest.raises(RuntimeError, match="expected one rollout at a time"):
+        engine.rollout(**padded(prompts()), players=(Player(),), settings=settings(3), hooks=hooks)
+
+
+def test_cost_is_linear_in_length() -> None:
+    """Every step reads one token a row, whatever came before."""
+    policy, reference = tiny_pair("llama")
+    read = []
+    reference.register_forward_pre_hook(lambda m, a, k: read.append(k["input_ids"].numel()), with_kwargs=True)
+    rollout(RolloutEngine(policy, reference), prompts(), 30)
+    assert read == [1, 27, *[6] * 29]  # the look at construction, the prompts, the steps
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3", "falcon"])
+def test_memory_is_what_was_planned(architecture) -> None:
+    engine = RolloutEngine(*tiny_pair(architecture))
+    asked = settings(20)
+    plan = engine.memory_plan(3, 9, nash_md(BETA, samples=2), asked)
+    engine.rollout(**padded(prompts()), players=nash_md(BETA, samples=2), settings=asked)
+    for reader, name in zip(engine._space.readers, ("policy cache", "reference cache"), strict=True):
+        held = sum(t.numel() * t.element_size() for layer in reader.cache.kept for t in (layer.keys, layer.values))
+        assert plan.parts[name] == held
+    assert plan.total == sum(plan.parts.values()) and plan.rows == 12
+    assert "reference cache" in str(plan)
+    longer = engine.memory_plan(3, 9, nash_md(BETA, samples=2), settings(49))
+    assert longer.parts["policy cache"] * 29 == plan.parts["policy cache"] * 58, "linear in length"
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    policy, reference = tiny_pair("llama")
+    asked = settings(50)
+    needed = RolloutEngine(policy, reference).memory_plan(3, 9, nash_md(BETA), asked).total
+    engine = RolloutEngine(policy, reference, memory_limit=needed - 1)
+    with pytest.raises(MemoryError, match=r"at most 5 rows .* or max_new_tokens at most 49"):
+        engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=asked)
+    assert engine.rollout(**padded(prompts()), players=(Player(),), settings=asked).steps == 50
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+IDS, ONES = torch.full((2, 4), 5), torch.ones(2, 4, dtype=torch.long)
+REQUESTS = {
+    "right padding": (
+        {"attention_mask": torch.tensor([[1, 1, 1, 0], [1] * 4])},
+        "padding on the left; got a row whose",
+    ),
+    "holes": ({"attention_mask": torch.tensor([[1, 0, 1, 1], [1] * 4])}, r"on the left only; got holes in rows \[0\]"),
+    "only padding": ({"attention_mask": torch.tensor([[0] * 4, [1] * 4])}, r"got only padding in rows \[0\]"),
+    "mask shape": ({"attention_mask": ONES[:1]}, "attention_mask: expected shape"),
+    "empty": ({"input_ids": IDS[:, :0]}, "input_ids: expected at least one row and one token"),
+    "too long": ({"settings": settings(126)}, r"within the policy's 128 positions; got 4 \+ 126 tokens"),
+    "no players": ({"players": ()}, "players: expected at least one Player"),
+    "no opponent": ({"players": nash_ema()}, "expected an engine with an opponent"),
+    "stream": ({"players": (Player(stream=256),)}, r"players\[0\].stream: expected an integer in \[0, 255\]"),
+    "beta": ({"players": (Player(float("nan")),)}, "beta: expected a finite number"),
+    "betas": ({"players": (Player(torch.zeros(3)),)}, "beta: expected a number or one per row, 2"),
+    "row ids": ({"players": (Player(row_ids=torch.arange(3)),)}, "row_ids: expected 2, one per prompt, or 2; got 3"),
+    "ends": ({"settings": settings(3, end_ids=[97])}, r"end_ids: expected an integer in \[0, 96\]; got 97"),
+    "top_p": ({"settings": settings(3, top_p=0.0)}, "top_p: expected a finite number"),
+    "minimum": ({"settings": settings(3, min_new_tokens=4)}, "min_new_tokens: expected an integer"),
+    "logprobs": ({"settings": settings(3, logprobs=["pi"])}, "logprobs: expected one of policy, reference, mixture"),
+    "hooks": ({"hooks": Hooks(streamer=object())}, "hooks: expected one player"),
+}
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_bad_requests_are_refused_before_any_work(case) -> None:
+    policy, reference = tiny_pair("gpt2")
+    engine = RolloutEngine(policy, reference)
+    for model in (policy, reference):
+        model.register_forward_pre_hook(lambda *_: pytest.fail("a model was run"))
+    given, message = REQUESTS[case]
+    request = {"input_ids": IDS, "attention_mask": ONES, "players": nash_md(BETA), "settings": settings(3)}
+    with pytest.raises(ValueError, match=message):
+        engine.rollout(**{**request, **given})
+
+
+def test_models_that_do_not_fit_each_other_are_refused() -> None:
+    policy, reference = tiny_pair("gpt2")
+    wider = tiny("gpt2", seed=3)
+    wider.resize_token_embeddings(VOCABULARY + 7)
+    with pytest.raises(
+        ValueError, match="reference: expected policy and reference of one vocabulary; got 97 tokens and 104"
+    ):
+        RolloutEngine(policy, wider)
+    assert RolloutEngine(policy, wider, vocab_size=VOCABULARY).ensemble.vocabulary == VOCABULARY
+    with pytest.raises(ValueError, match="reference: expected dtype float32, as the policy; got bfloat16"):
+        RolloutEngine(policy, reference.bfloat16())
+    with pytest.raises(TypeError, match="policy: expected a causal language model; got str"):
+        RolloutEngine("gpt2", reference)
+    with pytest.raises(ValueError, match=r"players\[1\].beta: expected 0, as the engine has no reference; got 0.3"):
+        rollout(RolloutEngine(policy), prompts())

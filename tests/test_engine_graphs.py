@@ -1,0 +1,173 @@
+"""Recorded steps: the books of the graphs, with a recorder that needs no GPU; rows, buckets and what stays eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from nlhf_kernels.engine import Hooks, Player, RolloutEngine, nash_md
+from nlhf_kernels.engine.graphs import Graphs
+from nlhf_kernels.engine.openness import OpenRows
+from nlhf_kernels.engine.table import Seat, who_stays
+from tests.support.engine import TINY, settings, tiny, tiny_pair, worst_error
+from tests.support.tiny_models import BETA, one_thread, padded, prompts
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+class FakeRecorder:
+    """Keeps CUDA's contract without CUDA: warm-ups that leave no trace, then a step that is run again and again with
+    the host's view of the moment it was recorded in."""
+
+    def __init__(self) -> None:
+        self.engine: RolloutEngine | None = None
+        self.records = self.replays = 0
+
+    def record(self, step, state):
+        self.records += 1
+        before = [tensor.clone() for tensor in state]
+        step()
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        clock = self.engine._space.clock
+        filled = clock.filled
+
+        def replay() -> None:
+            now, clock.filled = clock.filled, filled  # a graph knows nothing of the host's counters
+            step()
+            clock.filled = now
+            self.replays += 1
+
+        return replay
+
+    def side_by_side(self, reads):
+        return [read() for read in reads]
+
+
+def recorded(policy, reference, bucket=8, **options) -> tuple[RolloutEngine, FakeRecorder]:
+    recorder = FakeRecorder()
+    recorder.engine = RolloutEngine(policy, reference, recorder=recorder, bucket=bucket, **options)
+    return recorder.engine, recorder
+
+
+@pytest.mark.parametrize("architecture", [name for name in TINY if name != "mixtral"])
+def test_recorded_steps_say_what_full_forward_passes_say(architecture) -> None:
+    """Masked slots, buckets that grow, a cursor on the device: for every kind of position and mask."""
+    policy, reference = tiny_pair(architecture)
+    engine, recorder = recorded(policy, reference)
+    rows = prompts()
+    result = engine.rollout(**padded(rows), players=nash_md(BETA), settings=settings(12))
+    assert result.notes == () and recorder.replays == 11
+    assert recorder.records == 2, "slots 10 to 16, then 17 to 20"
+    for responses, beta in zip(result, (0.0, BETA), strict=True):
+        assert worst_error(responses, policy, reference, rows, beta) < 5e-5
+
+
+def test_the_next_rollout_replays_what_this_one_recorded() -> None:
+    policy, reference = tiny_pair("llama")
+    engine, recorder = recorded(policy, reference)
+    first = engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(12))
+    records = recorder.records
+    engine._space.readers[0].cache.kept[0].values.fill_(torch.nan)  # what a broken rollout may leave behind
+    again = engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(12))
+    assert recorder.records == records
+    assert torch.equal(first[1].tokens, again[1].tokens) and again[1].ok.all()
+    engine.release()
+    engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(12))
+    assert recorder.records == 2 * records
+
+
+def test_recorded_and_eager_rollouts_agree_while_rows_leave() -> None:
+    policy, reference = tiny_pair("gpt2")
+    rows = prompts((1, 6, 9, 3, 5))
+    free, _ = RolloutEngine(policy, reference).rollout(**padded(rows), players=nash_md(BETA), settings=settings(40))
+    asked = settings(40, min_new_tokens=3, end_ids=[int(free.tokens[0, 4]), int(free.tokens[1, 9])])
+    eager = RolloutEngine(policy, reference).rollout(**padded(rows), players=nash_md(BETA), settings=asked)
+    engine, _ = recorded(policy, reference)
+    replayed = engine.rollout(**padded(rows), players=nash_md(BETA), settings=asked)
+    assert replayed.row_steps < 10 * replayed.steps
+    for one, two in zip(eager, replayed, strict=True):
+        assert torch.equal(one.tokens, two.tokens) and torch.equal(one.lengths, two.lengths)
+        torch.testing.assert_close(one.mixture_logprobs, two.mixture_logprobs, rtol=0, atol=1e-4)
+
+
+def test_books() -> None:
+    _, recorder = recorded(*tiny_pair("gpt2"))
+    graphs = Graphs(recorder, bucket=256)
+    assert [graphs.bucket(length) for length in (1, 256, 257)] == [256, 256, 512]
+
+
+@pytest.mark.parametrize(
+    ("is_open", "in_powers", "kept"),
+    [
+        ("1111 1111", False, None),  # nobody has ended
+        ("1110 1111", False, [[0, 1, 2], [4, 5, 6, 7]]),
+        ("1110 1111", True, None),  # three rows still take four
+        ("0100 1011", True, [[1], [4, 5, 6, 7]]),
+        ("0000 0011", False, [[], [6, 7]]),
+        ("0100 0111", True, [[1], [4, 5, 6, 7]]),
+        ("0000 0000", False, None),
+    ],
+)
+def test_who_stays(is_open, in_powers, kept) -> None:
+    seats = (Seat(0, "policy", 0, 0, 4), Seat(1, "policy", 1, 4, 8))
+    assert who_stays(seats, [mark == "1" for mark in is_open.replace(" ", "")], in_powers) == kept
+
+
+def test_an_answer_that_has_not_arrived_stops_nobody() -> None:
+    """On a GPU: one question at a time, and its answer when its event says so."""
+
+    class Event:
+        done = False
+
+        def query(self) -> bool:
+            return self.done
+
+    rows, event = OpenRows(), Event()
+    rows._pending = (torch.tensor([True, False]), event)
+    assert rows.read() is None
+    event.done = True
+    assert rows.read() == [True, False] and rows.read() is None
+    rows.post(torch.tensor([False]))
+    assert rows.read() == [False]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "hooks", "reason"),
+    [
+        ("mixtral", {"experts": "eager"}, None, "the policy has experts"),
+        ("llama", {"use_cache": False}, None, "the policy reads the whole text every step"),
+        ("llama", {}, Hooks(criteria=[lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]), "hooks look at"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_eagerly_and_says_why(architecture, options, hooks, reason) -> None:
+    policy, reference = tiny_pair(architecture)
+    if "experts" in options:
+        for model in (policy, reference):
+            model.set_experts_implementation(options["experts"])
+    engine, recorder = recorded(policy, reference, **{key: value for key, value in options.items() if key != "experts"})
+    rows = prompts()
+    result = engine.rollout(**padded(rows), players=(Player(BETA, 1),), settings=settings(5), hooks=hooks)
+    assert recorder.records == 0
+    assert any(note.startswith("eager steps: ") and reason in note for note in result.notes)
+    assert worst_error(result[0], policy, reference, rows, BETA) < 5e-5
+
+
+def test_the_attention_is_set_in_one_place() -> None:
+    policy, reference = tiny_pair("llama")
+    rows = prompts()
+    engine = RolloutEngine(policy, reference, attention="eager")
+    assert policy.config._attn_implementation == reference.config._attn_implementation == "eager"
+    result = engine.rollout(**padded(rows), players=nash_md(BETA), settings=settings(8))
+    assert worst_error(result[1], policy, reference, rows, BETA) < 5e-5
+
+
+def test_a_stateful_model_is_refused_with_graphs_too() -> None:
+    with pytest.raises(ValueError, match="keys and values"):
+        recorded(tiny("mamba"), None)
+    assert transformers.MambaForCausalLM._is_stateful
