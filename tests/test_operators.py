@@ -23,13 +23,16 @@ def examples(op: str):
 
 
 def recorded_operator_calls(op: str, args, kwargs):
-    """The operator calls that the public function makes, for opcheck."""
+    """The operator calls that the public function makes, for opcheck; the gradient is the affair of the autograd
+    function around an operator, so its tensors come without one."""
     calls = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
             if function.namespace == torch_op.NAMESPACE:
-                calls.append((function, arguments))
+                calls.append(
+                    (function, torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments))
+                )
             return function(*arguments, **(options or {}))
 
     with Recorder():
