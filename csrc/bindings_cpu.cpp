@@ -3,8 +3,10 @@
 // Nothing of torch is included or linked, so one binary serves every torch version. Shapes, dtypes and devices were
 // checked in Python (core/checks.py); what arrives here is trusted.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "common/levels.h"
+#include "decode_attention/decode_attention_binding.h"
 #include "logprobs/logprobs_binding.h"
 #include "mirror_descent/mirror_descent_binding.h"
 #include "mixture_sample/mixture_sample_binding.h"
@@ -78,6 +80,16 @@ void logprobs_backward(const py::tuple& policy, const py::tuple& reference, std:
   NLHF_DISPATCH(logprobs_backward, problem, threads)
 }
 
+void decode_attention(int dtype, const std::array<std::uintptr_t, 3>& tensors,
+                      const std::array<int64_t, 3>& key_strides, const std::array<int64_t, 3>& value_strides,
+                      std::uintptr_t starts, std::uintptr_t ends, std::uintptr_t sinks,
+                      const std::array<int64_t, 7>& sizes, float scale, float softcap, std::uintptr_t out,
+                      int threads) {
+  const nlhf::DecodeAttention problem = nlhf::decode_attention_problem(
+      dtype, tensors, key_strides, value_strides, starts, ends, sinks, sizes, scale, softcap, out);
+  NLHF_DISPATCH(decode_attention, problem, threads)
+}
+
 const char* level_name(nlhf::Level level) {
   switch (level) {
     case nlhf::Level::avx512: return "avx512";
@@ -119,6 +131,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("mixture_sample", &mixture_sample);
   module.def("logprobs", &logprobs);
   module.def("logprobs_backward", &logprobs_backward);
+  module.def("decode_attention", &decode_attention, Unlocked());
   module.def("build_info", &build_info);
   module.def("best_level", [] { return level_name(nlhf::best_level()); });
   module.def("active_level", [] { return level_name(nlhf::active_level()); });

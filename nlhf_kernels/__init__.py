@@ -7,6 +7,7 @@ from . import tabular
 from .core.registry import BackendUnavailable, Explanation, explain
 from .core.settings import set_backend, use_backend
 from .ops import (
+    DecodeWindow,
     Head,
     LogLinearSample,
     Logprobs,
@@ -14,6 +15,8 @@ from .ops import (
     MixtureSettings,
     NashPGLoss,
     PreferenceLoss,
+    decode_attention,
+    decode_window,
     linear_logprobs,
     linear_nash_pg_loss,
     linear_preference_loss,
@@ -34,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "DecodeWindow",
     "Explanation",
     "Head",
     "LogLinearSample",
@@ -46,6 +50,8 @@ __all__ = [
     "RolloutEngine",
     "RolloutResult",
     "RolloutSettings",
+    "decode_attention",
+    "decode_window",
     "explain",
     "linear_logprobs",
     "linear_nash_pg_loss",

@@ -143,7 +143,7 @@ def test_cost_is_linear_in_length() -> None:
     read = []
     reference.register_forward_pre_hook(lambda m, a, k: read.append(k["input_ids"].numel()), with_kwargs=True)
     rollout(RolloutEngine(policy, reference), prompts(), 30)
-    assert read == [1, 27, *[6] * 29]  # the look at construction, the prompts, the steps
+    assert read == [1, 1, 27, *[6] * 29]  # two looks at construction, the prompts, the steps
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

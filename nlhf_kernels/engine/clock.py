@@ -1,4 +1,4 @@
-"""Where a rollout stands: how much has been written, and the masks and positions that every model of it shares.
+"""Where a rollout stands: how much has been written, and the masks, ranges and positions that every model of it shares.
 
 They are made once and advanced in place, a column a step. On the host `filled` says how far; on the device `cursor` and
 `step` say the same, so that a captured graph advances by itself.
@@ -14,6 +14,7 @@ from .request import Prompts
 class Clock:
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
         self.mask = torch.zeros(rows, length, dtype=torch.int64, device=device)
+        self.starts = torch.zeros(rows, dtype=torch.int64, device=device)  # the padding on the left of each row
         self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)  # the slot the next token is written to
         self.step = torch.zeros((), dtype=torch.int64, device=device)  # index of the next new token
@@ -27,6 +28,7 @@ class Clock:
         self.mask.zero_()
         self.mask[: self.rows, : prompts.width] = prompts.mask[fan_out]
         self.positions[: self.rows, 0] = prompts.mask.sum(1)[fan_out]
+        self.starts[: self.rows] = prompts.width - self.positions[: self.rows, 0]
         self.cursor.fill_(prompts.width)
         self.step.zero_()
 
@@ -57,7 +59,11 @@ class Clock:
         """None where nothing needs masking: models then take their fastest attention."""
         return self.mask[: self.rows, : self.visible] if self.padded or self.static else None
 
+    def read_ranges(self) -> tuple[torch.Tensor | None, torch.Tensor]:  # (rows,), (rows,)
+        """The same as ranges of slots: where each row's begins (None: all at 0), and where it ends."""
+        return self.starts[: self.rows] if self.padded else None, (self.cursor + 1).expand(self.rows).contiguous()
+
     def keep(self, rows: torch.Tensor) -> None:
         self.rows = len(rows)
-        for kept in (self.mask, self.positions):
+        for kept in (self.mask, self.positions, self.starts):
             kept[: self.rows] = kept[rows]

@@ -54,7 +54,8 @@ class RolloutEngine:
         opponent: Any = None,
         vocab_size: int | None = None,  # columns of the heads that count; None: all, which must then be equal
         use_cache: bool = True,  # False: every step reads the whole text again, for models without keys and values
-        attention: str | None = None,  # transformers' name of an attention, set on the models; None: their own
+        attention: str
+        | None = None,  # transformers' name of one, set on the models; None: decode_attention where it fits
         graphs: bool = True,  # False: eager steps on a GPU too
         recorder: Recorder | None = None,  # what records steps; None: CUDA graphs on a GPU, nothing elsewhere
         bucket: int = BUCKET,  # cache slots by which a recorded step's view grows

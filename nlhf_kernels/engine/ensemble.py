@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..core.checks import check_integer
+from .attention import NAME, REPLACED, attending
 from .clock import Clock
 from .heads import weights_first
 from .models import evaluating, inspect_model, twin
@@ -17,7 +18,7 @@ from .shared_weights import BaseReader, SharedReader, check_base, is_adapted, wh
 
 _log = logging.getLogger(__name__)
 
-CAPTURED_ATTENTION = ("sdpa", "eager")  # those whose masks and kernels need nothing of the host
+CAPTURED_ATTENTION = (*REPLACED, NAME)  # those whose masks and kernels need nothing of the host
 CAPTURED_EXPERTS = ("batched_mm", "grouped_mm")
 
 
@@ -47,6 +48,8 @@ class Ensemble:
             for model in models.values():
                 model.set_attn_implementation(attention)
         self.facts = {role: inspect_model(role, model, use_cache, op) for role, model in models.items()}
+        by_kernel = [facts.model for facts in self.facts.values() if facts.decode_attention]
+        self.by_kernel = by_kernel if attention is None else []
         self.mixes = reference is not None or self.shares_base
         self.device = self.facts["policy"].device
         self._check_together()
@@ -88,9 +91,9 @@ class Ensemble:
 
     @contextmanager
     def playing(self) -> Iterator[None]:
-        """Dropout off and heads at their fastest; the models are as they were afterwards."""
+        """Dropout off, heads and attention at their fastest; the models are as they were afterwards."""
         models = [facts.model for facts in self.facts.values()]
-        with evaluating(*models), weights_first(models):
+        with evaluating(*models), weights_first(models), attending(self.by_kernel):
             yield
 
     def roles(self, players: Sequence[Player]) -> list[str]:

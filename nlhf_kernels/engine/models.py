@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from .attention import takes_decode_attention
 from .caches import LayerShape, ProbeLayer
 
 OP = "RolloutEngine"
@@ -37,6 +38,7 @@ class ModelFacts:
     dtype: torch.dtype
     device: torch.device
     positions: int | None  # the longest text it can place; None: no limit known
+    decode_attention: bool  # whether its steps may take the kernel of that name
 
     @property
     def cached(self) -> bool:
@@ -66,7 +68,16 @@ def inspect_model(role: str, model: Any, use_cache: bool, op: str = OP) -> Model
             f"{op}: {role}: expected a model whose past lies in keys and values; {type(inner).__name__} {reason} "
             "(use_cache=False reads the whole text every step)"
         )
-    layers, logits = _probe(role, inner, parameter.device, accepted, use_cache, op)
+    layers, logits = _probe(inner, parameter.device, accepted, use_cache)
+    if use_cache and not any(layers):
+        raise ValueError(
+            f"{op}: {role}: expected a model that writes keys and values; {type(inner).__name__} wrote none"
+        )
+
+    def layers_read() -> int:
+        again, _ = _probe(inner, parameter.device, accepted, use_cache)
+        return sum(layer is not None for layer in again)
+
     text = config.get_text_config(decoder=True)
     return ModelFacts(
         role=role,
@@ -77,6 +88,7 @@ def inspect_model(role: str, model: Any, use_cache: bool, op: str = OP) -> Model
         dtype=parameter.dtype,
         device=logits.device if parameter.device.type == "meta" else parameter.device,
         positions=getattr(text, "max_position_embeddings", None),
+        decode_attention=use_cache and parameter.device.type != "meta" and takes_decode_attention(inner, layers_read),
     )
 
 
@@ -108,8 +120,9 @@ def _keeps_state_elsewhere(model: Any) -> str | None:
 
 @torch.no_grad()
 def _probe(
-    role: str, model: Any, device: torch.device, accepted: frozenset[str], use_cache: bool, op: str
+    model: Any, device: torch.device, accepted: frozenset[str], use_cache: bool
 ) -> tuple[tuple[LayerShape | None, ...], torch.Tensor]:
+    """One token read: what every layer stored, and the logits."""
     token = torch.zeros(1, 1, dtype=torch.int64, device="cpu" if device.type == "meta" else device)
     cache = Cache(layer_class_to_replicate=ProbeLayer)
     inputs: dict[str, Any] = {"input_ids": token, "attention_mask": torch.ones_like(token), "use_cache": use_cache}
@@ -117,12 +130,7 @@ def _probe(
         inputs["past_key_values"] = cache
     with evaluating(model):
         outputs = model(**{name: value for name, value in inputs.items() if name in accepted}, return_dict=True)
-    layers = tuple(getattr(layer, "shape", None) for layer in cache.layers)
-    if use_cache and not any(layers):
-        raise ValueError(
-            f"{op}: {role}: expected a model that writes keys and values; {type(model).__name__} wrote none"
-        )
-    return layers, outputs.logits
+    return tuple(getattr(layer, "shape", None) for layer in cache.layers), outputs.logits
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 
+from ..ops import decode_window
 from .caches import StaticRowsCache
 from .clock import Clock
 from .models import ModelFacts
@@ -75,14 +76,16 @@ class CachedReader:
 
     def step(self, tokens: torch.Tensor, clock: Clock) -> dict[str, torch.Tensor]:
         rows, mask = slice(*self.span), clock.read_mask()
-        logits = call(
-            self.facts,
-            input_ids=tokens[rows, None],
-            attention_mask=None if mask is None else mask[rows],
-            position_ids=clock.positions[rows],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        starts, ends = clock.read_ranges()
+        with decode_window(None if starts is None else starts[rows], ends[rows]):
+            logits = call(
+                self.facts,
+                input_ids=tokens[rows, None],
+                attention_mask=None if mask is None else mask[rows],
+                position_ids=clock.positions[rows],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         return {self.facts.role: logits}
 
     def keep(self, rows: torch.Tensor, spans: Mapping[str, Span]) -> None:

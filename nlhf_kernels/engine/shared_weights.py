@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..ops import decode_window
 from .caches import StaticRowsCache
 from .clock import Clock
 from .models import ModelFacts
@@ -115,12 +116,14 @@ class SharedReader:
 
     def step(self, tokens: torch.Tensor, clock: Clock) -> dict[str, torch.Tensor]:
         mask, split = clock.read_mask(), self._policy_rows
-        logits = self._call(
-            split,
-            self._both(tokens[:, None]),
-            None if mask is None else self._both(mask),
-            self._both(clock.positions),
-        )
+        starts, ends = clock.read_ranges()
+        with decode_window(None if starts is None else self._both(starts), self._both(ends)):
+            logits = self._call(
+                split,
+                self._both(tokens[:, None]),
+                None if mask is None else self._both(mask),
+                self._both(clock.positions),
+            )
         return {"policy": logits[:split], "reference": logits[split:]}
 
     def keep(self, rows: torch.Tensor, spans: Mapping[str, Span]) -> None:

@@ -1,5 +1,7 @@
 """One folder, one operation: oracle, kernels, public function, derivations."""
 
+from .decode_attention.op import decode_attention
+from .decode_attention.window import DecodeWindow, current_decode_window, decode_window
 from .linear_logprobs.head import Head
 from .linear_logprobs.op import linear_logprobs
 from .logprobs.op import Logprobs, logprobs
@@ -13,6 +15,7 @@ from .preference_loss.op import PreferenceLoss, preference_loss
 from .row_uniforms.op import row_uniforms
 
 __all__ = [
+    "DecodeWindow",
     "Head",
     "LogLinearSample",
     "Logprobs",
@@ -20,6 +23,9 @@ __all__ = [
     "MixtureSettings",
     "NashPGLoss",
     "PreferenceLoss",
+    "current_decode_window",
+    "decode_attention",
+    "decode_window",
     "linear_logprobs",
     "linear_nash_pg_loss",
     "linear_preference_loss",

@@ -1,0 +1,33 @@
+// decode_attention: one new token a row over a preallocated key/value cache, grouped queries. See
+// nlhf_kernels/ops/decode_attention.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/levels.h"
+
+namespace nlhf {
+
+enum class CacheDtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+struct Cache {
+  const void* data;  // (rows, kv_heads, positions, dim), the last dimension contiguous
+  int64_t row_stride, head_stride, slot_stride;  // in elements
+};
+
+struct DecodeAttention {
+  CacheDtype dtype;     // of query, keys and values
+  const void* query;    // (rows, heads, dim)
+  Cache keys, values;
+  const int64_t* starts;  // (rows), or null: all 0
+  const int64_t* ends;    // (rows)
+  const float* sinks;     // (heads), or null
+  int64_t rows, heads, kv_heads, positions, dim, value_dim;
+  int64_t window;  // the last so many positions before a row's end
+  float scale, softcap;  // softcap 0: none
+  float* out;  // (rows, heads, value_dim)
+};
+
+NLHF_DECLARE_CPU(decode_attention, DecodeAttention)
+
+}  // namespace nlhf

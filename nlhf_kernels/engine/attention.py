@@ -1,0 +1,176 @@
+"""`decode_attention` as an attention implementation of transformers: `model.set_attn_implementation("nlhf_decode")`.
+
+Registered through transformers' public AttentionInterface and AttentionMaskInterface. Inside a `decode_window`, and
+without gradients, a step of one token takes the kernel: no mask is made, no key or value is copied. Everything else,
+prefill and training above all, goes to transformers' sdpa; models that sdpa cannot serve (soft caps, sinks) to a plain
+softmax here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..core.checks import FLOATS
+from ..ops import current_decode_window, decode_attention, decode_window
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+except ImportError as error:
+    raise ImportError("nlhf_kernels.integrations needs transformers: pip install nlhf-kernels[transformers]") from error
+
+NAME = "nlhf_decode"
+_PROBE = "nlhf_decode_probe"
+REPLACED = ("sdpa", "eager")  # what a model has by default; whoever chose another one has a reason
+
+
+def _is_decoding(query_length: int) -> bool:
+    return query_length == 1 and current_decode_window() is not None and not torch.is_grad_enabled()
+
+
+def _range_says_it_all(
+    mask_function: Callable[..., Any], local_size: int | None, use_vmap: bool, config: Any, **_: Any
+) -> bool:
+    """Whether the mask is causal, or causal within the model's sliding window, and nothing else: chunks, blocks and
+    masks of a model's own are made as ever. A name that transformers changes costs a mask, not a wrong result."""
+    if use_vmap:
+        return False
+    if local_size is None:
+        return mask_function is causal_mask_function
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    return mask_function.__name__ == "and_mask" and local_size == getattr(config, "sliding_window", 0) and not chunked
+
+
+def nlhf_decode_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0,
+    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: torch.Tensor | None = None,
+    config: Any = None, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any,
+) -> torch.Tensor | None:  # fmt: skip
+    """No mask where `nlhf_decode_attention` will take the kernel; else the one that sdpa takes."""
+    if _is_decoding(q_length) and _range_says_it_all(mask_function, local_size, use_vmap, config):
+        return None
+    mask: torch.Tensor | None = sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, config=config, local_size=local_size,
+        use_vmap=use_vmap, **kwargs,
+    )  # fmt: skip
+    return mask
+
+
+def nlhf_decode_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (B, Hq, T, D)
+    key: torch.Tensor,  # (B, Hkv, L, D)
+    value: torch.Tensor,  # (B, Hkv, L, Dv)
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,  # (Hq,) sinks
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # (B, T, Hq, Dv)
+    """transformers' attention function: see the file's docstring for which call goes where."""
+    window = current_decode_window()
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if window is not None and attention_mask is None and causal and _is_decoding(query.shape[2]):
+        if kwargs.get("position_bias") is not None:
+            raise ValueError(f"{NAME}: position_bias: expected none in a decode_window; got one")
+        out = decode_attention(
+            query[:, :, 0], key, value, starts=window.starts, ends=window.ends, scale=scaling, window=sliding_window,
+            softcap=softcap, sinks=s_aux,
+        )  # fmt: skip
+        return out.unsqueeze(1), None
+    if softcap is not None or s_aux is not None:
+        return _plain_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window,
+        **kwargs,
+    )  # fmt: skip
+    return out, None
+
+
+def _plain_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,  # (B, 1, T, L) bool
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    batch, heads, length, dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, length, dim)
+    scores = grouped @ key.unsqueeze(2).mT * (dim**-0.5 if scaling is None else scaling)
+    scores = scores.view(batch, heads, length, -1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and length > 1:  # as sdpa_mask means it: causal from the first slot on
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        # The lowest number, not -inf: a row of padding alone must not become NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, length, -1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    weights = weights if sinks is None else weights[..., :-1]
+    weights = torch.nn.functional.dropout(weights, dropout, module.training)
+    out = weights.view(batch, key.shape[1], -1, length, weights.shape[-1]) @ value.unsqueeze(2)
+    return out.view(batch, heads, length, -1).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(NAME, nlhf_decode_attention)
+AttentionMaskInterface.register(NAME, nlhf_decode_mask)
+
+
+@contextmanager
+def attending(models: Sequence[Any], name: str = NAME) -> Iterator[None]:
+    """These models' attention, for a while."""
+    before = [(model, model.config._attn_implementation) for model in models]
+    try:
+        for model in models:
+            model.set_attn_implementation(name)
+        yield
+    finally:
+        for model, own in reversed(before):
+            model.set_attn_implementation(own)
+
+
+def takes_decode_attention(model: Any, read: Callable[[], int]) -> bool:
+    """Whether this model decodes right under NAME. `read` reads one token and says how many layers kept keys.
+
+    Each of those must have come to the attention function, as a layer that attends by itself would miss the mask that
+    is not made; and the windows of the masks must be those that the function is told, for the same reason.
+    """
+    if not getattr(model, "_supports_attention_backend", False) or model.dtype not in FLOATS:
+        return False
+    if model.config._attn_implementation not in REPLACED:
+        return False
+    told: list[int | None] = []
+    masked: list[int | None] = []
+
+    def attention(*arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
+        told.append(named.get("sliding_window"))
+        return nlhf_decode_attention(*arguments, **named)
+
+    def mask(*arguments: Any, **named: Any) -> torch.Tensor | None:
+        masked.append(named.get("local_size"))
+        return nlhf_decode_mask(*arguments, **named)
+
+    AttentionInterface.register(_PROBE, attention)
+    AttentionMaskInterface.register(_PROBE, mask)
+    one = torch.ones(1, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad(), attending([model], _PROBE), decode_window(None, one):
+            return read() == len(told) and set(told) == set(masked)
+    except ValueError:  # a bias on positions, which no range expresses
+        return False

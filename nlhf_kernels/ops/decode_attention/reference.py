@@ -1,0 +1,50 @@
+"""decode_attention in plain PyTorch: the oracle. Equation numbers are those of README.md."""
+
+from __future__ import annotations
+
+import torch
+
+
+def live_range(
+    starts: torch.Tensor | None, ends: torch.Tensor, positions: int, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:  # (R,), (R,): the slots that a row reads, the last one excluded
+    """(2): from a row's own positions to the cache's slots."""
+    end = ends.clamp(min=0)
+    first = (end - window).clamp(min=0) if starts is None else torch.maximum(starts, end - window).clamp(min=0)
+    rolled = (end - positions).clamp(min=0)
+    return (first - rolled).clamp(min=0), end - rolled
+
+
+def decode_attention(
+    query: torch.Tensor,  # (R, Hq, D)
+    keys: torch.Tensor,  # (R, Hkv, L, D)
+    values: torch.Tensor,  # (R, Hkv, L, Dv)
+    starts: torch.Tensor | None,  # (R,)
+    ends: torch.Tensor,  # (R,)
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,  # (Hq,)
+) -> torch.Tensor:  # (R, Hq, Dv)
+    rows, heads, dim = query.shape
+    kv_heads, positions = keys.shape[1:3]
+    real = torch.promote_types(query.dtype, torch.float32)
+    first, last = live_range(starts, ends, positions, window)
+    slot = torch.arange(positions, device=query.device)
+    live = ((slot >= first[:, None]) & (slot < last[:, None]))[:, None, None, :]  # (R, 1, 1, L)
+    grouped = query.to(real).view(rows, kv_heads, heads // kv_heads, dim)
+    # What is not live may be NaN, and 0 * NaN is NaN: it is replaced, not weighted.
+    k, v = (torch.where(live.mT, cache.to(real), 0) for cache in (keys, values))
+    scores = grouped @ k.mT * scale  # (R, Hkv, G, L)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.where(live, scores, -torch.inf)
+    top = scores.amax(-1, keepdim=True)
+    sink = scores.new_full((heads,), -torch.inf) if sinks is None else sinks.to(real)
+    sink = sink.view(kv_heads, -1, 1)  # (Hkv, G, 1)
+    top = torch.maximum(top, sink)
+    top = torch.where(top == -torch.inf, 0, top)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True) + torch.exp(sink - top)
+    out = weights @ v / torch.where(total == 0, 1, total)  # (1); a row that reads nothing gives zeros
+    return out.reshape(rows, heads, values.shape[3]).to(query.dtype)

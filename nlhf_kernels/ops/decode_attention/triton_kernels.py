@@ -1,0 +1,252 @@
+"""decode_attention in Triton: a program per row, key/value head and split of the row's range, then a merge of splits.
+
+Equation numbers are those of README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...core import settings
+from ...core.native import on_device
+
+_TILE_BYTES = 8192  # of keys, and as much of values: small, so that a short range is several, all of them in flight
+#: A split costs a second launch and a pass over partial results, so short caches have one. How many there are follows
+#: from the cache's length alone: a row's result must not depend on the batch.
+_SPLIT = 256
+_MAX_SPLITS = 64
+_HEADS = 16  # query heads a program takes: what a tensor core multiplies at once, padded where there are fewer
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * _LOG2_E)
+
+
+@triton.jit
+def _finite(top):
+    """What a maximum is taken off as: -inf - -inf would be NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _tanh(x):
+    """Near 0 by a polynomial (Cephes), so that the error stays relative; elsewhere exactly +-1 in the end."""
+    z = x * x
+    p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+    near = (p * z - 3.33332819422e-1) * z * x + x
+    far = 1.0 - 2.0 / (_exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _live_range(starts, ends, row, positions, window, HAS_STARTS: tl.constexpr):
+    """(2)"""
+    end = tl.maximum(tl.load(ends + row), 0)
+    first = tl.maximum(end - window, 0)
+    if HAS_STARTS:
+        first = tl.maximum(first, tl.load(starts + row))
+    rolled = tl.maximum(end - positions, 0)
+    return tl.maximum(first - rolled, 0).to(tl.int32), (end - rolled).to(tl.int32)
+
+
+@triton.jit
+def _with_sink(top, total, acc, sinks, head, here):
+    """The sink joins the softmax with a weight and no value."""
+    sink = tl.load(sinks + head, mask=here, other=0.0).to(tl.float32)
+    base = _finite(tl.maximum(top, sink))
+    factor = _exp(top - base)
+    return total * factor + _exp(sink - base), acc * factor[:, None]
+
+
+@triton.jit
+def _dot(a, b, WIDE: tl.constexpr):
+    if WIDE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return tl.dot(a, b)
+
+
+@triton.jit
+def _scores(
+    q, query, k, first_head, heads, dim, DIM: tl.constexpr, HEADS: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """(HEADS, TILE) float32."""
+    if DOT:
+        scores = _dot(q, tl.trans(k), WIDE)
+    else:
+        # Head by head: the products of float32 stay float32, and one head alone fills no tensor core.
+        scores = tl.zeros((HEADS, k.shape[0]), tl.float32)
+        wide = k.to(tl.float32)
+        for h in tl.static_range(HEADS):
+            one = tl.load(query + h * DIM + dim, mask=(dim < DIM) & (first_head + h < heads), other=0.0)
+            products = tl.sum(wide * one.to(tl.float32)[None, :], axis=1)
+            scores = tl.where(tl.arange(0, HEADS)[:, None] == h, products[None, :], scores)
+    return scores
+
+
+@triton.jit
+def _weighted(weights, v, HEADS: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr):
+    """(HEADS, VALUE_BLOCK) float32."""
+    if DOT:
+        out = _dot(weights.to(v.dtype), v, WIDE)
+    else:
+        out = tl.zeros((HEADS, v.shape[1]), tl.float32)
+        wide = v.to(tl.float32)
+        for h in tl.static_range(HEADS):
+            one = tl.sum(tl.where(tl.arange(0, HEADS)[:, None] == h, weights, 0.0), axis=0)
+            total = tl.sum(wide * one[:, None], axis=0)
+            out = tl.where(tl.arange(0, HEADS)[:, None] == h, total[None, :], out)
+    return out
+
+
+@triton.jit
+def attend_kernel(
+    query,  # (rows, kv_heads * GROUP, DIM)
+    keys, values,  # (rows, kv_heads, positions, DIM or VALUE_DIM)
+    starts, ends,  # (rows,)
+    sinks,  # (kv_heads * GROUP,)
+    out,  # (rows, kv_heads * GROUP, VALUE_DIM); with splits (.., SPLITS, VALUE_DIM) float32, before the division
+    tops, sums,  # (rows, kv_heads * GROUP, SPLITS) float32; used with splits only
+    key_row, key_head, key_slot, value_row, value_head, value_slot,  # strides
+    kv_heads, positions, window, scale, softcap,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, DOT: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    split = program % SPLITS
+    parts: tl.constexpr = (GROUP + HEADS - 1) // HEADS  # of a group too large for one program
+    first_head = program // SPLITS % parts * HEADS
+    pair = program // (SPLITS * parts)
+    row, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    head = first_head + tl.arange(0, HEADS)
+    here = head < GROUP
+    first = (row * kv_heads + kv_head) * GROUP + first_head  # of the (rows * heads) the program's first
+    lane = tl.arange(0, HEADS)
+    dim, value_dim, slot = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK), tl.arange(0, TILE)
+    query += first * DIM
+    q = tl.load(query + lane[:, None] * DIM + dim[None, :], mask=here[:, None] & (dim < DIM)[None, :], other=0.0)
+
+    begin, end = _live_range(starts, ends, row, positions, window, HAS_STARTS)
+    length = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), SPLITS), TILE) * TILE
+    begin += split * length
+    end = tl.minimum(end, begin + length)
+    key = keys + row * key_row + kv_head * key_head + begin.to(tl.int64) * key_slot
+    value = values + row * value_row + kv_head * value_head + begin.to(tl.int64) * value_slot
+    key += slot.to(tl.int64)[:, None] * key_slot + dim[None, :]
+    value += slot.to(tl.int64)[:, None] * value_slot + value_dim[None, :]
+
+    top = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, VALUE_BLOCK), tl.float32)
+    for start in range(begin, end, TILE):
+        inside = start + slot < end
+        k = tl.load(key, mask=inside[:, None] & (dim < DIM)[None, :], other=0.0)
+        v = tl.load(value, mask=inside[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0)
+        scores = _scores(q, query, k, first_head, GROUP, dim, DIM, HEADS, DOT, WIDE) * scale
+        if HAS_SOFTCAP:
+            scores = softcap * _tanh(scores / softcap)
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        base = _finite(higher)
+        factor = _exp(top - base)
+        weights = _exp(scores - base[:, None])
+        total = total * factor + tl.sum(weights, axis=1)
+        acc = acc * factor[:, None] + _weighted(weights, v, HEADS, DOT, WIDE)
+        top = higher
+        key += TILE * key_slot.to(tl.int64)
+        value += TILE * value_slot.to(tl.int64)
+
+    inside = here[:, None] & (value_dim < VALUE_DIM)[None, :]
+    if SPLITS == 1:
+        if HAS_SINKS:
+            total, acc = _with_sink(top, total, acc, sinks, kv_head * GROUP + head, here)
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    else:
+        tl.store(tops + (first + lane) * SPLITS + split, top, mask=here)
+        tl.store(sums + (first + lane) * SPLITS + split, total, mask=here)
+        inside = inside & (total != 0)[:, None]  # an empty split is left unwritten, and not read
+    target = ((first + lane) * SPLITS + split) * VALUE_DIM
+    tl.store(out + target[:, None] + value_dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def merge_kernel(
+    partial,  # (rows * heads, SPLITS, VALUE_DIM)
+    tops, sums,  # (rows * heads, SPLITS)
+    sinks,  # (heads,)
+    out,  # (rows * heads, VALUE_DIM)
+    heads,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """(3), for one query head of one row."""
+    program = tl.program_id(0).to(tl.int64)
+    split, value_dim = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
+    top = tl.load(tops + program * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+    total = tl.load(sums + program * SPLITS + split, mask=split < SPLITS, other=0.0)
+    highest = tl.max(top, axis=0)
+    if HAS_SINKS:
+        sink = tl.load(sinks + program % heads).to(tl.float32)
+        highest = tl.maximum(highest, sink)
+    base = _finite(highest)
+    factor = _exp(top - base)
+    inside = (total != 0)[:, None] & (value_dim < VALUE_DIM)[None, :]
+    acc = tl.load(
+        partial + (program * SPLITS + split)[:, None] * VALUE_DIM + value_dim[None, :], mask=inside, other=0.0
+    )
+    whole = tl.sum(total * factor, axis=0)
+    if HAS_SINKS:
+        whole += _exp(sink - base)
+    result = tl.sum(acc * factor[:, None], axis=0) / tl.where(whole == 0, 1.0, whole)
+    tl.store(out + program * VALUE_DIM + value_dim, result.to(out.dtype.element_ty), mask=value_dim < VALUE_DIM)
+
+
+def decode_attention(
+    query: torch.Tensor,  # (R, Hq, D), contiguous
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor | None,
+    ends: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    rows, heads, dim = query.shape
+    _, kv_heads, positions, value_dim = values.shape
+    group = heads // kv_heads
+    out = torch.empty((rows, heads, value_dim), dtype=query.dtype, device=query.device)
+    if not out.numel():
+        return out
+    dot = group > 1 and query.dtype != torch.float32
+    at_once = _HEADS if dot else min(_HEADS, triton.next_power_of_2(group))
+    block, value_block = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
+    tile = max(16, min(128, _TILE_BYTES // (max(block, value_block) * query.element_size())))
+    splits = max(1, min(_MAX_SPLITS, min(positions, window) // _SPLIT))
+    partial, tops, sums = out, out, out
+    if splits > 1:
+        real = {"dtype": torch.float32, "device": query.device}
+        partial = torch.empty((rows, heads, splits, value_dim), **real)
+        tops, sums = torch.empty((2, rows, heads, splits), **real)
+    with on_device(query.device):
+        attend_kernel[(rows * kv_heads * triton.cdiv(group, at_once) * splits,)](
+            query, keys, values, ends if starts is None else starts, ends, query if sinks is None else sinks,
+            partial, tops, sums, *keys.stride()[:3], *values.stride()[:3],
+            kv_heads, positions, window, scale, softcap,
+            GROUP=group, HEADS=at_once, DIM=dim, BLOCK=block, VALUE_DIM=value_dim, VALUE_BLOCK=value_block, TILE=tile,
+            SPLITS=splits, HAS_STARTS=starts is not None, HAS_SOFTCAP=softcap != 0, HAS_SINKS=sinks is not None,
+            DOT=dot, WIDE=settings.triton_interpret,  # the interpreter multiplies bfloat16 by its bits
+            num_warps=4, num_stages=4 if dot else 2,
+        )  # fmt: skip
+        if splits > 1:
+            merge_kernel[(rows * heads,)](
+                partial, tops, sums, query if sinks is None else sinks, out, heads,
+                SPLITS=splits, BLOCK=triton.next_power_of_2(splits), VALUE_DIM=value_dim, VALUE_BLOCK=value_block,
+                HAS_SINKS=sinks is not None, num_warps=4,
+            )  # fmt: skip
+    return out
