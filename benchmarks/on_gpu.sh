@@ -27,6 +27,7 @@ for tool in memcheck racecheck initcheck synccheck; do
     "$python" -m pytest -q -x tests/test_mirror_descent.py tests/test_row_uniforms.py tests/test_mixture_sample.py -k "$small"
 done
 step benchmarks "$python" -m benchmarks.run --device cuda --out "$out/$gpu.jsonl"
+step rollout "$python" -m benchmarks.rollout --device cuda --out "$out/$gpu-rollout.jsonl"
 step growth "$python" -m benchmarks.run --device cuda --preset growth --no-compile --out "$out/$gpu.jsonl"
 step plots "$python" -m benchmarks.run --plot "$out/$gpu.jsonl" --plot-dir "$out"
 

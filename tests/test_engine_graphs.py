@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from nlhf_kernels import use_backend
 from nlhf_kernels.engine import Hooks, Player, RolloutEngine, nash_md
 from nlhf_kernels.engine.graphs import Graphs
 from nlhf_kernels.engine.openness import OpenRows
@@ -35,12 +36,13 @@ class FakeRecorder:
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
         clock = self.engine._space.clock
-        filled = clock.filled
+        recorded = clock.filled, clock.padded
 
         def replay() -> None:
-            now, clock.filled = clock.filled, filled  # a graph knows nothing of the host's counters
+            now = clock.filled, clock.padded
+            clock.filled, clock.padded = recorded  # a graph knows nothing of the host's view
             step()
-            clock.filled = now
+            clock.filled, clock.padded = now
             self.replays += 1
 
         return replay
@@ -80,6 +82,26 @@ def test_the_next_rollout_replays_what_this_one_recorded() -> None:
     engine.release()
     engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(12))
     assert recorder.records == 2 * records
+
+
+def test_steps_recorded_without_padding_serve_padded_prompts() -> None:
+    policy, reference = tiny_pair("llama")
+    engine, recorder = recorded(policy, reference)
+    whole, ragged = prompts((9, 9, 9)), prompts((9, 2, 5))
+    engine.rollout(**padded(whole), players=nash_md(BETA), settings=settings(6))
+    records = recorder.records
+    result = engine.rollout(**padded(ragged), players=nash_md(BETA), settings=settings(6))
+    assert recorder.records == records
+    for responses, beta in zip(result, (0.0, BETA), strict=True):
+        assert worst_error(responses, policy, reference, ragged, beta) < 5e-5
+
+
+def test_a_backend_asked_for_is_recorded_anew() -> None:
+    engine, recorder = recorded(*tiny_pair("llama"))
+    for backend, records in (("cpu", 1), ("reference", 2), ("cpu", 2)):
+        with use_backend(backend):
+            engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(3))
+        assert recorder.records == records
 
 
 def test_recorded_and_eager_rollouts_agree_while_rows_leave() -> None:

@@ -61,7 +61,8 @@ class Clock:
 
     def read_ranges(self) -> tuple[torch.Tensor | None, torch.Tensor]:  # (rows,), (rows,)
         """The same as ranges of slots: where each row's begins (None: all at 0), and where it ends."""
-        return self.starts[: self.rows] if self.padded else None, (self.cursor + 1).expand(self.rows).contiguous()
+        starts = self.starts[: self.rows] if self.padded or self.static else None  # a graph serves padded prompts too
+        return starts, (self.cursor + 1).expand(self.rows).contiguous()
 
     def keep(self, rows: torch.Tensor) -> None:
         self.rows = len(rows)

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from ..core.settings import requested
 from ..ops import log_linear_sample
 from .clock import Clock
 from .graphs import Graphs
@@ -92,7 +93,8 @@ class Rollout:
         else:
             clock.bucket = self.graphs.bucket(clock.filled + 1)
             key = (tuple((seat.source, seat.stream, seat.start, seat.stop) for seat in table.seats), clock.bucket,
-                   self._ends_forbidden(), table.filtered, table.columns, self.plan.logprobs)  # fmt: skip
+                   self._ends_forbidden(), table.filtered, table.columns, self.plan.logprobs,
+                   requested(self.plan.settings.backend).backend)  # fmt: skip
             self.graphs.run(key, self._step, (clock.cursor, clock.step, clock.positions, table.tokens))
         clock.filled += 1
         self._count()
