@@ -118,6 +118,21 @@ def test_recorded_and_eager_rollouts_agree_while_rows_leave() -> None:
         torch.testing.assert_close(one.mixture_logprobs, two.mixture_logprobs, rtol=0, atol=1e-4)
 
 
+def test_compiled_models_say_the_same(monkeypatch) -> None:
+    """Shapes stand still, so that two buckets and one departure are a handful of compilations."""
+    policy, reference = tiny_pair("llama")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    engine = RolloutEngine(policy, reference, compile=True, bucket=16)
+    result = engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(12))
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    for responses, beta in zip(result, (0.0, BETA), strict=True):
+        assert worst_error(responses, policy, reference, prompts(), beta) < 5e-5
+
+
 def test_books() -> None:
     _, recorder = recorded(*tiny_pair("gpt2"))
     graphs = Graphs(recorder, bucket=256)

@@ -66,7 +66,8 @@ def check_number(
     """`value` as a finite number in [low, high], or in (low, high] where `open_low`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: expected a number; got {type(value).__name__}")
-    inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
+    finite = -math.inf < value < math.inf  # not math.isfinite, which torch.compile cannot trace for a dynamic float
+    inside = finite and (low < value if open_low else low <= value) and value <= high
     if not inside:
         bounded = math.isfinite(low) or math.isfinite(high)
         interval = f" in {'(' if open_low else '['}{low}, {high}{')' if math.isinf(high) else ']'}" if bounded else ""

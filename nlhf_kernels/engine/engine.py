@@ -12,7 +12,7 @@ import torch
 from ..core.checks import check_option
 from .clock import Clock
 from .ensemble import Ensemble
-from .graphs import BUCKET, CudaRecorder, Graphs, Recorder
+from .graphs import BUCKET, CudaRecorder, Graphs, Recorder, Unrecorded
 from .hooks import Hooks
 from .ledger import Ledger
 from .loop import Plan, Rollout, Workspace
@@ -56,6 +56,7 @@ class RolloutEngine:
         use_cache: bool = True,  # False: every step reads the whole text again, for models without keys and values
         attention: str
         | None = None,  # transformers' name of one, set on the models; None: decode_attention where it fits
+        compile: bool = False,  # torch.compile for the models' steps; takes a minute or more per number of rows
         graphs: bool = True,  # False: eager steps on a GPU too
         recorder: Recorder | None = None,  # what records steps; None: CUDA graphs on a GPU, nothing elsewhere
         bucket: int = BUCKET,  # cache slots by which a recorded step's view grows
@@ -63,10 +64,12 @@ class RolloutEngine:
         op: str = "RolloutEngine",  # the name in errors
     ) -> None:
         self.op, self.memory_limit = op, memory_limit
-        self.ensemble = Ensemble(op, policy, reference, opponent, vocab_size, use_cache, attention)
+        self.ensemble = Ensemble(op, policy, reference, opponent, vocab_size, use_cache, attention, compile)
         self.device = self.ensemble.device
         if recorder is None and graphs and self.device.type == "cuda":
             recorder = CudaRecorder(self.device)
+        if recorder is None and compile:
+            recorder = Unrecorded()
         self.graphs = None if recorder is None else Graphs(recorder, bucket)
         self._space: Workspace | None = None
         self._capacity: tuple[dict[str, int], int, int, tuple[str, ...]] | None = None

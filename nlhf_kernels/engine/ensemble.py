@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from ..core.checks import check_integer
 from .attention import NAME, REPLACED, attending
 from .clock import Clock
@@ -34,6 +36,7 @@ class Ensemble:
         vocab_size: int | None,
         use_cache: bool,
         attention: str | None,
+        compiled: bool,
     ) -> None:
         self.op, self.policy = op, policy
         self.notes: list[str] = []
@@ -55,6 +58,19 @@ class Ensemble:
         self._check_together()
         self.vocabulary = self._common_vocabulary(vocab_size)
         self.one_pass = self.shares_base and self._may_share(use_cache)
+        self.forwards = self._compiled() if compiled else {}
+
+    def _compiled(self) -> dict[str, Any]:
+        """What steps call in a model's place. Prompts are read by the model itself: each has a length of its own."""
+        forwards = {}
+        for role, facts in self.facts.items():
+            if not facts.cached:
+                self.note(f"not compiled: the {role} reads the whole text every step")
+            elif role == "policy" and self.shares_base:
+                self.note("not compiled: the policy's adapters are switched by the host")
+            else:
+                forwards[role] = torch.compile(facts.model)
+        return forwards
 
     def _may_share(self, use_cache: bool) -> bool:
         reason = why_not_one_pass(self.policy) if use_cache else "use_cache=False reads the whole text"
@@ -93,7 +109,8 @@ class Ensemble:
     def playing(self) -> Iterator[None]:
         """Dropout off, heads and attention at their fastest; the models are as they were afterwards."""
         models = [facts.model for facts in self.facts.values()]
-        with evaluating(*models), weights_first(models), attending(self.by_kernel):
+        eager = [facts.model for role, facts in self.facts.items() if role not in self.forwards]
+        with evaluating(*models), weights_first(eager), attending(self.by_kernel):
             yield
 
     def roles(self, players: Sequence[Player]) -> list[str]:
@@ -116,7 +133,9 @@ class Ensemble:
             policy = self.facts["policy"]
             return BaseReader(self.policy, policy, rows, length, clock)
         facts = self.facts[role]
-        return CachedReader(facts, rows, length, clock) if facts.cached else WholeTextReader(facts, rows, length, clock)
+        if not facts.cached:
+            return WholeTextReader(facts, rows, length, clock)
+        return CachedReader(facts, rows, length, clock, self.forwards.get(role))
 
     def readers(self, rows: Mapping[str, int], length: int, clock: Clock) -> list[Reader]:
         if self.one_pass and "policy" in rows:

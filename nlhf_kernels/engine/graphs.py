@@ -42,6 +42,16 @@ class Graphs:
         return self.recorder.side_by_side(reads)
 
 
+class Unrecorded:
+    """Steps of standing shapes that nobody records: what compiled models want where there are no graphs."""
+
+    def record(self, step: Run, state: Sequence[torch.Tensor]) -> Run:
+        return step
+
+    def side_by_side(self, reads: Sequence[Callable[[], Any]]) -> list[Any]:
+        return [read() for read in reads]
+
+
 class CudaRecorder:
     """Graphs share one memory pool, as they replay one after another; each model's forward has a stream of its own."""
 

@@ -39,11 +39,12 @@ class Reader(Protocol):
         """Only `rows` of the rollout go on; `spans` are where they lie afterwards."""
 
 
-def call(facts: ModelFacts, **inputs: Any) -> torch.Tensor:
-    """Logits at the last position, (rows, V)."""
+def call(facts: ModelFacts, forward: Any = None, **inputs: Any) -> torch.Tensor:
+    """Logits at the last position, (rows, V). `forward`: what is called in the model's place."""
     inputs |= {"logits_to_keep": 1, "return_dict": True}
     accepted = {name: value for name, value in inputs.items() if name in facts.accepted or name == "return_dict"}
-    logits: torch.Tensor = facts.model(**accepted).logits[:, -1]
+    forward = facts.model if forward is None else forward
+    logits: torch.Tensor = forward(**accepted).logits[:, -1]
     return logits.float() if logits.dtype == torch.float64 else logits
 
 
@@ -53,10 +54,10 @@ def prompt_positions(prompts: Prompts) -> torch.Tensor:
 
 
 class CachedReader:
-    """A model with key/value caches."""
+    """A model with key/value caches. `forward`: what steps call in the model's place, a compiled one."""
 
-    def __init__(self, facts: ModelFacts, rows: int, length: int, clock: Clock) -> None:
-        self.facts, self.names, self.span = facts, (facts.role,), (0, 0)
+    def __init__(self, facts: ModelFacts, rows: int, length: int, clock: Clock, forward: Any = None) -> None:
+        self.facts, self.names, self.span, self.forward = facts, (facts.role,), (0, 0), forward
         self.cache = StaticRowsCache(facts.layers, rows, length, clock, facts.device)
 
     def start(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
@@ -80,6 +81,7 @@ class CachedReader:
         with decode_window(None if starts is None else starts[rows], ends[rows]):
             logits = call(
                 self.facts,
+                self.forward,
                 input_ids=tokens[rows, None],
                 attention_mask=None if mask is None else mask[rows],
                 position_ids=clock.positions[rows],
