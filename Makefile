@@ -56,7 +56,7 @@ $(VENV)/packages: constraints.txt pyproject.toml
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt torch
 	@echo "== installing the other packages (2 of 2)"
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt setuptools wheel pybind11 ninja cmake build \
-	  numpy rich triton matplotlib scipy transformers pytest pytest-timeout ruff mypy
+	  numpy rich triton matplotlib scipy transformers accelerate peft datasets pyyaml pytest pytest-timeout ruff mypy
 	@touch $@
 
 $(VENV)/ready: $(VENV)/packages $(SOURCES)

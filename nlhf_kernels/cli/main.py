@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, info, sample, tabular
+from . import demo, info, prefer, sample, tabular
 
-COMMANDS = {"info": info, "demo": demo, "tabular": tabular, "sample": sample}
+COMMANDS = {"info": info, "demo": demo, "tabular": tabular, "sample": sample, "prefer": prefer}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.checks import check_integer, check_number
+from ..core.optional import need
+from .loading import BadInput, find_device, load_model, load_tokenizer, refuse
 
 if TYPE_CHECKING:
     from ..engine import Responses
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGE_RATIO = 2.0  # nats between policy and reference at which a token's colour is full
-
-
-class BadInput(Exception):
-    """What the user gave cannot be used; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompts = _prompts(arguments)
         samples = _generate(arguments, prompts)
     except (BadInput, ValueError, TypeError) as error:  # the checks' own errors are one line and name the argument
-        print(f"nlhf-kernels: error: {_first_line(error)}", file=sys.stderr)
-        return 2
+        return refuse(error)
     if arguments.json:
         print(_as_json(arguments, samples))
         return 0
@@ -90,10 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
     for sample in samples:
         _print(console, sample, arguments.num_samples)
     return 0
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -129,7 +122,7 @@ def _generate(arguments: argparse.Namespace, prompts: list[str]) -> list[Sample]
         from ..engine import Hooks, Player, RolloutEngine, RolloutSettings, has_key_value_cache
     except ImportError as error:
         raise BadInput(f"sample: {error}") from error
-    device = _device(arguments.device)
+    device = find_device("sample", arguments.device)
     tokenizer, policy, reference, width = _load(arguments, device)
     rows = [_encode(tokenizer, prompt, arguments.chat) for prompt in prompts for _ in range(arguments.num_samples)]
     _check_room((policy, reference), max(map(len, rows)) + arguments.max_new_tokens)
@@ -186,28 +179,23 @@ class _Bar:
         self.progress.update(self.task, completed=self.batches_done * self.steps)
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build of PyTorch that is asked for CUDA
-        raise BadInput(f"sample: --device: expected a device PyTorch can use here; got {name!r}") from error
-
-
 def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Any, int | None]:
     """The tokenizer, both models, and how many columns of their heads count (None: all)."""
-    tokenizer = _tokenizer("--policy", arguments.policy, arguments.trust_remote_code)
-    models = []
+    transformers = need("transformers", "sample")
+    tokenizer = load_tokenizer("sample", "--policy", arguments.policy, arguments.trust_remote_code)
+    models: list[Any] = []
     for option, name in (("--policy", arguments.policy), ("--reference", arguments.reference)):
-        options = {"use_safetensors": True, "dtype": arguments.dtype}
-        trust = arguments.trust_remote_code
-        models.append(name and _from_pretrained("AutoModelForCausalLM", option, name, trust, **options).to(device))
+        if name is None:
+            models.append(None)
+            continue
+        options = {"use_safetensors": True, "dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
+        load = partial(transformers.AutoModelForCausalLM.from_pretrained, name, **options)
+        models.append(load_model("sample", option, name, load).to(device))
     policy, reference = models
     if reference is None:
         return tokenizer, policy, None, None
     try:
-        other = _tokenizer("--reference", arguments.reference, arguments.trust_remote_code)
+        other = load_tokenizer("sample", "--reference", arguments.reference, arguments.trust_remote_code)
     except BadInput:
         other = None  # a folder of weights alone: then only the sizes can be compared
     if other is not None:
@@ -216,14 +204,6 @@ def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any
     if other is not None and len(tokenizer) <= min(widths) < max(widths):
         return tokenizer, policy, reference, min(widths)  # one vocabulary, heads padded to different sizes
     return tokenizer, policy, reference, None
-
-
-def _tokenizer(option: str, name: str, trust: bool) -> Any:
-    """transformers makes an empty tokenizer for some folders that have none; so the files are looked for first."""
-    folder = Path(name)
-    if folder.is_dir() and not any(any(folder.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model")):
-        raise BadInput(f"sample: {option}: expected tokenizer files; got a folder without, {name!r}")
-    return _from_pretrained("AutoTokenizer", option, name, trust)
 
 
 def _check_same_tokens(tokenizer: Any, other: Any) -> None:
@@ -235,23 +215,6 @@ def _check_same_tokens(tokenizer: Any, other: Any) -> None:
                 f"sample: --reference: expected the policy's vocabulary, {len(ours)} tokens; got another one, "
                 f"{len(theirs)} tokens: token {id} is {theirs[id]!r}, the policy's {ours[id]!r}"
             )
-
-
-def _from_pretrained(kind: str, option: str, name: str, trust: bool, **options: Any) -> Any:
-    import transformers
-
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise BadInput(f"sample: {option}: expected a model's folder or its name on the hub; got {name!r}, no folder")
-    hub_log: Any = transformers.utils.logging
-    bars = hub_log.is_progress_bar_enabled()
-    hub_log.disable_progress_bar()
-    try:
-        return getattr(transformers, kind).from_pretrained(name, trust_remote_code=trust, **options)
-    except Exception as error:  # many kinds, from many files; the first line of each says what is wrong
-        raise BadInput(f"sample: {option}: {kind} cannot load {name!r}: {_first_line(error)}") from error
-    finally:
-        if bars:
-            hub_log.enable_progress_bar()
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

@@ -1,0 +1,254 @@
+"""`nlhf-kernels prefer`: train a model of human preferences, and ask it which of two responses is better.
+
+`train` makes one from preference pairs and a base model; `score` prints P(first > second | prompt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..core.checks import check_integer, check_number
+from ..core.optional import need
+from ..core.whole import write_whole
+from ..data import Comparison, Pair, load_comparisons, load_pairs, split_by_prompt
+from .loading import BadInput, find_device, load_model, load_tokenizer, quiet, refuse
+
+if TYPE_CHECKING:
+    from ..preference import ComparisonModel, TrainingReport
+
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    what = "train on pairs of which one response was preferred, and measure on pairs held out"
+    _add_train(actions.add_parser("train", help=what, description=f"{what[0].upper()}{what[1:]}."))
+    what = "print P(first > second | prompt) of one pair or of a file of them"
+    _add_score(actions.add_parser("score", help=what, description=f"{what[0].upper()}{what[1:]}."))
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data: columns prompt, chosen, rejected; strings or lists of messages")
+    data.add_argument("--data", required=True, help=".jsonl, .json, .csv; with datasets .parquet, a folder, a hub name")
+    data.add_argument("--split", help="part of a hub data set (default train)")
+    held_out = data.add_mutually_exclusive_group()
+    held_out.add_argument("--held-out", help="pairs to measure on (default: --test-fraction of the prompts)")
+    held_out.add_argument("--test-fraction", type=float, default=0.1, help="0 holds none out (default 0.1)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--base", required=True, help="causal language model: a folder or a hub name, safetensors only")
+    model.add_argument("--kind", choices=("pairwise", "reward"), default="pairwise", help="(default pairwise)")
+    model.add_argument("--template", type=Path, help="text file with {prompt} {first} {second}; reward: {response}")
+    model.add_argument("--max-length", type=int, help="tokens read of a pair (default: the model's positions)")
+    model.add_argument("--overlong", choices=("error", "truncate"), default="error", help="pairs above (default error)")
+    model.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, help="(default: as many as go through the data once)")
+    training.add_argument("--batch-size", type=int, default=16, help="pairs a step (default 16)")
+    training.add_argument("--micro-batch", type=int, help="pairs at once through the model (default: all of a step)")
+    training.add_argument("--learning-rate", type=float, default=1e-5, help="(default 1e-5)")
+    training.add_argument("--weight-decay", type=float, default=0.0, help="(default 0)")
+    training.add_argument("--seed", type=int, default=0, help="of the order, dropout and the test set (default 0)")
+    training.add_argument("--bfloat16", action="store_true", help="products in bfloat16; weights stay float32")
+    training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    training.add_argument("--checkpoint", type=Path, help="file to go on from after an interruption; gone at the end")
+    training.add_argument("--checkpoint-every", type=int, help="steps (default 500)")
+    _add_common(parser)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the trained model")
+    parser.add_argument("--overwrite", action="store_true", help="replace a preference model at --output")
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder that `prefer train` made")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    pair = parser.add_argument_group("pairs: one here, or a file")
+    for name in Comparison._fields:
+        pair.add_argument(f"--{name}")
+    pair.add_argument("--chat", action="store_true", help="the pair is a conversation, for the model's chat template")
+    pair.add_argument("--file", help="columns prompt, first, second: .jsonl, .json or .csv; prints JSON lines")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs at once (default 16)")
+    parser.add_argument(
+        "--output", type=Path, help="write this file instead of printing; one that is there is replaced"
+    )
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    action = {"train": _train, "score": _score}[arguments.action]
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            print(action(arguments), end="")
+        except (BadInput, ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+            return refuse(error)
+        except KeyboardInterrupt:
+            checkpoint = getattr(arguments, "checkpoint", None)
+            kept = f"the same command goes on from {checkpoint}" if checkpoint and checkpoint.exists() else ""
+            print(f"nlhf-kernels: interrupted: {kept or 'nothing was written'}", file=sys.stderr)
+            return INTERRUPTED
+    return 0
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"nlhf-kernels: warning: {message}", file=sys.stderr)
+
+
+def _train(arguments: argparse.Namespace) -> str:
+    from ..preference import train_preference_model
+    from ..preference.storage import check_output, save_preference_model
+
+    check_integer("prefer", "--seed", arguments.seed, 0, 2**63 - 1)
+    check_number("prefer", "--test-fraction", arguments.test_fraction, 0.0, 1.0)
+    if arguments.checkpoint is None and arguments.checkpoint_every is not None:
+        raise BadInput("prefer: --checkpoint-every: expected with --checkpoint; got it alone")
+    device = find_device("prefer", arguments.device)
+    try:
+        check_output(arguments.output, overwrite=arguments.overwrite)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"prefer: --output: {str(error).removeprefix('preference: ')}") from error
+    tokenizer = load_tokenizer("prefer", "--base", arguments.base, arguments.trust_remote_code)
+    pairs, held_out = _pairs(arguments, tokenizer)
+    settings = _settings(arguments, len(pairs))
+    model = _new_model(arguments, tokenizer).to(device)
+    keeping: dict[str, Any] = {"checkpoint": arguments.checkpoint}
+    if arguments.checkpoint_every is not None:
+        keeping["checkpoint_every"] = arguments.checkpoint_every
+    report = train_preference_model(model, pairs, settings, held_out=held_out, **keeping)
+    with quiet():
+        save_preference_model(model, arguments.output, overwrite=arguments.overwrite)
+    if arguments.checkpoint is not None:
+        arguments.checkpoint.unlink(missing_ok=True)
+    return _report(arguments, report, len(pairs))
+
+
+def _pairs(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
+    pairs = load_pairs(arguments.data, tokenizer, split=arguments.split)
+    if arguments.held_out is not None:
+        return pairs, load_pairs(arguments.held_out, tokenizer)
+    return split_by_prompt(pairs, arguments.test_fraction, arguments.seed) if arguments.test_fraction else (pairs, [])
+
+
+def _settings(arguments: argparse.Namespace, pairs: int) -> Any:
+    from ..preference import PreferenceTraining
+
+    check_integer("prefer", "--batch-size", arguments.batch_size, 1, 10**6)
+    return PreferenceTraining(
+        steps=math.ceil(pairs / arguments.batch_size) if arguments.steps is None else arguments.steps,
+        batch_size=arguments.batch_size,
+        micro_batch=arguments.micro_batch,
+        learning_rate=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        seed=arguments.seed,
+        bfloat16=arguments.bfloat16,
+    )
+
+
+def _new_model(arguments: argparse.Namespace, tokenizer: Any) -> ComparisonModel:
+    from ..preference.models import KINDS, load_whole
+
+    transformers = need("transformers", "prefer")
+
+    def load() -> Any:
+        trust = arguments.trust_remote_code
+        return load_whole(
+            transformers.AutoModelForCausalLM, arguments.base, dtype=torch.float32, trust_remote_code=trust
+        )
+
+    template = None if arguments.template is None else _template(arguments.template)
+    base = load_model("prefer", "--base", arguments.base, load)
+    model = KINDS[arguments.kind](
+        base, tokenizer, template=template, max_length=arguments.max_length, overlong=arguments.overlong
+    )
+    if arguments.gradient_checkpointing:
+        model.body.gradient_checkpointing_enable()
+    return model
+
+
+def _template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"prefer: --template: expected a text file in UTF-8; got {str(path)!r}: {error}") from error
+
+
+def _report(arguments: argparse.Namespace, report: TrainingReport, pairs: int) -> str:
+    evaluation = report.evaluation
+    if arguments.json:
+        document = {
+            "output": str(arguments.output),
+            "kind": arguments.kind,
+            "pairs": pairs,
+            "losses": report.losses,
+            "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),
+        }
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    console = Console()
+    with console.capture() as capture:
+        console.print(f"{pairs} pairs, {len(report.losses)} steps, last loss {report.losses[-1]:.4f}", highlight=False)
+        if evaluation is not None:
+            lines = (
+                f"{evaluation.count} pairs held out: accuracy {evaluation.accuracy:.3f}",
+                f"log-loss {evaluation.log_loss:.4f} (knowing nothing: 0.6931)",
+                f"expected calibration error {evaluation.calibration_error:.3f}",
+            )
+            console.print(*lines, sep="\n", highlight=False)
+            table = Table()
+            for column in ("how sure", "pairs", "mean confidence", "right"):
+                table.add_column(column, justify="right")
+            for bin in evaluation.bins:
+                between = f"{bin.low:.2f} to {bin.high:.2f}"
+                table.add_row(between, str(bin.count), f"{bin.confidence:.3f}", f"{bin.accuracy:.3f}")
+            console.print(table)
+    return f"{capture.get()}Saved: {arguments.output}\n"
+
+
+def _score(arguments: argparse.Namespace) -> str:
+    from ..preference import PreferenceModelJudge, checked, load_preference_model
+
+    texts = [getattr(arguments, name) for name in Comparison._fields]
+    if (None in texts) if arguments.file is None else (texts != [None] * 3):
+        raise BadInput("prefer: expected --prompt, --first and --second, or --file alone")
+    if arguments.chat and arguments.file is not None:
+        raise BadInput(
+            "prefer: --chat: expected with one pair; got --file, whose rows are messages where they should be"
+        )
+    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+        raise BadInput(f"prefer: --output: expected a file in a folder that is there; got {str(arguments.output)!r}")
+    check_integer("prefer", "--batch-size", arguments.batch_size, 1, 10**6)
+    device = find_device("prefer", arguments.device)
+    options = {"device": device, "trust_remote_code": arguments.trust_remote_code}
+    load = lambda: load_preference_model(arguments.model, **options)  # noqa: E731
+    model = load_model("prefer", "--model", arguments.model, load)
+    if arguments.chat:
+        roles = ("user", "assistant", "assistant")
+        texts = [[{"role": role, "content": text}] for role, text in zip(roles, texts, strict=True)]
+    source: Any = arguments.file or [dict(zip(Comparison._fields, texts, strict=True))]
+    pairs = load_comparisons(source, model.tokenizer)
+    judge = checked(PreferenceModelJudge(model, arguments.batch_size), arguments.model)
+    probabilities = judge(*zip(*pairs, strict=True)).tolist()
+    rows = [{**pair._asdict(), "probability": p} for pair, p in zip(pairs, probabilities, strict=True)]
+    if arguments.json:
+        printed = json.dumps(rows, indent=2) + "\n"
+    elif arguments.file is not None:
+        printed = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        printed = f"P(first > second) = {probabilities[0]:.4f}\n"
+    if arguments.output is None:
+        return printed
+    write_whole(arguments.output, printed)
+    return f"Saved: {arguments.output}\n"

@@ -1,0 +1,21 @@
+"""Preference pairs and prompts: read, checked, split and tokenised. No models here, and no transformers to import."""
+
+from .pairs import Comparison, Pair, load_comparisons, load_pairs, load_prompts
+from .rows import Source, read_rows
+from .split import split_by_prompt
+from .tokens import encode, encode_prompts, leading_ids, prompt_batch
+
+__all__ = [
+    "Comparison",
+    "Pair",
+    "Source",
+    "encode",
+    "encode_prompts",
+    "leading_ids",
+    "load_comparisons",
+    "load_pairs",
+    "load_prompts",
+    "prompt_batch",
+    "read_rows",
+    "split_by_prompt",
+]

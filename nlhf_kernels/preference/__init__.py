@@ -1,0 +1,44 @@
+"""Preference models, reward models and judges: who says which of two responses is better, and how sure.
+
+transformers is imported where a model is made or loaded, not with this folder: a judge that is a function needs none.
+"""
+
+from .judges import (
+    AverageJudge,
+    CheckedJudge,
+    Judge,
+    JudgeError,
+    PreferenceModelJudge,
+    RewardJudge,
+    check_antisymmetry,
+    checked,
+)
+from .measures import Bin, Evaluation, evaluate, reliability
+from .models import ComparisonModel, PairwisePreferenceModel, RewardModel
+from .storage import load_preference_model, save_preference_model
+from .template import Reading
+from .training import PreferenceTraining, TrainingReport, train_preference_model
+
+__all__ = [
+    "AverageJudge",
+    "Bin",
+    "CheckedJudge",
+    "ComparisonModel",
+    "Evaluation",
+    "Judge",
+    "JudgeError",
+    "PairwisePreferenceModel",
+    "PreferenceModelJudge",
+    "PreferenceTraining",
+    "Reading",
+    "RewardJudge",
+    "RewardModel",
+    "TrainingReport",
+    "check_antisymmetry",
+    "checked",
+    "evaluate",
+    "load_preference_model",
+    "reliability",
+    "save_preference_model",
+    "train_preference_model",
+]

@@ -1,0 +1,127 @@
+"""A training that was cut off goes on where it was: one safetensors file, replaced as a whole every so many steps.
+
+It holds weights, optimiser, the noise's state and the losses so far. The order of the pairs follows from the seed and
+the number of steps done. A checkpoint of another training is refused, with what differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.checks import check_integer
+from ..core.optional import need
+from ..core.whole import whole_file
+from .models import ComparisonModel, Rows
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often; without a path nothing is kept."""
+
+    path: Path | None
+    every: int  # steps
+    identity: dict[str, Any]  # what must be the same for going on to mean anything
+
+    @classmethod
+    def of(
+        cls, path: str | Path | None, every: int, model: ComparisonModel, settings: Any, encoded: Sequence[Rows]
+    ) -> Checkpoint:
+        check_integer("train_preference_model", "checkpoint_every", every, 1, 10**9)
+        if path is None:
+            return cls(None, every, {})
+        place = Path(path).absolute()
+        if not place.parent.is_dir() or place.is_dir():
+            raise ValueError(
+                f"train_preference_model: checkpoint: expected a file in a folder that is there; got {str(path)!r}"
+            )
+        identity = {"format": FORMAT, "kind": model.KIND, **dataclasses.asdict(model.reading)}
+        identity |= dataclasses.asdict(settings) | {"tokens of the pairs": _digest(encoded)}
+        del identity["micro_batch"]  # may be lowered where memory ran out
+        return cls(place, every, identity)
+
+    def keep(self, model: ComparisonModel, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+        """Writes the file if it is time, and after the last step: what comes then may be cut off, too."""
+        if self.path is None or (len(losses) % self.every and len(losses) != self.identity["steps"]):
+            return
+        tensors = {f"noise/{index}": state for index, state in enumerate(_noise(model))}
+        for name, parameter in model.named_parameters():
+            tensors[f"weight/{name}"] = parameter.detach()
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = value
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        text = {"state": json.dumps({"identity": self.identity, "losses": losses})}
+        with whole_file(self.path) as work:
+            need("safetensors.torch", "train_preference_model: checkpoint").save_file(tensors, work, text)
+
+    def resume(self, model: ComparisonModel, optimizer: torch.optim.Optimizer) -> list[float]:
+        """The losses of the steps done, everything else put back in place; none where there is no file."""
+        if self.path is None or not self.path.exists():
+            return []
+        state, tensors = self._read()
+        known = dict(model.named_parameters())
+        there = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weight/")}
+        if there != {f"weight/{name}": parameter.shape for name, parameter in known.items()}:
+            raise ValueError(f"train_preference_model: checkpoint: {self.path}: expected the weights of this model")
+        noise = [tensors.pop(name) for name in sorted(tensors) if name.startswith("noise/")]
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                kind, _, parameter = name.partition("/")
+                if kind == "weight":
+                    known[parameter].copy_(tensor)
+                else:  # AdamW counts its steps on the CPU
+                    device = "cpu" if kind == "step" else known[parameter].device
+                    optimizer.state[known[parameter]][kind] = tensor.to(device)
+        _set_noise(model, noise)
+        losses: list[float] = state["losses"]
+        return losses
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        assert self.path is not None
+        opened = need("safetensors", "train_preference_model: checkpoint").safe_open
+        try:
+            with opened(self.path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # of safetensors' own kind, or of JSON's
+            raise ValueError(
+                f"train_preference_model: checkpoint: expected a file that it wrote; got {self.path}: {error}"
+            ) from error
+        differing = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"train_preference_model: checkpoint: {self.path}: expected a checkpoint of this training; its {name} "
+                f"is {state['identity'].get(name)!r}, here {self.identity[name]!r}"
+            )
+        return state, tensors
+
+
+def _digest(encoded: Sequence[Rows]) -> str:
+    digest = hashlib.sha256()
+    for pair in encoded:
+        for row in pair:
+            digest.update(array("q", [len(row), *row]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _noise(model: ComparisonModel) -> list[torch.Tensor]:
+    device = model.head.weight.device
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_noise(model: ComparisonModel, noise: list[torch.Tensor]) -> None:
+    device = model.head.weight.device
+    torch.set_rng_state(noise[0])
+    if device.type == "cuda" and len(noise) > 1:
+        torch.cuda.set_rng_state(noise[1], device)

@@ -1,0 +1,194 @@
+"""Judges: whoever can say P(first > second | prompt) for a batch of pairs, and the check around each of them.
+
+A judge is any callable `judge(prompts, first, second) -> probabilities`, one for each pair, as a list, an array or a
+tensor. `checked` wraps it: whatever else comes back, or an exception, becomes a `JudgeError` that names the judge, the
+values and the pair, and carries the whole batch, so that nothing of it is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ..core.checks import check_integer, check_number
+from .models import ComparisonModel, RewardModel
+
+SHOWN = 60  # characters of each text in an error
+
+
+class Judge(Protocol):
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Any: ...
+
+
+class JudgeError(RuntimeError):
+    """What a judge did wrong, and the batch it did it on; what it raised is the `__cause__`."""
+
+    def __init__(self, judge: str, problem: str, batch: Batch, returned: Any = None) -> None:
+        super().__init__(f"judge {judge}: {problem}")
+        self.judge, self.batch, self.returned = judge, batch, returned
+
+
+@dataclass(frozen=True)
+class Batch:
+    prompts: list[str]
+    first: list[str]
+    second: list[str]
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Batch:
+        for name, texts in (("prompts", prompts), ("first", first), ("second", second)):
+            if isinstance(texts, str):
+                raise TypeError(f"judge: {name}: expected a list of texts; got one string, {_short(texts)}")
+        return cls(list(prompts), list(first), list(second))
+
+    def __post_init__(self) -> None:
+        if not len(self.prompts) == len(self.first) == len(self.second):
+            counts = f"{len(self.prompts)} prompts, {len(self.first)} first, {len(self.second)} second"
+            raise ValueError(f"judge: expected as many prompts as first and second responses; got {counts}")
+
+    def show(self, index: int) -> str:
+        texts = (("prompt", self.prompts), ("first", self.first), ("second", self.second))
+        return ", ".join(f"{name} {_short(column[index])}" for name, column in texts)
+
+
+@dataclass(frozen=True)
+class CheckedJudge:
+    """A judge whose answers are (N,) float64 probabilities on the CPU, or a `JudgeError`."""
+
+    judge: Judge
+    name: str
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
+        batch = Batch.of(prompts, first, second)
+        if not batch.prompts:
+            return torch.empty(0, dtype=torch.float64)
+        try:
+            returned = self.judge(list(prompts), list(first), list(second))
+        except JudgeError:
+            raise  # of a judge inside this one, which it names
+        except Exception as error:
+            problem = f"raised {type(error).__name__}: {error} on {len(batch.prompts)} pairs, the first {batch.show(0)}"
+            raise JudgeError(self.name, problem, batch) from error
+        return self._check(returned, batch)
+
+    def _check(self, returned: Any, batch: Batch) -> torch.Tensor:
+        count = len(batch.prompts)
+        try:
+            values = torch.as_tensor(returned, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            got = f"{type(returned).__name__} {_short(returned)}"
+            problem = f"expected {count} probabilities; got {got}: {error}"
+            raise JudgeError(self.name, problem, batch, returned) from error
+        if values.shape != (count,):
+            got = f"shape {tuple(values.shape)}, {_short(values.tolist())}"
+            problem = f"expected {count} probabilities, one for each pair; got {got}; the first pair: {batch.show(0)}"
+            raise JudgeError(self.name, problem, batch, returned)
+        bad = (~((values >= 0) & (values <= 1))).nonzero().flatten().tolist()  # NaN is neither
+        if bad:
+            shown = ", ".join(f"{float(values[index])} for pair {index}" for index in bad[:5])
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            problem = f"expected probabilities in [0, 1]; got {shown}{more}; pair {bad[0]}: {batch.show(bad[0])}"
+            raise JudgeError(self.name, problem, batch, returned)
+        return values
+
+
+def checked(judge: Judge, name: str | None = None) -> CheckedJudge:
+    """`judge` behind the check; a judge that has it already keeps it."""
+    if isinstance(judge, CheckedJudge) and name is None:
+        return judge
+    if not callable(judge):
+        raise TypeError(f"judge: expected a callable (prompts, first, second); got {type(judge).__name__}")
+    return CheckedJudge(judge, name or str(getattr(judge, "__name__", type(judge).__name__)))
+
+
+@dataclass(frozen=True)
+class PreferenceModelJudge:
+    """A trained model's opinion; both orders of each pair go through it in one batch."""
+
+    model: ComparisonModel
+    batch_size: int = 16  # pairs at once
+
+    def __post_init__(self) -> None:
+        check_integer("PreferenceModelJudge", "batch_size", self.batch_size, 1, 10**6)
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
+        return self.model.probabilities(prompts, first, second, self.batch_size)
+
+
+@dataclass(frozen=True)
+class RewardJudge:
+    """P = sigmoid((r(y) - r(y')) / scale) from any rewards: a `RewardModel`, or `rewards(prompts, responses)`."""
+
+    rewards: RewardModel | Callable[[Sequence[str], Sequence[str]], Any]
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("RewardJudge", "scale", self.scale, 0.0, open_low=True)
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
+        score = self.rewards.rewards if isinstance(self.rewards, RewardModel) else self.rewards
+        sides = []
+        for texts in (first, second):
+            rewards = torch.as_tensor(score(prompts, texts), dtype=torch.float64).detach().cpu()
+            if rewards.shape != (len(prompts),):
+                raise ValueError(f"expected {len(prompts)} rewards; got shape {tuple(rewards.shape)}")
+            if bad := (~rewards.isfinite()).nonzero().flatten().tolist():
+                got = f"{float(rewards[bad[0]])} for number {bad[0]}, {_short(texts[bad[0]])}"
+                raise ValueError(f"expected finite rewards; got {got}")
+            sides.append(rewards)
+        return ((sides[0] - sides[1]) / self.scale).sigmoid()
+
+
+@dataclass(frozen=True)
+class AverageJudge:
+    """The weighted mean of several judges (default: equal weights); an error names the member."""
+
+    judges: Sequence[Judge]
+    weights: Sequence[float] | None = None  # not negative, scaled to sum to 1
+    _members: tuple[tuple[CheckedJudge, float], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        weights = [1.0] * len(self.judges) if self.weights is None else list(self.weights)
+        if not self.judges or len(weights) != len(self.judges):
+            raise ValueError(
+                f"AverageJudge: expected at least one judge and a weight for each; got {len(self.judges)} judges, "
+                f"{len(weights)} weights"
+            )
+        for weight in weights:
+            check_number("AverageJudge", "weights", weight, 0.0)
+        if sum(weights) == 0:
+            raise ValueError("AverageJudge: weights: expected one above 0; got none")
+        members = tuple((checked(j), w / sum(weights)) for j, w in zip(self.judges, weights, strict=True))
+        object.__setattr__(self, "_members", members)
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
+        opinions = [weight * judge(prompts, first, second) for judge, weight in self._members]
+        return torch.stack(opinions).sum(0).clamp(0.0, 1.0)  # rounding may leave the interval
+
+
+def check_antisymmetry(
+    judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], tolerance: float = 1e-6
+) -> float:
+    """The largest |P(y > y') + P(y' > y) - 1| of these pairs; a `JudgeError` where it is above `tolerance`."""
+    check_number("check_antisymmetry", "tolerance", tolerance, 0.0)
+    asked = checked(judge)
+    one, other = asked(prompts, first, second), asked(prompts, second, first)
+    gap = (one + other - 1).abs()
+    worst = float(gap.max()) if len(gap) else 0.0
+    if worst > tolerance:
+        index = int(gap.argmax())
+        batch = Batch.of(prompts, first, second)
+        problem = (
+            f"expected P(y > y') + P(y' > y) = 1 within {tolerance}; got {float(one[index]):.6f} + "
+            f"{float(other[index]):.6f} for pair {index}: {batch.show(index)}"
+        )
+        raise JudgeError(asked.name, problem, batch, (one, other))
+    return worst
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -1,0 +1,259 @@
+"""Models that compare two responses: the pairwise preference model, and the Bradley-Terry reward model beside it.
+
+Both are a causal language model's body and a linear head on the last token's hidden state, starting at zero: so every
+preference starts at 1/2, no answer word has to exist in the vocabulary, and logits over it are never made. (The other
+way, the difference of two answer tokens' logits, starts from what the model believes already, and from its liking for
+one of the two words and places.) Both read two rows per pair. Training and scoring hold the same two numbers (a, b):
+
+    preference   a reads (prompt, y, y'), b reads (prompt, y', y)    P(y > y') = (sigmoid(a) + 1 - sigmoid(b)) / 2
+    reward       a reads (prompt, y),     b reads (prompt, y')       P(y > y') = sigmoid(a - b)
+
+Swapping y and y' swaps a and b. Scoring puts the two responses of every pair in an order of their own, so that the
+question turned around sends the same batch through the model, and P(y > y') + P(y' > y) = 1 holds to the last bit.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch.nn.functional import softplus
+
+from ..core.checks import check_integer
+from ..core.optional import need
+from .template import Reader, Reading
+
+#: Options of `from_pretrained` that say where from; the tokenizer gets them too.
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+
+Rows = tuple[list[int], list[int]]  # what is read of one pair
+Model = TypeVar("Model", bound="ComparisonModel")
+
+
+class ComparisonModel(torch.nn.Module):
+    """A body, a head, a tokenizer and a way of reading. The rows are padded on the right and the last token of each is
+    looked at: a causal model never sees the padding, whatever its positions, mask or state are like."""
+
+    KIND: ClassVar[str]
+    FIELDS: ClassVar[tuple[str, ...]]
+    TEMPLATE: ClassVar[str]
+
+    def __init__(
+        self,
+        model: Any,  # any causal language model of transformers; its body is taken as it is, not copied
+        tokenizer: Any,
+        *,
+        template: str | None = None,
+        max_length: int | None = None,  # default: as many positions as the model has
+        overlong: str = "error",
+    ) -> None:
+        super().__init__()
+        self.body = _body(model)
+        text = self.body.config.get_text_config()
+        room = getattr(text, "max_position_embeddings", None)
+        room = None if room is not None and room < 1 else room  # XLNet says -1 for no bound
+        if max_length is not None and room is not None and max_length > room:
+            raise ValueError(
+                f"preference: max_length: expected at most {room}, the model's positions; got {max_length}"
+            )
+        template = self.TEMPLATE if template is None else template
+        reading = Reading(template, room if max_length is None else max_length, overlong)
+        self.reader = Reader(tokenizer, reading, self.FIELDS)
+        self.head = torch.nn.Linear(text.hidden_size, 1, bias=False, device=self.body.device)  # float32 always
+        torch.nn.init.zeros_(self.head.weight)
+
+    @classmethod
+    def from_base(
+        cls: type[Model],
+        name: str,
+        *,
+        template: str | None = None,
+        max_length: int | None = None,
+        overlong: str = "error",
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Model:
+        """A new model on a base from a folder or the hub; `options` go to transformers' `from_pretrained`."""
+        transformers = need("transformers", "preference: from_base")
+        where = {key: options[key] for key in HUB if key in options}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
+        base = load_whole(transformers.AutoModelForCausalLM, name, dtype=dtype, **options)
+        return cls(base, tokenizer, template=template, max_length=max_length, overlong=overlong)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.reader.tokenizer
+
+    @property
+    def reading(self) -> Reading:
+        return self.reader.reading
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
+        """The two rows of every pair. Raises or warns where one is too long, as the model's `Reading` says."""
+
+    @abstractmethod
+    def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy (N,) of "the first is preferred", from the numbers of both rows."""
+
+    @abstractmethod
+    def lead(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """P(y > y') - 1/2, where lead(b, a) == -lead(a, b) to the last bit."""
+
+    def logits(self, rows: Sequence[list[int]]) -> torch.Tensor:
+        """The head's number for every row, (N,) float32."""
+        longest = max(map(len, rows))
+        device = self.head.weight.device
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        mask = torch.arange(longest, device=device) <= last[:, None]
+        output = self.body(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+        hidden = output.last_hidden_state[torch.arange(len(rows), device=device), last]  # (N, D)
+        with torch.autocast(device.type, enabled=False):  # one product a row: float32 whatever the body is in
+            return hidden.float() @ self.head.weight[0].float()  # type: ignore[no-any-return]
+
+    def forward(self, pairs: Sequence[Rows]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(a, b), each (N,): all rows of all pairs in one batch."""
+        a, b = self.logits([row for side in zip(*pairs, strict=True) for row in side]).chunk(2)
+        return a, b
+
+    @torch.no_grad()
+    def probabilities(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], batch_size: int = 16
+    ) -> torch.Tensor:
+        """P(first > second | prompt), (N,) float64 on the CPU; dropout is off meanwhile."""
+        check_integer("probabilities", "batch_size", batch_size, 1, 10**6)
+        pairs = self.encode(prompts, first, second)
+        turned = [b < a for a, b in pairs]
+        ordered = [(b, a) if turn else (a, b) for (a, b), turn in zip(pairs, turned, strict=True)]
+        leads = torch.empty(len(pairs), dtype=torch.float64)
+        by_length = sorted(range(len(ordered)), key=lambda index: (-max(map(len, ordered[index])), index))
+        with without_dropout(self):
+            for start in range(0, len(by_length), batch_size):
+                chosen = by_length[start : start + batch_size]
+                a, b = self([ordered[index] for index in chosen])
+                leads[chosen] = self.lead(a.double().cpu(), b.double().cpu())
+        # One response against itself, wherever its two rows stand in the batch; a NaN stays one.
+        leads[[a == b for a, b in pairs]] *= 0.0
+        leads = torch.where(torch.tensor(turned, dtype=torch.bool), -leads, leads)
+        stronger = 0.5 + leads.abs()  # in [1/2, 1], where 1 - x is exact
+        return torch.where(leads >= 0, stronger, 1.0 - stronger)
+
+
+class PairwisePreferenceModel(ComparisonModel):
+    """Reads both responses at once, so it can hold any preference, cycles included."""
+
+    KIND = "pairwise"
+    FIELDS = ("prompt", "first", "second")
+    TEMPLATE = (
+        "Two answers to one request. Which of them is better?\n\nRequest:\n{prompt}\n\n"
+        "First answer:\n{first}\n\nSecond answer:\n{second}\n\nIs the first one better?"
+    )
+
+    def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
+        rows = []
+        for prompt, one, two in self.reader.read((prompts, first, second)):
+            both = (one, two), (two, one)
+            a, b = (self.reader.fill(prompt=prompt, first=x, second=y) for x, y in both)
+            rows.append((a, b))
+        return rows
+
+    def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (softplus(-a) + softplus(b)) / 2
+
+    def lead(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.sigmoid() - b.sigmoid()) / 2
+
+
+class RewardModel(ComparisonModel):
+    """Reads one response and gives it a reward; compares by the rewards' difference, so it holds no cycle."""
+
+    KIND = "reward"
+    FIELDS = ("prompt", "response")
+    TEMPLATE = (
+        "How good is this answer to the request?\n\nRequest:\n{prompt}\n\nAnswer:\n{response}\n\nIt is this good:"
+    )
+
+    def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
+        return list(zip(self._read(prompts, first), self._read(prompts, second), strict=True))
+
+    def _read(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        read = self.reader.read((prompts, responses))
+        return [self.reader.fill(prompt=prompt, response=response) for prompt, response in read]
+
+    def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return softplus(b - a)
+
+    def lead(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return ((a - b).abs().sigmoid() - 0.5).copysign(a - b)
+
+    @torch.no_grad()
+    def rewards(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 16) -> torch.Tensor:
+        """r(prompt, response), (N,) float32 on the CPU; only differences at one prompt mean something."""
+        check_integer("rewards", "batch_size", batch_size, 1, 10**6)
+        rows = self._read(prompts, responses)
+        with without_dropout(self):
+            parts = [self.logits(rows[i : i + batch_size]).cpu() for i in range(0, len(rows), batch_size)]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+
+KINDS: dict[str, type[ComparisonModel]] = {kind.KIND: kind for kind in (PairwisePreferenceModel, RewardModel)}
+
+
+@contextmanager
+def without_dropout(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each part is in the mode it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def load_whole(kind: Any, name: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, where weights that are missing are an error: transformers would make some up."""
+    model, found = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    if wrong:
+        raise ValueError(f"preference: {name}: expected every weight of {type(model).__name__}; {wrong[0]} is missing")
+    return model
+
+
+def _body(model: Any) -> Any:
+    """What gives the last hidden state: the model without its head over the vocabulary."""
+    transformers = need("transformers", "preference: a model")
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(
+            f"preference: model: expected a causal language model of transformers; got {type(model).__name__} (merge "
+            "adapters into it first: merge_and_unload)"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("preference: model: expected a model without adapters, whose saving would leave its own out")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"preference: model: expected a decoder-only model; got {type(model).__name__}")
+    body: Any = model.base_model
+    if body.get_output_embeddings() is not None:
+        raise ValueError(
+            f"preference: model: expected a model with a body apart from its head; got {type(model).__name__}"
+        )
+    _check_loadable(transformers, body)
+    return body
+
+
+def _check_loadable(transformers: Any, body: Any) -> None:
+    """What is saved must load: `AutoModel` may want weights that this body has no place for (BERT's pooler)."""
+    if not type(body).__module__.startswith("transformers."):
+        return  # code that came with the model; making one more of it would need the user's trust
+    with torch.device("meta"):  # names alone, no memory
+        again = transformers.AutoModel.from_config(body.config)
+    lacking = sorted({name for name, _ in again.named_parameters()} - {name for name, _ in body.named_parameters()})
+    if lacking:
+        raise ValueError(
+            f"preference: model: expected a body that transformers.AutoModel can load back; got {type(body).__name__} "
+            f"without {lacking[0]}"
+        )

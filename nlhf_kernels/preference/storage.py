@@ -1,0 +1,92 @@
+"""A trained model as a folder: weights as safetensors, tokenizer, template; there whole or not at all.
+
+preference_model.json    kind, template, max_length, overlong
+head.safetensors
+body/                    as transformers saves it
+tokenizer/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.optional import need
+from ..core.whole import whole_folder
+from .models import KINDS, ComparisonModel, load_whole
+from .template import Reading
+
+DESCRIPTION = "preference_model.json"
+FORMAT = 1
+
+
+def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwrite: bool = False) -> None:
+    """`overwrite` replaces a folder that holds such a model, and no other.
+
+    Weights are kept to the last bit. Tables that transformers computes when it loads a model (rotary frequencies) are
+    not weights: after `model.to(torch.bfloat16)`, which rounds them too, a loaded model has the better ones.
+    """
+    weights = need("safetensors.torch", "save_preference_model")
+    check_output(folder, overwrite=overwrite)
+    with whole_folder(folder, overwrite=overwrite) as work:
+        model.body.save_pretrained(work / "body")
+        model.tokenizer.save_pretrained(work / "tokenizer")
+        weights.save_file({"weight": model.head.weight.detach().contiguous()}, work / "head.safetensors")
+        description = {"format": FORMAT, "kind": model.KIND, **dataclasses.asdict(model.reading)}
+        (work / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def load_preference_model(folder: str | Path, *, device: torch.device | str = "cpu", **options: Any) -> ComparisonModel:
+    """The model as it was saved, in evaluation mode; `options` go to transformers' `from_pretrained`."""
+    transformers = need("transformers", "load_preference_model")
+    weights = need("safetensors.torch", "load_preference_model")
+    place = Path(folder)
+    kind, reading = _describe(place)
+    trust = options.get("trust_remote_code", False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(place / "tokenizer"), trust_remote_code=trust)
+    body = load_whole(transformers.AutoModel, str(place / "body"), **{"dtype": "auto", **options})
+    model = KINDS[kind](body, tokenizer, **dataclasses.asdict(reading))
+    model.head.load_state_dict(weights.load_file(place / "head.safetensors"))
+    return model.to(device).eval()
+
+
+def check_output(folder: str | Path, *, overwrite: bool) -> None:
+    """Raises where saving would be refused: to be asked before hours of training, too."""
+    place = Path(folder).absolute()
+    if not place.exists():
+        parent = next(parent for parent in place.parents if parent.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise ValueError(f"preference: {folder}: expected a folder that can be made; {parent} cannot be written to")
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"preference: {folder}: expected a folder that is not there yet; it is (overwrite replaces it)"
+        )
+    if not (place / DESCRIPTION).is_file():
+        raise FileExistsError(f"preference: {folder}: overwrite: expected a saved preference model; got something else")
+
+
+def _describe(place: Path) -> tuple[str, Reading]:
+    try:
+        description = json.loads((place / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"preference: {place}: expected a folder with {DESCRIPTION}; got {error}") from error
+    if (
+        not isinstance(description, dict)
+        or description.pop("format", None) != FORMAT
+        or description.get("kind") not in KINDS
+    ):
+        raise ValueError(
+            f"preference: {place / DESCRIPTION}: expected format {FORMAT} and a kind of {', '.join(KINDS)}"
+        )
+    kind = description.pop("kind")
+    try:
+        return kind, Reading(**description)
+    except TypeError as error:
+        expected = ", ".join(field.name for field in dataclasses.fields(Reading))
+        raise ValueError(f"preference: {place / DESCRIPTION}: expected {expected}; got {[*description]}") from error
