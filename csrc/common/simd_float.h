@@ -55,7 +55,7 @@ static inline uint32_t lane_bits(Mask mask) {
 
 static inline Floats where(Mask mask, Floats values) { return mask ? values : Floats{}; }  // 0 elsewhere
 
-// exp(x) = scale * (1 + tail) for arguments at most 0 and not below kExpFlush. See vector_math.h for the idea; here the
+// exp(x) = scale * (1 + tail) for arguments at most 0 and not below kExpFlush. See scalar_exp.h for the idea; here the
 // polynomial is the best of degree 6 with p(0) = p'(0) = 1 (relative error 3e-9) and the exponent's bias rides in
 // `magic`.
 struct ExpParts {

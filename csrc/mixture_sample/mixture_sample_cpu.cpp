@@ -14,7 +14,7 @@
 #endif
 
 #include "../common/philox.h"
-#include "../common/vector_math.h"
+#include "../common/scalar_exp.h"
 #include "filters.h"
 #include "tiles.h"
 

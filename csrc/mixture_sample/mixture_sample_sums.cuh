@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/cuda_block.cuh"
-#include "../common/vector_math.h"
+#include "../common/scalar_exp.h"
 #include "mixture_sample_row.cuh"
 
 namespace nlhf {

@@ -1,8 +1,9 @@
-// exp on whole arrays, written so that every compiler level vectorises it: no table, no branch, no libm.
+// exp of one double, the same to the last bit on the CPU and on a GPU: no table, no branch, no libm. Whole vectors of
+// them are in simd_float.h and simd_double.h.
 //
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, with exp(r) as its Taylor polynomial: degree 13 leaves
-// 4e-18 in double, degree 7 leaves 6e-9 in float, both under half an ulp. Adding 1.5 * 2^mantissa_bits rounds to an
-// integer and leaves n in the low bits of the sum, which a shift turns into the exponent of 2^n.
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, with exp(r) as its Taylor polynomial of degree 13, which
+// leaves 4e-18: under half an ulp. Adding 1.5 * 2^52 rounds to an integer and leaves n in the low bits of the sum,
+// which a shift turns into the exponent of 2^n.
 //
 // Arguments are at most 0 here (a maximum was subtracted); below `flush` the result is exactly 0.
 #pragma once
@@ -40,28 +41,6 @@ NLHF_HOST_DEVICE double exp_nonpositive(double x) {
   double scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return x < flush ? 0.0 : p * scale;
-}
-
-NLHF_HOST_DEVICE float exp_nonpositive(float x) {
-  constexpr float flush = -87.0f, magic = 0x1.8p23f;
-  const float clamped = x < flush ? flush : x;
-  const float shifted = clamped * 0x1.715476p0f + magic;
-  const float n = shifted - magic;
-  const float r = (clamped - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
-  float p = 1.0f / 5040.0f;
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = static_cast<int32_t>(static_cast<uint32_t>(bits + 127) << 23);
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return x < flush ? 0.0f : p * scale;
 }
 
 }  // namespace nlhf
