@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go, in the active environment (PyTorch with CUDA, Triton, nvcc, pybind11, pytest):
 # build, the whole test suite on the GPU, compute-sanitizer on the CUDA kernels, the benchmarks. Ends with a summary.
-# Rivals take part where they are installed: flashinfer-python, liger-kernel, cut-cross-entropy.
+# Rivals take part where they are installed: flashinfer-python, liger-kernel, cut-cross-entropy, trl==1.13.0.
 #
 #   bash benchmarks/on_gpu.sh [FOLDER]     results and logs go to FOLDER (default: benchmarks/results)
 set -uo pipefail
@@ -28,6 +28,7 @@ for tool in memcheck racecheck initcheck synccheck; do
 done
 step benchmarks "$python" -m benchmarks.run --device cuda --out "$out/$gpu.jsonl"
 step rollout "$python" -m benchmarks.rollout --device cuda --out "$out/$gpu-rollout.jsonl"
+step train_step "$python" -m benchmarks.train_step --device cuda --out "$out/$gpu-train-step.jsonl"
 step growth "$python" -m benchmarks.run --device cuda --preset growth --no-compile --out "$out/$gpu.jsonl"
 step plots "$python" -m benchmarks.run --plot "$out/$gpu.jsonl" --plot-dir "$out"
 

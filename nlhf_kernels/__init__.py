@@ -32,6 +32,7 @@ from .ops import (
 
 if TYPE_CHECKING:
     from .engine import Player, RolloutEngine, RolloutResult, RolloutSettings, nash_ema, nash_md
+    from .train import NashConfig, NashTrainer
 
 __version__ = "0.1.0"
 
@@ -44,7 +45,9 @@ __all__ = [
     "Logprobs",
     "MixtureSample",
     "MixtureSettings",
+    "NashConfig",
     "NashPGLoss",
+    "NashTrainer",
     "Player",
     "PreferenceLoss",
     "RolloutEngine",
@@ -72,10 +75,12 @@ __all__ = [
 ]
 
 _ENGINE = {"Player", "RolloutEngine", "RolloutResult", "RolloutSettings", "nash_ema", "nash_md"}
+_TRAIN = {"NashConfig", "NashTrainer"}
 
 
 def __getattr__(name: str) -> Any:
-    """The engine imports transformers, which `import nlhf_kernels` alone does not."""
-    if name in _ENGINE:
-        return getattr(import_module(".engine", __name__), name)
+    """Engine and trainer import transformers, which `import nlhf_kernels` alone does not."""
+    for folder, names in ((".engine", _ENGINE), (".train", _TRAIN)):
+        if name in names:
+            return getattr(import_module(folder, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

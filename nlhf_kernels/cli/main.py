@@ -6,9 +6,17 @@ import argparse
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, info, prefer, sample, tabular
+from . import demo, evaluate, info, prefer, sample, tabular, train
 
-COMMANDS = {"info": info, "demo": demo, "tabular": tabular, "sample": sample, "prefer": prefer}
+COMMANDS = {
+    "info": info,
+    "demo": demo,
+    "tabular": tabular,
+    "sample": sample,
+    "prefer": prefer,
+    "train": train,
+    "evaluate": evaluate,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

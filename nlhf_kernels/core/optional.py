@@ -5,7 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-EXTRAS = {"transformers": "transformers", "safetensors": "transformers", "datasets": "train", "peft": "train", "yaml": "train"}
+EXTRAS = {
+    "transformers": "transformers",
+    "safetensors": "transformers",
+    "datasets": "train",
+    "peft": "train",
+    "yaml": "train",
+}
 
 
 def need(package: str, who: str) -> Any:

@@ -1,0 +1,80 @@
+"""TRL's NashMDTrainer as it is in its last release that had it, on models that are given; for `benchmarks.train_step`.
+
+Its reward model is a stub that costs nothing. Lengths are forced: no end token before the last.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+PHASES = {"_generate_completions": "rollout", "_compute_rewards": "judge", "_compute_logprobs": "scoring"}
+
+
+def why_not() -> str | None:
+    """Why TRL cannot take part; None where it can."""
+    try:
+        found = version("trl")
+        from trl.experimental.nash_md import NashMDTrainer  # noqa: F401
+    except (PackageNotFoundError, ImportError) as error:
+        return f"TRL 1.13.0 is not there: {str(error).splitlines()[0]}"
+    return None if found.startswith("1.13.") else f"TRL 1.13.0 was asked for; got {found}"
+
+
+class NoReward(torch.nn.Module):
+    """What TRL's get_reward wants of a reward model, at no cost."""
+
+    base_model_prefix = "body"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_name_or_path="no-reward")
+        self.score = torch.nn.Identity()
+
+    def body(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 1, device=input_ids.device))
+
+
+def make_trainer(
+    folder: str, policy: Any, reference: Any, tokenizer: Any, prompts: list[str], new: int, beta: float, tau: float,
+    **options: Any,
+) -> tuple[Any, dict[str, float]]:  # fmt: skip
+    """The trainer, and the seconds of the update that was made last, by phase."""
+    from datasets import Dataset
+    from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
+
+    args = NashMDConfig(
+        folder, max_new_tokens=new, max_length=4096, temperature=1.0, mixture_coef=beta, beta=tau,
+        missing_eos_penalty=None, generation_kwargs={"min_new_tokens": new, "top_k": 0}, **options,
+    )  # fmt: skip
+    trainer = NashMDTrainer(
+        policy,
+        ref_model=reference,
+        reward_funcs=NoReward(),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
+        processing_class=tokenizer,
+    )
+    seconds: dict[str, float] = {}
+    for name, phase in PHASES.items():
+        setattr(trainer, name, _timed(getattr(trainer, name), phase, seconds, trainer.args.device))
+    return trainer, seconds
+
+
+def _timed(function: Callable[..., Any], phase: str, seconds: dict[str, float], device: torch.device) -> Any:
+    @wraps(function)
+    def timed(*arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        made = function(*arguments, **options)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds[phase] = time.perf_counter() - began
+        return made
+
+    return timed

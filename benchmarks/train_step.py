@@ -1,0 +1,304 @@
+"""One update of training, side by side: NashTrainer, the same trainer on the reference kernels, TRL 1.13.0.
+
+An update is everything from a batch of prompts to moved weights: answers of both players, judgements, loss, gradients,
+optimizer. Models, prompts, lengths and optimizer are the same; judge and reward cost nothing; TRL keeps its other
+defaults, gradient checkpointing among them. Rivals take turns, update by update. Gate: the gradient of an update equals
+that of plain PyTorch on the same answers. The speed-up is over TRL. Phases are rows of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+if __package__ in (None, ""):  # started as a script: the package is found one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.console import Console
+
+from benchmarks.harness.case import PRESETS, Shape
+from benchmarks.harness.memory import METHODS, peak_bytes
+from benchmarks.harness.report import print_results
+from benchmarks.harness.results import Accuracy, Memory, ResultRow, RowKey, Speedup, append_rows
+from benchmarks.harness.runner import Job, RunContext, Settings, open_run
+from benchmarks.harness.timing import Action, Timing, TimingPlan, summarise, time_calls
+from benchmarks.rivals import trl
+
+BETA, TAU = 0.125, 0.01
+OURS, REFERENCE, TRL = "NashTrainer", "NashTrainer, reference kernels", "TRL 1.13.0"
+ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 5e-2}  # of the gradient, relative to its norm
+_SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
+_LARGE = {"width": 896, "layers": 24, "vocabulary": 151_936}
+SHAPES = {
+    "tiny": [Shape({"prompts": 2, "prompt": 6, "new": 5, "width": 32, "layers": 2, "vocabulary": 101})],
+    "standard": [
+        *(Shape({"prompts": 8, "prompt": 64, "new": new, **_SMALL}, devices=("cpu",)) for new in (32, 64)),
+        *(Shape({"prompts": 16, "prompt": 128, "new": n, **_LARGE}, "bfloat16", devices=("cuda",)) for n in (64, 256)),
+    ],
+}
+
+
+@dataclass
+class Rival:
+    """A trainer whose updates are made by hand, so that rivals can take turns."""
+
+    trainer: Any
+    batch: Any
+    phases: Callable[[], dict[str, float]]  # seconds of the last update
+    seen: dict[str, list[float]] = field(default_factory=dict)
+
+    def update(self) -> None:
+        """What transformers' loop does around `training_step`."""
+        trainer = self.trainer
+        inputs, items = trainer.get_batch_samples(iter([self.batch]), 1, trainer.args.device)
+        for each in inputs:
+            trainer.training_step(trainer.model_wrapped, each, items)
+        self.after_gradients()
+
+    def after_gradients(self) -> None:
+        trainer, handler = self.trainer, self.trainer.callback_handler
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+        trainer.control = handler.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+        trainer.state.global_step += 1
+        trainer.control = handler.on_step_end(trainer.args, trainer.state, trainer.control)
+
+    def run(self) -> None:
+        self.update()
+        if self.trainer.args.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.args.device)
+        for name, seconds in self.phases().items():
+            self.seen.setdefault(name, []).append(seconds)
+
+
+def make_model(shape: Shape) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {name: int(value) for name, value in shape.sizes.items()}
+    heads = max(1, sizes["width"] // 64)
+    config = Qwen2Config(
+        vocab_size=sizes["vocabulary"], hidden_size=sizes["width"], intermediate_size=sizes["width"] * 16 // 3,
+        num_hidden_layers=sizes["layers"], num_attention_heads=heads, num_key_value_heads=2 if heads % 2 == 0 else 1,
+        max_position_embeddings=sizes["prompt"] + sizes["new"], tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    return Qwen2ForCausalLM(config).to(shape.torch_dtype)
+
+
+def make_tokenizer(vocabulary: int) -> Any:
+    """A word a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{number}": number for number in range(2, vocabulary)}
+    fast = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>")
+
+
+def make_prompts(shape: Shape) -> list[str]:
+    """Every second one is a quarter shorter."""
+    count, longest, words = (int(shape.sizes[name]) for name in ("prompts", "prompt", "vocabulary"))
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(2, words, (count, longest), generator=generator).tolist()
+    return [
+        " ".join(f"w{word}" for word in (row[longest // 4 :] if index % 2 else row)) for index, row in enumerate(rows)
+    ]
+
+
+def options_for(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """What both trainers are told."""
+    return {
+        "per_device_train_batch_size": int(shape.sizes["prompts"]), "learning_rate": 1e-6, "max_steps": 1,
+        "lr_scheduler_type": "constant", "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
+        "disable_tqdm": True, "use_cpu": device.type == "cpu", "bf16": False, "dataloader_pin_memory": False,
+        "optim": "adamw_torch_fused", "seed": 3,
+    }  # fmt: skip
+
+
+def nash_rival(folder: str, shape: Shape, device: torch.device, backend: str | None) -> Rival:
+    from nlhf_kernels.train import NashConfig, NashTrainer
+
+    prompts, new = make_prompts(shape), int(shape.sizes["new"])
+    args = NashConfig(
+        folder, beta=BETA, tau=TAU, max_new_tokens=new, min_new_tokens=new, log_samples=0,
+        backend=backend, nonfinite="stop", **options_for(shape, device),
+    )  # fmt: skip
+    trainer = NashTrainer(
+        make_model(shape),
+        judge=lambda texts, first, second: [0.5 + 0.3 * (-1) ** row for row in range(len(texts))],
+        args=args,
+        train_dataset=[{"prompt": text} for text in prompts],
+        processing_class=make_tokenizer(int(shape.sizes["vocabulary"])),
+    )
+    trainer.train()  # an update: optimizer and buffers are there
+
+    def phases() -> dict[str, float]:
+        seconds = dict(trainer.clock.seconds)
+        trainer.clock.start()
+        return seconds
+
+    return Rival(trainer, next(iter(trainer.get_train_dataloader())), phases)
+
+
+def trl_rival(folder: str, shape: Shape, device: torch.device) -> Rival:
+    model, new = make_model(shape), int(shape.sizes["new"])
+    tokenizer = make_tokenizer(int(shape.sizes["vocabulary"]))
+    trainer, seconds = trl.make_trainer(
+        folder, model, copy.deepcopy(model), tokenizer, make_prompts(shape), new, BETA, TAU,
+        **options_for(shape, device),
+    )  # fmt: skip
+    trainer.train()
+    return Rival(trainer, next(iter(trainer.get_train_dataloader())), lambda: dict(seconds))
+
+
+def gradient_error(rival: Rival) -> float:
+    """Of an update, against autograd through plain log-softmax on the answers it was made for."""
+    trainer = rival.trainer
+    inputs, items = trainer.get_batch_samples(iter([rival.batch]), 1, trainer.args.device)
+    trainer.training_step(trainer.model_wrapped, inputs[0], items)
+    (made,) = trainer.made
+    parameters = dict(trainer.model.named_parameters())
+    found = {name: value.grad.clone() for name, value in parameters.items()}
+    trainer.model.zero_grad()
+    width, counts = made.targets.shape[1], made.targets >= 0
+    positions = (made.attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = trainer.model(made.input_ids, attention_mask=made.attention_mask, position_ids=positions).logits
+    scored = logits[:, -width - 1 : -1].float().log_softmax(-1)
+    chosen = scored.gather(-1, made.targets.clamp(min=0)[..., None])[..., 0] * counts
+    ratio = (chosen.detach() - made.reference_logprobs) * counts
+    price = ratio.flip(1).cumsum(1).flip(1)  # of this token and the later ones
+    weight = made.advantage.to(price)[:, None] - TAU * price
+    (-(weight * chosen).sum() / made.pairs).backward()
+    wrong = sum(float((found[name] - value.grad).double().square().sum()) for name, value in parameters.items())
+    right = sum(float(value.grad.double().square().sum()) for value in parameters.values())
+    trainer.model.zero_grad()
+    return (wrong / right) ** 0.5
+
+
+def run_shape(shape: Shape, context: RunContext, plan: TimingPlan) -> list[ResultRow]:
+    device = context.settings.device
+    with tempfile.TemporaryDirectory() as folder:
+        rivals: dict[str, Rival | str] = {
+            OURS: nash_rival(f"{folder}/1", shape, device, None),
+            REFERENCE: nash_rival(f"{folder}/2", shape, device, "reference"),
+        }
+        missing = trl.why_not()
+        rivals[TRL] = trl_rival(f"{folder}/3", shape, device) if missing is None else missing
+        allowed, accuracy = ALLOWED_ERROR[shape.dtype], {}
+        for name, rival in rivals.items():
+            if isinstance(rival, Rival) and name != TRL:
+                accuracy[name] = Accuracy(gradient_error(rival), allowed)
+        green = {
+            name: rival
+            for name, rival in rivals.items()
+            if isinstance(rival, Rival) and (name not in accuracy or (accuracy[name].error or 0) <= allowed)
+        }
+        actions = {name: Action(lambda: None, lambda _, rival=rival: rival.run()) for name, rival in green.items()}
+        timings = time_calls(actions, device, plan)
+        last = -plan.max_repeats  # warm-ups came before
+        phases = {name: {part: s[last:] for part, s in rival.seen.items()} for name, rival in green.items()}
+        memory = {name: peak_bytes(action, device) for name, action in actions.items()}
+    rows: list[ResultRow] = []
+    for name, rival in rivals.items():
+        reason = rival if isinstance(rival, str) else ""
+        timing = timings.get(name)
+        if name in accuracy and name not in green:
+            reason = f"gradient off by {accuracy[name].error:.2g}"
+        elif name in green and not isinstance(timing, Timing):
+            reason = str(timing)
+        rows.append(_row(context, shape, name, reason, timing, timings.get(TRL), accuracy.get(name), memory.get(name)))
+        rows += [_part(context, shape, f"{name}: {part}", seconds) for part, seconds in phases.get(name, {}).items()]
+    return rows
+
+
+def _key(context: RunContext, shape: Shape, name: str) -> RowKey:
+    device = context.settings.device.type
+    return RowKey("train_step", shape.label, shape.dtype, "full", name, device, context.threads)
+
+
+def _row(
+    context: RunContext, shape: Shape, name: str, reason: str, timing: Any, rival: Any, accuracy: Any, peak: int | None
+) -> ResultRow:
+    timed = isinstance(timing, Timing)
+    status = "ok" if timed else "unavailable" if name == TRL else "red" if reason.startswith("gradient") else "failed"
+    ratio = rival.median_us / timing.median_us if timed and isinstance(rival, Timing) else None
+    return ResultRow(
+        key=_key(context, shape, name),
+        kind="baseline" if name == TRL else "backend",
+        status=status,
+        run=context.facts,
+        reasons=(reason,) if reason else (),
+        chosen=name == OURS,
+        accuracy=accuracy,
+        timing=timing if timed else None,
+        memory=Memory(peak, METHODS[context.settings.device.type]) if timed and peak is not None else None,
+        speedup=Speedup(ratio, None) if timed else None,
+    )
+
+
+def _part(context: RunContext, shape: Shape, name: str, seconds: list[float]) -> ResultRow:
+    timing = summarise([1e6 * each for each in seconds], 0)
+    return ResultRow(_key(context, shape, name), "part", "ok", context.facts, timing=timing)
+
+
+def print_phases(rows: Sequence[ResultRow], console: Console) -> None:
+    times = {row.key.implementation: row.timing.median_us / 1e6 for row in rows if row.timing is not None}
+    for name in (OURS, REFERENCE, TRL):
+        if name in times:
+            parts = {key.partition(": ")[2]: value for key, value in times.items() if key.startswith(f"{name}: ")}
+            shares = ", ".join(f"{part} {100 * value / times[name]:.0f}%" for part, value in parts.items())
+            ratio = f"{times[TRL] / times[name]:5.1f}x TRL  " if TRL in times else ""
+            console.print(f"  {name:<32} {times[name]:8.3f} s an update  {ratio}{shares}", highlight=False)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="standard", help="tiny: a smoke test")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--repeats", type=int, default=5, help="updates of every rival, in turn (default 5)")
+    parser.add_argument("--new", type=int, help="only shapes of this many new tokens")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    console = Console(width=120)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shapes = [
+        shape
+        for shape in SHAPES.get(arguments.preset, ())
+        if device.type in shape.devices and arguments.new in (None, shape.sizes["new"])
+    ]
+    case = SimpleNamespace(name="train_step")
+    context = open_run(Settings(device, arguments.preset), [Job(case, shape) for shape in shapes])
+    repeats = 1 if arguments.preset == "tiny" else arguments.repeats
+    plan = TimingPlan(0.0, repeats, repeats, warmups=1, batch_s=0.0, flush_bytes=0)
+    rows: list[ResultRow] = []
+    for shape in shapes:
+        made = run_shape(shape, context, plan)
+        console.print(shape.label, highlight=False)
+        print_phases(made, console)
+        rows += made
+    if arguments.out is not None:
+        append_rows(arguments.out, rows)
+    print_results([row for row in rows if row.kind != "part"], console)
+    return 0 if all(row.status in ("ok", "unavailable") for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""`nlhf-kernels train`: train a policy that no other policy is preferred to, as a YAML file says.
+
+The trained policy lies in `policy/` under output_dir, beside its checkpoints. docs/configuration.md lists every key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.optional import need
+from ..core.whole import whole_folder
+from ..data import read_rows
+from .loading import BadInput, load_model, load_tokenizer, quiet, refuse
+
+if TYPE_CHECKING:
+    from ..train import NashTrainer
+    from ..train.run_file import JudgeSpec, RewardSpec, RunFile
+
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+POLICY = "policy"
+_WRONG = (BadInput, ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, metavar="RUN.yaml", help="the run")
+    what.add_argument("--keys", action="store_true", help="print every key a run may have, as docs/configuration.md")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="training.beta=0.25, say")
+    parser.add_argument("--resume", action="store_true", help="go on from output_dir's last checkpoint, if it has one")
+    parser.add_argument("--check", action="store_true", help="load and check everything, but do not train")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.keys:
+        from ..train.reference import configuration_page
+
+        print(configuration_page(), end="")
+        return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"nlhf-kernels: warning: {message}", file=sys.stderr)
+        try:
+            return _run(arguments)
+        except _WRONG as error:
+            return refuse(error)
+        except KeyboardInterrupt:
+            print("nlhf-kernels: interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+            return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    need("transformers", "nlhf-kernels train")
+    from ..train.run_file import read_run_file
+
+    plan = read_run_file(arguments.config, arguments.set)
+    trainer = build(plan)
+    if arguments.check:
+        count = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
+        _say(
+            trainer,
+            f"{trainer.args.algorithm}: {len(trainer.train_dataset)} prompts, {count:,} trained parameters: ready",
+        )
+        return 0
+    trainer.train(resume_from_checkpoint=_last_checkpoint(trainer.args.output_dir) if arguments.resume else None)
+    place = Path(trainer.args.output_dir) / POLICY
+    if trainer.is_world_process_zero():
+        with quiet(), whole_folder(place, overwrite=True) as work:
+            trainer.model.save_pretrained(work)
+            trainer.processing_class.save_pretrained(work)
+    if trainer.eval_dataset is not None:
+        found = {name: value for name, value in trainer.evaluate().items() if name != "epoch"}
+        _say(trainer, json.dumps(found, indent=2))
+    _say(trainer, f"Saved: {place}")
+    return 0
+
+
+def _say(trainer: NashTrainer, text: str) -> None:
+    if trainer.is_world_process_zero():
+        print(text)
+
+
+def _last_checkpoint(output: str) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(output) if Path(output).is_dir() else None  # type: ignore[no-untyped-call]
+
+
+def build(plan: RunFile) -> NashTrainer:
+    """Everything that the file names, loaded."""
+    from ..train import NashTrainer
+
+    args = plan.config()
+    tokenizer_from = ("model", plan.model) if plan.tokenizer is None else ("tokenizer", plan.tokenizer)
+    tokenizer = load_tokenizer("train", *tokenizer_from, plan.trust_remote_code)
+    rows = {"train": _rows("data.train", plan.data.train, plan.data.train_split)}
+    if plan.data.evaluation is not None:
+        rows["evaluation"] = _rows("data.evaluation", plan.data.evaluation, plan.data.evaluation_split)
+    lora = (
+        None if plan.lora is None else need("peft", "train: lora").LoraConfig(**{"task_type": "CAUSAL_LM", **plan.lora})
+    )
+    return NashTrainer(
+        _policy(plan, "model", plan.model),
+        None if plan.reference_model is None else _policy(plan, "reference_model", plan.reference_model),
+        judge=None if plan.judge is None else _judge(plan.judge, args.device),
+        args=args,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("evaluation"),
+        processing_class=tokenizer,
+        peft_config=lora,
+        reward=None if plan.reward is None else _reward(plan.reward, args.device),
+        eval_opponent=None if plan.eval_opponent is None else _policy(plan, "eval_opponent", plan.eval_opponent),
+    )
+
+
+def _rows(place: str, source: str, split: str | None) -> list[Any]:
+    try:
+        return [row for _, row in read_rows(source, split=split)]
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"train: {place}: {error}") from error
+
+
+def _policy(plan: RunFile, place: str, name: str) -> Any:
+    from ..preference.models import load_whole
+
+    kind = need("transformers", "nlhf-kernels train").AutoModelForCausalLM
+    dtype: Any = plan.dtype if plan.dtype == "auto" else getattr(torch, plan.dtype)
+    options = {"dtype": dtype, "trust_remote_code": plan.trust_remote_code}
+    return load_model("train", place, name, lambda: load_whole(kind, name, **options))
+
+
+def _judge(specs: list[JudgeSpec], device: torch.device) -> Any:
+    from ..preference import AverageJudge
+
+    judges = [_one_judge(spec, device) for spec in specs]
+    if len(judges) == 1:
+        return judges[0]
+    return AverageJudge(judges, [1.0 if spec.weight is None else spec.weight for spec in specs])
+
+
+def _one_judge(spec: JudgeSpec, device: torch.device) -> Any:
+    from ..preference import PreferenceModelJudge, RewardJudge, checked
+
+    if spec.function is not None:
+        return checked(_function("judge.function", spec.function), spec.function)
+    if spec.reward_model is not None:
+        scale = 1.0 if spec.scale is None else spec.scale
+        return checked(
+            RewardJudge(_preferring("judge.reward_model", spec.reward_model, device), scale), spec.reward_model
+        )
+    assert spec.preference_model is not None, "checked"
+    model = _preferring("judge.preference_model", spec.preference_model, device)
+    return checked(PreferenceModelJudge(model, spec.batch_size or 16), spec.preference_model)
+
+
+def _reward(spec: RewardSpec, device: torch.device) -> Any:
+    if spec.function is not None:
+        return _function("reward.function", spec.function)
+    assert spec.reward_model is not None, "checked"
+    return _preferring("reward.reward_model", spec.reward_model, device).rewards
+
+
+def _preferring(place: str, folder: str, device: torch.device) -> Any:
+    from ..preference import RewardModel, load_preference_model
+
+    model = load_model("train", place, folder, lambda: load_preference_model(folder, device=device))
+    if place.endswith("reward_model") is not isinstance(model, RewardModel):
+        raise BadInput(f"train: {place}: expected another kind of model; got {type(model).__name__} in {folder}")
+    return model
+
+
+def _function(place: str, name: str) -> Any:
+    module, _, function = name.rpartition(":")
+    if not module or not function:
+        raise BadInput(f"train: {place}: expected module:name or file.py:name; got {name!r}")
+    try:
+        loaded = _file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        return getattr(loaded, function)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+        raise BadInput(f"train: {place}: cannot load {name!r}: {error}") from error
+
+
+def _file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, "a .py file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,66 @@
+"""What a run measures between two logs: means over all processes, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+PHASES = ("rollout", "judge", "loss", "optimizer")
+
+
+class Meters:
+    """Sums and counts stay on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        """Every entry counts once. All processes must measure the same things."""
+        total = values.detach().double().sum()
+        pair = torch.stack([total, torch.full_like(total, values.numel())])
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """And start anew."""
+        if not self.sums:
+            return {}
+        names, pairs = list(self.sums), torch.stack(list(self.sums.values()))
+        self.sums = {}
+        total, count = accelerator.reduce(pairs, reduction="sum").T.tolist()
+        return {name: s / c for name, s, c in zip(names, total, count, strict=True) if c}
+
+
+class Clock:
+    """Seconds by phase. A phase ends when the device has done its work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start()
+
+    def start(self) -> None:
+        self.began, self.seconds, self.tokens = time.perf_counter(), defaultdict[str, float](float), 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.ended(name, began)
+
+    def ended(self, name: str, began: float) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the trainer looks at the loss after every micro-batch anyway
+        self.seconds[name] += time.perf_counter() - began
+
+    def report(self, accelerator: Any) -> dict[str, float]:
+        """Shares of the time since the last report (what is missing from 1: saving, evaluating, reading data)."""
+        elapsed = time.perf_counter() - self.began
+        shares = {f"time/{name}": self.seconds[name] / elapsed for name in PHASES}
+        rate = torch.tensor(self.tokens / elapsed, dtype=torch.float32, device=self.device)
+        shares["tokens_per_second"] = float(accelerator.reduce(rate, reduction="sum"))
+        self.start()
+        return shares

@@ -1,0 +1,95 @@
+"""Prompts: read, checked and tokenised before training starts; padded on the left in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..data import encode_prompts, load_prompts
+
+_log = logging.getLogger(__name__)
+
+
+class Prompt(NamedTuple):
+    number: int  # in the data set: the answers' noise depends on it, not on the batch
+    text: str  # as the judge sees it
+    ids: list[int]
+
+
+class PromptDataset(torch.utils.data.Dataset[Prompt]):
+    """The column `prompt` of some rows: texts, or lists of chat messages, which take the tokenizer's chat template."""
+
+    def __init__(self, name: str, rows: Any, tokenizer: Any, max_length: int, first: int | None = None) -> None:
+        if isinstance(rows, torch.utils.data.IterableDataset) or not (
+            hasattr(rows, "__len__") or isinstance(rows, str)
+        ):
+            raise TypeError(
+                f"NashTrainer: {name}: expected rows with a length, so that a run can be resumed where it was; "
+                f"got {type(rows).__name__}"
+            )
+        try:
+            texts = load_prompts(rows, tokenizer)[:first]
+            ids = encode_prompts(tokenizer, texts, max_length)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"NashTrainer: {name}: {error}") from error
+        self.prompts = [Prompt(*prompt) for prompt in zip(range(len(texts)), texts, ids, strict=True)]
+        full = sum(len(row) == max_length for row in ids)
+        if full:
+            _log.warning("%s: %d of %d prompts fill max_prompt_length and may have been cut", name, full, len(ids))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+    def digest(self) -> str:
+        """Of all tokens, in order: whether a run goes on with the prompts it began with."""
+        return hashlib.sha256(repr([prompt.ids for prompt in self.prompts]).encode()).hexdigest()[:16]
+
+
+class Collator:
+    """Prompts into a batch: what the engine is given. A class, so that worker processes can have one."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        longest = max(len(prompt.ids) for prompt in prompts)
+        ids = [[self.pad_id] * (longest - len(prompt.ids)) + prompt.ids for prompt in prompts]
+        mask = [[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.tensor(mask),
+            "index": torch.tensor([prompt.number for prompt in prompts]),
+            "texts": [prompt.text for prompt in prompts],
+        }
+
+
+def special_tokens(tokenizer: Any, model: Any) -> tuple[tuple[int, ...], int]:
+    """The end tokens, the tokenizer's and the model's, and the token that pads."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise TypeError(f"NashTrainer: processing_class: expected a tokenizer; got {type(tokenizer).__name__}")
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [known] if isinstance(known, int) else list(known or ())
+    if tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
+    if not ends:
+        raise ValueError("NashTrainer: processing_class: expected a tokenizer with an end token; got one without")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "NashTrainer: processing_class: expected a tokenizer with a padding token; got one without "
+            "(tokenizer.pad_token = tokenizer.eos_token will do: padding is masked)"
+        )
+    return tuple(dict.fromkeys(ends)), int(tokenizer.pad_token_id)
+
+
+def check_vocabulary(tokenizer: Any, width: int) -> None:
+    if len(tokenizer) > width:
+        raise ValueError(
+            f"NashTrainer: processing_class: expected at most the model's {width} tokens; got {len(tokenizer)}"
+        )

@@ -1,0 +1,31 @@
+"""Rewards: what they are called with, and the check that what comes back can be learned from. Judges have the same in
+`preference`; both are any callable that answers for a batch of texts with one number a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Reward = Callable[[Sequence[str], Sequence[str]], Any]
+
+
+def rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:  # (B,) float64
+    name, given = getattr(reward, "__qualname__", type(reward).__name__), reward(list(prompts), list(responses))
+    try:
+        values = torch.as_tensor(given).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"NashTrainer: reward: {name}: expected {len(prompts)} numbers; got {type(given).__name__}: {error}"
+        ) from error
+    if values.shape != (len(prompts),):
+        raise ValueError(
+            f"NashTrainer: reward: {name}: expected {len(prompts)} numbers; got shape {tuple(values.shape)}"
+        )
+    wrong = (~values.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"NashTrainer: reward: {name}: expected finite numbers; got {float(values[wrong[0]])} in rows {wrong[:5]}"
+        )
+    return values

@@ -1,0 +1,121 @@
+"""What a trainer is built from, checked and brought together before training starts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..engine.models import evaluating, twin
+from ..engine.shared_weights import is_adapted
+from . import opponents
+from .config import NashConfig
+
+OP = "NashTrainer"
+KINDS = ("NO", "MULTI_CPU", "MULTI_GPU")  # of accelerate's distributed types
+_log = logging.getLogger(__name__)
+
+
+def check_judges(args: NashConfig, judge: Any, reward: Any) -> None:
+    needed = {"judge": judge, "reward": reward}[args.plan.judged_by]
+    if needed is None:
+        raise ValueError(f"{OP}: {args.plan.judged_by}: expected one, for {args.algorithm}; got None")
+    for name, given in (("judge", judge), ("reward", reward)):
+        if given is not None and not callable(given):
+            raise TypeError(f"{OP}: {name}: expected a callable; got {type(given).__name__}")
+
+
+def check_processes(args: NashConfig, accelerator: Any, prompts: Mapping[str, Sized]) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(f"{OP}: expected one device per process; got {args.n_gpu} (accelerate launch starts more)")
+    kind = accelerator.distributed_type.value
+    if kind not in KINDS:
+        raise ValueError(f"{OP}: expected processes with the whole model each ({', '.join(KINDS)}); got {kind}")
+    for name, rows in prompts.items():
+        if len(rows) < accelerator.num_processes:
+            raise ValueError(
+                f"{OP}: {name}: expected a prompt for each of {accelerator.num_processes} processes; got {len(rows)}"
+            )
+
+
+def with_reference(model: Any, reference: Any, peft_config: Any) -> tuple[Any, Any]:
+    """The policy, adapters put on, and its reference: None where that is the policy's own base."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{OP}: model: expected a causal language model; got {type(model).__name__}")
+    if reference is model:
+        raise ValueError(f"{OP}: reference_model: expected another model than the trained one; got the same object")
+    if peft_config is not None:
+        model = _adapted(model, peft_config)
+    if reference is None and is_adapted(model):
+        _check_base_stays(model)
+    elif reference is None:
+        reference = copy.deepcopy(model)
+    if not opponents.trained(model):
+        raise ValueError(f"{OP}: model: expected parameters to train; got none that require a gradient")
+    return model, reference
+
+
+def _adapted(model: Any, peft_config: Any) -> Any:
+    if is_adapted(model):
+        raise ValueError(f"{OP}: peft_config: expected with a model without adapters; got one that has some")
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ImportError(f"{OP}: peft_config needs peft: pip install nlhf-kernels[train]") from error
+    if getattr(peft_config, "lora_dropout", 0):
+        raise ValueError(
+            f"{OP}: peft_config: lora_dropout: expected 0, as answers are scored by the distribution they were drawn "
+            f"from; got {peft_config.lora_dropout}"
+        )
+    return get_peft_model(model, peft_config)
+
+
+def _check_base_stays(model: Any) -> None:
+    """The base is the reference only as long as nothing of it is trained."""
+    adapters = tuple(f".{name}." for name in model.peft_config)
+    moved = [name for name in opponents.trained(model) if not any(part in f".{name}." for part in adapters)]
+    if moved:
+        raise ValueError(
+            f"{OP}: reference_model: expected one, as the model trains {moved[0]} beside its adapters, and its base "
+            "would not stay what it was; got None"
+        )
+
+
+def opponent_of(model: Any, dtype: torch.dtype | None, args: NashConfig) -> tuple[opponents.Opponent | None, Any]:
+    """Parameters beside the policy's, and mirror prox's anchor as a model around them."""
+    if args.plan.opponent == "average":
+        return opponents.Average(model, dtype, args.ema_decay), None
+    if args.plan.opponent == "snapshot":
+        kept = opponents.Snapshots(model, dtype, args.refresh_steps)
+        return kept, twin(model, kept.anchor, OP).eval()
+    return None, None
+
+
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """What was sampled without dropout is scored without it: else the loss would be another distribution's.
+
+    So the model is in evaluation mode; only modules that recompute their activations are told that they train, or they
+    would not. They may apply dropout in their own forward pass, so their rates are zero meanwhile.
+    """
+    recomputing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    rates = [
+        (module, name, value)
+        for module in recomputing
+        for name, value in vars(module).items()
+        if "dropout" in name and isinstance(value, float) and value
+    ]
+    with evaluating(model):
+        for module in recomputing:
+            module.training = True
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
+        try:
+            yield
+        finally:
+            for module, name, value in rates:
+                setattr(module, name, value)

@@ -1,0 +1,326 @@
+"""NashTrainer: transformers' Trainer, whose batches are answers to prompts and whose loss is a fused one.
+
+An update, in order: `get_batch_samples` has the prompts of all its micro-batches answered and judged;
+`training_step` takes one of them to a loss and its gradients; callbacks look at the gradients before the optimizer
+does, and move the opponent after it. Everything random is a function of (seed, update, prompt).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+from ..engine import RolloutEngine, RolloutResult, RolloutSettings
+from ..preference import Judge
+from . import checkpoints, opponents, samples
+from .callbacks import Progress, Updates
+from .config import NashConfig
+from .evaluation import Evaluator
+from .experience import Collector, Experience
+from .heads import check_head
+from .losses import Learner
+from .meters import Clock, Meters
+from .prompts import Collator, PromptDataset, check_vocabulary, special_tokens
+from .rewards import Reward
+from .schedules import value_at
+from .setup import OP, check_judges, check_processes, opponent_of, with_reference, without_dropout
+
+_log = logging.getLogger(__name__)
+_Trainer: Any = Trainer  # its annotations contradict what subclasses are meant to do
+
+
+class NashTrainer(_Trainer):  # type: ignore[misc]
+    """Trains `model` against an opponent (`args.algorithm` says which) as `judge` prefers.
+
+    model             causal language model, or a peft model around one
+    reference_model   likewise; None: the base where there are adapters, else a frozen copy of `model` as it is now
+    judge             (prompts, first, second) -> P(first preferred), as in `preference`; optional for "rlhf"
+    reward            (prompts, responses) -> numbers; what "rlhf" climbs
+    train_dataset     rows with a column `prompt`: texts, or lists of chat messages
+    eval_dataset      likewise, or a mapping of names to such
+    eval_opponent     a model that the policy is compared with in evaluations, beside the reference
+    peft_config       adapters to put on `model`
+
+    Models that only play are frozen and moved to the device, with `args.bf16` in bfloat16; they are yours otherwise.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reference_model: Any = None,
+        judge: Judge | None = None,
+        args: NashConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        *,
+        reward: Reward | None = None,
+        eval_opponent: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if not isinstance(args, NashConfig):
+            raise TypeError(f"{OP}: args: expected a NashConfig; got {type(args).__name__}")
+        check_judges(args, judge, reward)
+        ends, pad = special_tokens(processing_class, model)
+        model, reference_model = with_reference(model, reference_model, peft_config)
+        check_vocabulary(processing_class, check_head(model, "model"))
+        if reference_model is not None and args.kl == "exact":
+            check_head(reference_model, "reference_model")
+        self.reads = partial(PromptDataset, tokenizer=processing_class, max_length=args.max_prompt_length)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(pad),
+            train_dataset=None if train_dataset is None else self.reads("train_dataset", train_dataset),
+            eval_dataset=self._evaluated(eval_dataset, args),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        check_processes(args, self.accelerator, self._all_prompts())
+        self.meters, self.clock, self.skipped = Meters(), Clock(args.device), 0
+        self._build_players(args, reference_model, eval_opponent)
+        settings = RolloutSettings(
+            max_new_tokens=args.max_new_tokens,
+            min_new_tokens=args.min_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            end_ids=ends,
+            pad_id=pad,
+            logprobs=("policy", "reference"),
+            backend=args.backend,
+        )
+        self._build_judged(args, settings, judge, reward)
+        self._check_fit(args)
+        self.add_callback(Updates(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(Progress())
+
+    def _build_players(self, args: NashConfig, reference: Any, eval_opponent: Any) -> None:
+        """Everyone who answers prompts, and the one who learns."""
+        dtype = torch.bfloat16 if args.bf16 else None  # None: everyone's own
+        self.played = opponents.Played(self.model, dtype)
+        place: dict[str, Any] = {"device": args.device} | ({} if dtype is None else {"dtype": dtype})
+        for part in (reference, eval_opponent):
+            if part is not None:
+                part.requires_grad_(False).eval().to(**place)
+        self.opponent, anchor = opponent_of(self.model, dtype, args)
+        beside = None if self.opponent is None else self.opponent.played
+        compiled = args.compile_rollouts
+        self.engine = RolloutEngine(self.played.model, reference, opponent=beside, compile=compiled, op=OP)
+        self.saved = None
+        if eval_opponent is not None:
+            self.saved = RolloutEngine(eval_opponent, compile=compiled, op=f"{OP}: eval_opponent")
+        self.learner = Learner(args, self.model, reference, anchor)
+
+    def _check_fit(self, args: NashConfig) -> None:
+        for name, prompts in self._all_prompts().items():
+            longest = max(len(prompt.ids) for prompt in prompts.prompts)
+            try:
+                for engine in (self.engine, self.saved):
+                    if engine is not None:
+                        engine.ensemble.check_room(longest, args.max_new_tokens)
+            except ValueError as error:
+                raise ValueError(f"{error} ({name})") from error
+
+    def _all_prompts(self) -> dict[str, PromptDataset]:
+        found = {} if self.train_dataset is None else {"train_dataset": self.train_dataset}
+        evaluated = self.eval_dataset
+        if isinstance(evaluated, Mapping):
+            return found | {f"eval_dataset[{name!r}]": part for name, part in evaluated.items()}
+        return found if evaluated is None else found | {"eval_dataset": evaluated}
+
+    def _build_judged(
+        self, args: NashConfig, settings: RolloutSettings, judge: Judge | None, reward: Reward | None
+    ) -> None:
+        """What answers are made and judged for: learning, and evaluations."""
+        rollout, tokenizer = self._playing(self.engine), self.processing_class
+        judged = reward if args.plan.judged_by == "reward" else judge
+        self.collect = Collector(args, rollout, tokenizer, settings, judged, self._total, self.meters, self.clock)
+        saved = None if self.saved is None else self._playing(self.saved, logprobs=())
+        self.judged = Evaluator(
+            args, rollout, saved, tokenizer, settings, self.data_collator, judge, reward, self.accelerator
+        )
+
+    # ---- an update ---------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], float | None]:
+        """The micro-batches of an update, and what their losses are divided by: its pairs, on all processes. The
+        division by their number that averaging over processes does is undone here."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        self.beta, self.tau = self._scheduled("beta"), self._scheduled("tau")
+        try:
+            self.made = self.collect(batches, self.state.global_step, self.beta)
+        except Exception:
+            self._keep_what_was_learned()
+            raise
+        pairs = torch.tensor(float(sum(made.pairs for made in self.made)), device=device)
+        inputs = [{"input_ids": made.input_ids, "made": made} for made in self.made]
+        return inputs, float(self._total(pairs)) / self.accelerator.num_processes
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        made: Experience = inputs["made"]
+        with self.clock.phase("loss"), without_dropout(model):
+            with self.accelerator.autocast():
+                loss = self.learner.loss(model, made, self.tau, num_items_in_batch)
+            self.accelerator.backward(loss)
+        self.gradients_done = time.perf_counter()
+        return loss.detach()
+
+    def _scheduled(self, name: str) -> float:
+        """beta or tau for the update that is being made."""
+        fixed = self.args.plan.beta if name == "beta" else None
+        if fixed is not None:
+            return float(fixed)
+        return value_at(name, getattr(self.args, name), self.state.global_step, self.state.epoch or 0.0)
+
+    def before_optimizer(self) -> None:
+        """Gradients that are not finite are dropped, so that the optimizer finds nothing to do, or end the run."""
+        gradients = [value.grad for value in self.model.parameters() if value.grad is not None]
+        if not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            return
+        what = f"{OP}: update {self.state.global_step}: expected finite gradients; got NaN or infinity"
+        if self.args.nonfinite == "stop":
+            raise FloatingPointError(what)
+        _log.warning("%s; the update is skipped", what)
+        self.skipped += 1
+        self.model.zero_grad()
+
+    def after_optimizer(self) -> None:
+        if self.opponent is not None:
+            self.opponent.update(self.state.global_step)
+        self.clock.ended("optimizer", self.gradients_done)
+
+    def _playing(self, engine: RolloutEngine, **changed: Any) -> Any:
+        """The engine's rollouts, with the weights of now."""
+
+        def rollout(ids: Any, mask: Any, players: Any, settings: RolloutSettings) -> RolloutResult:
+            if self.played.refresh():
+                self.engine.release()  # recorded steps read the old place
+            return engine.rollout(ids, mask, players, replace(settings, **changed))
+
+        return rollout
+
+    def _total(self, value: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = self.accelerator.reduce(value, reduction="sum")
+        return total
+
+    # ---- logs and evaluation -----------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log, not an evaluation's
+            logs |= self.meters.means(self.accelerator) | self.clock.report(self.accelerator)
+            logs |= {"beta": self.beta, "tau": self.tau, "skipped_updates": self.skipped}
+            if self.args.log_samples and self.is_world_process_zero():
+                samples.show(self.made[0], self.args.log_samples, self.state.global_step, self.args.samples_per_prompt)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        chosen = self.eval_dataset if eval_dataset is None else self._evaluated(eval_dataset, self.args)
+        if chosen is None:
+            raise ValueError(f"{OP}: evaluate: expected an eval_dataset; got none")
+        metrics: dict[str, float] = {}
+        named = chosen if isinstance(chosen, Mapping) else {"": chosen}
+        for name, prompts in named.items():
+            metrics |= self.judged(prompts, f"{metric_key_prefix}_{name}".rstrip("_"))
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluated(self, rows: Any, args: NashConfig) -> Any:
+        if rows is None:
+            return None
+        if isinstance(rows, Mapping) and not hasattr(rows, "column_names"):
+            return {
+                name: self.reads(f"eval_dataset[{name!r}]", part, first=args.eval_prompts)
+                for name, part in rows.items()
+            }
+        return self.reads("eval_dataset", rows, first=args.eval_prompts)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        if self.train_dataset is None:
+            raise ValueError(f"{OP}: train: expected a train_dataset; got none")
+        found = checkpoints.resolve(self.args.output_dir, resume, self._identity())
+        if found is not None and self.opponent is not None:
+            opponents.load(self.opponent, Path(found) / checkpoints.OPPONENT)
+        if found is not None and 0 < self.args.max_steps <= checkpoints.update_of(found):
+            return self._as_it_ended(found)
+        return super().train(resume_from_checkpoint=found, **options)
+
+    def _as_it_ended(self, found: str) -> TrainOutput:
+        """transformers would make one update more."""
+        self._load_from_checkpoint(found)
+        self.state = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
+        _log.warning("%s: %s is the run's end, after %d updates", OP, found, self.state.global_step)
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _identity(self) -> checkpoints.Identity:
+        args = self.args
+        return {
+            "algorithm": args.algorithm,
+            "seed": args.seed,
+            "prompts": self.train_dataset.digest(),
+            "prompts_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "samples_per_prompt": args.samples_per_prompt,
+            "trained_parameters": sum(value.numel() for value in opponents.trained(self.model).values()),
+        }
+
+    def _keep_what_was_learned(self) -> None:
+        """A judge that fails late costs no update. Several processes fail one by one: what they have is not saved."""
+        step, saves = self.state.global_step, str(self.args.save_strategy.value) != "no"
+        if saves and step and self.args.world_size == 1:
+            if not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():
+                self._save_checkpoint(self.model, None)
+            _log.warning("%s: %d updates are safe in checkpoint-%d", OP, step, step)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        place: str = super()._get_output_dir(trial)
+        return f"{place}/{checkpoints.UNFINISHED}" if getattr(self, "_saving", False) else place
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.clear_unfinished(output)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._finish(output, name)
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self, output: Path, name: str) -> None:
+        work = output / checkpoints.UNFINISHED / name
+        if self.state.best_model_checkpoint == str(work):
+            self.state.best_model_checkpoint = str(output / name)
+            self.state.save_to_json(str(work / "trainer_state.json"))
+        if self.opponent is not None:
+            opponents.save(self.opponent, work / checkpoints.OPPONENT)
+        checkpoints.write_identity(work, self._identity())
+        checkpoints.finish(output, name)
+        rotate_checkpoints(str(output), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)

@@ -1,0 +1,78 @@
+"""A small training run in a process of its own, so that it can be killed, or be one of several.
+
+    python -m tests.support.train_run FOLDER '{"max_steps": 4, "die_while_saving": true, ...}'
+
+Writes FOLDER/result.json: what was logged at every update, and a checksum of the trained weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+LOGGED = ("loss", "grad_norm", "kl", "preference", "length", "beta", "learning_rate")
+
+
+def main(folder: str, options: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from tests.support.training import make_trainer
+
+    if options.pop("die_while_saving", False):
+        _die_while_saving()
+    trainer = make_trainer(folder, **options)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        (Path(folder) / "result.json").write_text(json.dumps(outcome(trainer)))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def outcome(trainer: Any) -> dict[str, Any]:
+    from tests.support.training import history
+
+    weights = {name: value.detach().double() for name, value in trainer.model.named_parameters()}
+    return {
+        "history": history(trainer, *LOGGED),
+        "weights": {name: [float(value.sum()), float(value.square().sum())] for name, value in weights.items()},
+        "evaluations": [entry for entry in trainer.state.log_history if "eval_kl" in entry],
+        "batch": len(trainer.made[0].prompts),
+    }
+
+
+def _die_while_saving() -> None:
+    """As kill -9 does: the second checkpoint is cut off after its weights are written."""
+    from nlhf_kernels.train import NashTrainer
+
+    saved, whole = [0], NashTrainer._save_optimizer_and_scheduler
+
+    def save(self: Any, folder: str) -> None:
+        saved[0] += 1
+        if saved[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(self, folder)
+
+    NashTrainer._save_optimizer_and_scheduler = save
+
+
+def start(folder: Path, processes: int = 1, **options: Any) -> subprocess.CompletedProcess:
+    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launch, "-m", "tests.support.train_run", str(folder), json.dumps(options)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

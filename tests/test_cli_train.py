@@ -1,0 +1,205 @@
+"""`nlhf-kernels train`: from a YAML file to a trained policy; every key known, or refused with the nearest one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+
+pytest.importorskip("accelerate", reason="training needs accelerate")
+
+from nlhf_kernels.cli.main import main
+from nlhf_kernels.preference import RewardModel, save_preference_model
+from nlhf_kernels.train import NashConfig
+from nlhf_kernels.train.config import FIXED, own_fields
+from nlhf_kernels.train.reference import COMMON, configuration_page
+from nlhf_kernels.train.run_file import read_run_file
+from tests.support.preference import comparison_model
+from tests.support.tiny_models import tiny_model, tiny_tokenizer
+from tests.support.training import PROMPTS, single_thread  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+JUDGE = """
+def likes_e(prompts, first, second):
+    return [0.5 + 0.1 * ('e' in a) - 0.1 * ('e' in b) for a, b in zip(first, second)]
+
+def long(prompts, answers):
+    return [float(len(answer)) for answer in answers]
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Models, judges and prompts in folders."""
+    root = tmp_path_factory.mktemp("train")
+    for name, seed in (("model", 0), ("other", 4)):
+        tiny_model("llama", seed=seed).save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    (root / "columns.jsonl").write_text('{"question": "why"}\n')
+    (root / "judge.py").write_text(JUDGE)
+    save_preference_model(comparison_model(), root / "preference")
+    save_preference_model(comparison_model(RewardModel), root / "reward")
+    return root
+
+
+@pytest.fixture
+def config(root, tmp_path, monkeypatch):
+    """Writes a run file; keys that are given replace those of a run that works."""
+    monkeypatch.chdir(root)
+
+    def write(**changes: object) -> str:
+        training = {
+            "output_dir": str(tmp_path / "run"), "max_steps": 2, "per_device_train_batch_size": 4, "max_new_tokens": 4,
+            "use_cpu": True, "report_to": "none", "log_samples": 0, "seed": 3,
+        }  # fmt: skip
+        content = {
+            "model": "model", "judge": {"function": "judge.py:likes_e"}, "data": {"train": "prompts.jsonl"},
+            **changes, "training": {**training, **changes.get("training", {})},
+        }  # fmt: skip
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+def train(*options: str) -> int:
+    return main(["train", "--config", *options])
+
+
+def test_a_run_leaves_a_policy_that_loads(config, tmp_path, capsys) -> None:
+    data = {"train": "prompts.jsonl", "evaluation": "prompts.jsonl"}
+    path = config(
+        data=data, training={"save_steps": 1, "eval_prompts": 3, "learning_rate": 0.01}, eval_opponent="other"
+    )
+    assert train(path) == 0
+    printed = capsys.readouterr().out
+    assert "eval_win_rate_saved_opponent" in printed and f"Saved: {tmp_path / 'run' / 'policy'}" in printed
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+    assert not model.lm_head.weight.equal(tiny_model("llama").lm_head.weight)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "policy")) == 97
+    assert train(path) == 2
+    assert "error: NashTrainer: output_dir: expected a folder without checkpoints" in capsys.readouterr().err
+    assert train(path, "--resume", "--set", "training.max_steps=3") == 0
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        {"preference_model": "preference", "batch_size": 2},
+        {"reward_model": "reward", "scale": 2.0},
+        [{"function": "judge.py:likes_e", "weight": 3}, {"preference_model": "preference"}],
+    ],
+    ids=["preference", "reward", "average"],
+)
+def test_judges(judge, config, capsys) -> None:
+    path = config(judge=judge, lora={"r": 2, "target_modules": ["q_proj"]}, training={"max_steps": 1})
+    assert train(path) == 0
+    assert "Saved: " in capsys.readouterr().out
+
+
+def test_rlhf_and_a_reference_of_its_own(config, capsys) -> None:
+    for reward in ({"function": "judge.py:long"}, {"reward_model": "reward"}):
+        path = config(judge=None, reward=reward, reference_model="other", training={"algorithm": "rlhf"})
+        assert train(path, "--check") == 0
+        assert "rlhf: 16 prompts, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": "x"}, "train: modle: no such key; the nearest is model"),
+        ({"training": {"learning_rat": 1}}, "train: training.learning_rat: no such key; the nearest is learning_rate"),
+        ({"training": {"betta": 1}}, "train: training.betta: no such key; the nearest is beta"),
+        ({"training": {"zzzzzzz": 1}}, "train: training.zzzzzzz: no such key"),
+        ({"judge": {"functoin": "x"}}, "train: judge.functoin: no such key; the nearest is function"),
+        ({"judge": [{"function": "judge.py:likes_e"}, {"modle": 1}]}, r"train: judge\[1\].modle: no such key"),
+        ({"data": {"trian": "x"}}, "train: data.trian: no such key; the nearest is train"),
+        ({"lora": {"rank": 4}}, "train: lora.rank: no such key"),
+        ({"model": 7}, "train: model: expected str; got 7"),
+        ({"model": None}, "train: model: expected a value; got none"),
+        ({"data": "prompts.jsonl"}, "train: data: expected keys and values; got 'prompts.jsonl'"),
+        ({"data": {"evaluation": "x"}}, "train: data.train: expected a value; got none"),
+        ({"judge": {}}, "train: judge: expected one of preference_model, reward_model, function; got none"),
+        ({"judge": []}, "train: judge: expected at least one; got an empty list"),
+        ({"judge": {"function": "judge.py:likes_e", "scale": 2.0}}, "train: judge.scale: expected with reward_model"),
+        ({"judge": {"function": "judge.py:nobody"}}, "train: judge.function: cannot load 'judge.py:nobody'"),
+        ({"judge": {"function": "nowhere.py:x"}}, "train: judge.function: cannot load .*: there is no such file"),
+        ({"judge": {"function": "likes_e"}}, "train: judge.function: expected module:name or file.py:name"),
+        ({"judge": {"reward_model": "preference"}}, "train: judge.reward_model: expected another kind of model"),
+        ({"judge": {"preference_model": "model"}}, "train: judge.preference_model: cannot load a model from 'model'"),
+        ({"judge": None}, "NashTrainer: judge: expected one, for nash-md; got None"),
+        ({"dtype": "fp8"}, "train: dtype: expected one of float32, bfloat16, auto; got 'fp8'"),
+        ({"model": "./nowhere"}, "train: model: expected a model's folder or its name on the hub; got './nowhere'"),
+        ({"data": {"train": "columns.jsonl"}}, "NashTrainer: train_dataset: data: row 0: expected columns prompt"),
+        ({"data": {"train": "none.jsonl"}}, "train: data.train: data: none.jsonl: there is no such file"),
+        ({"training": {"output_dir": ""}}, "train: training: expected output_dir among its keys; got none"),
+        ({"training": {"learning_rate": "fast"}}, "train: training.learning_rate: expected float; got 'fast'"),
+        ({"training": {"max_steps": 1.5}}, "train: training.max_steps: expected int; got 1.5"),
+        ({"training": {"bf16": "yes please"}}, "train: training.bf16: expected bool; got 'yes please'"),
+        ({"training": {"beta": 2.0}}, r"NashConfig: beta: expected a finite number in \[0.0, 1.0\]; got 2.0"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(changes, message, config, capsys) -> None:
+    assert train(config(**changes)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert re.match(f"nlhf-kernels: error: {message}", line), line
+
+
+def test_files_that_are_no_run(tmp_path, capsys) -> None:
+    path = tmp_path / "run.yaml"
+    for text, message in (
+        (None, "expected a text file in UTF-8; got"),
+        ("- a\n", "expected keys and values; got list"),
+        ("model: [", "expected YAML: "),
+        ("model: a\nmodel: b\n", "'model' is there twice"),
+    ):
+        if text is not None:
+            path.write_text(text)
+        assert train(str(path)) == 2
+        assert message in capsys.readouterr().err
+    path.write_text("model: a\n")
+    assert train(str(path), "--set", "training") == 2
+    assert "--set: expected key=value, as in training.beta=0.25; got 'training'" in capsys.readouterr().err
+    assert train(str(path), "--set", "model.x=1") == 2
+    assert "--set: model.x: expected keys and values at model" in capsys.readouterr().err
+
+
+def test_every_field_of_nash_config_can_be_written(tmp_path) -> None:
+    """With its default, as YAML; and with --set."""
+    config = NashConfig(str(tmp_path))
+    named = {field.name for field in dataclasses.fields(NashConfig)}
+    values = {name: value for name, value in config.to_dict().items() if name in named}
+    assert len(values) > 100
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "data": {"train": "d"}, "training": values}))
+    run = read_run_file(path, ["training.beta=[0.1, 0.2]", "training.tau={0: 1e-2, 5: 2e-3}", "judge.function=a:b"])
+    assert run.config().beta == [0.1, 0.2] and run.config().tau == {0: 0.01, 5: 0.002}
+    assert run.judge[0].function == "a:b"
+
+
+def test_the_example_is_a_run_that_could_be(monkeypatch, tmp_path) -> None:
+    run = read_run_file(ROOT / "docs" / "examples" / "nash_md.yaml", ["training.use_cpu=true"])
+    monkeypatch.chdir(tmp_path)
+    config = run.config()
+    assert config.learning_rate == 1e-6 and config.algorithm == "nash-md" and run.judge is not None
+    assert torch.float32 == getattr(torch, run.dtype)
+
+
+def test_the_configuration_page_is_current(capsys) -> None:
+    assert main(["train", "--keys"]) == 0
+    page = capsys.readouterr().out
+    assert page == configuration_page() == (ROOT / "docs" / "configuration.md").read_text(), (
+        "nlhf-kernels train --keys > docs/configuration.md"
+    )
+    for name in [field.name for field in own_fields()] + list(FIXED):
+        assert f"| `{name}` |" in page
+    assert set(COMMON) <= {field.name for field in dataclasses.fields(NashConfig)}

@@ -1,0 +1,44 @@
+"""Training on a GPU: recorded rollouts play with the weights of now; kernels learn what the reference kernels do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="training needs accelerate")
+
+from tests.support.training import history, lora, make_trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+RUN = {"use_cpu": False, "max_steps": 6, "learning_rate": 1e-3, "tau": 0.1, "adam_epsilon": 1e-3}
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_kernels_and_reference_learn_the_same(adapters, tmp_path) -> None:
+    curves = []
+    for backend in ("reference", None):
+        options = {**RUN, "backend": backend, "peft_config": lora() if adapters else None}
+        torch.manual_seed(0)
+        trainer = make_trainer(tmp_path / str(backend), **options)
+        trainer.train()
+        assert trainer.args.device.type == "cuda"
+        curves.append(torch.tensor(history(trainer, "loss", "kl", "preference")))
+    assert torch.allclose(curves[0], curves[1], rtol=2e-2, atol=2e-3)
+    assert curves[1][-1, 1] != 0, "rollouts play with the weights of now"
+
+
+@pytest.mark.parametrize("algorithm", ["nash-md", "nash-ema", "nash-mp", "ipo-md"])
+def test_bfloat16_trains(algorithm, tmp_path) -> None:
+    trainer = make_trainer(tmp_path, algorithm=algorithm, bf16=True, **RUN)
+    trainer.train()
+    losses = torch.tensor(history(trainer, "loss", "grad_norm"))
+    assert losses.isfinite().all() and len(losses) == 6
+    made = trainer.made[0]
+    with torch.no_grad():
+        trainer.played.refresh()
+        positions = (made.attention_mask.cumsum(1) - 1).clamp(min=0)
+        logits = trainer.learner.reference(made.input_ids, attention_mask=made.attention_mask, position_ids=positions)
+    width, counts = made.targets.shape[1], made.targets >= 0
+    scored = logits.logits[:, -width - 1 : -1].float().log_softmax(-1)
+    chosen = scored.gather(-1, made.targets.clamp(min=0)[..., None])[..., 0]
+    assert float((chosen - made.reference_logprobs)[counts].abs().max()) < 0.3

@@ -1,0 +1,197 @@
+"""What cannot be trained is refused before training starts, with the argument, the expectation and what came."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="training needs accelerate")
+
+from transformers import TrainingArguments
+
+from nlhf_kernels.preference import JudgeError
+from nlhf_kernels.train import NashConfig, NashTrainer
+from nlhf_kernels.train.config import FIXED, defaults, own_fields
+from nlhf_kernels.train.heads import check_head
+from tests.support.tiny_models import ARCHITECTURES, random_model, tiny_model, tiny_tokenizer
+from tests.support.training import PROMPTS, likes_e, lora, make_trainer, single_thread  # noqa: F401
+
+
+def without(token: str):
+    tokenizer = tiny_tokenizer()
+    setattr(tokenizer, token, None)
+    return tokenizer
+
+
+def other_vocabulary():
+    config = ARCHITECTURES["llama"](32)
+    config.vocab_size = 101
+    return random_model(config, 0)
+
+
+def no_end():
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = None
+    return {"model": model, "tokenizer": without("eos_token")}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train_dataset": [{"question": "why"}]}, r"train_dataset: data: row 0: .*prompt is not among \['question'\]"),
+        ({"train_dataset": [{"prompt": "why"}, {"prompt": "  "}]}, r"train_dataset: data: row 1: prompt: expected"),
+        ({"train_dataset": []}, r"train_dataset: data: list: expected at least one row; got none"),
+        ({"train_dataset": [{"prompt": 7}]}, r"train_dataset: data: row 0: prompt: expected a string or a list"),
+        ({"train_dataset": (row for row in PROMPTS)}, r"train_dataset: expected rows with a length, .* got generator"),
+        ({"eval_dataset": [{"text": "x"}]}, r"eval_dataset: data: row 0: expected columns prompt"),
+        ({"eval_dataset": {"new": [{"text": "x"}]}}, r"eval_dataset\['new'\]: data: row 0: expected columns prompt"),
+        ({"train_dataset": [{"prompt": [{"role": "user", "content": "hi"}]}]}, r"with a chat template to render mess"),
+        ({"tokenizer": "gpt2"}, r"processing_class: expected a tokenizer; got str"),
+        ({"tokenizer": without("pad_token")}, r"processing_class: expected a tokenizer with a padding token; got one"),
+        (no_end(), r"processing_class: expected a tokenizer with an end token; got one without"),
+        ({"reference_model": other_vocabulary()}, r"NashTrainer: .*reference.*97.*101|.*101.*97"),
+        ({"model": "gpt2"}, r"model: expected a causal language model; got str"),
+        ({"model": tiny_model("gpt2", hidden=32).transformer}, r"model: expected one linear output layer"),
+        ({"judge": None}, r"judge: expected one, for nash-md; got None"),
+        ({"judge": "gpt-4"}, r"judge: expected a callable; got str"),
+        ({"algorithm": "rlhf"}, r"reward: expected one, for rlhf; got None"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, r"eval_dataset"),
+        ({"max_new_tokens": 200}, r"max_new_tokens: expected prompt and response within the policy's 128 positions"),
+        ({"peft_config": lora(lora_dropout=0.1)}, r"peft_config: lora_dropout: expected 0, .* got 0.1"),
+        ({"peft_config": lora(bias="all", target_modules=["c_attn"]), "model": tiny_model("gpt2")}, r"reference_model: "
+         r"expected one, as the model trains .*bias beside its adapters"),
+        ({"model": tiny_model("llama").requires_grad_(False)}, r"model: expected parameters to train; got none"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(given, message, tmp_path) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_trainer(tmp_path, **given)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_the_reference_must_be_another_model(tmp_path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="reference_model: expected another model than the trained one; got the same"):
+        make_trainer(tmp_path, model=model, reference_model=model)
+    with pytest.raises(TypeError, match="NashTrainer: args: expected a NashConfig; got TrainingArguments"):
+        NashTrainer(model, judge=likes_e, args=TrainingArguments(str(tmp_path)), processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        (lambda x, a, b: [0.5], r"judge <lambda>: expected 4 probabilities, one for each pair; got shape \(1,\)"),
+        (lambda x, a, b: [1.5] * len(x), r"expected probabilities in \[0, 1\]; got 1.5 for pair 0"),
+        (lambda x, a, b: [float("nan")] * len(x), r"expected probabilities in \[0, 1\]; got nan for pair 0"),
+        (lambda x, a, b: "better", r"expected 4 probabilities; got str 'better'"),
+    ],
+    ids=["length", "range", "nan", "type"],
+)
+def test_a_judge_that_returns_nonsense_moves_nothing(judge, message, tmp_path) -> None:
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(JudgeError, match=message):
+        make_trainer(tmp_path, model=model, judge=judge).train()
+    assert all(value.equal(before[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], r"reward: .*expected 4 numbers; got shape \(1,\)"),
+        ([float("inf")] * 4, r"reward: .*expected finite numbers; got inf in rows \[0, 1, 2, 3\]"),
+        (None, r"reward: .*expected 4 numbers; got NoneType"),
+    ],
+)
+def test_a_reward_that_returns_nonsense(returned, message, tmp_path) -> None:
+    trainer = make_trainer(tmp_path, judge=None, algorithm="rlhf", reward=lambda prompts, answers: returned)
+    with pytest.raises((ValueError, TypeError), match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"algorithm": "nash"}, "algorithm: expected one of nash-md, .*; got 'nash'"),
+        ({"beta": 1.5}, r"beta: expected a finite number in \[0.0, 1.0\]; got 1.5"),
+        ({"beta": []}, "beta: expected a number for every epoch; got an empty list"),
+        ({"beta": {5: 0.1}}, r"beta: expected the value from step 0 on among them; got steps \[5\]"),
+        ({"beta": {"x": 0.1, 0: 0.1}}, "beta: expected steps, 0 or more, as keys; got 'x'"),
+        ({"beta": [0.1, "a"]}, r"beta\[1\]: expected a finite number in \[0.0, 1.0\]; got 'a'"),
+        ({"beta": lambda step: 0.1}, "beta: expected a function that a checkpoint can hold"),
+        ({"tau": -1}, "tau: expected a finite number in .*; got -1"),
+        ({"tau": 0.0, "algorithm": "ipo-md"}, r"tau: expected a finite number in \(0.0, inf\); got 0.0"),
+        ({"kl": "full"}, "kl: expected one of sequence, to_go, exact, token; got 'full'"),
+        ({"kl": "exact", "algorithm": "nash-mp"}, "kl: nash-mp has two references and needs to_go or sequence"),
+        ({"baseline": "mean"}, "baseline: expected one of batch; got 'mean'"),
+        ({"min_new_tokens": 9, "max_new_tokens": 4}, "min_new_tokens: expected at most 4; got 9"),
+        ({"temperature": 0.0}, r"temperature: expected a finite number in \(0.0, inf\)"),
+        ({"nonfinite": "ignore"}, "nonfinite: expected one of skip, stop; got 'ignore'"),
+        ({"backend": "fast"}, "backend: expected one of .*; got 'fast'"),
+        ({"beta": 0.3, "algorithm": "self-play"}, "beta: self-play does not use it; got 0.3"),
+        ({"kl": "exact", "algorithm": "online-ipo"}, "kl: online-ipo does not use it"),
+        ({"ema_decay": 0.5}, "ema_decay: nash-md does not use it; got 0.5"),
+        ({"fp16": True}, "fp16: expected False, as its gradient scaler"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: expected None, as answers are scored"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False, as prompts"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: expected one of random, sequential"),
+        ({"optim": "adalomo"}, "optim: expected an optimizer that steps after the backward pass"),
+        ({"do_eval": True}, "do_eval: expected an eval_strategy beside it; got none"),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config: split_batches: expected False"),
+        ({"seed": -1}, "seed: expected .*; got -1"),
+    ],
+)  # fmt: skip
+def test_bad_configurations_are_refused(options, message, tmp_path) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"NashConfig: {message}"):
+        NashConfig(str(tmp_path), **options)
+    assert NashConfig(str(tmp_path)).algorithm == "nash-md"
+
+
+def test_schedules_that_leave_their_range_are_refused_when_they_do(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, beta=_grows, max_steps=3)
+    with pytest.raises(ValueError, match=r"beta\(2\): expected a finite number in \[0.0, 1.0\]; got 2.0"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def _grows(step: int) -> float:
+    return 0.5 * step if step < 2 else 2.0
+
+
+def test_every_option_is_looked_at() -> None:
+    """Options of TrainingArguments keep their meaning or are refused; FIXED names no option that does not exist."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    newest = {"use_cache", "parallelism_config", "average_tokens_across_devices"}  # not in every version
+    assert set(FIXED) - known <= newest
+    assert all(len(reason) > 5 for reason in FIXED.values())
+    assert {"algorithm", "beta", "tau", "kl"} <= {field.name for field in own_fields()}
+    assert all(field.metadata["help"] for field in own_fields())
+    assert defaults()["remove_unused_columns"] is False
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "llama"])
+def test_heads_are_proven_on_the_model_itself(architecture) -> None:
+    model = tiny_model(architecture)
+    assert check_head(model, "model") == 97
+    forward = model.forward
+
+    def scaled(*args, **options):
+        found = forward(*args, **options)
+        found.logits = 1.5 * found.logits
+        return found
+
+    model.forward = scaled
+    with pytest.raises(ValueError, match=r"model: expected logits = cap tanh\(scale \(W h \+ b\) / cap\)"):
+        check_head(model, "model")
+
+
+def test_prompts_that_may_have_been_cut_are_counted(tmp_path, caplog) -> None:
+    make_trainer(tmp_path, max_prompt_length=5)
+    assert "train_dataset: 16 of 16 prompts fill max_prompt_length" in caplog.text
+    with torch.no_grad():
+        caplog.clear()
+        make_trainer(tmp_path / "2")
+    assert "max_prompt_length" not in caplog.text
