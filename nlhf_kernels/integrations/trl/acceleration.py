@@ -1,0 +1,268 @@
+"""`accelerate_trl()`: an installed TRL's own NashMDTrainer with these rollouts and losses.
+
+What is replaced on the class: `_generate_completions` (one pass of the rollout engine for both answers),
+`_compute_logprobs` and `_compute_losses` (the fused loss on hidden states; the reference's log-probabilities are the
+rollout's), `beta` and `mixture_coef` (lists by epoch), `training_step` (around the old one: losses of micro-batches
+are averaged). Rewards, logs, data and evaluation stay TRL's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+
+from ...core.checks import check_option
+from ...engine import Responses, RolloutEngine, RolloutSettings, nash_md
+from ...ops import linear_nash_pg_loss
+from ...train.heads import check_head, head_of, hidden_states
+from ...train.opponents import Played
+from ...train.schedules import value_at
+
+OP = "accelerate_trl"
+OLDEST, BEFORE = (1, 0), (1, 14)  # versions; 1.14 has no NashMDTrainer
+EXPECTED = "expected TRL 1.0 to 1.13"
+KL_MODES = ("to_go", "sequence", "token")
+IGNORED = -100
+MARK = "_nlhf_acceleration"  # on the class that has been changed
+#: The methods that are replaced, and the arguments they are known by.
+KNOWN = {
+    "_generate_completions": ("model", "prompts"),
+    "_compute_logprobs": ("model", "model_data", "context_length"),
+    "_compute_losses": ("model_logprobs_model_data", "ref_logprobs_model_data", "probability"),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+}
+_PLAIN = {"do_sample", "pad_token_id", "bos_token_id", "eos_token_id", "repetition_penalty", "use_cache"}
+_SAMPLING = {"max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p"}
+
+
+def accelerate_trl(*, kl: str = "to_go", backend: str | None = None) -> Acceleration:
+    """Give the installed TRL's NashMDTrainer our rollouts and losses, until `undo()` or the end of a `with` block.
+
+    kl        to_go or sequence, both unbiased; token is TRL's own estimate, biased where answers have several tokens
+    backend   of the kernels; None: the fastest that can run
+    """
+    check_option(OP, "kl", kl, KL_MODES)
+    return Acceleration(_trainer_class(), kl, backend)
+
+
+def _trainer_class() -> Any:
+    try:
+        version = str(getattr(importlib.import_module("trl"), "__version__", "unknown"))
+    except ImportError as error:
+        raise ImportError(f"{OP}: {EXPECTED}; found none: pip install 'trl>=1.0,<1.14'") from error
+    numbers = tuple(int(part) if part.isdigit() else -1 for part in version.split(".")[:2])
+    if not OLDEST <= numbers < BEFORE:
+        raise RuntimeError(
+            f"{OP}: {EXPECTED}; found {version} (NashMDTrainer of nlhf_kernels.integrations.trl needs none)"
+        )
+    trainer = importlib.import_module("trl.experimental.nash_md").NashMDTrainer
+    if MARK in vars(trainer):
+        raise RuntimeError(f"{OP}: expected TRL's own trainer; got one accelerated already (undo() that first)")
+    for name, arguments in KNOWN.items():
+        found = tuple(inspect.signature(getattr(trainer, name)).parameters)
+        if found != ("self", *arguments):
+            raise RuntimeError(
+                f"{OP}: {EXPECTED} as released; found {version} whose NashMDTrainer.{name} takes {', '.join(found)}"
+            )
+    return trainer
+
+
+class Acceleration:
+    """What `accelerate_trl` has changed. `undo()` changes it back; so does leaving a `with` block."""
+
+    def __init__(self, trainer: Any, kl: str, backend: str | None) -> None:
+        self.kl, self.backend, self.trainer = kl, backend, trainer
+        self.rollouts: WeakKeyDictionary[Any, Rollouts] = WeakKeyDictionary()
+        changed = self._methods(trainer.training_step) | {MARK: self}
+        self._before = {name: vars(trainer).get(name) for name in changed}
+        for name, value in changed.items():
+            setattr(trainer, name, value)
+
+    def undo(self) -> None:
+        """A second time changes nothing."""
+        for name, value in self._before.items():
+            if value is None:
+                delattr(self.trainer, name)
+            else:
+                setattr(self.trainer, name, value)
+        self._before = {}
+        self.rollouts.clear()
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def _of(self, trainer: Any) -> Rollouts:
+        if trainer not in self.rollouts:
+            self.rollouts[trainer] = Rollouts(trainer, self.kl, self.backend)
+        return self.rollouts[trainer]
+
+    def _methods(self, step: Any) -> dict[str, Any]:
+        def generate(trainer: Any, model: Any, prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._of(trainer).generate(prompts)
+
+        def logprobs(trainer: Any, model: Any, data: Any, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._of(trainer).logprobs(model)
+
+        def losses(trainer: Any, policy: Any, reference: Any, probability: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self._of(trainer).loss(probability)
+
+        def training_step(trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            loss: torch.Tensor = step(trainer, model, inputs, num_items_in_batch)
+            # TRL divides what it reports by their number; the loss it gets is divided already
+            reported: torch.Tensor = loss * trainer.args.gradient_accumulation_steps
+            return reported
+
+        return {
+            "_generate_completions": generate,
+            "_compute_logprobs": logprobs,
+            "_compute_losses": losses,
+            "training_step": training_step,
+            "beta": property(lambda trainer: _now(trainer, "beta")),
+            "mixture_coef": property(lambda trainer: _now(trainer, "mixture_coef")),
+        }
+
+
+def _now(trainer: Any, name: str) -> float:
+    state = trainer.state
+    return value_at(name, getattr(trainer, f"_{name}"), state.global_step, state.epoch or 0.0)
+
+
+@dataclass
+class Step:
+    """A micro-batch on its way from answers to a loss."""
+
+    input_ids: torch.Tensor  # (B, S + T)
+    attention_mask: torch.Tensor  # (B, S + T)
+    answer: Responses  # y
+    hidden: torch.Tensor | None = None  # (B, T, D)
+
+
+class Rollouts:
+    """One trainer's engine, and the micro-batch at hand."""
+
+    def __init__(self, trainer: Any, kl: str, backend: str | None) -> None:
+        _check(trainer)
+        self.kl, self.backend = kl, backend
+        self.trainer = ref(trainer)  # which keeps this alive, and not the other way round
+        self.settings = _settings(trainer, backend)
+        dtype = torch.bfloat16 if trainer.args.bf16 else None
+        with _bare(trainer.model):
+            check_head(trainer.model, "model")
+            self.played = Played(trainer.model, dtype)
+        self.reference = None
+        if trainer.ref_model is not None:
+            with _bare(trainer.ref_model):
+                self.reference = Played(trainer.ref_model, dtype).model
+        self.engine = RolloutEngine(self.played.model, self.reference, op=OP)
+
+    def _trainer(self) -> Any:
+        return self.trainer()
+
+    def generate(self, prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.played.refresh():
+            self.engine.release()
+        ids, mask = prompts["input_ids"], prompts["attention_mask"]
+        y, other = self.engine.rollout(ids, mask, nash_md(self._trainer().mixture_coef), self.settings)
+        if not (bool(y.ok.all()) and bool(other.ok.all())):
+            raise FloatingPointError(f"{OP}: expected finite logits; got NaN or infinity while sampling")
+        self.step = Step(torch.cat([ids, y.tokens], 1), torch.cat([mask, y.mask.to(mask)], 1), y)
+        return self.step.input_ids, torch.cat([ids, other.tokens], 1)
+
+    def logprobs(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rollout's: the policy has not moved since. What is made here is what the loss needs."""
+        answer = self.step.answer
+        hidden = hidden_states(model, self.step.input_ids[:, :-1], self.step.attention_mask[:, :-1])
+        self.step.hidden = hidden[:, -answer.tokens.shape[1] :].contiguous()
+        assert answer.policy_logprobs is not None and answer.reference_logprobs is not None
+        return answer.policy_logprobs, answer.reference_logprobs
+
+    def loss(self, probability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss, and what TRL logs: the score and log(pi / mu) of every row."""
+        trainer, answer = self._trainer(), self.step.answer
+        hidden, self.step.hidden = self.step.hidden, None
+        assert hidden is not None
+        with trainer.accelerator.autocast():
+            result = linear_nash_pg_loss(
+                hidden,
+                head_of(trainer.model),
+                answer.tokens.masked_fill(~answer.mask, IGNORED),
+                probability.float(),
+                tau=trainer.beta,
+                kl=self.kl,
+                reference_logprobs=answer.reference_logprobs,
+                normalizer=len(hidden) * trainer.current_gradient_accumulation_steps,
+                backend=self.backend,
+            )
+        policy, reference = result.policy_logprobs, result.reference_logprobs
+        return result.loss, (probability - 0.5) * policy.sum(1), (policy - reference).sum(1)
+
+
+def _check(trainer: Any) -> None:
+    """What TRL's trainer can be told and this cannot do."""
+    args = trainer.args
+    wrong = {
+        "use_vllm": args.use_vllm,
+        "fp16": args.fp16,
+        "torch_compile": args.torch_compile,
+        "use_liger_kernel": args.use_liger_kernel,
+        "use_transformers_paged": getattr(args, "use_transformers_paged", False),
+        "cache_implementation": args.cache_implementation is not None,
+    }
+    for name, given in wrong.items():
+        if given:
+            raise ValueError(f"{OP}: {name}: expected its default; got {getattr(args, name)!r}")
+    count = max(trainer.accelerator.num_processes, args.n_gpu)
+    if count > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"{OP}: expected one process with one device and the whole model; got {count} (NashTrainer takes several)"
+        )
+    rates = [
+        (name, key, value)
+        for name, module in trainer.model.named_modules()
+        for key, value in {**vars(module), "p": getattr(module, "p", 0.0)}.items()
+        if (isinstance(module, torch.nn.Dropout) and key == "p") or "dropout" in key
+        if isinstance(value, float) and value
+    ]
+    if rates:
+        name, key, value = rates[0]
+        raise ValueError(
+            f"{OP}: model: expected no dropout, as answers are scored by the distribution they were drawn from; got "
+            f"{name}.{key} = {value}"
+        )
+
+
+def _settings(trainer: Any, backend: str | None) -> RolloutSettings:
+    given = trainer.generation_kwargs
+    for name in given:
+        if name not in _PLAIN | _SAMPLING:
+            raise ValueError(f"{OP}: generation_kwargs: expected {', '.join(sorted(_SAMPLING))}; got {name!r}")
+    if not given.get("do_sample", True) or given.get("repetition_penalty", 1.0) != 1.0:
+        name = "repetition_penalty" if given.get("do_sample", True) else "do_sample"
+        raise ValueError(f"{OP}: {name}: expected plain sampling; got {given[name]!r}")
+    return RolloutSettings(
+        **{name: given[name] for name in _SAMPLING if name in given},
+        end_ids=given.get("eos_token_id", ()),
+        pad_id=given["pad_token_id"],
+        logprobs=("policy", "reference"),
+        backend=backend,
+    )
+
+
+@contextmanager
+def _bare(model: Any) -> Iterator[None]:
+    """Without what accelerate has put around the model's forward pass: a copy of it would call the original's."""
+    around = {name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)}
+    try:
+        yield
+    finally:
+        vars(model).update(around)

@@ -1,0 +1,208 @@
+"""NashMDConfig: names and defaults of TRL 1.13's, what each means to NashConfig, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ...core.checks import check_integer, check_number
+from ...train import NashConfig
+
+OP = "NashMDConfig"
+_VLLM = "both models decode in lockstep, in the rollout engine"
+#: Options of TRL's that must keep their defaults, and why.
+REFUSED = {
+    "repetition_penalty": "answers are scored by the distribution they were drawn from",
+    "cache_implementation": "the rollout engine keeps caches of its own, one for each model",
+    "loss_type": "Nash-MD has one loss; NashConfig(algorithm='ipo-md') trains with IPO's",
+    "disable_dropout": "answers are scored by the distribution they were drawn from",
+    "use_vllm": _VLLM,
+    "vllm_model_impl": _VLLM,
+    "vllm_structured_outputs_regex": _VLLM,
+    "vllm_gpu_memory_utilization": _VLLM,
+    "vllm_mode": _VLLM,
+    "vllm_server_base_url": _VLLM,
+    "vllm_server_host": _VLLM,
+    "vllm_server_port": _VLLM,
+    "vllm_server_timeout": _VLLM,
+    "vllm_group_port": _VLLM,
+    "vllm_tensor_parallel_size": _VLLM,
+    "vllm_enable_sleep_mode": _VLLM,
+    "ds3_gather_for_generation": "rollouts need the whole model on every process",
+}
+#: What `generation_kwargs` may hold; it goes before the options of the same names.
+GENERATION = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p")
+_RENAMED = (  # transformers' old names of options, and the new ones where it has them
+    ("gradient_checkpointing", "activation_checkpointing"),
+    ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+)
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+def _refused(default: Any) -> Any:
+    return field(default=default, metadata=_help("must keep its default"))
+
+
+@dataclass
+class NashMDConfig(TrainingArguments):
+    """TrainingArguments, and TRL's options of Nash-MD; `nash_config` is what they mean here."""
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    # TRL's defaults of transformers' options
+    learning_rate: float = field(default=5e-7, metadata=_help("the initial learning rate"))
+    logging_steps: float = field(default=10, metadata=_help("updates between two logs"))
+    gradient_checkpointing: bool | None = field(
+        default=True, metadata=_help("compute activations again in the backward pass instead of keeping them")
+    )
+    bf16: bool | None = field(default=None, metadata=_help("train in bfloat16; none: yes, unless fp16 is set"))  # type: ignore[assignment]
+    remove_unused_columns: bool = field(
+        default=False, metadata=_help("must stay false: prompts are not the model's inputs")
+    )
+
+    # lists where TRL has them, so that transformers' HfArgumentParser reads them; numbers will do
+    mixture_coef: list[float] = field(
+        default_factory=lambda: [0.5],
+        metadata=_help("weight of the reference in the opponent's mixture: a number, or one for every epoch"),
+    )
+    beta: list[float] = field(
+        default_factory=lambda: [0.1],
+        metadata=_help("price of leaving the reference, per nat: a number, or one for every epoch"),
+    )
+    kl: str = field(
+        default="to_go",
+        metadata=_help("how that price is estimated: to_go, sequence, exact, or token, TRL's biased one"),
+    )
+    reward_model_path: str | None = field(
+        default=None, metadata=_help("a reward model's folder or hub name, instead of reward_funcs")
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata=_help("weights of the rewards, or of the judges; none: 1 each")
+    )
+    missing_eos_penalty: float | None = field(
+        default=None, metadata=_help("taken off the reward of an answer without an end; with a judge, off P(y > y')")
+    )
+    max_new_tokens: int = field(default=64, metadata=_help("tokens of an answer at most"))
+    max_length: int = field(
+        default=512, metadata=_help("tokens of prompt and answer; of longer prompts the last ones are kept")
+    )
+    temperature: float = field(default=0.9, metadata=_help("of sampling"))
+    top_p: float = field(default=1.0, metadata=_help("sample from the likeliest tokens that hold this probability"))
+    top_k: int = field(default=0, metadata=_help("sample from the k likeliest tokens; 0: all"))
+    min_p: float | None = field(
+        default=None, metadata=_help("sample from tokens with at least this share of the likeliest one's probability")
+    )
+    generation_kwargs: dict[str, Any] | None = field(
+        default=None, metadata=_help("of " + ", ".join(GENERATION) + "; goes before the options of these names")
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("for from_pretrained, where the model is given by name")
+    )
+    trust_remote_code: bool = field(default=False, metadata=_help("run code that comes with a model"))
+
+    repetition_penalty: float = _refused(1.0)
+    cache_implementation: str | None = _refused(None)
+    loss_type: str = _refused("sigmoid")
+    disable_dropout: bool = _refused(True)
+    use_vllm: bool = _refused(False)
+    vllm_model_impl: str = _refused("vllm")
+    vllm_structured_outputs_regex: str | None = _refused(None)
+    vllm_gpu_memory_utilization: float | None = _refused(0.55)
+    vllm_mode: str = _refused("colocate")
+    vllm_server_base_url: str | None = _refused(None)
+    vllm_server_host: str = _refused("0.0.0.0")
+    vllm_server_port: int = _refused(8000)
+    vllm_server_timeout: float = _refused(240.0)
+    vllm_group_port: int = _refused(51216)
+    vllm_tensor_parallel_size: int = _refused(1)
+    vllm_enable_sleep_mode: bool = _refused(False)
+    ds3_gather_for_generation: bool = _refused(True)
+
+    def __post_init__(self) -> None:
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        for old, new in _RENAMED:
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+        self.check()
+        given = {entry.name: getattr(self, entry.name) for entry in fields(TrainingArguments)}
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        # transformers has filled in and converted some; NashConfig wants what was given, unless it is changed later
+        self._given = {name: (value, copy.deepcopy(getattr(self, name))) for name, value in given.items()}
+
+    def check(self) -> None:
+        """Again before they are used: attributes can be set."""
+        for entry in fields(self):
+            if entry.name in REFUSED and getattr(self, entry.name) != entry.default:
+                raise ValueError(
+                    f"{OP}: {entry.name}: expected {entry.default!r}, as {REFUSED[entry.name]}; "
+                    f"got {getattr(self, entry.name)!r}"
+                )
+        self.mixture_coef = _by_epoch("mixture_coef", self.mixture_coef, 1.0)
+        self.beta = _by_epoch("beta", self.beta, math.inf)
+        if self.missing_eos_penalty is not None:
+            check_number(OP, "missing_eos_penalty", self.missing_eos_penalty, 0.0)
+        for name in self.generation_kwargs or {}:
+            if name not in GENERATION:
+                raise ValueError(f"{OP}: generation_kwargs: expected keys of {', '.join(GENERATION)}; got {name!r}")
+        longest = check_integer(OP, "max_new_tokens", self.sampling()["max_new_tokens"], 1, 2**24)
+        if check_integer(OP, "max_length", self.max_length, 0, 2**31) < longest + 2:
+            raise ValueError(
+                f"{OP}: max_length: expected room for a prompt, {longest + 2} or more with max_new_tokens={longest}; "
+                f"got {self.max_length}"
+            )
+        check_number(OP, "min_p", self.sampling()["min_p"], 0.0, 1.0)
+
+    def sampling(self) -> dict[str, Any]:
+        """How tokens are drawn."""
+        named = {name: getattr(self, name) for name in GENERATION if name != "min_new_tokens"}
+        chosen = {"min_new_tokens": 0, **named, **(self.generation_kwargs or {})}
+        return {**chosen, "min_p": chosen["min_p"] or 0.0, "top_k": chosen["top_k"] or 0}
+
+    def init_options(self) -> dict[str, Any]:
+        """For from_pretrained of the policy."""
+        given = self.model_init_kwargs or {}
+        if not isinstance(given, dict):
+            raise TypeError(f"{OP}: model_init_kwargs: expected a dict, or one in JSON; got {given!r}")
+        return {"trust_remote_code": self.trust_remote_code, **given}
+
+    def nash_config(self, missing_eos_penalty: float) -> NashConfig:
+        """The same run as NashTrainer is told it; a penalty on rewards is not its matter."""
+        self.check()
+        values = {}
+        for name, (given, settled) in self._given.items():
+            now = getattr(self, name)
+            values[name] = given if now == settled else now
+        for old, new in _RENAMED:
+            if new in values:
+                del values[old]  # transformers' own name for it
+        if values.get("ddp_find_unused_parameters") is None:
+            values.pop("ddp_find_unused_parameters", None)
+        sampling = self.sampling()
+        del sampling["min_p"]  # the trainer's
+        return NashConfig(
+            **values,
+            **sampling,
+            algorithm="nash-md",
+            beta=self.mixture_coef,
+            tau=self.beta,
+            kl=self.kl,
+            max_prompt_length=self.max_length - sampling["max_new_tokens"],
+            missing_eos_penalty=missing_eos_penalty,
+        )
+
+
+def _by_epoch(name: str, given: Any, high: float) -> Any:
+    """A number, or a list of them; a list of one is that one, as in TRL."""
+    if isinstance(given, (list, tuple)):
+        if not given:
+            raise ValueError(f"{OP}: {name}: expected a number for every epoch; got an empty list")
+        numbers = [check_number(OP, f"{name}[{epoch}]", value, 0.0, high) for epoch, value in enumerate(given)]
+        return numbers[0] if len(numbers) == 1 else numbers
+    return check_number(OP, name, given, 0.0, high)

@@ -1,0 +1,261 @@
+"""What TRL calls `reward_funcs` and `judge`, as a judge of ours: P(y > y') for pairs of texts.
+
+Rewards (models, functions) are summed by their weights, and P = sigmoid of the difference, less TRL's penalty for an
+answer without an end. Judges (callables of ours, TRL's judge objects, preference models) say P themselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...core.checks import check_number
+from ...data import encode_prompts
+from ...preference import AverageJudge, Judge, PairwisePreferenceModel, PreferenceModelJudge, RewardModel
+from ...preference.models import load_whole
+from ...train.experience import Collector, Experience
+from ...train.rewards import Reward, rewards
+from .config import NashMDConfig
+from .rows import OP, Rows, spoken
+
+_log = logging.getLogger(__name__)
+Texts = Sequence[str]
+
+
+@dataclass(frozen=True)
+class RewardDifference:
+    """P(y > y') = sigmoid(r(y) - r(y')), with r the weighted sum of rewards, less `penalty` where there is no end."""
+
+    rewards: tuple[Reward, ...]
+    weights: tuple[float, ...]
+    penalty: float = 0.0
+    unended: torch.Tensor | None = None  # (B, 2) bool; None: not known, nothing is taken off
+
+    def __call__(self, prompts: Texts, first: Texts, second: Texts) -> torch.Tensor:
+        difference = self._sum(prompts, first) - self._sum(prompts, second)
+        if self.unended is not None:
+            missing = self.unended.double()
+            difference = difference - self.penalty * (missing[:, 0] - missing[:, 1])
+        return difference.sigmoid()
+
+    def _sum(self, prompts: Texts, answers: Texts) -> torch.Tensor:
+        parts = [w * rewards(reward, prompts, answers) for reward, w in zip(self.rewards, self.weights, strict=True)]
+        return torch.stack(parts).sum(0)
+
+
+class PenalisingCollector(Collector):
+    """Tells a `RewardDifference` which answers have no end: their texts do not say."""
+
+    def _judged(self, made: Sequence[Experience]) -> list[Experience]:
+        judge = self.judge
+        if isinstance(judge, RewardDifference):
+            self.judge = replace(judge, unended=torch.cat([each.unended for each in made]))
+        try:
+            return super()._judged(made)
+        finally:
+            self.judge = judge
+
+
+class FunctionReward:
+    """TRL's reward functions: `function(prompts=, completions=, **columns)` -> numbers, or None where it has none."""
+
+    def __init__(self, function: Callable[..., Any], rows: Rows) -> None:
+        self.function, self.rows = function, rows
+        self.__qualname__ = str(getattr(function, "__name__", type(function).__name__))
+        parameters = inspect.signature(function).parameters
+        for name in ("completion_ids", "trainer_state"):
+            if name in parameters:
+                raise ValueError(
+                    f"{OP}: reward_funcs: {self.__qualname__}: expected a function of texts and columns; got one that "
+                    f"asks for {name}"
+                )
+        every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self.takes = None if every else frozenset(parameters)
+        rows.will_ask(self.takes)
+
+    def __call__(self, prompts: Texts, answers: Texts) -> list[Any]:
+        rows = [self.rows.row(prompt) for prompt in prompts]
+        given = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+        given["prompts"] = given.pop("prompt")
+        given["completions"] = [
+            answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+            for prompt, answer in zip(given["prompts"], answers, strict=True)
+        ]
+        wanted = {name: value for name, value in given.items() if self.takes is None or name in self.takes}
+        return [0.0 if value is None else value for value in self.function(**wanted)]
+
+
+class ModelReward:
+    """The score of an AutoModelForSequenceClassification over a decoder: of the end token after prompt and answer."""
+
+    def __init__(self, model: Any, tokenizer: Any, rows: Rows, batch_size: int) -> None:
+        self.model, self.tokenizer, self.rows, self.batch_size = model.eval(), tokenizer, rows, batch_size
+        self.__qualname__ = type(model).__name__
+        body, score = getattr(model, getattr(model, "base_model_prefix", ""), None), getattr(model, "score", None)
+        if body is None or getattr(score, "out_features", None) != 1:
+            raise ValueError(
+                f"{OP}: reward_funcs: expected a decoder with one linear score (AutoModelForSequenceClassification, "
+                f"num_labels=1), or a function; got {self.__qualname__}"
+            )
+        width = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > width or tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"{OP}: reward_processing_classes: expected the reward model's own tokenizer, with an end token and at "
+                f"most {width} tokens; got {type(tokenizer).__name__} of {len(tokenizer)}"
+            )
+        rows.will_ask(())
+        self.body, self.room = body, getattr(model.config, "max_position_embeddings", None)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Texts, answers: Texts) -> torch.Tensor:
+        rows = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        parts = [self._scores(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
+        return torch.cat(parts)
+
+    def _encode(self, prompt: str, answer: str) -> list[int]:
+        said = self.rows.row(prompt)["prompt"]
+        if not isinstance(said, str) and getattr(self.tokenizer, "chat_template", None):
+            text = self.tokenizer.apply_chat_template(spoken(said, answer), tokenize=False)
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids if self.room is None else ids[-self.room :]
+        room = None if self.room is None else self.room - 1
+        return [*encode_prompts(self.tokenizer, [prompt + answer], room)[0], self.tokenizer.eos_token_id]
+
+    def _scores(self, rows: Sequence[list[int]]) -> torch.Tensor:
+        longest, device = max(map(len, rows)), self.model.device
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        mask = (torch.arange(longest, device=device) <= last[:, None]).long()
+        hidden = self.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        scores: torch.Tensor = self.model.score(hidden[torch.arange(len(rows), device=device), last])[:, 0]
+        return scores.float().cpu()
+
+
+class TrlJudge:
+    """An object of TRL's with `judge(prompts, pairs)`: probabilities where it has them, else which one is better."""
+
+    def __init__(self, judge: Any) -> None:
+        self.judge, self.__name__ = judge, type(judge).__name__
+        self.soft = "return_scores" in inspect.signature(judge.judge).parameters
+
+    def __call__(self, prompts: Texts, first: Texts, second: Texts) -> Any:
+        pairs = [[one, two] for one, two in zip(first, second, strict=True)]
+        if self.soft:
+            return self.judge.judge(list(prompts), pairs, return_scores=True)
+        better = list(self.judge.judge(list(prompts), pairs))
+        if wrong := [value for value in better if value not in (0, 1, -1)]:
+            raise ValueError(f"expected 0, 1, or -1 where it cannot say; got {wrong[0]!r}")
+        if failed := better.count(-1):
+            _log.warning("%s could not say of %d of %d pairs; they count as even", self.__name__, failed, len(better))
+        return [{0: 1.0, 1: 0.0}.get(value, 0.5) for value in better]
+
+
+def judge_of(
+    args: NashMDConfig, reward_funcs: Any, judge: Any, tokenizers: Any, policy_tokenizer: Any, rows: Rows
+) -> tuple[Judge, float]:
+    """One judge from all that was given, and the penalty on P that is left to NashTrainer."""
+    given = {"reward_funcs": reward_funcs, "judge": judge, "args.reward_model_path": args.reward_model_path}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(f"{OP}: expected one of {', '.join(given)}; got {' and '.join(named) or 'none'}")
+    value = given[named[0]]
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    weights = _weights(args, len(items))
+    kinds = {_is_judge(named[0], item) for item in items}
+    if len(kinds) != 1:
+        raise ValueError(f"{OP}: {named[0]}: expected judges or rewards; got {'both' if kinds else 'an empty list'}")
+    penalty = args.missing_eos_penalty or 0.0
+    if kinds == {True}:
+        if tokenizers is not None:
+            raise ValueError(f"{OP}: reward_processing_classes: expected with reward models; got judges beside them")
+        judges = [_judge(item) for item in items]
+        return (judges[0] if len(judges) == 1 else AverageJudge(judges, weights)), penalty
+    tokenizers = _one_each(tokenizers, len(items))
+    rewarded = [
+        _reward(args, item, tokenizer, policy_tokenizer, rows)
+        for item, tokenizer in zip(items, tokenizers, strict=True)
+    ]
+    return RewardDifference(tuple(rewarded), tuple(weights), penalty), 0.0
+
+
+def _weights(args: NashMDConfig, count: int) -> list[float]:
+    weights = [1.0] * count if args.reward_weights is None else list(args.reward_weights)
+    if len(weights) != count:
+        raise ValueError(f"{OP}: reward_weights: expected {count}, one for each; got {len(weights)}")
+    return [check_number(OP, "reward_weights", weight) for weight in weights]
+
+
+def _one_each(tokenizers: Any, count: int) -> list[Any]:
+    many = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers] * (count if count == 1 else 0)
+    if tokenizers is None:
+        many = [None] * count
+    if len(many) != count:
+        raise ValueError(f"{OP}: reward_processing_classes: expected {count}, one for each reward; got {tokenizers!r}")
+    return many
+
+
+def _is_judge(name: str, item: Any) -> bool:
+    if name == "judge" or isinstance(item, PairwisePreferenceModel) or callable(getattr(item, "judge", None)):
+        return True
+    if isinstance(item, (str, torch.nn.Module)):
+        return False
+    if not callable(item):
+        raise TypeError(f"{OP}: {name}: expected a model, its name, a function or a judge; got {type(item).__name__}")
+    signature = inspect.signature(item)
+    if "completions" in signature.parameters:
+        return False
+    pairwise = _takes(signature, 1, 2, 3)
+    if pairwise is _takes(signature, prompts=1, completions=2):
+        title = getattr(item, "__name__", type(item).__name__)
+        raise ValueError(
+            f"{OP}: {name}: expected a reward of (prompts, completions) or a judge of (prompts, first, second); cannot "
+            f"tell which {title}{signature} is (a judge can be given as judge=)"
+        )
+    return pairwise
+
+
+def _takes(signature: inspect.Signature, *positional: int, **named: int) -> bool:
+    try:
+        signature.bind(*positional, **named)
+    except TypeError:
+        return False
+    return True
+
+
+def _judge(item: Any) -> Judge:
+    if isinstance(item, PairwisePreferenceModel):
+        return PreferenceModelJudge(item)
+    if callable(getattr(item, "judge", None)):
+        return TrlJudge(item)
+    if not callable(item):
+        raise TypeError(f"{OP}: judge: expected a callable, or an object with judge(); got {type(item).__name__}")
+    judge: Judge = item
+    return judge
+
+
+def _reward(args: NashMDConfig, item: Any, tokenizer: Any, policy_tokenizer: Any, rows: Rows) -> Reward:
+    if isinstance(item, (str, torch.nn.Module)) and not isinstance(item, RewardModel):
+        return _model_reward(args, item, tokenizer, policy_tokenizer, rows)
+    if tokenizer is not None:
+        raise ValueError(f"{OP}: reward_processing_classes: expected None beside {type(item).__name__}; got one")
+    if isinstance(item, RewardModel):
+        return item.eval().to(args.device).rewards
+    return FunctionReward(item, rows)
+
+
+def _model_reward(args: NashMDConfig, model: Any, tokenizer: Any, policy_tokenizer: Any, rows: Rows) -> ModelReward:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    options = {"trust_remote_code": args.trust_remote_code}
+    if isinstance(model, str):
+        model = load_whole(AutoModelForSequenceClassification, model, num_labels=1, **options)
+    place = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(place, **options) if place else policy_tokenizer
+    model.requires_grad_(False).to(args.device)
+    return ModelReward(model, tokenizer, rows, args.per_device_train_batch_size)

@@ -1,0 +1,104 @@
+"""NashMDTrainer: TRL 1.13's signature, on NashTrainer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...engine import RolloutSettings
+from ...engine.shared_weights import is_adapted
+from ...preference import Judge
+from ...train import NashConfig, NashTrainer, Reward
+from .config import NashMDConfig
+from .judging import PenalisingCollector, judge_of
+from .rows import OP, Rows
+
+
+class NashMDTrainer(NashTrainer):
+    """Trains `model` by Nash-MD. Arguments as in TRL; those that are not TRL 1.13's come after the star.
+
+    reward_funcs               a reward model (or its name), a reward function, a list of them; or a judge
+    judge                      instead: (prompts, first, second) -> P(first preferred), an object with TRL's
+                               `judge(prompts, pairs)`, or a PairwisePreferenceModel
+    reward_processing_classes  tokenizers of the reward models; None: the one saved with a model, else the policy's
+
+    `args` of the trainer is the NashConfig that the NashMDConfig amounts to; the latter stays in `given`.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        ref_model: Any = None,
+        reward_funcs: Any = None,
+        args: NashMDConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Any = None,
+        *,
+        judge: Any = None,
+        reward_processing_classes: Any = None,
+    ) -> None:
+        if not isinstance(args, NashMDConfig):
+            raise TypeError(f"{OP}: args: expected a NashMDConfig; got {type(args).__name__}")
+        _refuse("data_collator", data_collator, "prompts are tokenised and padded here")
+        _refuse("compute_metrics", compute_metrics, "evaluations sample answers; there are no predictions")
+        _refuse("preprocess_logits_for_metrics", preprocess_logits_for_metrics, "the logits are never made")
+        if getattr(processing_class, "pad_token", "") is None:
+            processing_class.pad_token = processing_class.eos_token  # as TRL does; padding is masked
+        self.given = args
+        self.rows = Rows(processing_class)
+        asked, penalty = judge_of(args, reward_funcs, judge, reward_processing_classes, processing_class, self.rows)
+        model = _loaded(model, args)
+        if ref_model is None and peft_config is None and is_adapted(model):
+            ref_model = copy.deepcopy(model)  # as it is now, adapters and all
+        super().__init__(
+            model=model,
+            reference_model=ref_model,
+            judge=asked,
+            args=args.nash_config(penalty),
+            train_dataset=None if train_dataset is None else self.rows.read("train_dataset", train_dataset),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+
+    def _evaluated(self, rows: Any, args: NashConfig) -> Any:
+        if isinstance(rows, Mapping) and not hasattr(rows, "column_names"):
+            read: Any = {name: self.rows.read(f"eval_dataset[{name!r}]", part) for name, part in rows.items()}
+        else:
+            read = None if rows is None else self.rows.read("eval_dataset", rows)
+        return super()._evaluated(read, args)
+
+    def _build_judged(
+        self, args: NashConfig, settings: RolloutSettings, judge: Judge | None, reward: Reward | None
+    ) -> None:
+        super()._build_judged(args, replace(settings, min_p=self.given.sampling()["min_p"]), judge, reward)
+        made = self.collect
+        self.collect = PenalisingCollector(
+            args, made.rollout, made.tokenizer, made.settings, made.judge, made.total, made.meters, made.clock
+        )
+
+
+def _refuse(name: str, given: Any, reason: str) -> None:
+    if given is not None:
+        raise ValueError(f"{OP}: {name}: expected None, as {reason}; got {type(given).__name__}")
+
+
+def _loaded(model: Any, args: NashMDConfig) -> Any:
+    if isinstance(model, str):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(model, **args.init_options())
+    if args.model_init_kwargs is not None:
+        raise ValueError(f"{OP}: model_init_kwargs: expected with a model given by name; got {type(model).__name__}")
+    return model

@@ -1,0 +1,243 @@
+"""accelerate_trl: which TRL it takes; where one is installed, that its trainer learns by these rollouts and losses."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="training needs accelerate")
+
+import transformers
+
+from nlhf_kernels.integrations.trl import accelerate_trl
+from tests.support.tiny_models import tiny_model, tiny_tokenizer
+from tests.support.training import PROMPTS, lora, single_thread  # noqa: F401
+from tests.support.trl import ARGUMENTS, OPTIONS, SMALL, default, reward_model
+
+installed = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+
+
+def fake_trl(monkeypatch, version: str) -> type:
+    """An installed TRL, as far as is looked at before anything is changed."""
+
+    class NashMDTrainer:
+        def _generate_completions(self, model, prompts): ...
+
+        def _compute_logprobs(self, model, model_data, context_length): ...
+
+        def _compute_losses(self, model_logprobs_model_data, ref_logprobs_model_data, probability): ...
+
+        def training_step(self, model, inputs, num_items_in_batch=None): ...
+
+    for name in ("trl", "trl.experimental", "trl.experimental.nash_md"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["trl"].__version__ = version
+    sys.modules["trl.experimental.nash_md"].NashMDTrainer = NashMDTrainer
+    return NashMDTrainer
+
+
+@pytest.mark.parametrize("version", ["0.29.1", "1.14.0", "1.16.0", "2.0", "unknown"])
+def test_other_versions_are_refused(version, monkeypatch) -> None:
+    trainer = fake_trl(monkeypatch, version)
+    before = dict(vars(trainer))
+    with pytest.raises(RuntimeError, match=f"accelerate_trl: expected TRL 1.0 to 1.13; found {version} "):
+        accelerate_trl()
+    assert dict(vars(trainer)) == before
+
+
+def test_no_trl_is_refused(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match="accelerate_trl: expected TRL 1.0 to 1.13; found none: pip install"):
+        accelerate_trl()
+
+
+def test_a_trl_that_has_been_changed_is_refused(monkeypatch) -> None:
+    trainer = fake_trl(monkeypatch, "1.13.0")
+    trainer._compute_losses = lambda self, logprobs: logprobs
+    with pytest.raises(RuntimeError, match=r"found 1.13.0 whose NashMDTrainer._compute_losses takes self, logprobs"):
+        accelerate_trl()
+    assert "beta" not in vars(trainer)
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.6.0", "1.13.0", "1.13.1.dev0"])
+def test_what_is_changed_is_changed_back(version, monkeypatch) -> None:
+    trainer = fake_trl(monkeypatch, version)
+    before = dict(vars(trainer))
+    with accelerate_trl() as acceleration:
+        changed = {name for name, value in vars(trainer).items() if before.get(name) is not value}
+        assert {"_generate_completions", "_compute_logprobs", "_compute_losses", "beta", "mixture_coef"} < changed
+        with pytest.raises(RuntimeError, match="expected TRL's own trainer; got one accelerated already"):
+            accelerate_trl()
+    assert dict(vars(trainer)) == before
+    acceleration.undo()
+    assert dict(vars(trainer)) == before, "a second time changes nothing"
+    with pytest.raises(ValueError, match="accelerate_trl: kl: expected one of to_go, sequence, token; got 'exact'"):
+        accelerate_trl(kl="exact")
+
+
+# ---- with a TRL ------------------------------------------------------------------------------------------------------
+
+
+def trl_trainer(output, model=None, **given):
+    """TRL's own, which remembers the answers and probabilities of every micro-batch."""
+    from datasets import Dataset
+    from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
+
+    class Remembering(NashMDTrainer):
+        def _log_statistics(self, model_data, mixture_data, policy, reference, probability, *rest):
+            self.seen = [*getattr(self, "seen", []), (model_data, mixture_data, policy, reference, probability)]
+            super()._log_statistics(model_data, mixture_data, policy, reference, probability, *rest)
+
+    arguments = {name: given.pop(name) for name in ARGUMENTS if name in given}
+    rows = Dataset.from_list(given.pop("rows", PROMPTS))
+    return Remembering(
+        model=model or tiny_model("gpt2"), reward_funcs=reward_model(), processing_class=tiny_tokenizer(),
+        train_dataset=rows, args=NashMDConfig(str(output), **{**SMALL, "max_grad_norm": 0.0, **given}), **arguments,
+    )  # fmt: skip
+
+
+def gradients(trainer) -> dict[str, torch.Tensor]:
+    seen: dict[str, torch.Tensor] = {}
+
+    class Look(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__) -> None:
+            seen.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.add_callback(Look())
+    trainer.train()
+    return seen
+
+
+def row_logprobs(model, data) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p (B, T) of the answers, one forward pass with positions, and which tokens count."""
+    width = data["attention_mask"].shape[1] - 1
+    positions = (data["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    logits = model(data["input_ids"], attention_mask=data["attention_mask"], position_ids=positions).logits
+    scored = logits[:, :-1].log_softmax(-1).gather(-1, data["input_ids"][:, 1:, None])[..., 0]
+    answers = torch.arange(width)[None] >= width - data["answer"]
+    return scored, answers & (data["attention_mask"][:, 1:] > 0)
+
+
+@torch.no_grad()
+def likeliest(model, data, width: int) -> float:
+    """The share of the answers' tokens that are this model's likeliest."""
+    ids, mask = data["input_ids"], data["attention_mask"]
+    logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    same = (logits[:, :-1].argmax(-1) == ids[:, 1:])[:, -width:]
+    return float(same[mask[:, -width:] > 0].float().mean())
+
+
+@installed
+def test_the_options_listed_are_those_of_trl() -> None:
+    import dataclasses
+    import inspect
+
+    from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
+
+    plain = {entry.name: default(entry) for entry in dataclasses.fields(transformers.TrainingArguments)}
+    theirs = {entry.name: default(entry) for entry in dataclasses.fields(NashMDConfig)}
+    changed = {name for name in theirs if name not in plain or theirs[name] != plain[name]}
+    assert {name: theirs[name] for name in changed | set(OPTIONS)} == OPTIONS
+    assert tuple(inspect.signature(NashMDTrainer.__init__).parameters)[1:] == ARGUMENTS
+
+
+@installed
+@pytest.mark.parametrize("kl", ["sequence", "token"])
+def test_the_gradient_is_that_of_the_loss(kl, tmp_path) -> None:
+    """Against autograd through plain log-softmax with position ids, on prompts padded on the left (GPT-2)."""
+    reference = tiny_model("gpt2", seed=4)
+    with accelerate_trl(kl=kl):
+        trainer = trl_trainer(tmp_path, ref_model=reference, beta=0.3, per_device_train_batch_size=8)
+        got = gradients(trainer)
+    ((data, _, logged, _, probability),) = trainer.seen
+    data = {**data, "answer": logged.shape[1]}
+    model = tiny_model("gpt2")
+    policy, counts = row_logprobs(model, data)
+    with torch.no_grad():
+        price = (policy - row_logprobs(reference, data)[0]) * counts
+    price = price.sum(1, keepdim=True) if kl == "sequence" else price
+    advantage = (probability - 0.5)[:, None] - 0.3 * price
+    (-(policy * counts * advantage).sum(1).mean()).backward()
+    assert len({len(row["prompt"]) for row in PROMPTS}) > 1, "some prompts are padded"
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(got[name], value.grad, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    torch.testing.assert_close(logged.sum(1), (policy * counts).sum(1), rtol=1e-4, atol=1e-4)
+
+
+@installed
+def test_gradient_accumulation_averages(tmp_path) -> None:
+    """top_k=1 leaves nothing to chance. TRL's own sums, so there the gradient of two is twice that of one."""
+
+    def found(name, count):
+        trainer = trl_trainer(
+            tmp_path / name, model=tiny_model("llama"), ref_model=tiny_model("llama", seed=4), top_k=1,
+            rows=PROMPTS[:4], train_sampling_strategy="sequential",
+            per_device_train_batch_size=4 // count, gradient_accumulation_steps=count,
+        )  # fmt: skip
+        made = gradients(trainer)
+        (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        return made, loss
+
+    with accelerate_trl(kl="token"):
+        (whole, loss), (parts, parts_loss) = found("whole", 1), found("parts", 2)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5)
+    assert parts_loss == pytest.approx(loss, abs=2e-4)
+    theirs, _ = found("theirs", 2)
+    largest = max(whole, key=lambda name: float(whole[name].abs().max()))
+    torch.testing.assert_close(theirs[largest], 2 * whole[largest], rtol=1e-2, atol=1e-3)
+
+
+@installed
+@pytest.mark.parametrize("given", [{"bf16": True}, {"gradient_checkpointing": False}, {"peft": True}], ids=str)
+def test_trainers_of_every_kind_train(given, tmp_path) -> None:
+    adapters = {"peft_config": lora(), "learning_rate": 1e-2} if given.pop("peft", False) else {}
+    with accelerate_trl():
+        trainer = trl_trainer(
+            tmp_path,
+            model=tiny_model("llama"),
+            max_steps=6,
+            mixture_coef=[0.5, 0.25],
+            beta=[0.1, 0.2],
+            **adapters,
+            **given,
+        )
+        trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [(entry["beta"], entry["mixture_coef"]) for entry in logs] == [(0.1, 0.5)] * 4 + [(0.2, 0.25)] * 2
+    assert logs[0]["loss/kl"] == pytest.approx(0, abs=1e-4 if not given.get("bf16") else 0.5), "its own copy, or base"
+    assert all(entry["grad_norm"] > 0 for entry in logs)
+
+
+@installed
+def test_with_adapters_the_mixture_holds_the_base(tmp_path) -> None:
+    """mixture_coef = 1 and top_k = 1: the second answer is the base's likeliest one, however far the adapter is."""
+    with accelerate_trl():
+        trainer = trl_trainer(tmp_path, model=tiny_model("llama"), peft_config=lora(), mixture_coef=1.0, top_k=1)
+        for name, value in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(value, std=0.5)
+        trainer.train()
+    ((first, second, *_),) = trainer.seen
+    assert likeliest(tiny_model("llama"), second, 6) == 1.0
+    assert likeliest(tiny_model("llama"), first, 6) < 0.8
+    assert trainer.state.log_history[0]["loss/kl"] > 0.1, "the policy has its adapter, the reference has not"
+
+
+@installed
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"repetition_penalty": 1.2}, "repetition_penalty: expected plain sampling; got 1.2"),
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs: expected .*; got 'num_beams'"),
+        ({"cache_implementation": "static"}, "cache_implementation: expected its default; got 'static'"),
+        ({"disable_dropout": False}, "model: expected no dropout, .*; got transformer.drop.p = 0.1"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(given, message, tmp_path) -> None:
+    with accelerate_trl(), pytest.raises(ValueError, match=f"accelerate_trl: {message}"):
+        trl_trainer(tmp_path, **given).train()
