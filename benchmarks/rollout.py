@@ -29,6 +29,7 @@ from benchmarks.harness.runner import Job, RunContext, Settings, open_run
 from benchmarks.harness.timing import Action, Timing, TimingPlan, time_calls
 
 BETA = 0.3
+VARIANT = "engine, sdpa"  # without decode_attention
 ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.3}  # nats, of a log-probability
 _SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
 _LARGE = {"width": 896, "layers": 24, "vocabulary": 151_936}
@@ -138,10 +139,10 @@ def trl_way(pair: Pair) -> None:
         text, mask = torch.cat([text, token], 1), torch.cat([mask, mask[:, -1:]], 1)
 
 
-def engine_call(pair: Pair) -> Callable[[], Any]:
+def engine_call(pair: Pair, attention: str | None = None) -> Callable[[], Any]:
     from nlhf_kernels import RolloutEngine, RolloutSettings, nash_md
 
-    engine = RolloutEngine(pair.policy, pair.reference)
+    engine = RolloutEngine(pair.policy, pair.reference, attention=attention)
     settings = RolloutSettings(max_new_tokens=pair.new, seed=1, end_ids=())
     return partial(engine.rollout, pair.ids, pair.mask, nash_md(BETA), settings)
 
@@ -177,7 +178,7 @@ def run_shape(shape: Shape, context: RunContext, plan: TimingPlan) -> list[Resul
     engine = engine_call(pair)
     error = largest_error(pair, engine())
     good = error <= ALLOWED_ERROR[shape.dtype]
-    calls = {"engine": engine} if good else {}
+    calls = {"engine": engine, VARIANT: engine_call(pair, "sdpa")} if good else {}
     rivals = {"eager": batched, "y, then y'": one_after_the_other, "generate per model": generate_per_model}
     rivals["TRL 1.13's way, transcribed"] = trl_way
     calls |= {name: partial(function, pair) for name, function in rivals.items()}
@@ -185,20 +186,20 @@ def run_shape(shape: Shape, context: RunContext, plan: TimingPlan) -> list[Resul
     timings = time_calls(actions, device, plan)
     moved, floor_us = floor(pair, context)
     rows = []
-    for name in ("engine", *rivals):
+    for name in ("engine", VARIANT, *rivals):
         timing = timings.get(name)
-        ours = name == "engine"
+        ours = name in ("engine", VARIANT)
         key = RowKey("rollout", shape.label, shape.dtype, "forward", name, device.type, context.threads)
         timed, eager = isinstance(timing, Timing), timings["eager"]
         status = "ok" if timed else "red" if timing is None else "failed"
         rows.append(
             ResultRow(
                 key=key,
-                kind="backend" if ours else "baseline",
+                kind="variant" if name == VARIANT else "backend" if ours else "baseline",
                 status=status,
                 run=context.facts,
                 reasons=() if timed else (f"log-probabilities off by {error:.2g}" if ours else str(timing),),
-                chosen=ours,
+                chosen=name == "engine",
                 accuracy=Accuracy(error, ALLOWED_ERROR[shape.dtype]) if ours else None,
                 timing=timing if timed else None,
                 floor=Floor(moved, 0.0, floor_us, "bandwidth", 100 * floor_us / timing.median_us) if timed else None,

@@ -12,7 +12,7 @@ def test_every_rival_has_a_time(tmp_path, capsys) -> None:
     with one_thread():
         assert rollout.main(["--preset", "tiny", "--device", "cpu", "--out", str(out)]) == 0
     rows = read_rows(out)
-    assert [row.key.implementation for row in rows][:2] == ["engine", "eager"] and len(rows) == 5
+    assert [row.key.implementation for row in rows][:3] == ["engine", "engine, sdpa", "eager"] and len(rows) == 6
     assert all(row.timing is not None and row.speedup is not None for row in rows)
     assert rows[0].accuracy.error < rows[0].accuracy.allowed
     assert "tokens/s" in capsys.readouterr().out
