@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 import nlhf_kernels
+from nlhf_kernels.core import settings
 from nlhf_kernels.train import ALGORITHMS
 from nlhf_kernels.train import trainer as trainer_module
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
@@ -180,6 +181,21 @@ def test_conversations_take_the_chat_template(tmp_path) -> None:
     ((prompts, answers),) = seen
     assert sorted(prompts) == [f"<bos>[say {letter}]" for letter in "abcd"]
     assert not any(token in answer for answer in answers for token in ("<pad>", "<eos>"))
+
+
+def test_the_backend_is_that_of_every_kernel(tmp_path, monkeypatch) -> None:
+    """Attention of rollouts included, which has no argument of its own."""
+    seen = []
+    inside = trainer_module.RolloutEngine.rollout
+    monkeypatch.setattr(
+        trainer_module.RolloutEngine, "rollout",
+        lambda engine, *a: seen.append(settings.requested(None).backend) or inside(engine, *a),
+    )  # fmt: skip
+    make_trainer(tmp_path / "1", backend="reference", max_steps=1).train()
+    make_trainer(tmp_path / "2", max_steps=1).train()
+    assert seen == ["reference", settings.requested(None).backend]
+    with pytest.raises(nlhf_kernels.BackendUnavailable, match="cuda"):
+        make_trainer(tmp_path / "3", backend="cuda", max_steps=1).train()
 
 
 def test_rollouts_are_compiled_where_that_is_asked_for(tmp_path, monkeypatch) -> None:

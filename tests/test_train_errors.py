@@ -31,6 +31,19 @@ def other_vocabulary():
     return random_model(config, 0)
 
 
+def quantised():
+    model = tiny_model("llama")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def spread():
+    model = tiny_model("llama")
+    model.model.norm.to("meta")
+    return model
+
+
 def no_end():
     model = tiny_model("llama")
     model.generation_config.eos_token_id = None
@@ -62,6 +75,8 @@ def no_end():
         ({"peft_config": lora(lora_dropout=0.1)}, r"peft_config: lora_dropout: expected 0, .* got 0.1"),
         ({"peft_config": lora(bias="all", target_modules=["c_attn"]), "model": tiny_model("gpt2")}, r"reference_model: "
          r"expected one, as the model trains .*bias beside its adapters"),
+        ({"model": quantised()}, r"model: expected weights that are not quantised; got torch.int8 in .*up_proj.weight"),
+        ({"model": spread()}, r"model: expected the whole model on one device; got it on cpu, meta"),
         ({"model": tiny_model("llama").requires_grad_(False)}, r"model: expected parameters to train; got none"),
     ],
 )  # fmt: skip

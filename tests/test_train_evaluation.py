@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
@@ -132,9 +134,25 @@ def test_samples_are_shown_and_cannot_drive_the_terminal(tmp_path, capsys) -> No
     (made,) = trainer.made
     made.answers[0][0] = "\x1b[31mred" + "x" * 400
     console = Console(record=True, width=100)
-    samples.show(made, 1, 7, console=console)
+    samples.show(samples.samples_of(made, 1), 7, console)
     text = console.export_text()
     assert "\x1b" not in text and "..." in text and "update 7" in text
+
+
+def test_samples_go_where_numbers_go() -> None:
+    """With the writers that tensorboard and wandb would have made."""
+    sent = []
+    board, wandb = TensorBoardCallback.__new__(TensorBoardCallback), WandbCallback.__new__(WandbCallback)
+    board.tb_writer = SimpleNamespace(add_text=lambda *arguments: sent.append(arguments))
+    wandb._wandb = SimpleNamespace(Table=lambda columns, data: (columns, data), log=sent.append)
+    table = samples.Samples(("prompt", "y", "y'", "P(y > y')"), [["a|b", "c\nd", "e", "0.500"]])
+    samples.report(table, 3, [board, wandb, TrainerCallback()])
+    (name, text, step), logged = sent
+    assert (name, step) == ("samples", 3) and text.splitlines()[2] == "| a\\|b | c d | e | 0.500 |"
+    assert logged == {"samples": (list(table.columns), table.rows), "train/global_step": 3}
+    board.tb_writer = None
+    samples.report(table, 3, [board])
+    assert len(sent) == 2, "nothing is written before training has begun"
 
 
 def _broken(model, when):
@@ -157,12 +175,16 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(tmp_path, caplog) -
         def on_pre_optimizer_step(self, *_, **__) -> None:
             seen.append(model.lm_head.weight.detach().clone())
 
-    trainer = make_trainer(tmp_path, model=model, max_steps=3, learning_rate=1e-2, callbacks=[Look()])
+    options = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, model=model, callbacks=[Look()], **options)
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "update 1: expected finite gradients; got NaN or infinity; the update is skipped" in caplog.text
     assert [row[0] for row in history(trainer, "skipped_updates")] == [0, 1, 1]
     assert not seen[0].equal(seen[1]) and seen[1].equal(seen[2]), "the second update moved nothing"
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert history(resumed, "skipped_updates")[-1] == (1,), "the count goes on"
     assert all(bool(value.isfinite().all()) for value in model.parameters())
 
 

@@ -22,8 +22,12 @@ NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # to go on exac
 Identity = dict[str, Any]
 
 
-def write_identity(folder: Path, identity: Identity) -> None:
-    (folder / RUN).write_text(json.dumps(identity, indent=2) + "\n")
+def write_run(folder: Path, identity: Identity, skipped: int) -> None:
+    (folder / RUN).write_text(json.dumps({**identity, "skipped_updates": skipped}, indent=2) + "\n")
+
+
+def skipped_updates(checkpoint: str) -> int:
+    return int(json.loads((Path(checkpoint) / RUN).read_text())["skipped_updates"])
 
 
 def clear_unfinished(output: Path) -> None:

@@ -1,30 +1,64 @@
-"""A few prompts with their answers as a table, to see what the numbers hide."""
+"""A few prompts with their answers as a table, to see what the numbers hide: on the terminal, and where numbers go."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import integrations
 
 from .experience import Experience
 
+_writers: Any = integrations  # untyped, and not all of its names are exported
 WIDTH = 300  # characters of a text that are shown
+NAME = "samples"
 
 
-def show(made: Experience, count: int, step: int, each: int = 1, console: Console | None = None) -> None:
+class Samples(NamedTuple):
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+
+
+def samples_of(made: Experience, count: int, each: int = 1) -> Samples:
     """Of the first `count` prompts, the first of their `each` pairs."""
-    names = ("y", "y'")[: len(made.answers)]
+    sides = ("y", "y'")[: len(made.answers)]
+    value = "P(y > y')" if len(sides) == 2 else "reward"
+    rows = [
+        [*map(_shown, (made.prompts[row], *(side[row] for side in made.answers))), f"{float(made.value[row]):.3f}"]
+        for row in range(0, made.pairs, each)[:count]
+    ]
+    return Samples(("prompt", *sides, value), rows)
+
+
+def show(samples: Samples, step: int, console: Console | None = None) -> None:
     table = Table(title=f"update {step}", title_justify="left", show_lines=True)
-    for name in ("prompt", *names):
+    for name in samples.columns[:-1]:
         table.add_column(name, ratio=1)
-    table.add_column("P(y > y')" if len(names) == 2 else "reward", justify="right")
-    for row in range(0, made.pairs, each)[:count]:
-        shown = [made.prompts[row], *(answers[row] for answers in made.answers)]
-        table.add_row(*map(_cell, shown), f"{float(made.value[row]):.3f}")
+    table.add_column(samples.columns[-1], justify="right")
+    for row in samples.rows:
+        table.add_row(*map(Text, row))
     (console or Console(stderr=True)).print(table)
 
 
-def _cell(text: str) -> Text:
+def report(samples: Samples, step: int, callbacks: Iterable[Any]) -> None:
+    """To tensorboard and wandb, where transformers reports to them."""
+    for callback in callbacks:
+        if isinstance(callback, _writers.TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_text(NAME, _markdown(samples), step)
+        if isinstance(callback, _writers.WandbCallback) and callback._wandb is not None:
+            table = callback._wandb.Table(columns=list(samples.columns), data=samples.rows)
+            callback._wandb.log({NAME: table, "train/global_step": step})
+
+
+def _markdown(samples: Samples) -> str:
+    lines = [samples.columns, ("---",) * len(samples.columns), *samples.rows]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in line) + " |" for line in lines)
+
+
+def _shown(text: str) -> str:
     """A model may write escape sequences; the terminal must not obey them."""
     text = text if len(text) <= WIDTH else "..." + text[-WIDTH:]
-    return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

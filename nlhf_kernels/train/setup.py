@@ -54,9 +54,19 @@ def with_reference(model: Any, reference: Any, peft_config: Any) -> tuple[Any, A
         _check_base_stays(model)
     elif reference is None:
         reference = copy.deepcopy(model)
+    _check_weights(model)
+    return model, reference
+
+
+def _check_weights(model: torch.nn.Module) -> None:
     if not opponents.trained(model):
         raise ValueError(f"{OP}: model: expected parameters to train; got none that require a gradient")
-    return model, reference
+    for name, value in model.named_parameters():
+        if not value.is_floating_point():
+            raise ValueError(f"{OP}: model: expected weights that are not quantised; got {value.dtype} in {name}")
+    devices = sorted({str(value.device) for value in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(f"{OP}: model: expected the whole model on one device; got it on {', '.join(devices)}")
 
 
 def _adapted(model: Any, peft_config: Any) -> Any:

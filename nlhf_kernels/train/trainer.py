@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -20,6 +21,7 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from ..core.settings import use_backend
 from ..engine import RolloutEngine, RolloutResult, RolloutSettings
 from ..preference import Judge
 from . import checkpoints, opponents, samples
@@ -214,9 +216,13 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
         def rollout(ids: Any, mask: Any, players: Any, settings: RolloutSettings) -> RolloutResult:
             if self.played.refresh():
                 self.engine.release()  # recorded steps read the old place
-            return engine.rollout(ids, mask, players, replace(settings, **changed))
+            with self._kernels():  # attention's too, which has no argument for it
+                return engine.rollout(ids, mask, players, replace(settings, **changed))
 
         return rollout
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.args.backend is None else use_backend(self.args.backend)
 
     def _total(self, value: torch.Tensor) -> torch.Tensor:
         total: torch.Tensor = self.accelerator.reduce(value, reduction="sum")
@@ -229,7 +235,9 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
             logs |= self.meters.means(self.accelerator) | self.clock.report(self.accelerator)
             logs |= {"beta": self.beta, "tau": self.tau, "skipped_updates": self.skipped}
             if self.args.log_samples and self.is_world_process_zero():
-                samples.show(self.made[0], self.args.log_samples, self.state.global_step, self.args.samples_per_prompt)
+                table = samples.samples_of(self.made[0], self.args.log_samples, self.args.samples_per_prompt)
+                samples.show(table, self.state.global_step)
+                samples.report(table, self.state.global_step, self.callback_handler.callbacks)
         super().log(logs, start_time)
 
     def evaluate(
@@ -263,6 +271,7 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
         if self.train_dataset is None:
             raise ValueError(f"{OP}: train: expected a train_dataset; got none")
         found = checkpoints.resolve(self.args.output_dir, resume, self._identity())
+        self.skipped = 0 if found is None else checkpoints.skipped_updates(found)
         if found is not None and self.opponent is not None:
             opponents.load(self.opponent, Path(found) / checkpoints.OPPONENT)
         if found is not None and 0 < self.args.max_steps <= checkpoints.update_of(found):
@@ -321,6 +330,6 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
             self.state.save_to_json(str(work / "trainer_state.json"))
         if self.opponent is not None:
             opponents.save(self.opponent, work / checkpoints.OPPONENT)
-        checkpoints.write_identity(work, self._identity())
+        checkpoints.write_run(work, self._identity(), self.skipped)
         checkpoints.finish(output, name)
         rotate_checkpoints(str(output), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
