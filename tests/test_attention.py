@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from unittest import mock
 
@@ -205,6 +206,28 @@ def test_windows_nest_and_close() -> None:
         nlhf_kernels.decode_window(None, torch.ones(2)).__enter__()
     with pytest.raises(ValueError, match=r"starts: expected shape \(rows\) with rows=2; got \(3,\)"):
         nlhf_kernels.decode_window(torch.ones(3, dtype=torch.int64), ones).__enter__()
+
+
+def test_a_thread_sees_its_own_window_and_waits_for_that_of_another() -> None:
+    """Two engines in two threads: one's ranges must not reach the other's models, nor stay behind."""
+    from nlhf_kernels.ops import current_decode_window
+
+    ones, inside, seen = torch.ones(2, dtype=torch.int64), threading.Event(), []
+
+    def other() -> None:
+        seen.append(current_decode_window())
+        inside.set()
+        with nlhf_kernels.decode_window(ones, ones) as mine:
+            seen.append(current_decode_window() is mine)
+
+    thread = threading.Thread(target=other)
+    with nlhf_kernels.decode_window(None, ones) as window:
+        thread.start()
+        assert inside.wait(30)
+        thread.join(0.05)
+        assert thread.is_alive() and current_decode_window() is window
+    thread.join(30)
+    assert seen == [None, True] and current_decode_window() is None
 
 
 # ---- in the rollout engine -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock, get_ident
 from typing import NamedTuple
 
 import torch
@@ -22,29 +23,35 @@ class DecodeWindow(NamedTuple):
     ends: torch.Tensor  # (R,) int64
 
 
-# A plain variable, for the whole process: torch.compile guards on it, where it cannot trace a ContextVar and takes
-# what a threading.local held for a constant.
+# Plain variables: torch.compile guards on the window, where it cannot trace a ContextVar and takes what a
+# threading.local held for a constant. So one thread at a time has a window, and the others are not shown it.
 _window: DecodeWindow | None = None
+_owner = 0  # the thread that opened it
+_turn = RLock()
 
 
 def current_decode_window() -> DecodeWindow | None:
-    return _window
+    """Of this thread. What is traced cannot ask who it is: it runs in the thread that holds the window."""
+    mine = torch.compiler.is_compiling() or _owner == get_ident()
+    return _window if mine else None
 
 
 @contextmanager
 def decode_window(starts: torch.Tensor | None, ends: torch.Tensor) -> Iterator[DecodeWindow]:
-    """Within, decoding steps of models whose attention is "nlhf_decode" read these ranges, in the whole process.
+    """Within, decoding steps of models whose attention is "nlhf_decode" read these ranges, in this thread. Another
+    thread that opens a window waits until this one is closed.
 
     Only the tensors are kept, their values are read by the kernels of each step: update them in place
     (`window.ends.add_(1)`), inside a captured graph too.
     """
-    global _window
+    global _window, _owner
     sizes: Sizes = {}
     check_tensor("decode_window", "ends", ends, ("rows",), INTEGERS, sizes)
     if starts is not None:
         check_tensor("decode_window", "starts", starts, ("rows",), INTEGERS, sizes, ends.device)
-    before, _window = _window, DecodeWindow(starts, ends)
-    try:
-        yield _window
-    finally:
-        _window = before
+    with _turn:
+        before, _window, _owner = _window, DecodeWindow(starts, ends), get_ident()
+        try:
+            yield _window
+        finally:
+            _window = before
