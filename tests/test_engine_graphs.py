@@ -8,7 +8,7 @@ import transformers
 
 from nlhf_kernels import use_backend
 from nlhf_kernels.engine import Hooks, Player, RolloutEngine, nash_md
-from nlhf_kernels.engine.graphs import Graphs
+from nlhf_kernels.engine.graphs import Graphs, Unrecorded
 from nlhf_kernels.engine.openness import OpenRows
 from nlhf_kernels.engine.table import Seat, who_stays
 from tests.support.engine import TINY, settings, tiny, tiny_pair, worst_error
@@ -131,6 +131,15 @@ def test_compiled_models_say_the_same(monkeypatch) -> None:
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     for responses, beta in zip(result, (0.0, BETA), strict=True):
         assert worst_error(responses, policy, reference, prompts(), beta) < 5e-5
+
+
+def test_steps_that_nobody_recorded_are_those_of_the_rollout_that_takes_them() -> None:
+    """Not the first rollout's, which is past its minimal length."""
+    engine = RolloutEngine(*tiny_pair("gpt2"), recorder=Unrecorded(), bucket=32)
+    asked = settings(12, min_new_tokens=6, end_ids=range(3, 60))
+    first, again = (engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=asked) for _ in range(2))
+    for one, two in zip(first, again, strict=True):
+        assert torch.equal(one.lengths, two.lengths) and two.lengths.min() >= 6
 
 
 def test_books() -> None:

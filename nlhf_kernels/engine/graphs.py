@@ -18,7 +18,8 @@ Run = Callable[[], None]
 
 class Recorder(Protocol):
     def record(self, step: Run, state: Sequence[torch.Tensor]) -> Run:
-        """`step` as something that replays it. `state` is what a step advances: it is as before when this returns."""
+        """`step` as something that replays it, or `step` itself where nothing is kept of it. `state` is what a step
+        advances: it is as before when this returns."""
 
     def side_by_side(self, reads: Sequence[Callable[[], Any]]) -> list[Any]:
         """Runs forwards that do not depend on each other, and gives their results."""
@@ -34,9 +35,10 @@ class Graphs:
         return -(-length // self.slots) * self.slots
 
     def run(self, key: Hashable, step: Run, state: Sequence[torch.Tensor]) -> None:
-        if key not in self.recorded:
-            self.recorded[key] = self.recorder.record(step, state)
-        self.recorded[key]()
+        replay = self.recorded.get(key) or self.recorder.record(step, state)
+        if replay is not step:  # what nobody recorded is this rollout's own, and looks at it
+            self.recorded[key] = replay
+        replay()
 
     def side_by_side(self, reads: Sequence[Callable[[], Any]]) -> list[Any]:
         return self.recorder.side_by_side(reads)
