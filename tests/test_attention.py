@@ -12,10 +12,10 @@ import transformers
 
 import nlhf_kernels
 from nlhf_kernels import decode_attention
-from nlhf_kernels.engine import RolloutEngine, attention, nash_md
+from nlhf_kernels.engine import Player, RolloutEngine, attention, nash_md
 from nlhf_kernels.engine.models import inspect_model
-from tests.support.engine import settings, tiny, tiny_pair
-from tests.support.tiny_models import BETA, one_thread, padded, prompts, tiny_model
+from tests.support.engine import settings, tiny, tiny_pair, worst_error
+from tests.support.tiny_models import BETA, one_thread, padded, prompts, random_model, tiny_model
 
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "mistral")
 SLOTS, STEPS = 24, 5
@@ -284,3 +284,13 @@ def test_a_layer_that_hides_its_window_from_the_attention_is_found(monkeypatch) 
 
     monkeypatch.setattr(layer, "forward", hiding)
     assert not inspect_model("policy", policy, True).decode_attention
+
+
+def test_a_layer_that_makes_a_mask_of_its_own_is_found(kernel_calls) -> None:
+    """Doge adds what it learned to the mask: of a mask that is not made, it would make one that shows the padding."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+    config = transformers.DogeConfig(vocab_size=97, hidden_size=32, max_position_embeddings=128, **sizes)
+    policy, rows = random_model(config, 1), prompts((1, 9))
+    kernel_calls.clear()
+    (drawn,) = RolloutEngine(policy).rollout(**padded(rows), players=(Player(),), settings=settings(5))
+    assert kernel_calls == [] and worst_error(drawn, policy, None, rows, 0.0) < 5e-5

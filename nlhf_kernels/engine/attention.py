@@ -149,7 +149,8 @@ def takes_decode_attention(model: Any, read: Callable[[], int]) -> bool:
     """Whether this model decodes right under NAME. `read` reads one token and says how many layers kept keys.
 
     Each of those must have come to the attention function, as a layer that attends by itself would miss the mask that
-    is not made; and the windows of the masks must be those that the function is told, for the same reason.
+    is not made; and without a mask of its own making, which it would make of the missing one; and the windows of the
+    masks must be those that the function is told, for the same reason.
     """
     if not getattr(model, "_supports_attention_backend", False) or model.dtype not in FLOATS:
         return False
@@ -158,9 +159,14 @@ def takes_decode_attention(model: Any, read: Callable[[], int]) -> bool:
     told: list[int | None] = []
     masked: list[int | None] = []
 
-    def attention(*arguments: Any, **named: Any) -> tuple[torch.Tensor, None]:
+    own_masks: list[torch.Tensor] = []
+
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *arguments: Any, **named: Any
+    ) -> tuple[torch.Tensor, None]:
         told.append(named.get("sliding_window"))
-        return nlhf_decode_attention(*arguments, **named)
+        own_masks.extend([] if attention_mask is None else [attention_mask])
+        return nlhf_decode_attention(module, query, key, value, attention_mask, *arguments, **named)
 
     def mask(*arguments: Any, **named: Any) -> torch.Tensor | None:
         masked.append(named.get("local_size"))
@@ -171,6 +177,6 @@ def takes_decode_attention(model: Any, read: Callable[[], int]) -> bool:
     one = torch.ones(1, dtype=torch.int64, device=model.device)
     try:
         with torch.no_grad(), attending([model], _PROBE), decode_window(None, one):
-            return read() == len(told) and set(told) == set(masked)
+            return read() == len(told) and set(told) == set(masked) and not own_masks
     except ValueError:  # a bias on positions, which no range expresses
         return False
