@@ -259,6 +259,17 @@ def test_a_rollout_takes_the_kernel_and_gives_the_models_back(architecture, kern
         torch.testing.assert_close(ours.mixture_logprobs, theirs.mixture_logprobs, rtol=1e-4, atol=1e-4)
 
 
+def test_an_attention_chosen_between_rollouts_is_kept(kernel_calls) -> None:
+    policy, reference = tiny_pair("llama")
+    engine = RolloutEngine(policy, reference)
+    transformers.AttentionInterface.register("chosen", attention.sdpa_attention_forward)
+    transformers.AttentionMaskInterface.register("chosen", attention.sdpa_mask)
+    reference.set_attn_implementation("chosen")
+    kernel_calls.clear()
+    engine.rollout(**padded(prompts((1, 6))), players=nash_md(BETA), settings=settings(5))
+    assert len(kernel_calls) == 2 * 4, "layers of the policy, steps after the prompt"
+
+
 @pytest.mark.parametrize("architecture", ["bloom", "falcon"])
 def test_a_model_that_attends_by_itself_keeps_its_own_attention(architecture, kernel_calls) -> None:
     """Theirs adds a bias of positions to a mask, which the kernel's callers do not make."""

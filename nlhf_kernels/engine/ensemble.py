@@ -110,7 +110,8 @@ class Ensemble:
         """Dropout off, heads and attention at their fastest; the models are as they were afterwards."""
         models = [facts.model for facts in self.facts.values()]
         eager = [facts.model for role, facts in self.facts.items() if role not in self.forwards]
-        with evaluating(*models), weights_first(eager), attending(self.by_kernel):
+        by_kernel = [m for m in self.by_kernel if getattr(m.config, "_attn_implementation", None) in REPLACED]
+        with evaluating(*models), weights_first(eager), attending(by_kernel):
             yield
 
     def roles(self, players: Sequence[Player]) -> list[str]:
