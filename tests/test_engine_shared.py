@@ -10,6 +10,7 @@ import torch
 from nlhf_kernels.engine import Player, RolloutEngine, nash_ema, nash_md
 from tests.support.engine import settings, tiny, tiny_pair, worst_error
 from tests.support.tiny_models import BETA, one_thread, padded, prompts
+from tests.test_engine_graphs import recorded
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,37 @@ def test_a_merged_adapter_hides_its_base_and_is_refused() -> None:
     policy.merge_adapter()
     with pytest.raises(ValueError, match="policy: expected an adapter beside the base's weights; got one merged"):
         RolloutEngine(policy)
+
+
+def test_adapters_that_change_after_the_engine_was_made_are_noticed() -> None:
+    policy, asked = adapted(tiny("llama")), {**padded(prompts()), "players": nash_md(BETA), "settings": settings(3)}
+    engine = RolloutEngine(policy)
+    policy.merge_adapter()
+    with pytest.raises(ValueError, match="got one merged into them"):
+        engine.rollout(**asked)
+    policy.unmerge_adapter()
+    assert engine.rollout(**asked).steps == 3
+    peft = pytest.importorskip("peft")
+    policy.add_adapter("dora", peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="expected adapters as when the engine was made; now a LoRA variant"):
+        engine.rollout(**asked)
+
+
+def test_the_adapter_that_acts_is_part_of_what_is_recorded() -> None:
+    peft = pytest.importorskip("peft")
+    policy = adapted(tiny("llama"))
+    policy.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    engine, recorder = recorded(policy, None, bucket=32)
+    for adapter, records in (("default", 1), ("other", 2), ("default", 2)):
+        policy.set_adapter(adapter)
+        engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(3))
+        assert recorder.records == records
+
+
+def test_biases_of_the_base_that_are_trained_are_refused() -> None:
+    """peft would switch the adapter off and leave them trained: a reference that follows the policy."""
+    with pytest.raises(ValueError, match="leaves its base as it is; got bias='all' in 'default'"):
+        RolloutEngine(adapted(tiny("qwen2"), bias="all"))
 
 
 def test_layers_have_their_own_forward_again() -> None:

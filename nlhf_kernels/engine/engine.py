@@ -132,6 +132,7 @@ class RolloutEngine:
         for player in players:
             weights(self.op, player, len(prompts.ids), self.device)
             row_ids(self.op, player, len(prompts.ids), self.device)
+        self.ensemble.check_adapters()
         self.ensemble.check_room(int(prompts.mask.sum(1).max()), settings.max_new_tokens)
         ends = end_ids(self.op, self.ensemble.policy, settings.end_ids, self.ensemble.vocabulary)
         seed = int(torch.randint(2**63 - 1, ())) if settings.seed is None else settings.seed
@@ -146,6 +147,7 @@ class RolloutEngine:
             logprobs=self._logprobs(settings),
             mixes=self.ensemble.mixes,
             vocabulary=self.ensemble.vocabulary,
+            state=self.ensemble.recorded_state if self.graphs is not None else None,
             notes=(*self.ensemble.notes, *self._why_eager(hooks)),
         )
 

@@ -16,7 +16,7 @@ from .heads import weights_first
 from .models import evaluating, inspect_model, twin
 from .readers import CachedReader, Reader, WholeTextReader
 from .request import Player
-from .shared_weights import BaseReader, SharedReader, check_base, is_adapted, why_not_one_pass
+from .shared_weights import BaseReader, SharedReader, adapter_state, check_base, is_adapted, why_not_one_pass
 
 _log = logging.getLogger(__name__)
 
@@ -161,6 +161,20 @@ class Ensemble:
                     f"{self.op}: max_new_tokens: expected prompt and response within the {role}'s {facts.positions} "
                     f"positions; got {longest} + {new_tokens} tokens"
                 )
+
+    def check_adapters(self) -> None:
+        """What was looked at when the engine was made, again: adapters come, go and are merged between rollouts."""
+        if not self.shares_base:
+            return
+        check_base(self.policy, self.op)
+        if self.one_pass and (reason := why_not_one_pass(self.policy)) is not None:
+            raise ValueError(f"{self.op}: policy: expected adapters as when the engine was made; now {reason}")
+
+    @property
+    def recorded_state(self) -> tuple[Any, ...]:
+        """What a recorded step has fixed of the models, and their owner may change."""
+        models = [facts.model for facts in self.facts.values()]
+        return tuple((getattr(m.config, "_attn_implementation", None), adapter_state(m)) for m in models)
 
     def why_not_recorded(self) -> list[str]:
         """Why a step of these models cannot be captured in a graph."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,6 +52,7 @@ class Plan:
     logprobs: tuple[str, ...]  # of policy, reference, mixture
     mixes: bool  # whether there is a reference
     vocabulary: int  # columns of the heads that count
+    state: Hashable  # what recorded steps have fixed of the models
     notes: tuple[str, ...]
 
 
@@ -94,7 +95,7 @@ class Rollout:
             clock.bucket = self.graphs.bucket(clock.filled + 1)
             key = (tuple((seat.source, seat.stream, seat.start, seat.stop) for seat in table.seats), clock.bucket,
                    self._ends_forbidden(), table.filtered, table.columns, self.plan.logprobs,
-                   requested(self.plan.settings.backend).backend)  # fmt: skip
+                   requested(self.plan.settings.backend).backend, self.plan.state)  # fmt: skip
             self.graphs.run(key, self._step, (clock.cursor, clock.step, clock.positions, table.tokens))
         clock.filled += 1
         self._count()

@@ -51,9 +51,24 @@ def why_not_one_pass(model: torch.nn.Module) -> str | None:
     return None
 
 
-def check_base(model: torch.nn.Module, op: str) -> None:
+def check_base(model: Any, op: str) -> None:
     if any(layer.merged for layer in adapted_layers(model)):
         raise ValueError(f"{op}: policy: expected an adapter beside the base's weights; got one merged into them")
+    for name, config in model.peft_config.items():
+        if (bias := getattr(config, "bias", "none")) != "none":
+            raise ValueError(
+                f"{op}: policy: expected an adapter that leaves its base as it is; got bias={bias!r} in {name!r}, which "
+                "trains the base's own biases"
+            )
+
+
+def adapter_state(model: torch.nn.Module) -> tuple[Any, ...]:
+    """What a recorded step holds of the adapters, beside their weights: which act, and how strongly."""
+    layers = adapted_layers(model)
+    return tuple(
+        (layer.disable_adapters, tuple(layer.active_adapters), tuple(getattr(layer, "scaling", {}).items()))
+        for layer in layers
+    )
 
 
 @contextmanager
