@@ -130,6 +130,17 @@ def test_an_interrupted_rollout_leaves_the_engine_usable() -> None:
     assert torch.equal(before[1].mixture_logprobs, after[1].mixture_logprobs)
 
 
+def test_autocast_and_inference_mode_around_a_rollout_change_nothing() -> None:
+    models = tiny_pair("llama")
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        engine = RolloutEngine(*models)
+        inside = rollout(engine, prompts())
+    after = rollout(engine, prompts())
+    assert after[0].policy_logprobs.tolist() == inside[0].policy_logprobs.tolist()
+    weight = torch.ones((), requires_grad=True)
+    (weight * inside[0].policy_logprobs).sum().backward()  # no tensor of inference mode, which nothing may save
+
+
 def test_a_rollout_within_a_rollout_is_refused() -> None:
     engine = RolloutEngine(*tiny_pair("gpt2"))
     hooks = Hooks(criteria=[lambda ids, scores: rollout(engine, prompts()) is None])

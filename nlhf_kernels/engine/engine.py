@@ -17,6 +17,7 @@ from .hooks import Hooks
 from .ledger import Ledger
 from .loop import Plan, Rollout, Workspace
 from .memory import MemoryPlan, check_fits
+from .models import plainly
 from .request import (
     LOGPROBS,
     Player,
@@ -80,7 +81,6 @@ class RolloutEngine:
         """Whether there is a reference."""
         return self.ensemble.mixes
 
-    @torch.no_grad()
     def rollout(
         self,
         input_ids: torch.Tensor,  # (P, S) int64, padded on the left
@@ -89,12 +89,13 @@ class RolloutEngine:
         settings: RolloutSettings,
         hooks: Hooks | None = None,
     ) -> RolloutResult:
-        """Every player answers every prompt. Dropout is off meanwhile; training flags come back as they were."""
+        """Every player answers every prompt. Dropout is off meanwhile; training flags come back as they were. Models
+        play in their own dtype, under autocast too."""
         plan = self._plan(input_ids, attention_mask, players, settings, hooks or Hooks())
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(f"{self.op}: expected one rollout at a time; got a second while one is running")
         try:
-            with self.ensemble.playing():
+            with plainly(self.device), self.ensemble.playing():
                 return self._run(plan)
         finally:
             self._busy.release()

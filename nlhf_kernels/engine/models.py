@@ -118,7 +118,14 @@ def _keeps_state_elsewhere(model: Any) -> str | None:
     return None if "past_key_values" in _accepted(model) else "takes no past_key_values"
 
 
-@torch.no_grad()
+@contextmanager
+def plainly(device: torch.device) -> Iterator[None]:
+    """Whatever the caller is in: caches outlive a rollout, so their dtype is not autocast's, and no tensor of theirs is
+    one that only torch.inference_mode may write to."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def _probe(
     model: Any, device: torch.device, accepted: frozenset[str], use_cache: bool
 ) -> tuple[tuple[LayerShape | None, ...], torch.Tensor]:
@@ -128,7 +135,7 @@ def _probe(
     inputs: dict[str, Any] = {"input_ids": token, "attention_mask": torch.ones_like(token), "use_cache": use_cache}
     if use_cache:
         inputs["past_key_values"] = cache
-    with evaluating(model):
+    with plainly(token.device), evaluating(model):
         outputs = model(**{name: value for name, value in inputs.items() if name in accepted}, return_dict=True)
     return tuple(getattr(layer, "shape", None) for layer in cache.layers), outputs.logits
 
