@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from nlhf_kernels.engine import Hooks, Player, RolloutEngine, RolloutSettings, nash_ema, nash_md
 from tests.support.engine import settings, tiny, tiny_pair, worst_error
-from tests.support.tiny_models import BETA, VOCABULARY, one_thread, padded, prompts
+from tests.support.tiny_models import BETA, VOCABULARY, one_thread, padded, prompts, random_model
 
 
 @pytest.fixture(autouse=True)
@@ -239,3 +240,17 @@ def test_models_that_do_not_fit_each_other_are_refused() -> None:
         RolloutEngine("gpt2", reference)
     with pytest.raises(ValueError, match=r"players\[1\].beta: expected 0, as the engine has no reference; got 0.3"):
         rollout(RolloutEngine(policy), prompts())
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_padding_that_moves_tokens_is_refused(use_cache) -> None:
+    """Bart counts positions from the first slot on and takes no other word for them."""
+    sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes |= {"encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "max_position_embeddings": 128}
+    policy = random_model(transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **sizes), seed=1)
+    engine = RolloutEngine(policy, use_cache=use_cache)
+    with pytest.raises(ValueError, match="moves the tokens of the policy, BartForCausalLM, to other positions"):
+        rollout(engine, prompts((3, 9)), players=(Player(),))
+    rows = prompts((9, 9))
+    (responses,) = rollout(engine, rows, players=(Player(),))
+    assert worst_error(responses, policy, None, rows, 0.0) < 5e-5

@@ -20,7 +20,9 @@ from .request import Prompts
 
 OP = "rollout"
 PADDING_TOLERANCE = 0.01  # what rounding may do to a logit, relative; padding that is read moves it far more
+MOVED = 0.1  # of what logits differ among themselves; rounding moves them less, another place in the text more
 _LEAVES_PADDING_OUT: WeakSet[torch.nn.Module] = WeakSet()  # models seen to
+_PLACES_TOKENS: WeakSet[torch.nn.Module] = WeakSet()  # models without position ids, seen to count from the first token
 Span = tuple[int, int]  # of the rollout's rows
 
 
@@ -53,6 +55,24 @@ def prompt_positions(prompts: Prompts) -> torch.Tensor:
     return (prompts.mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def check_places(facts: ModelFacts, prompts: Prompts) -> None:
+    """A model that takes no position ids must find them by the mask, or need none. The most padded prompt with its
+    padding and without tells, the first time such a model sees any."""
+    if not prompts.padded or "position_ids" in facts.accepted or facts.model in _PLACES_TOKENS:
+        return
+    lengths = prompts.mask.sum(1)
+    row, length = int(lengths.argmin()), int(lengths.min())
+    ids, mask = prompts.ids[row : row + 1], prompts.mask[row : row + 1]
+    padded = call(facts, input_ids=ids, attention_mask=mask, use_cache=False).float()
+    alone = call(facts, input_ids=ids[:, -length:], use_cache=False).float()
+    if (padded - alone).abs().mean() > MOVED * (alone - alone.mean()).abs().mean():
+        raise ValueError(
+            f"{OP}: attention_mask: expected prompts of one length; got padding, which moves the tokens of the "
+            f"{facts.role}, {facts.name}, to other positions"
+        )
+    _PLACES_TOKENS.add(facts.model)
+
+
 class CachedReader:
     """A model with key/value caches. `forward`: what steps call in the model's place, a compiled one."""
 
@@ -63,6 +83,7 @@ class CachedReader:
     def start(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
         self.span = spans[self.facts.role]
         fan_out = fan_out[slice(*self.span)]
+        check_places(self.facts, prompts)
         self.cache.start(fan_out)
         logits = call(
             self.facts,
@@ -109,6 +130,7 @@ class WholeTextReader:
         self.text[: len(fan_out), : prompts.width] = prompts.ids[fan_out]
         if prompts.padded and self.facts.model not in _LEAVES_PADDING_OUT:
             self._check_padding(prompts)
+        check_places(self.facts, prompts)
         return {self.facts.role: self._read(prompts.ids, prompts.mask if prompts.padded else None)[fan_out]}
 
     def step(self, tokens: torch.Tensor, clock: Clock) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from ..ops import decode_window
 from .caches import StaticRowsCache
 from .clock import Clock
 from .models import ModelFacts
-from .readers import CachedReader, Span, call, prompt_positions
+from .readers import CachedReader, Span, call, check_places, prompt_positions
 from .request import Prompts
 
 
@@ -121,6 +121,7 @@ class SharedReader:
 
     def start(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
         self._take(spans)
+        check_places(self.facts, prompts)
         count = len(prompts.ids)
         policy, reference = (fan_out[slice(*self.spans[name])] for name in self.names)
         self.cache.start(torch.cat([policy, reference + count]))
