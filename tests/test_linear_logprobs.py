@@ -291,6 +291,10 @@ BAD = {
         (HIDDEN, WEIGHT, TARGETS, OTHER, OTHER_WEIGHT.clone().requires_grad_()),
         {},
     ),
+    "reference_head.bias: expected a constant": (
+        (HIDDEN, WEIGHT, TARGETS, OTHER, Head(OTHER_WEIGHT, torch.zeros(8, requires_grad=True))),
+        {},
+    ),
     "reference_hidden: expected a constant": ((HIDDEN, WEIGHT, TARGETS, OTHER.clone().requires_grad_()), {}),
     "reference_head: expected with reference_hidden": ((HIDDEN, WEIGHT, TARGETS, None, OTHER_WEIGHT), {}),
     "kl: expected only with reference_hidden": ((HIDDEN, WEIGHT, TARGETS), {"kl": True}),

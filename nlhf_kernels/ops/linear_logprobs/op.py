@@ -154,6 +154,8 @@ def check_linear(
         other = check_head(op, "reference_head", given, sizes, "reference_hidden", hidden.device)
         if other.weight is not policy.weight:
             check_constant(op, "reference_head.weight", other.weight)
+        if other.bias is not None and other.bias is not policy.bias:
+            check_constant(op, "reference_head.bias", other.bias)
     elif reference_head is not None:
         raise ValueError(f"{op}: reference_head: expected with reference_hidden; got it alone")
     chunk = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) if chunk_bytes is None else chunk_bytes
