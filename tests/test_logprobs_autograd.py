@@ -35,6 +35,22 @@ def test_overwritten_logits_cannot_be_used_again() -> None:
         total.backward()
     with pytest.raises(ValueError, match="overwrite_logits: expected logits that a model computed"):
         nlhf_kernels.logprobs(leaf, targets, overwrite_logits=True)
+    with pytest.raises(ValueError, match="overwrite_logits: expected logits that a model computed"):
+        nlhf_kernels.nash_pg_loss(
+            leaf[None], targets[None], torch.ones(1), leaf[None].detach(), tau=0.1, overwrite_logits=True
+        )
+
+
+def test_rows_that_share_memory_are_not_overwritten() -> None:
+    policy, targets, _, _ = problem(4, 33)
+    leaf = policy[:1].clone().requires_grad_()
+
+    def gradient(overwrite: bool) -> torch.Tensor:
+        logits = (leaf * 1.0).expand(4, 33)
+        total = nlhf_kernels.logprobs(logits, targets, overwrite_logits=overwrite).policy.sum()
+        return torch.autograd.grad(total, leaf)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
 
 
 @every_rival

@@ -169,14 +169,14 @@ def logprobs(
     elif kl or beta is not None:
         raise ValueError(f"{op}: {'kl' if kl else 'beta'}: expected only with reference_logits; got None for them")
     check_number(op, "temperature", temperature, 0.0, open_low=True)
-    if overwrite_logits and policy_logits.is_leaf and policy_logits.requires_grad:
-        raise ValueError(
-            f"{op}: overwrite_logits: expected logits that a model computed; got a leaf, its gradient's home"
-        )
+    rows = _rows(policy_logits)
+    if overwrite_logits:
+        _check_may_be_overwritten(op, policy_logits)
+        overwrite_logits = len(rows) < 2 or rows.stride(0) >= rows.shape[1]  # rows that share memory keep it
     wanted = Want.ENTROPY * entropy | Want.KL * kl | Want.MIXTURE * (beta is not None)
     numbers, wanted = Settings(temperature, wanted=wanted).flat()
     values, _ = (_overwriting if overwrite_logits else _differentiable)(
-        _rows(policy_logits),
+        rows,
         None if reference_logits is None else _rows(reference_logits),
         targets.reshape(-1),
         beta_tensor(op, beta, targets, real_dtype(policy_logits.dtype)),
@@ -219,6 +219,14 @@ def beta_tensor(
 def check_constant(op: str, name: str, value: torch.Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: {name}: expected a constant, no gradient goes there; got a tensor that requires grad")
+
+
+def _check_may_be_overwritten(op: str, logits: torch.Tensor) -> None:
+    home = logits if logits._base is None else logits._base  # a view's memory is that of what it shows
+    if home.is_leaf and home.requires_grad:
+        raise ValueError(
+            f"{op}: overwrite_logits: expected logits that a model computed; got a leaf, its gradient's home"
+        )
 
 
 def check_targets(op: str, targets: torch.Tensor, vocabulary: int) -> None:
