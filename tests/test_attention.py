@@ -259,6 +259,22 @@ def test_a_rollout_takes_the_kernel_and_gives_the_models_back(architecture, kern
         torch.testing.assert_close(ours.mixture_logprobs, theirs.mixture_logprobs, rtol=1e-4, atol=1e-4)
 
 
+def test_parts_of_a_model_have_their_own_attention_again() -> None:
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {"vocab_size": 97, "hidden_size": 32, "head_dim": 8, "num_key_value_heads": 1, **shape}
+    vision = {"hidden_size": 16, "image_size": 28, "patch_size": 14, **shape}
+    ids = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92, "mm_tokens_per_image": 4}
+    model = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=vision, **ids)
+    )
+    chosen = {"": "sdpa", "vision_config": "eager", "text_config": "sdpa"}
+    model.set_attn_implementation(chosen)
+    engine = RolloutEngine(model.eval())
+    engine.rollout(**padded(prompts((1, 6))), players=(Player(),), settings=settings(3))
+    parts = {name: getattr(model.config, name, model.config)._attn_implementation for name in chosen if name}
+    assert {"": model.config._attn_implementation, **parts} == chosen
+
+
 def test_an_attention_chosen_between_rollouts_is_kept(kernel_calls) -> None:
     policy, reference = tiny_pair("llama")
     engine = RolloutEngine(policy, reference)

@@ -135,14 +135,27 @@ AttentionMaskInterface.register(NAME, nlhf_decode_mask)
 @contextmanager
 def attending(models: Sequence[Any], name: str = NAME) -> Iterator[None]:
     """These models' attention, for a while."""
-    before = [(model, model.config._attn_implementation) for model in models]
+    before = [(config, config._attn_implementation) for model in models for config in _configs(model)]
     try:
         for model in models:
             model.set_attn_implementation(name)
         yield
     finally:
-        for model, own in reversed(before):
-            model.set_attn_implementation(own)
+        for config, own in before:
+            config._attn_implementation = own
+
+
+def _configs(model: Any) -> list[Any]:
+    """Of a model and its parts, each of which may attend in its own way; a whole before its parts, as setting the
+    attention of one sets that of the others."""
+    found: dict[int, Any] = {}
+    ahead = [module.config for module in model.modules() if hasattr(module, "config")][::-1]
+    while ahead:
+        config = ahead.pop()
+        if id(config) not in found and hasattr(config, "_attn_implementation"):
+            found[id(config)] = config
+            ahead += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return list(found.values())
 
 
 def takes_decode_attention(model: Any, read: Callable[[], int]) -> bool:
