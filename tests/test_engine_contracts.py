@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -140,6 +142,17 @@ def test_autocast_and_inference_mode_around_a_rollout_change_nothing() -> None:
     assert after[0].policy_logprobs.tolist() == inside[0].policy_logprobs.tolist()
     weight = torch.ones((), requires_grad=True)
     (weight * inside[0].policy_logprobs).sum().backward()  # no tensor of inference mode, which nothing may save
+
+
+def test_a_model_with_an_autocast_of_its_own() -> None:
+    """As accelerate prepares it: rotated keys stay float32, values are bfloat16."""
+    policy, reference = tiny_pair("llama")
+    plain, early = copy.deepcopy(policy), RolloutEngine(policy, reference)
+    policy.forward = torch.autocast("cpu", torch.bfloat16)(policy.forward)
+    result = rollout(RolloutEngine(policy, reference), prompts())
+    assert worst_error(result[0], plain, reference, prompts(), 0.0) < 0.1
+    with pytest.raises(ValueError, match="keys and values of torch.float32, as when the engine was made; got"):
+        rollout(early, prompts())
 
 
 def test_a_rollout_within_a_rollout_is_refused() -> None:

@@ -191,5 +191,5 @@ def takes_decode_attention(model: Any, read: Callable[[], int]) -> bool:
     try:
         with torch.no_grad(), attending([model], _PROBE), decode_window(None, one):
             return read() == len(told) and set(told) == set(masked) and not own_masks
-    except ValueError:  # a bias on positions, which no range expresses
+    except (TypeError, ValueError):  # keys and queries of two dtypes; a bias on positions, which no range expresses
         return False

@@ -20,11 +20,12 @@ class LayerShape(NamedTuple):
     heads: int
     key_dim: int
     value_dim: int
-    dtype: torch.dtype
+    key_dtype: torch.dtype
+    value_dtype: torch.dtype  # another where a model's own autocast leaves rotated keys in float32
 
     @property
     def bytes(self) -> int:
-        return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+        return self.heads * (self.key_dim * self.key_dtype.itemsize + self.value_dim * self.value_dtype.itemsize)
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -48,7 +49,7 @@ class ProbeLayer(_Layer):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         heads, key_dim, value_dim = key_states.shape[1], key_states.shape[3], value_states.shape[3]
-        self.shape = LayerShape(heads, key_dim, value_dim, key_states.dtype)
+        self.shape = LayerShape(heads, key_dim, value_dim, key_states.dtype, value_states.dtype)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
@@ -66,8 +67,9 @@ class StaticRows(_Layer):
         self.clock, self.rows = clock, rows
         self.fan_out: torch.Tensor | None = None  # (rows,): each row's prompt, while prompts are read
         if shape is not None:  # a layer that reads another's entries stores none
-            self.keys = torch.zeros(rows, shape.heads, length, shape.key_dim, dtype=shape.dtype, device=device)
-            self.values = torch.zeros(rows, shape.heads, length, shape.value_dim, dtype=shape.dtype, device=device)
+            slots = rows, shape.heads, length
+            self.keys = torch.zeros(*slots, shape.key_dim, dtype=shape.key_dtype, device=device)
+            self.values = torch.zeros(*slots, shape.value_dim, dtype=shape.value_dtype, device=device)
         self.is_initialized = True
 
     @property
@@ -79,6 +81,11 @@ class StaticRows(_Layer):
         assert self.keys is not None and self.values is not None
         if self.fan_out is not None:
             for kept, new in ((self.keys, key_states), (self.values, value_states)):
+                if kept.dtype != new.dtype:
+                    raise ValueError(
+                        f"rollout: expected keys and values of {kept.dtype}, as when the engine was made; "
+                        f"got {new.dtype}"
+                    )
                 torch.index_select(new, 0, self.fan_out, out=kept[: self.rows, :, : new.shape[2]])
             return key_states, value_states
         keys, values = self.keys[: self.rows], self.values[: self.rows]

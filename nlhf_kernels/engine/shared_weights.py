@@ -57,8 +57,8 @@ def check_base(model: Any, op: str) -> None:
     for name, config in model.peft_config.items():
         if (bias := getattr(config, "bias", "none")) != "none":
             raise ValueError(
-                f"{op}: policy: expected an adapter that leaves its base as it is; got bias={bias!r} in {name!r}, which "
-                "trains the base's own biases"
+                f"{op}: policy: expected an adapter that leaves its base as it is; got bias={bias!r} in {name!r}, "
+                "which trains the base's own biases"
             )
 
 
