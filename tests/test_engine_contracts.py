@@ -187,6 +187,8 @@ def test_memory_is_what_was_planned(architecture) -> None:
     assert "reference cache" in str(plan)
     longer = engine.memory_plan(3, 9, nash_md(BETA, samples=2), settings(49))
     assert longer.parts["policy cache"] * 29 == plan.parts["policy cache"] * 58, "linear in length"
+    with pytest.raises(ValueError, match="expected an engine with an opponent; got one without"):
+        engine.memory_plan(3, 9, nash_ema(), asked)
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
@@ -211,6 +213,8 @@ REQUESTS = {
     "only padding": ({"attention_mask": torch.tensor([[0] * 4, [1] * 4])}, r"got only padding in rows \[0\]"),
     "mask shape": ({"attention_mask": ONES[:1]}, "attention_mask: expected shape"),
     "empty": ({"input_ids": IDS[:, :0]}, "input_ids: expected at least one row and one token"),
+    "unknown ids": ({"input_ids": IDS + 97}, r"input_ids: expected ids in \[0, 97\), which the policy embeds; got"),
+    "ids of padding": ({"input_ids": -IDS}, r"input_ids: expected ids in \[0, 97\), which the policy embeds; got -"),
     "too long": ({"settings": settings(126)}, r"within the policy's 128 positions; got 4 \+ 126 tokens"),
     "no players": ({"players": ()}, "players: expected at least one Player"),
     "no opponent": ({"players": nash_ema()}, "expected an engine with an opponent"),

@@ -104,6 +104,8 @@ class RolloutEngine:
         self, prompts: int, prompt_length: int, players: Sequence[Player], settings: RolloutSettings
     ) -> MemoryPlan:
         """What a rollout of this size allocates, by part."""
+        check_settings(self.op, settings)
+        check_players(self.op, players, self.ensemble.mixes, "opponent" in self.ensemble.facts)
         rows, length = self.ensemble.rows(prompts, players), self._length(prompt_length, settings)
         every = prompts * sum(player.samples for player in players)
         parts = self.ensemble.cache_bytes(rows, length)
@@ -133,6 +135,7 @@ class RolloutEngine:
         for player in players:
             weights(self.op, player, len(prompts.ids), self.device)
             row_ids(self.op, player, len(prompts.ids), self.device)
+        self.ensemble.check_ids(prompts.ids)
         self.ensemble.check_adapters()
         self.ensemble.check_room(int(prompts.mask.sum(1).max()), settings.max_new_tokens)
         ends = end_ids(self.op, self.ensemble.policy, settings.end_ids, self.ensemble.vocabulary)

@@ -162,6 +162,17 @@ class Ensemble:
                     f"positions; got {longest} + {new_tokens} tokens"
                 )
 
+    def check_ids(self, ids: torch.Tensor) -> None:
+        """Padding is embedded, too. On a GPU an id without an embedding would be the end of the process."""
+        lowest, highest = (int(value) for value in torch.aminmax(ids))
+        for role, facts in self.facts.items():
+            count = getattr(facts.model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+            if lowest < 0 or (count is not None and highest >= count):
+                wrong = lowest if lowest < 0 else highest
+                raise ValueError(
+                    f"{self.op}: input_ids: expected ids in [0, {count}), which the {role} embeds; got {wrong}"
+                )
+
     def check_adapters(self) -> None:
         """What was looked at when the engine was made, again: adapters come, go and are merged between rollouts."""
         if not self.shares_base:
