@@ -133,7 +133,7 @@ def _share_the_cache(monkeypatch) -> None:
 
 def _drop_positions(monkeypatch) -> None:
     call = readers.call
-    monkeypatch.setattr(readers, "call", lambda facts, position_ids, **inputs: call(facts, **inputs))
+    monkeypatch.setattr(readers, "call", lambda *places, position_ids, **inputs: call(*places, **inputs))
 
 
 @pytest.mark.parametrize(("break_it", "lengths"), [(_share_the_cache, (6, 6)), (_drop_positions, LENGTHS)])
