@@ -271,3 +271,19 @@ def test_padding_that_moves_tokens_is_refused(use_cache) -> None:
     rows = prompts((9, 9))
     (responses,) = rollout(engine, rows, players=(Player(),))
     assert worst_error(responses, policy, None, rows, 0.0) < 5e-5
+
+
+def test_a_rotation_that_turns_at_a_length_has_texts_on_one_side_of_it() -> None:
+    """Long texts of Phi-3 are rotated otherwise from their first token on: a cache would hold some of each."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    options = {"original_max_position_embeddings": 16, "rope_parameters": {**rope, "factor": 8.0}}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 128}
+    config = transformers.Phi3Config(vocab_size=VOCABULARY, hidden_size=32, pad_token_id=0, **sizes, **options)
+    policy = random_model(config, seed=1)
+    engine = RolloutEngine(policy)
+    for lengths in ((1, 6, 10), (17, 30)):
+        rows = prompts(lengths)
+        assert worst_error(rollout(engine, rows, players=(Player(),))[0], policy, None, rows, 0.0) < 5e-5
+    for lengths in ((1, 30), (9, 11)):
+        with pytest.raises(ValueError, match="within 16 tokens, or all prompts beyond"):
+            rollout(engine, prompts(lengths), players=(Player(),))

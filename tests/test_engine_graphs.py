@@ -187,6 +187,7 @@ def test_an_answer_that_has_not_arrived_stops_nobody() -> None:
     ("architecture", "options", "hooks", "reason"),
     [
         ("mixtral", {"experts": "eager"}, None, "the policy has experts"),
+        ("llama", {"rotation": "dynamic"}, None, "the policy looks at positions on the host"),
         ("llama", {"use_cache": False}, None, "the policy reads the whole text every step"),
         ("llama", {}, Hooks(criteria=[lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool)]), "hooks look at"),
     ],
@@ -196,7 +197,9 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why(architecture, options
     if "experts" in options:
         for model in (policy, reference):
             model.set_experts_implementation(options["experts"])
-    engine, recorder = recorded(policy, reference, **{key: value for key, value in options.items() if key != "experts"})
+    if "rotation" in options:
+        policy.config.rope_parameters["rope_type"] = options["rotation"]
+    engine, recorder = recorded(policy, reference, **{k: v for k, v in options.items() if k == "use_cache"})
     rows = prompts()
     result = engine.rollout(**padded(rows), players=(Player(BETA, 1),), settings=settings(5), hooks=hooks)
     assert recorder.records == 0

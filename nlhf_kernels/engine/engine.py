@@ -137,7 +137,8 @@ class RolloutEngine:
             row_ids(self.op, player, len(prompts.ids), self.device)
         self.ensemble.check_ids(prompts.ids)
         self.ensemble.check_adapters()
-        self.ensemble.check_room(int(prompts.mask.sum(1).max()), settings.max_new_tokens)
+        shortest, longest = (int(length) for length in torch.aminmax(prompts.mask.sum(1)))
+        self.ensemble.check_room(longest, settings.max_new_tokens, shortest)
         ends = end_ids(self.op, self.ensemble.policy, settings.end_ids, self.ensemble.vocabulary)
         seed = int(torch.randint(2**63 - 1, ())) if settings.seed is None else settings.seed
         return Plan(

@@ -13,7 +13,7 @@ from ..core.checks import check_integer
 from .attention import NAME, REPLACED, attending
 from .clock import Clock
 from .heads import weights_first
-from .models import evaluating, inspect_model, twin
+from .models import evaluating, inspect_model, rotations, twin
 from .readers import CachedReader, Reader, WholeTextReader
 from .request import Player
 from .shared_weights import BaseReader, SharedReader, adapter_state, check_base, is_adapted, why_not_one_pass
@@ -153,13 +153,19 @@ class Ensemble:
             parts[f"{role} cache"] = facts.cache_bytes(count, length) if facts.cached else count * length * 8
         return parts
 
-    def check_room(self, longest: int, new_tokens: int) -> None:
-        """`longest`: tokens of the longest prompt. The last new token is never read."""
+    def check_room(self, longest: int, new_tokens: int, shortest: int | None = None) -> None:
+        """`longest`, `shortest`: tokens of such a prompt. The last new token is never read."""
         for role, facts in self.facts.items():
             if facts.positions is not None and longest + new_tokens - 1 > facts.positions:
                 raise ValueError(
                     f"{self.op}: max_new_tokens: expected prompt and response within the {role}'s {facts.positions} "
                     f"positions; got {longest} + {new_tokens} tokens"
+                )
+            if facts.turns is not None and shortest is not None and shortest <= facts.turns < longest + new_tokens:
+                raise ValueError(
+                    f"{self.op}: input_ids: expected all texts within {facts.turns} tokens, or all prompts beyond: the "
+                    f"{role} rotates longer texts otherwise, what it has cached of them included (longrope); got "
+                    f"prompts of {shortest} to {longest} tokens and {new_tokens} new ones"
                 )
 
     def check_ids(self, ids: torch.Tensor) -> None:
@@ -196,6 +202,8 @@ class Ensemble:
             if getattr(facts.model.config, "_attn_implementation", None) not in CAPTURED_ATTENTION:
                 name = getattr(facts.model.config, "_attn_implementation", None)
                 reasons.append(f"the {role}'s attention, {name}, may look at values on the host")
+            if _rotates_on_host(facts.model):
+                reasons.append(f"the {role} looks at positions on the host, to rotate by them (dynamic)")
             if _routes_on_host(facts.model):
                 reasons.append(f"the {role} has experts, and sends tokens to them by their number")
         if self.shares_base and not self.one_pass:
@@ -208,3 +216,7 @@ def _routes_on_host(model: Any) -> bool:
     config = model.config.get_text_config(decoder=True)
     experts = any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
     return experts and getattr(config, "_experts_implementation", None) not in CAPTURED_EXPERTS
+
+
+def _rotates_on_host(model: Any) -> bool:
+    return any(part.get("rope_type") == "dynamic" for part in rotations(model.config.get_text_config(decoder=True)))

@@ -39,6 +39,7 @@ class ModelFacts:
     device: torch.device
     positions: int | None  # the longest text it can place; None: no limit known
     decode_attention: bool  # whether its steps may take the kernel of that name
+    turns: int | None  # texts longer than this are rotated otherwise, from their first token on (longrope)
 
     @property
     def cached(self) -> bool:
@@ -89,6 +90,7 @@ def inspect_model(role: str, model: Any, use_cache: bool, op: str = OP) -> Model
         device=logits.device if parameter.device.type == "meta" else parameter.device,
         positions=getattr(text, "max_position_embeddings", None),
         decode_attention=use_cache and parameter.device.type != "meta" and takes_decode_attention(inner, layers_read),
+        turns=_rotation_turns(text),
     )
 
 
@@ -100,6 +102,21 @@ def has_key_value_cache(model: Any) -> bool:
 def _unwrapped(model: Any) -> Any:
     """The model in whose layers peft has put its adapters: peft's own forward says nothing of its arguments."""
     return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+
+
+def rotations(config: Any) -> list[Any]:
+    """A text model's settings of rotary positions: one, or one for each type of layers."""
+    given = getattr(config, "rope_parameters", None) or {}
+    return [given] if "rope_type" in given else [part for part in given.values() if isinstance(part, Mapping)]
+
+
+def _rotation_turns(config: Any) -> int | None:
+    places = [
+        part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for part in rotations(config)
+        if part.get("rope_type") == "longrope"
+    ]
+    return min((place for place in places if place is not None), default=None)
 
 
 def _accepted(model: Any) -> frozenset[str]:
