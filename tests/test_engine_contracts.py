@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -131,6 +132,36 @@ def test_an_interrupted_rollout_leaves_the_engine_usable() -> None:
     after = rollout(engine, prompts())
     assert torch.equal(before[1].tokens, after[1].tokens)
     assert torch.equal(before[1].mixture_logprobs, after[1].mixture_logprobs)
+
+
+def test_two_engines_of_one_model_take_turns() -> None:
+    """In two threads one would find the other's flags, and put those back as the model's own."""
+    policy, reference = tiny_pair("gpt2")
+    policy.train()
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(ids, scores):
+        entered.set()
+        assert go_on.wait(30)
+        return scores
+
+    def first() -> None:
+        hooks = Hooks(processors=[hold])
+        RolloutEngine(policy, reference).rollout(
+            **padded(prompts()), players=(Player(),), settings=settings(2), hooks=hooks
+        )
+
+    other = RolloutEngine(policy, reference)
+    threads = [threading.Thread(target=first), threading.Thread(target=lambda: rollout(other, prompts()))]
+    threads[0].start()
+    assert entered.wait(30)
+    threads[1].start()
+    threads[1].join(0.3)
+    assert threads[1].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert policy.training and not reference.training
 
 
 def test_autocast_and_inference_mode_around_a_rollout_change_nothing() -> None:

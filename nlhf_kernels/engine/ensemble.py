@@ -13,7 +13,7 @@ from ..core.checks import check_integer
 from .attention import NAME, REPLACED, attending
 from .clock import Clock
 from .heads import weights_first
-from .models import evaluating, inspect_model, rotations, twin
+from .models import evaluating, in_turn, inspect_model, rotations, twin
 from .readers import CachedReader, Reader, WholeTextReader
 from .request import Player
 from .shared_weights import BaseReader, SharedReader, adapter_state, check_base, is_adapted, why_not_one_pass
@@ -111,7 +111,7 @@ class Ensemble:
         models = [facts.model for facts in self.facts.values()]
         eager = [facts.model for role, facts in self.facts.items() if role not in self.forwards]
         by_kernel = [m for m in self.by_kernel if getattr(m.config, "_attn_implementation", None) in REPLACED]
-        with evaluating(*models), weights_first(eager), attending(by_kernel):
+        with in_turn(*models), evaluating(*models), weights_first(eager), attending(by_kernel):
             yield
 
     def roles(self, players: Sequence[Player]) -> list[str]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import Cache
@@ -26,6 +28,8 @@ ATTENDING = {
     "chunked_attention",
     "attention",
 }  # layer types with keys and values
+_turns: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
+_making = Lock()  # of the above
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,17 @@ def evaluating(*models: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+@contextmanager
+def in_turn(*models: torch.nn.Module) -> Iterator[None]:
+    """These models are one thread's: what it changes in them for a while is put back before the next one looks."""
+    with _making:
+        locks = [_turns.setdefault(model, RLock()) for model in sorted(set(models), key=id)]
+    with ExitStack() as held:
+        for lock in locks:
+            held.enter_context(lock)
+        yield
 
 
 def twin(model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], op: str = OP) -> torch.nn.Module:
