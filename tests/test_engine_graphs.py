@@ -104,6 +104,16 @@ def test_a_backend_asked_for_is_recorded_anew() -> None:
         assert recorder.records == records
 
 
+def test_weights_that_moved_are_recorded_anew() -> None:
+    """A graph reads where they were."""
+    policy, reference = tiny_pair("gpt2")
+    engine, recorder = recorded(policy, reference)
+    for records in (1, 2):
+        engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(3))
+        assert recorder.records == records
+        reference.transformer.ln_f.weight.data = reference.transformer.ln_f.weight.data.clone()
+
+
 def test_recorded_and_eager_rollouts_agree_while_rows_leave() -> None:
     policy, reference = tiny_pair("gpt2")
     rows = prompts((1, 6, 9, 3, 5))

@@ -191,7 +191,8 @@ class Ensemble:
     def recorded_state(self) -> tuple[Any, ...]:
         """What a recorded step has fixed of the models, and their owner may change."""
         models = [facts.model for facts in self.facts.values()]
-        return tuple((getattr(m.config, "_attn_implementation", None), adapter_state(m)) for m in models)
+        places = tuple(parameter.data_ptr() for model in models for parameter in model.parameters())
+        return places, *((getattr(m.config, "_attn_implementation", None), adapter_state(m)) for m in models)
 
     def why_not_recorded(self) -> list[str]:
         """Why a step of these models cannot be captured in a graph."""
