@@ -24,8 +24,20 @@ ARROWS = {
     "engine": {"core", "ops"},
     "preference": {"core", "ops", "data"},
     "train": {"core", "ops", "data", "engine", "preference"},
+    "experiment": {"core", "ops", "tabular", "data", "engine", "preference", "train"},
     "integrations": {"core", "ops", "data", "engine", "preference", "train"},
-    "cli": {"core", "ops", "tabular", "data", "engine", "preference", "train", "integrations", "__init__"},
+    "cli": {
+        "core",
+        "ops",
+        "tabular",
+        "data",
+        "engine",
+        "preference",
+        "train",
+        "experiment",
+        "integrations",
+        "__init__",
+    },
 }
 #: Rooms that call other rooms instead of writing their mathematics twice. In this order only: no circles.
 ROOMS_CALL = {

@@ -1,0 +1,173 @@
+"""`nlhf-kernels evaluate`: win rates between saved policies, everyone against everyone.
+
+Every policy answers the prompts; a preference or reward model that `prefer train` made says who is preferred; each
+cell has its 95 % confidence interval over the prompts. With --reference also how far each policy is from it (KL).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..core.whole import write_whole
+from ..data import load_prompts
+from .loading import BadInput, find_device, load_model, refuse
+
+if TYPE_CHECKING:
+    from ..experiment import Answers, Sampling, Tournament
+
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--policy", action="append", required=True, metavar="[NAME=]MODEL", help="a folder or a hub name; two or more"
+    )
+    parser.add_argument("--judge", required=True, help="folder of a preference or reward model (`prefer train`)")
+    parser.add_argument("--reference", help="model that the policies' KL is measured from")
+    parser.add_argument("--data", required=True, help="rows with a column prompt: .jsonl, .json, .csv, a hub name")
+    parser.add_argument("--split", help="part of a hub data set (default train)")
+    parser.add_argument("--prompts", type=int, help="the first so many, each once (default: all)")
+    sampling = parser.add_argument_group("answers")
+    sampling.add_argument("--samples", type=int, default=1, help="to each prompt (default 1)")
+    sampling.add_argument("--max-new-tokens", type=int, default=64, help="(default 64)")
+    sampling.add_argument("--max-prompt-length", type=int, default=512, help="tokens; the last ones stay (default 512)")
+    sampling.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
+    sampling.add_argument("--seed", type=int, default=0, help="(default 0)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts at once (default 16)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    parser.add_argument("--output", type=Path, help="write that document to this file, too; one there is replaced")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        print(_run(arguments), end="")
+    except (BadInput, ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        print("nlhf-kernels: interrupted: nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> str:
+    from ..experiment import Reporter, Sampling, calm
+
+    policies = _policies(arguments.policy)
+    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+        raise BadInput(f"evaluate: --output: expected a file in a folder that is there; got {str(arguments.output)!r}")
+    sampling = Sampling(
+        arguments.max_new_tokens, arguments.max_prompt_length, arguments.samples, arguments.temperature, arguments.seed,
+        arguments.batch_size,
+    )  # fmt: skip
+    with calm():
+        answers, tournament = _play(arguments, policies, sampling, Reporter(Console(stderr=True)))
+    document = _document(arguments, answers, tournament)
+    written = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    if arguments.output is not None:
+        write_whole(arguments.output, written)
+    return (
+        written if arguments.json else _table(document) + (f"Saved: {arguments.output}\n" if arguments.output else "")
+    )
+
+
+def _policies(given: list[str]) -> dict[str, str]:
+    """name -> model; a folder's last part is its name unless one is given."""
+    policies: dict[str, str] = {}
+    for entry in given:
+        name, equals, model = entry.partition("=")
+        if not equals:
+            name, model = Path(entry).name, entry
+        if not name or not model or name in policies:
+            raise BadInput(f"evaluate: --policy: expected NAME=MODEL, every name once; got {entry!r}")
+        policies[name] = model
+    if len(policies) < 2:
+        raise BadInput(f"evaluate: --policy: expected two or more; got {len(policies)}")
+    return policies
+
+
+def _play(
+    arguments: argparse.Namespace, policies: dict[str, str], sampling: Sampling, report: Any
+) -> tuple[dict[str, list[Answers]], Tournament]:
+    """Policies one after the other; each has noise of its own, and the tokenizer that was saved with it."""
+    import dataclasses
+
+    from ..experiment import answer, load_policy, load_tokenizer, play
+    from ..preference import PreferenceModelJudge, load_preference_model
+
+    device, trust = find_device("evaluate", arguments.device), arguments.trust_remote_code
+    options = {"device": device, "trust_remote_code": trust}
+    load = lambda: load_preference_model(arguments.judge, **options)  # noqa: E731
+    judge = PreferenceModelJudge(load_model("evaluate", "--judge", arguments.judge, load), arguments.batch_size)
+    reference = None if arguments.reference is None else load_policy(arguments.reference, device, trust)
+    prompts = _prompts(arguments, load_tokenizer(next(iter(policies.values())), trust))
+    answers: dict[str, list[Answers]] = {}
+    for place, (name, model) in enumerate(policies.items()):
+        own = dataclasses.replace(sampling, seed=sampling.seed * len(policies) + place)
+        with report.bar(f"answers of {name}", len(prompts)) as advance:
+            policy, tokenizer = load_policy(model, device, trust), load_tokenizer(model, trust)
+            answers[name] = [answer(policy, reference, tokenizer, prompts, own, advance)]
+    with report.bar("matches", len(policies) * (len(policies) - 1) // 2) as advance:
+        return answers, play(judge, prompts, answers, advance)
+
+
+def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[str]:
+    from ..core.checks import check_integer
+
+    prompts = list(dict.fromkeys(load_prompts(arguments.data, tokenizer, split=arguments.split)))
+    if arguments.prompts is not None:
+        prompts = prompts[: check_integer("evaluate", "--prompts", arguments.prompts, 2, 10**9)]
+    if len(prompts) < 2:
+        raise BadInput(f"evaluate: --data: expected two different prompts or more; got {len(prompts)}")
+    return prompts
+
+
+def _document(
+    arguments: argparse.Namespace, answers: dict[str, list[Answers]], tournament: Tournament
+) -> dict[str, Any]:
+    policies = []
+    for name, (each,) in answers.items():
+        facts = {
+            "name": name,
+            "tokens": float(each.lengths.double().mean()),
+            "end_rate": float(each.ended.double().mean()),
+        }
+        if each.kl is not None and arguments.reference is not None:
+            by_prompt = each.kl.double().mean(1)
+            facts |= {"kl": float(by_prompt.mean()), "kl_error": float(by_prompt.std() / len(by_prompt) ** 0.5)}
+        policies.append(facts)
+    return {
+        "judge": arguments.judge,
+        "prompts": len(next(iter(answers.values()))[0].texts),
+        "samples": arguments.samples,
+        "policies": policies,
+        "matrix": tournament.matrix(),
+        "cycles": tournament.cycles(),
+    }
+
+
+def _table(document: dict[str, Any]) -> str:
+    console = Console()
+    names = [policy["name"] for policy in document["policies"]]
+    table = Table(title="P(row preferred to column) ± 95 %", title_justify="left")
+    table.add_column("")
+    for name in (*names, "tokens", "KL"):
+        table.add_column(name, justify="right")
+    for policy, row in zip(document["policies"], document["matrix"], strict=True):
+        cells = ["" if cell is None else f"{cell['mean']:.3f} ± {cell['half']:.3f}" for cell in row]
+        kl = f"{policy['kl']:.2f} ± {1.96 * policy['kl_error']:.2f}" if "kl" in policy else ""
+        table.add_row(policy["name"], *cells, f"{policy['tokens']:.1f}", kl)
+    with console.capture() as capture:
+        console.print(table)
+        console.print(f"{document['prompts']} prompts, {document['samples']} answers to each", highlight=False)
+        for cycle in document["cycles"]:
+            console.print(f"a cycle: {' > '.join([*cycle, cycle[0]])}", highlight=False, markup=False)
+    return capture.get()

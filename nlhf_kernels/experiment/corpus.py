@@ -1,0 +1,106 @@
+"""What the experiment is about: prompts with a wanted answer, from docstrings or from a user's preference pairs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data import Pair, load_pairs, split_by_prompt
+from .console import Reporter
+from .docstrings import Collection, collect
+from .loading import load_tokenizer
+from .presets import Preset
+from .vocabulary import train_tokenizer
+from .workspace import read_rows, write_rows
+
+PROMPT = "{text}\nIn one line:"
+
+
+class Example(NamedTuple):
+    prompt: str
+    answer: str  # the true first line, or a pair's chosen response
+
+
+@dataclass(frozen=True)
+class Material:
+    """Where texts and models come from; all None: docstrings, and a small model of our own."""
+
+    data: str | None = None  # pairs: a file, a folder or a hub name
+    split: str | None = None  # of a hub data set
+    model: str | None = None  # a causal language model: a folder or a hub name
+
+    def __post_init__(self) -> None:
+        if self.split is not None and self.data is None:
+            raise ValueError(f"experiment: --split: expected with --data; got {self.split!r} alone")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    train: list[Example]
+    test: list[Example]
+    pairs: list[Pair] | None  # the user's, of the training prompts; None: the annotators make some
+    test_pairs: list[Pair] | None
+    tokenizer: Any
+
+    @property
+    def annotated(self) -> bool:
+        """Whether there are true annotators to ask."""
+        return self.pairs is None
+
+
+def make_corpus(work: Path, preset: Preset, material: Material, report: Reporter, folders: Any = None) -> None:
+    tokenizer = None if material.model is None else load_tokenizer(material.model)
+    if material.data is None:
+        train, test = _docstrings(preset, report, folders)
+    else:
+        pairs, test_pairs = _pairs(preset, material, tokenizer)
+        train, test = ([Example(pair.prompt, pair.chosen) for pair in rows] for rows in (pairs, test_pairs))
+        write_rows(work / "pairs-train.jsonl", [pair._asdict() for pair in pairs])
+        write_rows(work / "pairs-test.jsonl", [pair._asdict() for pair in test_pairs])
+    if tokenizer is None:
+        tokenizer = train_tokenizer([text for row in train for text in row], preset.vocabulary)
+    write_rows(work / "train.jsonl", [row._asdict() for row in train])
+    write_rows(work / "test.jsonl", [row._asdict() for row in _distinct(test)])
+    tokenizer.save_pretrained(work / "tokenizer")
+
+
+def load_corpus(folder: Path) -> Corpus:
+    import transformers
+
+    rows = {name: [Example(**row) for row in read_rows(folder / f"{name}.jsonl")] for name in ("train", "test")}
+    pairs: list[list[Pair] | None] = [
+        [Pair(**row) for row in read_rows(path)] if path.is_file() else None
+        for path in (folder / "pairs-train.jsonl", folder / "pairs-test.jsonl")
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+    return Corpus(rows["train"], rows["test"], pairs[0], pairs[1], tokenizer)
+
+
+def _docstrings(preset: Preset, report: Reporter, folders: Any) -> tuple[list[Example], list[Example]]:
+    settings = Collection(preset.examples, preset.test_fraction, preset.text_characters, preset.summary_characters)
+    with report.bar("reading docstrings", preset.examples) as advance:
+        train, test = collect(settings, folders, advance)
+    return _examples(train), _examples(test)
+
+
+def _examples(rows: Any) -> list[Example]:
+    return [Example(PROMPT.format(text=row.text), f" {row.summary}") for row in rows]
+
+
+def _pairs(preset: Preset, material: Material, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
+    assert material.data is not None
+    pairs = load_pairs(material.data, tokenizer, split=material.split)
+    chosen = sorted(range(len(pairs)), key=lambda row: (_mixed(pairs[row].prompt), row))[: preset.examples]
+    return split_by_prompt([pairs[row] for row in chosen], preset.test_fraction, preset.seed)
+
+
+def _mixed(text: str) -> bytes:
+    """A data set may be sorted by something; its prompts' hashes are not."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _distinct(rows: list[Example]) -> list[Example]:
+    """One of each prompt: intervals are over prompts."""
+    return list({row.prompt: row for row in reversed(rows)}.values())[::-1]

@@ -1,0 +1,167 @@
+"""A summarisation task that needs no download: the docstrings of the packages installed on this machine.
+
+The text is a docstring's body, the summary its first line. Sources are parsed, never imported. Modules come in the
+order of their names' hashes, so that a sample taken from the front holds something of every package, and a module's
+hash alone says whether it is for training or for testing.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..core.checks import check_integer, check_number
+
+WORD = re.compile(r"[A-Za-z]+")
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "node_modules"}
+_HAS_DOCSTRING = re.compile(rb'"""|\'\'\'')
+_BLOCKS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class Docstring(NamedTuple):
+    module: str
+    text: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What is taken. Lengths keep the task within a small model's reach."""
+
+    wanted: int  # docstrings; the search ends there
+    test_fraction: float = 0.1  # of the modules
+    text_characters: int = 240  # of a body, cut between words; shorter bodies than a quarter are left out
+    summary_characters: int = 80
+
+    def __post_init__(self) -> None:
+        check_integer("docstrings", "wanted", self.wanted, 2, 10**7)
+        check_number("docstrings", "test_fraction", self.test_fraction, 0.0, 1.0, open_low=True)
+        check_integer("docstrings", "text_characters", self.text_characters, 40, 10**5)
+        check_integer("docstrings", "summary_characters", self.summary_characters, 10, 10**4)
+
+
+def collect(
+    settings: Collection,
+    folders: Sequence[Path] | None = None,  # None: the standard library and all that is installed
+    on_found: Callable[[int], None] = lambda count: None,
+) -> tuple[list[Docstring], list[Docstring]]:
+    """(train, test): distinct texts and distinct summaries, `settings.wanted` together, or an error."""
+    modules = _modules(installed_folders() if folders is None else folders)
+    seen: set[str] = set()
+    found: list[Docstring] = []
+    for name, path in modules:
+        for text, summary in _pairs(path, settings):
+            keys = {"text " + _key(text), "summary " + _key(summary)}
+            if not keys & seen:
+                seen |= keys
+                found.append(Docstring(name, text, summary))
+        on_found(min(len(found), settings.wanted))
+        if len(found) >= settings.wanted:
+            break
+    found = found[: settings.wanted]
+    test = [item for item in found if share(f"test {item.module}") < settings.test_fraction]
+    train = [item for item in found if share(f"test {item.module}") >= settings.test_fraction]
+    if len(found) < settings.wanted or not test or not train:
+        raise ValueError(
+            f"docstrings: expected {settings.wanted} with a first line and a body in the Python packages installed "
+            f"here; got {len(found)} from {len(modules)} modules ({len(test)} to test on): install packages with "
+            "documented sources (pip install transformers scipy scikit-learn), ask for fewer, or give pairs of your "
+            "own (--data)"
+        )
+    return train, test
+
+
+def share(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") / 2**56
+
+
+def installed_folders() -> list[Path]:
+    paths = sysconfig.get_paths()
+    return [Path(folder) for folder in dict.fromkeys((paths["stdlib"], paths["purelib"], paths["platlib"]))]
+
+
+def _modules(folders: Iterable[Path]) -> list[tuple[str, Path]]:
+    """(dotted name, file), each once, in the order of the names' hashes."""
+    modules: dict[str, Path] = {}
+    for folder in folders:
+        for path in _python_files(folder):
+            name = ".".join(path.relative_to(folder).with_suffix("").parts)
+            modules.setdefault(name, path)
+    return sorted(modules.items(), key=lambda item: (share(item[0]), item[0]))
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    """Sorted, so that of two modules of one name the same one wins everywhere."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:  # a folder that may not be read has nothing for us
+        return
+    for path in entries:
+        if path.suffix == ".py":
+            yield path
+        elif path.name not in _SKIPPED and "." not in path.name and path.is_dir():
+            yield from _python_files(path)
+
+
+def _pairs(path: Path, settings: Collection) -> Iterator[tuple[str, str]]:
+    try:
+        source = path.read_bytes()
+        if not _HAS_DOCSTRING.search(source):
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other people's escape sequences
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # not for this Python; there are others
+        return
+    for node in _documented(tree):
+        docstring = ast.get_docstring(node)
+        pair = split_docstring(docstring, settings) if docstring else None
+        if pair is not None:
+            yield pair
+
+
+def _documented(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
+) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Modules, classes, functions and methods; what is defined inside functions is left out."""
+    yield node
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for child in node.body:
+            if isinstance(child, _BLOCKS):
+                yield from _documented(child)
+
+
+def split_docstring(docstring: str, settings: Collection) -> tuple[str, str] | None:
+    """(text, summary), or None where the first line is no summary of a body worth summarising."""
+    first, _, rest = docstring.strip().partition("\n")
+    second, _, body = rest.partition("\n")
+    summary = " ".join(first.split())
+    plain = summary.isascii() and summary[:1].isalpha() and not summary.endswith((":", ",", "("))
+    if second.strip() or not plain or len(summary) > settings.summary_characters or len(WORD.findall(summary)) < 3:
+        return None
+    lines = (line.strip() for line in body.splitlines())
+    kept = (line for line in lines if WORD.search(line) and not line.startswith((">>>", "...", ".. ", "```")))
+    text = " ".join(" ".join(kept).split())
+    if len(text) < settings.text_characters // 4 or not text.isascii() or len(WORD.findall(text)) < 5:
+        return None
+    return cut(text, settings.text_characters), summary
+
+
+def cut(text: str, characters: int) -> str:
+    """At most so many, ending between words."""
+    if len(text) <= characters:
+        return text
+    whole = text[: characters + 1].rpartition(" ")[0]
+    return whole or text[:characters]
+
+
+def _key(text: str) -> str:
+    return " ".join(WORD.findall(text.lower()))

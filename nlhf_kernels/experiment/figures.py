@@ -1,0 +1,130 @@
+"""The report's figures, from its numbers alone. Each is a function of the results and of one judge's name, or none."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Iterable
+from statistics import fmean
+from typing import Any
+
+from ..tabular.plots import STYLES, new_figure
+from .contestants import label
+
+Results = dict[str, Any]
+JUDGE_LABELS = {"preference-model": "the preference model", "annotators": "the true annotators"}
+
+
+def heat_map(results: Results, judge: str) -> Any:
+    """Row against column; the numbers stand in the cells."""
+    facts = results["tournament"]
+    names, matrix = facts["labels"], facts["judges"][judge]["matrix"]
+    size = 1.6 + 0.72 * len(names)
+    figure = new_figure(size + 1.0, size)
+    axes = figure.subplots()
+    rates = [[0.5 if cell is None else cell["mean"] for cell in row] for row in matrix]
+    image = axes.imshow(rates, cmap="RdBu", vmin=0.0, vmax=1.0)
+    for i, row in enumerate(matrix):
+        for j, cell in enumerate(row):
+            if cell is not None:
+                dark = abs(cell["mean"] - 0.5) > 0.3
+                text = f"{cell['mean']:.2f}\n±{cell['half']:.2f}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title(f"P(row preferred to column), judged by {JUDGE_LABELS[judge]}", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def win_rate_by_beta(results: Results) -> Any:
+    """Nash-MD against one opponent, an error bar for every beta."""
+    figure = new_figure(5.6, 3.6)
+    axes = figure.subplots()
+    against = ""
+    for index, (judge, facts) in enumerate(results["tournament"]["judges"].items()):
+        points = facts["by_beta"]
+        if points:
+            against = points[0]["against"]
+            axes.errorbar(
+                [point["beta"] + 0.006 * index for point in points],
+                [point["mean"] for point in points],
+                [point["half"] for point in points],
+                marker="o", capsize=3, linestyle=STYLES[index], label=JUDGE_LABELS[judge],
+            )  # fmt: skip
+    axes.axhline(0.5, color="0.5", linewidth=1)
+    axes.set(xlabel="beta", ylabel=f"win rate against {against}", title="Nash-MD by beta, 95 % intervals")
+    axes.grid(alpha=0.3)
+    if against:
+        axes.legend()
+    return figure
+
+
+def training_curves(results: Results, quantity: str, ylabel: str) -> Any:
+    """One logged quantity on the way, means over a contestant's runs."""
+    figure = new_figure(6.8, 3.8)
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(curves(results, quantity).items()):
+        style = STYLES[index % len(STYLES)]
+        axes.plot(list(points), list(points.values()), linestyle=style, linewidth=1.3, label=label(name))
+    axes.set(xlabel="update", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def curves(results: Results, quantity: str) -> dict[str, dict[int, float]]:
+    """contestant -> update -> mean over its runs. What training does not log (IPO-MD trains on answers of the mixture,
+    not the policy's) comes from the evaluations on the way."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run, history in results["histories"].items():
+        name = quantity if any(quantity in entry for entry in history) else f"eval_{quantity}"
+        for entry in history:
+            if name in entry:
+                found[run.rpartition(" ")[0]][int(entry["step"])].append(float(entry[name]))
+    return {name: {step: fmean(values) for step, values in sorted(each.items())} for name, each in found.items()}
+
+
+def distance_and_strength(results: Results, judge: str) -> Any:
+    """How far a policy went from the reference, and what it won against it for that."""
+    facts = results["tournament"]
+    figure = new_figure(5.6, 3.8)
+    axes = figure.subplots()
+    for row, name in zip(facts["judges"][judge]["matrix"], facts["names"], strict=True):
+        policy = facts["policies"][name]
+        if row[0] is not None and "kl" in policy:
+            axes.errorbar(policy["kl"], row[0]["mean"], row[0]["half"], policy["kl_error"], marker="o", capsize=2)
+            axes.annotate(label(name), (policy["kl"], row[0]["mean"]), xytext=(4, 4), textcoords="offset points",
+                          fontsize=8)  # fmt: skip
+    axes.axhline(0.5, color="0.5", linewidth=1)
+    axes.set(xlabel="KL(policy, reference) in nats per answer", ylabel=f"win rate against {facts['labels'][0]}")
+    axes.set_title(f"judged by {JUDGE_LABELS[judge]}", fontsize=10)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def all_figures(results: Results) -> Iterable[tuple[str, str, Any]]:
+    """(file name, caption, figure)"""
+    judges = list(results["tournament"]["judges"])
+    for judge in judges:
+        yield f"matrix-{judge}", f"Win rates as {JUDGE_LABELS[judge]} sees them", heat_map(results, judge)
+    if any(facts["by_beta"] for facts in results["tournament"]["judges"].values()):
+        yield "beta", "Win rate against beta", win_rate_by_beta(results)
+    for quantity, name, ylabel in (
+        ("eval_win_rate_reference", "training-win-rate", "win rate against the reference"),
+        ("kl", "training-kl", "KL(policy, reference), nats per answer"),
+        ("length", "training-length", "tokens of an answer"),
+    ):
+        yield name, f"On the way: {ylabel}", training_curves(results, quantity, ylabel)
+    yield "kl", "Strength and distance", distance_and_strength(results, judges[-1])
+
+
+def as_svg(figure: Any) -> bytes:
+    """The same bytes for the same figure; letters stay letters."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "nlhf", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()

@@ -1,0 +1,54 @@
+"""The results as Markdown, for documents: what a run found, in tables that nobody has typed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .figures import JUDGE_LABELS
+from .report import describe_claim, describe_cycles, describe_intervals, describe_size, describe_speed
+
+Results = dict[str, Any]
+
+
+def summary(results: Results) -> str:
+    facts = results["tournament"]
+    parts = [describe_size(results), describe_intervals(results)]
+    for judge, each in facts["judges"].items():
+        parts.append(f"**Judged by {JUDGE_LABELS[judge]}.**")
+        parts.append("\n".join(f"- {describe_claim(claim)}" for claim in each["claims"]))
+        head = ["row against column", *facts["labels"]]
+        rows = [[name, *map(_cell, row)] for name, row in zip(facts["labels"], each["matrix"], strict=True)]
+        parts.append(_table(head, rows))
+    parts.append("\n".join(f"- {line}" for line in describe_cycles(results)))
+    parts.append(_judges(results))
+    parts.append("\n".join(f"- {line}" for line in describe_speed(results)))
+    parts.append(_machine(results))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    return "" if cell is None else f"{cell['mean']:.2f} ± {cell['half']:.2f}"
+
+
+def _judges(results: Results) -> str:
+    sentences = []
+    for name, title in (("preference_model", "Preference model"), ("reward_model", "Reward model")):
+        test = results[name]["test"]
+        sentences.append(f"{title}: accuracy {test['accuracy']:.3f} on {test['count']} held-out pairs, log-loss "
+                         f"{test['log_loss']:.3f}, calibration error {test['calibration_error']:.3f}.")  # fmt: skip
+    if results["annotators"] is not None:
+        best = results["annotators"]["test"]["ceiling"]
+        sentences.append(f"Votes are drawn, so {best:.3f} is the best accuracy that can be expected.")
+    return " ".join(sentences)
+
+
+def _machine(results: Results) -> str:
+    machine, total = results["machine"], sum(results["seconds"].values())
+    facts = ", ".join(f"{name} {machine[name]}" for name in ("device", "cores", "threads", "torch", "transformers"))
+    return f"{total:.0f} seconds in all; {facts}."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,228 @@
+"""The experiment from its first stage to its last. Each stage reads what the ones before it have written."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core import settings
+from ..core.whole import whole_folder
+from .answers import Answers, Sampling, answer
+from .claims import beats_rewards, by_beta, interior_beta
+from .console import Reporter, calm
+from .contestants import START, label
+from .corpus import Material, load_corpus, make_corpus
+from .loading import load_policy
+from .preferences import (
+    count_all_cycles,
+    load_annotators,
+    load_comparison_model,
+    make_comparison_model,
+    make_preferences,
+    model_judge,
+)
+from .presets import Preset, as_json
+from .report import write_report
+from .runs import Rewards, make_run, stage_name
+from .setting import Setting
+from .speed import measure
+from .supervised import make_policy
+from .tournament import play
+from .workspace import Workspace, read_json, write_json
+
+FORMAT = 1
+
+
+class Experiment:
+    """`run` makes what is missing and returns the results, which the report is drawn from."""
+
+    def __init__(
+        self, folder: Path, preset: Preset, material: Material, device: torch.device, report: Reporter,
+        restart: bool = False, folders: Any = None,
+    ) -> None:  # fmt: skip
+        check_fits(preset, material)
+        self.preset, self.material, self.device, self.report, self.folders = preset, material, device, report, folders
+        identity = {"format": FORMAT, "device": device.type, **as_json(preset), **vars(material)}
+        self.workspace = Workspace(folder, identity, restart)
+        self.policy = self.workspace.path("sft") / "model"
+
+    def run(self) -> dict[str, Any]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.preset.threads or before)
+        try:
+            with calm():
+                return self._run()
+        finally:
+            torch.set_num_threads(before)
+
+    def _run(self) -> dict[str, Any]:
+        self._stage("corpus", "collecting texts", lambda work: make_corpus(
+            work, self.preset, self.material, self.report, self.folders))  # fmt: skip
+        self.corpus = load_corpus(self.workspace.path("corpus"))
+        self._stage("sft", "supervised policy", lambda work: make_policy(
+            work, self.corpus, self.preset, self.material, self.device, self.report))  # fmt: skip
+        self.setting = Setting(self.corpus, self.policy, self.preset, self.device, self.report)
+        self._learn_preferences()
+        self._stage("cycles", "counting cycles", lambda work: count_all_cycles(work, self.judges, self.setting))
+        self._train()
+        self._stage("tournament", "tournament", self._tournament)
+        self._stage("speed", "kernels against the PyTorch reference", self._speed)
+        return self.results()
+
+    def write(self, results: dict[str, Any]) -> Path:
+        """The folder with `results.json`, `report.html` and its figures; drawn anew every time."""
+        place = self.workspace.path("report")
+        with whole_folder(place, overwrite=True) as work:
+            write_json(work / "results.json", results)
+            write_report(results, work)
+        return place
+
+    def _stage(self, name: str, title: str, make: Any) -> None:
+        kept = " (kept)" if self.workspace.has(name) else ""
+        self.report.say(f"{title}{kept}")
+        self.workspace.stage(name, make)
+
+    def _learn_preferences(self) -> None:
+        self._stage("preferences", "preference pairs", lambda work: make_preferences(work, self.setting))
+        pairs = self.workspace.path("preferences")
+        kinds = {"preference model": "pairwise", "reward model": "reward"}
+        for title, kind in kinds.items():
+            make = partial(make_comparison_model, kind=kind, pairs=pairs, setting=self.setting)
+            self._stage(title.replace(" ", "-"), title, make)
+        annotators = load_annotators(self.corpus, pairs)
+        learned = model_judge(self.workspace.path("preference-model"), self.preset, self.device)
+        self.judges: dict[str, Any] = {"preference-model": learned}
+        if annotators is not None:
+            self.judges["annotators"] = annotators
+        model = load_comparison_model(self.workspace.path("reward-model"), self.device)
+        self.reward = Rewards(model, self.preset.batch)
+
+    def _train(self) -> None:
+        shared = {"judge": self.judges[self.preset.judge], "reward": self.reward, "setting": self.setting}
+        for contestant in self.preset.contestants:
+            for seed in range(self.preset.seeds):
+                title = f"{label(contestant)}, run {seed + 1} of {self.preset.seeds}"
+                make = partial(make_run, contestant=contestant, seed=seed, **shared)
+                self._stage(stage_name(contestant, seed), title, make)
+
+    def _speed(self, work: Path) -> None:
+        measure(work, self.judges[self.preset.judge], self.reward, self.setting)
+
+    def _tournament(self, work: Path) -> None:
+        prompts = [row.prompt for row in self.corpus.test[: self.preset.test_prompts]]
+        answers = self._answers(prompts)
+        names, pairs = list(answers), len(answers) * (len(answers) - 1) // 2
+        facts: dict[str, Any] = {
+            "names": names,
+            "labels": [label(name) for name in names],
+            "prompts": len(prompts),
+            "answers": self.preset.answers,
+            "policies": {name: _facts(each) for name, each in answers.items()},
+            "samples": _samples(prompts, answers, [row.answer for row in self.corpus.test]),
+            "judges": {},
+        }
+        cycles = read_json(self.workspace.path("cycles") / "cycles.json")
+        for name, judge in self.judges.items():
+            with self.report.bar(f"matches judged by {name}", pairs) as advance:
+                tournament = play(judge, prompts, answers, advance)
+            claims = [
+                interior_beta(tournament),
+                beats_rewards(tournament, None),
+                beats_rewards(tournament, cycles[name]["cyclic_prompts"]),
+            ]
+            facts["judges"][name] = {
+                "matrix": tournament.matrix(),
+                "by_beta": by_beta(tournament),
+                "cycles": [[label(each) for each in way] for way in tournament.cycles()],
+                "claims": [claim for claim in claims if claim is not None],
+            }
+        write_json(work / "tournament.json", facts)
+
+    def _answers(self, prompts: list[str]) -> dict[str, list[Answers]]:
+        """Independent noise for every policy: its place in the list is part of the seed."""
+        reference = self.setting.fresh_policy()
+        folders = {START: [self.policy]}
+        for contestant in self.preset.contestants:
+            runs = [self.workspace.path(stage_name(contestant, seed)) for seed in range(self.preset.seeds)]
+            folders[contestant] = [run / "policy" for run in runs]
+        every = [(name, folder) for name, each in folders.items() for folder in each]
+        made: dict[str, list[Answers]] = {}
+        with self.report.bar("answers to the test prompts", len(every)) as advance:
+            for done, (name, folder) in enumerate(every, start=1):
+                model = load_policy(str(folder), self.device)
+                sampling = Sampling(
+                    self.preset.answer_tokens, self.preset.prompt_tokens, self.preset.answers,
+                    seed=1000 * self.preset.seed + done, batch=self.preset.batch,
+                )  # fmt: skip
+                made.setdefault(name, []).append(answer(model, reference, self.corpus.tokenizer, prompts, sampling))
+                advance(done)
+        return made
+
+    def results(self) -> dict[str, Any]:
+        """Everything that the report says, as one JSON document."""
+        path = self.workspace.path
+        annotators = path("preferences") / "annotators.json"
+        runs = [(name, seed) for name in self.preset.contestants for seed in range(self.preset.seeds)]
+        return {
+            "preset": as_json(self.preset),
+            "material": vars(self.material),
+            "machine": machine(self.device),
+            "corpus": {"train": len(self.corpus.train), "test": len(self.corpus.test),
+                       "vocabulary": len(self.corpus.tokenizer)},
+            "sft": read_json(path("sft") / "measures.json"),
+            "annotators": read_json(annotators) if annotators.is_file() else None,
+            "preference_model": read_json(path("preference-model") / "measures.json"),
+            "reward_model": read_json(path("reward-model") / "measures.json"),
+            "cycles": read_json(path("cycles") / "cycles.json"),
+            "histories": {f"{name} {seed}": read_json(path(stage_name(name, seed)) / "history.json")
+                          for name, seed in runs},
+            "tournament": read_json(path("tournament") / "tournament.json"),
+            "speed": read_json(path("speed") / "speed.json"),
+            "seconds": self.workspace.seconds(),
+        }  # fmt: skip
+
+
+def check_fits(preset: Preset, material: Material) -> None:
+    """What would fail after minutes fails now."""
+    if material.data is not None and preset.judge == "annotators":
+        raise ValueError("experiment: judge: expected preference-model with --data, which has no annotators to ask; "
+                         "got 'annotators'")  # fmt: skip
+    if material.model is None and not preset.sft_steps:
+        raise ValueError("experiment: sft_steps: expected at least 1 for a model that starts from nothing; got 0")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": f"{device.type}: {name}", "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "simd": settings.simd_level, "python": platform.python_version()}  # fmt: skip
+
+
+def _facts(runs: list[Answers]) -> dict[str, Any]:
+    """Means over runs, prompts and answers; the standard error of the KL over prompts."""
+    kl = [each.kl for each in runs if each.kl is not None]
+    facts: dict[str, Any] = {
+        "length": float(torch.stack([each.lengths.float().mean() for each in runs]).mean()),
+        "end_rate": float(torch.stack([each.ended.float().mean() for each in runs]).mean()),
+        "runs": len(runs),
+    }
+    if kl:
+        by_prompt = torch.stack(kl).double().mean((0, 2))
+        facts["kl"], facts["kl_error"] = float(by_prompt.mean()), float(by_prompt.std() / len(by_prompt) ** 0.5)
+    return facts
+
+
+def _samples(prompts: list[str], answers: dict[str, list[Answers]], truths: list[str], count: int = 4) -> Any:
+    """The first run's answers to the first prompts."""
+    samples = []
+    for row, (prompt, truth) in enumerate(zip(prompts[:count], truths, strict=False)):
+        said = {name: runs[0].texts[row][0] for name, runs in answers.items()}
+        samples.append({"prompt": prompt, "truth": truth, "answers": said})
+    return samples

@@ -1,0 +1,148 @@
+"""How large an experiment is: every number in one place, each preset a whole experiment."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..core.checks import check_integer, check_number, check_option
+from .contestants import CONTESTANTS
+
+OP = "experiment"
+JUDGES = ("preference-model", "annotators")
+
+
+@dataclass(frozen=True)
+class Preset:
+    # data
+    examples: int  # docstrings, or pairs of the user's at most
+    test_fraction: float = 0.1  # of modules, or of the pairs' prompts
+    text_characters: int = 240  # of a docstring's body
+    summary_characters: int = 80
+    # model, where none is given
+    vocabulary: int = 2048
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    positions: int = 512  # tokens of prompt and answers together that the models can read
+    # supervised training
+    sft_steps: int = 300
+    sft_batch: int = 32
+    sft_learning_rate: float = 2e-3
+    # preferences
+    pairs: int = 4000  # of answers that the annotators compare
+    decided: float = 0.15  # an annotator's scale as a share of what its scores commonly differ by
+    preference_steps: int = 300
+    preference_batch: int = 32
+    preference_learning_rate: float = 5e-4
+    cycle_responses: int = 5  # per test prompt, among whose triples cycles are counted
+    # contestants
+    contestants: tuple[str, ...] = tuple(CONTESTANTS)
+    seeds: int = 1  # training runs of each
+    judge: str = "preference-model"  # that they are trained with; annotators exist for docstrings only
+    updates: int = 40
+    prompts_per_update: int = 16
+    samples_per_prompt: int = 2
+    learning_rate: float = 3e-4
+    tau: float = 0.03
+    reward_tau: float = 0.1  # of the reward baseline, whose reward has another scale than a probability
+    ipo_tau: float = 0.1  # of ipo-md, whose targets 1 / (2 tau) grow without bound
+    ema_decay: float = 0.95
+    prompt_tokens: int = 160
+    answer_tokens: int = 24
+    evaluations: int = 4  # of each run on its way
+    # tournament
+    test_prompts: int = 128
+    answers: int = 1  # of each policy to each of them
+    # machine
+    bfloat16: bool = False
+    batch: int = 64  # rows at once, where only speed depends on it
+    speed_updates: int = 5  # timed with each backend, twice
+    threads: int = 1  # of PyTorch on the CPU: models this small lose by sharing their work; 0: as many as it takes
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "heads", "sft_batch", "preference_steps", "preference_batch", "seeds",
+                     "updates", "prompts_per_update", "samples_per_prompt", "answer_tokens", "evaluations",
+                     "answers", "batch"):  # fmt: skip
+            check_integer(OP, name, getattr(self, name), 1, 10**9)
+        for name, low in {"examples": 2, "sft_steps": 0, "positions": 8, "prompt_tokens": 2, "pairs": 10,
+                          "cycle_responses": 3, "test_prompts": 2, "speed_updates": 2, "seed": 0, "threads": 0,
+                          "text_characters": 40, "summary_characters": 10, "vocabulary": 258}.items():  # fmt: skip
+            check_integer(OP, name, getattr(self, name), low, 2**31 - 1)
+        for name in ("sft_learning_rate", "decided", "preference_learning_rate", "learning_rate", "ipo_tau"):
+            check_number(OP, name, getattr(self, name), 0.0, open_low=True)
+        for name in ("tau", "reward_tau"):
+            check_number(OP, name, getattr(self, name), 0.0)
+        check_number(OP, "test_fraction", self.test_fraction, 0.0, 0.9, open_low=True)
+        check_number(OP, "ema_decay", self.ema_decay, 0.0, 1.0)
+        check_option(OP, "judge", self.judge, JUDGES)
+        if not self.contestants or len(set(self.contestants)) < len(self.contestants):
+            raise ValueError(f"{OP}: contestants: expected at least one, each once; got {self.contestants}")
+        for name in self.contestants:
+            check_option(OP, "contestants", name, tuple(CONTESTANTS))
+        if self.prompt_tokens + 2 * self.answer_tokens >= self.positions:
+            raise ValueError(
+                f"{OP}: positions: expected more than prompt_tokens + 2 answer_tokens = "
+                f"{self.prompt_tokens + 2 * self.answer_tokens}; got {self.positions}"
+            )
+
+
+PRESETS = {
+    # seconds: shows that the pipeline runs, and nothing else
+    "tiny": Preset(
+        examples=60, test_fraction=0.3, text_characters=80, summary_characters=60, vocabulary=300, hidden=16, layers=1,
+        heads=2, sft_steps=3, sft_batch=4, pairs=24, preference_steps=3, preference_batch=4, cycle_responses=3,
+        contestants=("rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1"), updates=2, prompts_per_update=4,
+        samples_per_prompt=1, prompt_tokens=48, answer_tokens=6, evaluations=1, test_prompts=6, speed_updates=2,
+    ),
+    # minutes on two CPU cores
+    "small": Preset(
+        examples=3600, text_characters=160, vocabulary=4096, hidden=96, layers=2, sft_steps=450, sft_batch=16,
+        sft_learning_rate=5e-3, pairs=2560, preference_steps=160, preference_batch=16, preference_learning_rate=1e-3,
+        contestants=("rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1", "nash-ema", "ipo-md"), prompt_tokens=112,
+        answer_tokens=20, evaluations=3, test_prompts=192, speed_updates=3,
+    ),
+    # one GPU, with runs enough for confidence intervals over them
+    "gpu": Preset(
+        examples=11000, vocabulary=8192, hidden=512, layers=8, heads=8, sft_steps=2000, sft_batch=64,
+        sft_learning_rate=6e-4, pairs=20000, preference_steps=800, preference_batch=64, preference_learning_rate=1e-4,
+        seeds=3, updates=120, prompts_per_update=64, learning_rate=1e-4, ema_decay=0.98, answer_tokens=32,
+        test_prompts=512, answers=2, bfloat16=True, batch=256, threads=0, speed_updates=10,
+    ),
+}  # fmt: skip
+
+
+def overridden(preset: Preset, settings: Sequence[str]) -> Preset:
+    """`preset` with `name=value` for some of its fields; contestants are separated by commas."""
+    kinds = typing.get_type_hints(Preset)
+    given: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if name not in kinds or not equals:
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f" (is {near[0]} meant?)" if near else ""
+            raise ValueError(
+                f"{OP}: --set: expected NAME=VALUE with a name of {', '.join(kinds)}; got {setting!r}{hint}"
+            )
+        given[name] = _read(name, text, kinds[name])
+    return replace(preset, **given)
+
+
+def _read(name: str, text: str, kind: Any) -> Any:
+    if kind is bool:
+        return check_option(OP, name, text.lower(), ("true", "false")) == "true"
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError as error:
+            wanted = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{OP}: --set: {name}: expected {wanted}; got {text!r}") from error
+    return text if kind is str else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def as_json(preset: Preset) -> dict[str, Any]:
+    return {**asdict(preset), "contestants": list(preset.contestants)}

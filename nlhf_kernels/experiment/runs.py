@@ -1,0 +1,100 @@
+"""One training run: a contestant, a seed, the budget that all have."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..preference import Judge, RewardModel
+from ..train import NashConfig, NashTrainer
+from .contestants import CONTESTANTS, label
+from .presets import Preset
+from .setting import Setting
+from .supervised import listener
+from .workspace import RUNS, write_json
+
+KEPT = ("step", "loss", "grad_norm", "preference", "reward", "kl", "entropy", "length", "end_rate", "tokens_per_second")
+
+
+def stage_name(contestant: str, seed: int) -> str:
+    return f"{RUNS}/{contestant}-seed{seed}"
+
+
+def configuration(contestant: str, seed: int, preset: Preset, output: Path, device: torch.device, **more: Any) -> Any:
+    """Equal budgets: updates, prompts, answers, learning rate; the contestant adds its algorithm's own."""
+    options: dict[str, Any] = {
+        "max_steps": preset.updates,
+        "per_device_train_batch_size": preset.prompts_per_update,
+        "per_device_eval_batch_size": preset.batch,
+        "samples_per_prompt": preset.samples_per_prompt,
+        "max_prompt_length": preset.prompt_tokens,
+        "max_new_tokens": preset.answer_tokens,
+        "learning_rate": preset.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": max(1, preset.updates // 20),
+        "eval_strategy": "steps",
+        "eval_steps": max(1, preset.updates // preset.evaluations),
+        "eval_prompts": preset.batch,
+        "logging_steps": max(1, preset.updates // 40),  # points of a curve
+        "log_samples": 0,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "bf16": preset.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "seed": 1000 * preset.seed + seed,
+    }
+    return NashConfig(str(output), **{**options, **CONTESTANTS[contestant].options(preset), **more})
+
+
+class Rewards:
+    """What the RLHF baseline climbs: the reward model's number for an answer."""
+
+    def __init__(self, model: Any, batch: int) -> None:
+        if not isinstance(model, RewardModel):
+            raise TypeError(f"experiment: rewards: expected a reward model; got {type(model).__name__}")
+        self.model, self.batch = model, batch
+
+    def __call__(self, prompts: Any, responses: Any) -> torch.Tensor:
+        return self.model.rewards(prompts, responses, self.batch)
+
+
+def make_trainer(
+    config: Any, judge: Judge, reward: Rewards | None, setting: Setting, callbacks: Sequence[Any] = ()
+) -> Any:
+    import transformers
+
+    trainer = NashTrainer(
+        setting.fresh_policy(),
+        setting.fresh_policy(),
+        judge=judge,
+        args=config,
+        train_dataset=[{"prompt": row.prompt} for row in setting.corpus.train],
+        eval_dataset=[{"prompt": row.prompt} for row in setting.corpus.test],
+        processing_class=setting.corpus.tokenizer,
+        callbacks=list(callbacks),
+        reward=reward if config.plan.judged_by == "reward" else None,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def make_run(work: Path, contestant: str, seed: int, judge: Judge, reward: Rewards, setting: Setting) -> None:
+    config = configuration(contestant, seed, setting.preset, work / "trainer", setting.device)
+    with setting.report.bar(f"{label(contestant)}, seed {seed}", setting.preset.updates) as advance:
+        trainer = make_trainer(config, judge, reward, setting, [listener([], advance)])
+        trainer.train()
+    trainer.model.save_pretrained(work / "policy")
+    setting.corpus.tokenizer.save_pretrained(work / "policy")
+    write_json(work / "history.json", [_finite(entry) for entry in trainer.state.log_history])
+    shutil.rmtree(work / "trainer", ignore_errors=True)
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, float]:
+    """JSON has no infinity; what is not finite is left out. Five digits are more than a curve shows."""
+    kept = {name: entry[name] for name in entry if name in KEPT or name.startswith("eval_")}
+    return {name: float(f"{value:.5g}") for name, value in kept.items() if abs(value) < float("inf")}

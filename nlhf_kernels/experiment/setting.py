@@ -1,0 +1,27 @@
+"""What every stage works with once there is a supervised policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .console import Reporter
+from .corpus import Corpus
+from .loading import load_policy
+from .presets import Preset
+
+
+@dataclass(frozen=True)
+class Setting:
+    corpus: Corpus
+    policy: Path  # the supervised one's folder
+    preset: Preset
+    device: torch.device
+    report: Reporter
+
+    def fresh_policy(self) -> Any:
+        """The supervised policy, on the device, shared with nobody."""
+        return load_policy(str(self.policy), self.device)

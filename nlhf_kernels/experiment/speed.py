@@ -1,0 +1,133 @@
+"""What the kernels are worth on this very run: the same updates with the PyTorch reference instead of them.
+
+Two measurements. Whole updates of Nash-MD, everything in them (the models' own forward and backward passes, which are
+PyTorch's either way), the two backends taking turns. And the two operations alone, at the sizes of this run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.registry import explain
+from ..ops import linear_nash_pg_loss, mixture_sample
+from .contestants import CONTESTANTS
+from .presets import Preset
+from .runs import configuration, make_trainer
+from .setting import Setting
+from .workspace import write_json
+
+ROUNDS = 2
+REPEATS = 5
+REFERENCE = "reference"
+
+
+def measure(work: Path, judge: Any, reward: Any, setting: Setting) -> None:
+    preset = setting.preset
+    seconds: dict[str, list[float]] = {REFERENCE: [], "auto": []}
+    with setting.report.bar("timing updates, kernels and reference in turn", 2 * ROUNDS) as advance:
+        for turn in range(2 * ROUNDS):
+            backend = (REFERENCE, "auto")[turn % 2]
+            made = _trainer(work / "trainer", backend, judge, reward, setting)
+            seconds[backend] += _update_seconds(made)
+            shutil.rmtree(work / "trainer", ignore_errors=True)
+            advance(turn + 1)
+    model = setting.fresh_policy()
+    facts = {
+        "algorithm": _algorithm(preset),
+        "update": _compared({name: statistics.median(each) for name, each in seconds.items()}),
+        "updates_timed": len(seconds["auto"]),
+        "operations": [_sampling(model, preset), _loss(model, preset)],
+        "threads": torch.get_num_threads(),
+        "device": setting.device.type,
+    }
+    write_json(work / "speed.json", facts)
+
+
+def _algorithm(preset: Preset) -> str:
+    """A contestant that samples from a mixture, where there is one."""
+    mixing = [name for name in preset.contestants if CONTESTANTS[name].beta not in (None, 0.0, 1.0)]
+    return (mixing or list(preset.contestants))[0]
+
+
+def _trainer(output: Path, backend: str, judge: Any, reward: Any, setting: Setting) -> Any:
+    preset = setting.preset
+    chosen = {"backend": backend, "max_steps": preset.speed_updates + 1, "eval_strategy": "no", "eval_steps": None}
+    config = configuration(_algorithm(preset), 0, preset, output, setting.device, **chosen)
+    return make_trainer(config, judge, reward, setting)
+
+
+def _update_seconds(trainer: Any) -> list[float]:
+    """From one update's end to the next one's; the first only sets the clock."""
+    import transformers
+
+    marks: list[float] = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    return [after - before for before, after in pairwise(marks)]
+
+
+def _compared(seconds: dict[str, float]) -> dict[str, float]:
+    return {"reference_ms": 1e3 * seconds[REFERENCE], "kernels_ms": 1e3 * seconds["auto"],
+            "speedup": seconds[REFERENCE] / seconds["auto"]}  # fmt: skip
+
+
+def _sampling(model: Any, preset: Preset) -> dict[str, Any]:
+    """One token for y' of every prompt of an update."""
+    rows, width = preset.prompts_per_update * preset.samples_per_prompt, model.get_output_embeddings().weight.shape[0]
+    generator = torch.Generator(model.device).manual_seed(0)
+    logits = [torch.randn(rows, width, generator=generator, device=model.device) for _ in range(2)]
+    options: dict[str, Any] = {"seed": 0, "row_ids": torch.arange(rows, device=model.device), "step": 0}
+
+    def run(backend: str) -> None:
+        mixture_sample(logits[0], logits[1], 0.125, backend=backend, **options)
+
+    chosen = explain("mixture_sample", *logits, 0.125, **options).chosen
+    return {"name": "mixture_sample", "size": f"{rows} rows x {width} tokens", "backend": chosen, **_timed(run)}
+
+
+def _loss(model: Any, preset: Preset) -> dict[str, Any]:
+    """Loss and gradients of an update's answers, from hidden states."""
+    weight = model.get_output_embeddings().weight.detach().clone().requires_grad_()
+    rows, tokens = preset.prompts_per_update * preset.samples_per_prompt, preset.answer_tokens
+    generator = torch.Generator(model.device).manual_seed(0)
+    shape = (rows, tokens, weight.shape[1])
+    hidden = torch.randn(shape, generator=generator, device=model.device).to(weight.dtype).requires_grad_()
+    targets = torch.randint(weight.shape[0], shape[:2], generator=generator, device=model.device)
+    preference = torch.rand(rows, generator=generator, device=model.device)
+    reference = torch.full(targets.shape, -1.0, device=model.device)
+
+    def run(backend: str) -> None:
+        options: dict[str, Any] = {"tau": preset.tau, "kl": "to_go", "reference_logprobs": reference}
+        linear_nash_pg_loss(hidden, weight, targets, preference, backend=backend, **options).loss.backward()
+
+    size = f"{rows} answers x {tokens} tokens x {weight.shape[0]} words"
+    return {"name": "linear_nash_pg_loss", "size": size, "backend": "auto", **_timed(run)}
+
+
+def _timed(run: Callable[[str], None]) -> dict[str, float]:
+    """Medians of calls that alternate between the backends, after one of each."""
+    seconds: dict[str, list[float]] = {REFERENCE: [], "auto": []}
+    for repeat in range(REPEATS + 1):
+        for backend, each in seconds.items():
+            began = time.perf_counter()
+            run(backend)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat:
+                each.append(time.perf_counter() - began)
+    return _compared({name: statistics.median(each) for name, each in seconds.items()})

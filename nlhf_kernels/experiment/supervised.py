@@ -1,0 +1,171 @@
+"""The supervised policy: a causal language model trained to answer as the examples do. Everyone's start and reference.
+
+A model that starts from nothing learns from the prompt's tokens too, as it has the language to learn; one that is
+given learns from the answers alone.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import encode, encode_prompts
+from .console import Reporter
+from .corpus import Corpus, Example, Material
+from .loading import load_policy
+from .presets import Preset
+from .workspace import write_json
+
+IGNORED = -100
+
+
+def new_model(tokenizer: Any, preset: Preset) -> Any:
+    """Llama's architecture, in the preset's size."""
+    import transformers
+
+    if preset.hidden % (2 * preset.heads):
+        raise ValueError(
+            f"experiment: hidden: expected a multiple of 2 heads = {2 * preset.heads}; got {preset.hidden}"
+        )
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=preset.hidden,
+        intermediate_size=3 * preset.hidden,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        max_position_embeddings=preset.positions,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(preset.seed)
+        return transformers.LlamaForCausalLM(config)
+
+
+def encode_examples(
+    tokenizer: Any, examples: Sequence[Example], preset: Preset, whole: bool
+) -> list[dict[str, list[int]]]:
+    prompts = encode_prompts(tokenizer, [row.prompt for row in examples], preset.prompt_tokens)
+    answers = encode(tokenizer, [row.answer for row in examples])
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        said = [*answer[: preset.answer_tokens - 1], tokenizer.eos_token_id]
+        rows.append({"input_ids": prompt + said, "labels": (prompt if whole else [IGNORED] * len(prompt)) + said})
+    return rows
+
+
+class Padding:
+    """Rows into a batch, padded on the right."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        room = [longest - len(row["input_ids"]) for row in rows]
+        columns = {
+            "input_ids": [row["input_ids"] + [self.pad_id] * n for row, n in zip(rows, room, strict=True)],
+            "labels": [row["labels"] + [IGNORED] * n for row, n in zip(rows, room, strict=True)],
+            "attention_mask": [[1] * (longest - n) + [0] * n for n in room],
+        }
+        return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+def make_policy(
+    work: Path, corpus: Corpus, preset: Preset, material: Material, device: torch.device, report: Reporter
+) -> None:
+    """Trains, measures on the test examples, saves model and tokenizer as one folder."""
+    own = material.model is None
+    model = new_model(corpus.tokenizer, preset) if own else load_policy(str(material.model))
+    rows = encode_examples(corpus.tokenizer, corpus.train, preset, whole=own)
+    losses = train(model, rows, corpus.tokenizer.pad_token_id, preset, device, work / "trainer", report)
+    model = model.to(device).eval()
+    test = encode_examples(corpus.tokenizer, corpus.test[: 4 * preset.test_prompts], preset, whole=False)
+    held_out = answer_loss(model, test, corpus.tokenizer.pad_token_id, preset.batch)
+    report.say(f"  {held_out:.3f} nats per token of the test answers (guessing: {math.log(len(corpus.tokenizer)):.3f})")
+    model.save_pretrained(work / "model")
+    corpus.tokenizer.save_pretrained(work / "model")
+    parameters = sum(value.numel() for value in model.parameters())
+    write_json(work / "measures.json", {"losses": losses, "test_loss": held_out, "parameters": parameters})
+
+
+def train(
+    model: Any,
+    rows: Sequence[dict[str, list[int]]],
+    pad_id: int,
+    preset: Preset,
+    device: torch.device,
+    output: Path,
+    report: Reporter,
+) -> list[float]:
+    """transformers' Trainer for `preset.sft_steps`; the losses, one per step."""
+    import transformers
+
+    if not preset.sft_steps:
+        return []
+    losses: list[float] = []
+    arguments = transformers.TrainingArguments(
+        str(output),
+        max_steps=preset.sft_steps,
+        per_device_train_batch_size=preset.sft_batch,
+        learning_rate=preset.sft_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, preset.sft_steps // 20),
+        adam_beta2=0.98,
+        bf16=preset.bfloat16,
+        use_cpu=device.type == "cpu",
+        seed=preset.seed,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    with report.bar("supervised training", preset.sft_steps) as advance:
+        trainer = transformers.Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=list(rows),
+            data_collator=Padding(pad_id),
+            callbacks=[listener(losses, advance)],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    shutil.rmtree(output, ignore_errors=True)
+    return losses
+
+
+def listener(losses: list[float], advance: Any) -> Any:
+    """A callback of transformers' Trainer: keeps the losses, moves the bar."""
+    import transformers
+
+    class Listener(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            advance(state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(round(float(logs["loss"]), 4))
+
+    return Listener()
+
+
+@torch.no_grad()
+def answer_loss(model: Any, rows: Sequence[dict[str, list[int]]], pad_id: int, batch: int) -> float:
+    """Nats per token of the answers, the end token included."""
+    padding, total, count = Padding(pad_id), 0.0, 0
+    for start in range(0, len(rows), batch):
+        columns = {name: value.to(model.device) for name, value in padding(rows[start : start + batch]).items()}
+        labels = columns.pop("labels")[:, 1:]
+        logits = model(**columns, use_cache=False).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum"
+        )
+        total, count = total + float(losses), count + int((labels != IGNORED).sum())
+    return total / count

@@ -1,0 +1,79 @@
+"""An installed package that does not exist: sources with docstrings enough for a tiny experiment."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+VERBS = ("Return", "Compute", "Remove", "Store", "Count", "Find", "Parse", "Split", "Merge", "Draw")
+THINGS = ("the names of all users", "the lines of a file", "every open window", "the words of a text",
+          "two sorted lists", "the colour of a pixel", "a table of numbers", "the size of the queue")  # fmt: skip
+BODIES = ("Values that are not known are left out, and the order of the others stays as it was before.",
+          "This is done in one pass, so a generator may be given; nothing is kept after the call has ended.",
+          "An error is raised where the argument is empty, because nothing can be said of it then.")  # fmt: skip
+
+
+def fake_packages(folder: Path, modules: int = 20, functions: int = 8) -> Path:
+    """Modules whose functions have docstrings of a first line and a body, no two alike."""
+    drawn = random.Random(0)
+    pairs = [(verb, thing) for verb in VERBS for thing in THINGS]
+    drawn.shuffle(pairs)
+    for module in range(modules):
+        lines = ['"""A module."""', ""]
+        for function in range(functions):
+            number = module * functions + function
+            verb, thing = pairs[number % len(pairs)]
+            name = _letters(number)
+            lines += [f"def f{number}():", f'    """{verb} {thing} of {name}.', "",
+                      f"    For {name}: {BODIES[number % len(BODIES)]}", '    """', ""]  # fmt: skip
+        place = folder / f"package{module % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"module{module}.py").write_text("\n".join(lines))
+    return folder
+
+
+def _letters(number: int) -> str:
+    """A word of its own for every number."""
+    return "".join("bdfgklmnrt"[int(digit)] + "aeiou"[int(digit) % 5] for digit in f"{number:03d}")
+
+
+def numbers(*, seeds: int = 1, cycles: bool = True) -> dict[str, Any]:
+    """Results as the pipeline writes them, with made-up numbers: for the report alone."""
+    names = ["sft", "rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1"]
+    labels = ["SFT", "RLHF", "Nash-MD 0", "Nash-MD 0.25", "Nash-MD 1"]
+    cell = lambda i, j: None if i == j else {"mean": 0.5 + 0.04 * (i - j), "half": 0.03, "prompts": 8, "seeds": seeds}  # noqa: E731
+    judge = {
+        "matrix": [[cell(i, j) for j in range(5)] for i in range(5)],
+        "by_beta": [{"beta": b, "against": "RLHF", "mean": 0.5 + b / 10, "half": 0.05, "prompts": 8, "seeds": seeds}
+                    for b in (0.0, 0.25, 1.0)],
+        "cycles": [["SFT", "RLHF", "Nash-MD 1"]] if cycles else [],
+        "claims": [{"claim": "the earth is round", "verdict": "contradicted", "best": "Nash-MD 0.25", "compared": 1,
+                    "matches": [{"first": "Nash-MD 0.25", "second": "RLHF", **cell(3, 1)}]}],
+    }  # fmt: skip
+    test = {"count": 10, "accuracy": 0.7, "log_loss": 0.6, "calibration_error": 0.05, "bins": []}
+    history = [{"step": s, "kl": 0.1 * s, "length": 9.0, "eval_win_rate_reference": 0.5 + 0.01 * s} for s in (1, 2)]
+    update = {"kernels_ms": 10.0, "reference_ms": 25.0, "speedup": 2.5}
+    return {
+        "preset": {"seeds": seeds, "updates": 2, "prompts_per_update": 4, "samples_per_prompt": 1,
+                   "judge": "preference-model", "contestants": names[1:]},
+        "material": {"data": None, "split": None, "model": None},
+        "machine": {"device": "cpu: x", "cores": 2, "threads": 1, "torch": "2", "transformers": "5"},
+        "corpus": {"train": 100, "test": 8, "vocabulary": 300},
+        "sft": {"losses": [3.0, 2.0], "test_loss": 2.5, "parameters": 12345},
+        "annotators": {"scales": [1, 1, 1], "train": {"ceiling": 0.8}, "test": {"ceiling": 0.81}},
+        "preference_model": {"losses": [0.7], "test": test},
+        "reward_model": {"losses": [0.7], "test": test},
+        "cycles": {"preference-model": {"triples": 40, "cyclic": 2, "prompts": 8, "cyclic_prompts": [1, 3],
+                                        "share": 0.05, "responses": 5}},
+        "histories": {f"{name} {seed}": history for name in names[1:] for seed in range(seeds)},
+        "tournament": {"names": names, "labels": labels, "prompts": 8, "answers": 1,
+                       "policies": {name: {"length": 9.0, "end_rate": 1.0, "runs": 1, "kl": 0.5, "kl_error": 0.1}
+                                    for name in names},
+                       "samples": [{"prompt": "<script>alert(1)</script>", "truth": "x",
+                                    "answers": dict.fromkeys(names, "y")}],
+                       "judges": {"preference-model": judge}},
+        "speed": {"algorithm": "nash-md-0.25", "update": update, "updates_timed": 4, "threads": 1, "device": "cpu",
+                  "operations": [{"name": "mixture_sample", "size": "4 rows", "backend": "cpu", **update}]},
+        "seconds": {"corpus": 1.0, "sft": 2.0},
+    }  # fmt: skip

@@ -1,0 +1,248 @@
+"""The experiment end to end, tiny: every stage, its files, what an interruption leaves, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the experiment needs transformers")
+pytest.importorskip("accelerate", reason="the experiment needs accelerate")
+pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+
+from nlhf_kernels.experiment import pipeline
+from nlhf_kernels.experiment.answers import Sampling, answer
+from nlhf_kernels.experiment.console import SILENT
+from nlhf_kernels.experiment.contestants import CONTESTANTS
+from nlhf_kernels.experiment.corpus import Material, load_corpus
+from nlhf_kernels.experiment.loading import load_policy
+from nlhf_kernels.experiment.pipeline import Experiment
+from nlhf_kernels.experiment.presets import PRESETS, Preset, overridden
+from nlhf_kernels.experiment.runs import configuration
+from nlhf_kernels.experiment.supervised import answer_loss, encode_examples, new_model
+from nlhf_kernels.experiment.workspace import Workspace
+from tests.support.experiment import fake_packages
+from tests.support.tiny_models import one_thread
+
+TINY = overridden(PRESETS["tiny"], ["contestants=rlhf,nash-md-0,nash-md-0.5,nash-md-1", "seeds=2",
+                                    "updates=1", "speed_updates=2"])  # fmt: skip
+
+
+def experiment(folder: Path, packages: Path, preset: Preset = TINY, restart: bool = False) -> Experiment:
+    return Experiment(folder, preset, Material(), torch.device("cpu"), SILENT, restart, [packages])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[Path, Path, dict]:
+    """A finished experiment: its folder, its sources, its results."""
+    packages = fake_packages(tmp_path_factory.mktemp("packages"))
+    folder = tmp_path_factory.mktemp("experiments") / "out"
+    with one_thread():
+        made = experiment(folder, packages)
+        results = made.run()
+        made.write(results)
+    return folder, packages, results
+
+
+def marks(folder: Path) -> dict[str, int]:
+    return {str(path.parent.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("stage.json")}
+
+
+def test_every_stage_leaves_its_part(done) -> None:
+    folder, _, results = done
+    assert {"corpus", "sft", "preferences", "preference-model", "reward-model", "cycles", "tournament", "speed"} <= set(
+        marks(folder)
+    )
+    assert len([name for name in marks(folder) if name.startswith("runs/")]) == 2 * len(TINY.contestants)
+    assert not list(folder.rglob("*.unfinished")) and not list(folder.rglob("trainer"))
+    assert results["tournament"]["names"] == ["sft", *TINY.contestants]
+    assert set(results["seconds"]) == set(marks(folder))
+
+
+def test_the_numbers_are_whole(done) -> None:
+    _, _, results = done
+    facts = results["tournament"]
+    for judge in ("preference-model", "annotators"):
+        matrix = facts["judges"][judge]["matrix"]
+        for i, row in enumerate(matrix):
+            assert row[i] is None
+            for j, cell in enumerate(row):
+                if cell is not None:
+                    assert 0 <= cell["mean"] <= 1 and cell["prompts"] == TINY.test_prompts and cell["seeds"] == 2
+                    assert cell["mean"] + matrix[j][i]["mean"] == pytest.approx(1.0)
+        assert len(facts["judges"][judge]["claims"]) == 3
+        assert [point["beta"] for point in facts["judges"][judge]["by_beta"]] == [0.0, 0.5, 1.0]
+    assert facts["policies"]["sft"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert results["cycles"]["annotators"]["responses"] == TINY.cycle_responses
+    assert results["speed"]["update"]["speedup"] > 0
+    assert {each["name"] for each in results["speed"]["operations"]} == {"mixture_sample", "linear_nash_pg_loss"}
+
+
+def test_histories_hold_what_the_figures_show(done) -> None:
+    _, _, results = done
+    assert len(results["histories"]) == 2 * len(TINY.contestants)
+    for run, history in results["histories"].items():
+        logged = {name for entry in history for name in entry}
+        assert {"loss", "length", "eval_win_rate_reference", "eval_kl"} <= logged, run
+
+
+def test_the_report_is_one_file_and_nothing_is_fetched(done) -> None:
+    folder, _, results = done
+    page = (folder / "report" / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 7
+    assert "http://" not in page and "https://" not in page.replace("https://docs", ""), "self-contained"
+    assert json.loads((folder / "report" / "results.json").read_text()) == json.loads(json.dumps(results))
+
+
+def test_a_finished_experiment_is_kept_and_gives_the_same_results(done) -> None:
+    folder, packages, results = done
+    before = marks(folder)
+    again = experiment(folder, packages).run()
+    assert marks(folder) == before
+    assert again == json.loads(json.dumps(results))
+
+
+def test_an_interrupted_stage_is_absent_and_the_next_start_goes_on(done, tmp_path, monkeypatch) -> None:
+    folder, packages, results = done
+    copy = tmp_path / "out"
+    shutil.copytree(folder, copy)
+    for name in ("runs/nash-md-1-seed1", "tournament"):
+        shutil.rmtree(copy / name)
+    kept = marks(copy)
+
+    def interrupted(work: Path, **_: object) -> None:
+        (work / "half").write_text("done")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "make_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            experiment(copy, packages).run()
+    assert not (copy / "runs" / "nash-md-1-seed1").exists()
+    (copy / "runs" / ".nash-md-1-seed1.killed.unfinished").mkdir()  # what kill -9 leaves
+    with one_thread():
+        again = experiment(copy, packages).run()
+    assert {name: mark for name, mark in marks(copy).items() if name in kept} == kept, "finished stages stay"
+    assert not list(copy.rglob("*.unfinished"))
+    assert again["tournament"] == json.loads(json.dumps(results["tournament"])), "a run made again is the same run"
+
+
+def test_folders_of_others_are_refused_and_restart_clears_only_its_own(done, tmp_path) -> None:
+    _, packages, _ = done
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"--out: expected an empty folder.*holds other things"):
+        experiment(tmp_path, packages)
+    with pytest.raises(FileExistsError, match=r"--out: expected an empty folder"):
+        experiment(tmp_path, packages, restart=True)
+    with pytest.raises(FileExistsError, match=r"--out: expected a folder; got the file"):
+        experiment(tmp_path / "thesis.tex", packages)
+    own = tmp_path / "own"
+    experiment(own, packages, overridden(TINY, ["tau=0.7"]))
+    made = experiment(own, packages)  # nothing was made under the other settings: no reason to refuse
+    made.workspace.stage("corpus", lambda work: None)
+    (own / "notes.txt").write_text("mine")
+    changed = overridden(TINY, ["tau=0.5"])
+    with pytest.raises(ValueError, match=r"whose tau is 0.03; this one's is 0.5 \(--restart starts over"):
+        experiment(own, packages, changed)
+    experiment(own, packages, changed, restart=True)
+    assert not (own / "corpus").exists() and (own / "notes.txt").read_text() == "mine"
+    (own / "experiment.json").write_text("{")
+    made.workspace.stage("corpus", lambda work: None)
+    with pytest.raises(ValueError, match=r"experiment.json: expected JSON; got .* \(--restart starts over\)"):
+        experiment(own, packages, changed)
+
+
+def test_a_stage_is_made_once(tmp_path) -> None:
+    space, calls = Workspace(tmp_path / "w", {"a": (1, 2)}), []
+
+    def make(work: Path) -> None:
+        calls.append(work)
+        (work / "x").write_text("y")
+
+    for _ in range(2):
+        place = space.stage("sft", make)
+    assert len(calls) == 1 and (place / "x").read_text() == "y"
+    assert list(Workspace(tmp_path / "w", {"a": [1, 2]}).seconds()) == ["sft"]
+
+
+def test_users_pairs_and_model_take_the_same_way(done, tmp_path) -> None:
+    folder, _, _ = done
+    rows = [{"prompt": f"say {word} {i}", "chosen": " yes indeed", "rejected": f" no {i}"}
+            for i in range(12) for word in ("this", "that")]  # fmt: skip
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    material = Material(data=str(data), model=str(folder / "sft" / "model"))
+    preset = overridden(TINY, ["contestants=rlhf,nash-ema,ipo-md", "seeds=1", "sft_steps=0"])
+    with one_thread():
+        results = Experiment(tmp_path / "out", preset, material, torch.device("cpu"), SILENT).run()
+    assert results["annotators"] is None and list(results["tournament"]["judges"]) == ["preference-model"]
+    assert results["sft"]["losses"] == [], "the given model is the reference as it is"
+    assert results["tournament"]["names"] == ["sft", "rlhf", "nash-ema", "ipo-md"]
+    with pytest.raises(ValueError, match=r"judge: expected preference-model with --data"):
+        Experiment(tmp_path / "x", overridden(preset, ["judge=annotators"]), material, torch.device("cpu"), SILENT)
+    with pytest.raises(ValueError, match=r"sft_steps: expected at least 1 for a model that starts from nothing; got 0"):
+        Experiment(tmp_path / "x", preset, Material(data=str(data)), torch.device("cpu"), SILENT)
+    assert not (tmp_path / "x").exists(), "refused before anything is written"
+
+
+def test_answers_depend_on_prompt_and_seed_not_on_the_batch(done) -> None:
+    folder, _, _ = done
+    model, corpus = load_policy(str(folder / "sft" / "model")), load_corpus(folder / "corpus")
+    prompts = [row.prompt for row in corpus.test[:5]]
+    ask = lambda batch, seed=0: answer(  # noqa: E731
+        model, None, corpus.tokenizer, prompts, Sampling(6, 48, 3, seed=seed, batch=batch)
+    )
+    whole, parts = ask(64), ask(2)
+    assert whole.texts == parts.texts and torch.equal(whole.lengths, parts.lengths)
+    assert ask(64, seed=1).texts != whole.texts
+    assert len(whole.texts) == 5 and all(len(row) == 3 for row in whole.texts) and whole.kl is None
+    with pytest.raises(ValueError, match=r"answers: samples: expected an integer in \[1"):
+        Sampling(6, 48, 0)
+
+
+def test_the_supervised_loss_counts_answers_only(done) -> None:
+    folder, _, _ = done
+    corpus = load_corpus(folder / "corpus")
+    rows = encode_examples(corpus.tokenizer, corpus.test[:7], TINY, whole=False)
+    model = new_model(corpus.tokenizer, TINY).eval().requires_grad_(False)
+    expected, count = 0.0, 0
+    for row in rows:
+        logs = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for place, label in enumerate(row["labels"]):
+            if label != -100:
+                expected, count = expected - float(logs[place - 1, label]), count + 1
+    assert answer_loss(model, rows, corpus.tokenizer.pad_token_id, 3) == pytest.approx(expected / count, rel=1e-4)
+    assert all(row["input_ids"][-1] == corpus.tokenizer.eos_token_id for row in rows)
+
+
+def test_budgets_are_equal_and_algorithms_differ(tmp_path) -> None:
+    made = {name: configuration(name, 1, PRESETS["small"], tmp_path, torch.device("cpu")) for name in CONTESTANTS}
+    for name in ("max_steps", "per_device_train_batch_size", "samples_per_prompt", "learning_rate", "seed"):
+        assert len({getattr(config, name) for config in made.values()}) == 1, name
+    assert {config.algorithm for config in made.values()} == {"rlhf", "nash-md", "nash-ema", "ipo-md"}
+    assert [made[f"nash-md-{beta}"].beta for beta in ("0", "0.125", "0.25", "0.5", "1")] == [0, 0.125, 0.25, 0.5, 1]
+
+
+def test_presets_are_changed_by_name() -> None:
+    small = PRESETS["small"]
+    changed = overridden(
+        small, ["updates=7", "tau=0.5", "bfloat16=true", "contestants=rlhf, nash-ema", "judge=annotators"]
+    )
+    assert (changed.updates, changed.tau, changed.bfloat16, changed.judge) == (7, 0.5, True, "annotators")
+    assert changed.contestants == ("rlhf", "nash-ema") and changed.examples == small.examples
+    for setting, message in {
+        "upates=7": r"expected NAME=VALUE .* got 'upates=7' \(is updates meant\?\)",
+        "updates": r"expected NAME=VALUE",
+        "updates=many": r"--set: updates: expected a whole number; got 'many'",
+        "updates=0": r"experiment: updates: expected an integer in \[1",
+        "bfloat16=yes": r"bfloat16: expected one of true, false; got 'yes'",
+        "contestants=rlhf,dpo": r"contestants: expected one of rlhf, .*; got 'dpo'",
+        "contestants=": r"contestants: expected at least one",
+        "judge=me": r"judge: expected one of preference-model, annotators; got 'me'",
+        "positions=100": r"positions: expected more than prompt_tokens \+ 2 answer_tokens = \d+; got 100",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            overridden(small, [setting])

@@ -1,0 +1,241 @@
+"""Annotators, cycles, win rates and the verdicts drawn from them."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the experiment needs transformers")
+pytest.importorskip("accelerate", reason="the experiment needs accelerate")
+
+from nlhf_kernels.experiment.annotators import Annotators, common_scales, coverage, majority
+from nlhf_kernels.experiment.answers import Answers
+from nlhf_kernels.experiment.claims import CONTRADICTED, OPEN, REPRODUCED, beats_rewards, by_beta, interior_beta
+from nlhf_kernels.experiment.cycles import count_cycles, pairwise
+from nlhf_kernels.experiment.intervals import estimate, student
+from nlhf_kernels.experiment.ngrams import Trigrams
+from nlhf_kernels.experiment.tournament import Tournament, play
+from nlhf_kernels.preference import check_antisymmetry
+
+TRUTH = "Return the names of all users."
+LANGUAGE = Trigrams(["Return the names of all users.", "Return the size of the file.", "Remove the file."])
+
+
+def annotators(scales=(0.1, 1.0, 0.5)) -> Annotators:
+    return Annotators({"p": TRUTH}, LANGUAGE, scales)
+
+
+def test_each_annotator_has_its_own_taste() -> None:
+    judge = annotators()
+    vote = lambda a, b: judge.votes(["p"], [a], [b])[0].tolist()  # noqa: E731
+    covering, short = "Return the names of all users of the file.", "Remove the file."
+    coverage_vote, brevity_vote, _ = vote(covering, short)
+    assert coverage_vote > 0.9 and brevity_vote < 0.1
+    _, same_length, fluency_vote = vote("Return the size of the file.", "File the of size the return.")
+    assert same_length == 0.5 and fluency_vote > 0.9
+    assert vote("Remove it.", "Remove.")[1] == 0.5, "below four words, shorter is not better"
+
+
+def test_the_majority_is_counted_over_all_outcomes_of_three_votes() -> None:
+    votes = torch.rand(50, 3, dtype=torch.float64)
+    expected = torch.zeros(50, dtype=torch.float64)
+    for outcome in product((0, 1), repeat=3):
+        if sum(outcome) >= 2:
+            expected += torch.stack([votes[:, i] if yes else 1 - votes[:, i] for i, yes in enumerate(outcome)]).prod(0)
+    assert torch.allclose(majority(votes), expected)
+
+
+def test_the_majority_judges_both_ways_alike_and_nothing_loses() -> None:
+    judge = annotators()
+    texts = ["Return the names.", "Remove the file of users.", "", "...", "Return.", TRUTH]
+    pairs = list(product(texts, texts))
+    first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    assert check_antisymmetry(judge, ["p"] * len(pairs), first, second) < 1e-9
+    assert float(judge(["p"], [""], ["Return."])[0]) == pytest.approx(0.0)
+    assert float(judge(["p"], [""], ["..."])[0]) == 0.5
+    with pytest.raises(ValueError, match=r"annotators: prompts: expected one whose first line is known; got 'q'"):
+        judge(["q"], ["a"], ["b"])
+    with pytest.raises(ValueError, match=r"scales: expected a finite number in \(0.0"):
+        annotators((0.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match=r"scales: expected one per taste, 3; got 2"):
+        annotators((1.0, 1.0))
+
+
+def test_drawn_votes_follow_the_probabilities() -> None:
+    judge, count = annotators(), 4000
+    first, second = "Return the names of it all.", "Remove the names."
+    wanted = float(judge(["p"], [first], [second])[0])
+    drawn = judge.drawn(["p"] * count, [first] * count, [second] * count, seed=1)
+    assert 0.05 < wanted < 0.95, "else nothing is tested"
+    assert abs(float(drawn.double().mean()) - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / count)
+    assert torch.equal(drawn, judge.drawn(["p"] * count, [first] * count, [second] * count, seed=1))
+
+
+def test_coverage_counts_what_of_the_truth_is_said() -> None:
+    assert coverage(TRUTH, TRUTH) == 1.0
+    assert coverage(TRUTH, "") < 0.01
+    assert 0.3 < coverage(TRUTH, "Return the names.") < 0.7
+    assert coverage(TRUTH, f"{TRUTH} And more of it.") == pytest.approx(1.0, abs=0.1)
+
+
+def test_scales_are_what_scores_differ_by_and_never_zero() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(2000, 4, 3, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.0], dtype=torch.float64)
+    scores[0] = -1e6  # answers without words are left out
+    scales = common_scales(scores, 0.5)
+    assert scales[0] == pytest.approx(0.5 * 2**0.5, rel=0.05)
+    assert scales[1] == pytest.approx(5 * 0.5 * 2**0.5, rel=0.05)
+    assert scales[2] == 1e-3
+
+
+ORDER = {"rock": 0, "paper": 1, "scissors": 2}
+
+
+def around(prompts, first, second) -> list[float]:
+    """Rock, paper, scissors at the prompt "circle"; at others the later letter wins."""
+    values = []
+    for prompt, a, b in zip(prompts, first, second, strict=True):
+        if prompt == "circle":
+            values.append({0: 0.5, 1: 0.9, 2: 0.1}[(ORDER[a] - ORDER[b]) % 3])
+        else:
+            values.append(0.5 if a == b else float(a > b))
+    return values
+
+
+def test_cycles_are_counted_where_they_are() -> None:
+    prompts = ["circle", "line", "circle"]
+    responses = [["rock", "paper", "scissors"], ["a", "b", "c"], ["rock", "rock", "paper"]]
+    found = count_cycles(pairwise(around, prompts, responses), responses)
+    assert (found.triples, found.cyclic, found.prompts) == (2, 1, 2), "equal responses make no triple"
+    assert found.cyclic_prompts == (0,)
+    assert found.share == 0.5
+
+
+def test_a_random_tournament_is_cyclic_a_quarter_of_the_time() -> None:
+    torch.manual_seed(0)
+    table = torch.rand(1500, 3, 3).triu(1)
+    table = table + (1 - table).tril(-1).transpose(1, 2).tril(-1) * 0
+    table = torch.where(torch.ones(3, 3).triu(1).bool(), table, 1 - table.transpose(1, 2))
+    found = count_cycles(table, [["a", "b", "c"]] * 1500)
+    assert found.triples == 1500
+    assert abs(found.share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 1500)
+
+
+def test_majorities_of_transitive_tastes_can_cycle() -> None:
+    """Three voters, three options, each voter's order turned by one: Condorcet's paradox, from scores alone."""
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]], dtype=torch.float64)  # option, taste
+    table = majority(((scores[:, None] - scores[None]) / 0.3).sigmoid())[None]
+    found = count_cycles(table, [["a", "b", "c"]])
+    assert (found.triples, found.cyclic) == (1, 1)
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
+    generator, covered, rounds = torch.Generator().manual_seed(3), 0, 600
+    for _ in range(rounds):
+        prompts = torch.randn(1, 40, generator=generator)
+        seeds = torch.randn(3, 1, generator=generator)
+        found = estimate(0.5 + 0.1 * prompts + 0.05 * seeds + 0.1 * torch.randn(3, 40, generator=generator))
+        covered += found.low <= 0.5 <= found.high
+    assert covered / rounds > 0.95 - 3 * math.sqrt(0.05 * 0.95 / rounds)
+
+
+def test_intervals_widen_for_choices_and_ask_for_prompts() -> None:
+    values = torch.rand(2, 30)
+    assert estimate(values, comparisons=5).half > estimate(values).half > 0
+    assert estimate(values[:1]).seeds == 1
+    assert str(estimate(torch.full((1, 4), 0.25))) == "0.250 ± 0.000"
+    with pytest.raises(ValueError, match=r"expected at least 2 prompts; got 1"):
+        estimate(values[:, :1])
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 9, 40])
+@pytest.mark.parametrize("tail", [0.2, 0.025, 0.025 / 3, 0.001])
+def test_students_t_is_scipys(degrees, tail) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    assert student(degrees, tail) == pytest.approx(stats.t.isf(tail, degrees), rel=1e-5)
+
+
+def said(*texts: str) -> Answers:
+    one = torch.ones(len(texts), 1)
+    return Answers([[text] for text in texts], one.long(), one.bool(), None)
+
+
+def test_everyone_meets_everyone_run_by_run() -> None:
+    answers = {
+        "sft": [said("a", "a")],
+        "low": [said("b", "a"), said("a", "a")],
+        "high": [said("c", "c"), said("c", "a")],
+    }
+    marks: list[int] = []
+    tournament = play(around, ["x", "y"], answers, marks.append)
+    assert marks == [1, 2, 3]
+    assert tournament.match("high", "low").tolist() == [[1.0, 1.0], [1.0, 0.5]]
+    assert tournament.match("low", "high").tolist() == [[0.0, 0.0], [0.0, 0.5]]
+    assert tournament.match("sft", "low").tolist() == [[0.0, 0.5], [0.5, 0.5]], "the one run plays in all"
+    matrix = tournament.matrix()
+    assert matrix[0][0] is None and matrix[2][0]["mean"] == 1 - matrix[0][2]["mean"]
+    assert tournament.match("low", "low").unique().tolist() == [0.5]
+    with pytest.raises(ValueError, match=r"expected at least two policies; got 1"):
+        play(around, ["x"], {"sft": [said("a")]})
+    with pytest.raises(ValueError, match=r"expected 1 or 3 runs of each; got another number of low"):
+        play(around, ["x"], {"a": [said("a")] * 3, "low": [said("a")] * 2})
+
+
+def test_cycles_among_policies_are_found() -> None:
+    answers = {name: [said(name, name)] for name in ("rock", "scissors", "paper")}
+    assert play(around, ["circle", "circle"], answers).cycles() == [["rock", "scissors", "paper"]]
+    assert play(around, ["line", "line"], answers).cycles() == []
+
+
+BETAS = ("nash-md-0", "nash-md-0.25", "nash-md-1")
+
+
+def results(noise: float, **means: float) -> Tournament:
+    """Every match as its mean says ("first>second"), with noise over 200 prompts."""
+    names = list(dict.fromkeys(name for match in means for name in match.split(">")))
+    generator = torch.Generator().manual_seed(0)
+    values = {tuple(match.split(">")): mean + noise * torch.randn(1, 200, generator=generator)
+              for match, mean in means.items()}  # fmt: skip
+    return Tournament(names, values)
+
+
+@pytest.mark.parametrize(
+    ("noise", "inner", "verdict"),
+    [
+        (0.1, (0.6, 0.6), REPRODUCED),
+        (0.1, (0.4, 0.6), CONTRADICTED),
+        (2.0, (0.6, 0.6), OPEN),
+        (0.001, (0.503, 0.6), OPEN),
+    ],
+)
+def test_the_first_claim_is_decided_by_the_numbers(noise, inner, verdict) -> None:
+    zero, quarter, one = BETAS
+    tournament = results(noise, **{f"{quarter}>{zero}": inner[0], f"{quarter}>{one}": inner[1], f"{zero}>{one}": 0.5})
+    claim = interior_beta(tournament)
+    assert claim is not None and claim["verdict"] == verdict
+    assert claim["best"] == "Nash-MD 0.25" and len(claim["matches"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("noise", "mean", "verdict"), [(0.1, 0.6, REPRODUCED), (0.1, 0.4, CONTRADICTED), (3.0, 0.6, OPEN)]
+)
+def test_the_second_claim_is_decided_by_the_numbers(noise, mean, verdict) -> None:
+    tournament = results(noise, **{"nash-md-0.25>rlhf": mean, "nash-md-1>rlhf": 0.9, "nash-md-0.25>nash-md-1": 0.5})
+    claim = beats_rewards(tournament, None)
+    assert claim is not None and claim["verdict"] == verdict
+    assert claim["compared"] == 1, "best response is no Nash learning"
+    few = beats_rewards(tournament, [3])
+    assert few is not None and few["verdict"] == OPEN and few["prompts"] == 1
+    some = beats_rewards(tournament, list(range(50)))
+    assert some is not None and some["prompts"] == 50 and "cycle" in some["claim"]
+
+
+def test_claims_that_cannot_be_asked_are_not_answered() -> None:
+    tournament = results(0.1, **{"rlhf>nash-md-1": 0.5})
+    assert interior_beta(tournament) is None
+    assert beats_rewards(tournament, None) is None
+    points = by_beta(tournament)
+    assert [(point["beta"], point["against"]) for point in points] == [(1.0, "RLHF")]

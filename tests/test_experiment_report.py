@@ -1,0 +1,202 @@
+"""The report and the two commands: what they show is what the numbers say, and bad input is one line."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="the experiment needs transformers")
+pytest.importorskip("accelerate", reason="the experiment needs accelerate")
+pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+
+from nlhf_kernels.cli import demo
+from nlhf_kernels.cli.main import main
+from nlhf_kernels.experiment import figures
+from nlhf_kernels.experiment.__main__ import main as redraw
+from nlhf_kernels.experiment.markdown import summary
+from nlhf_kernels.experiment.report import page, write_report
+from nlhf_kernels.preference import PairwisePreferenceModel, save_preference_model
+from tests.support.experiment import fake_packages, numbers
+from tests.support.tiny_models import one_thread, tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_page_says_what_the_numbers_say() -> None:
+    shown = page(numbers(), [])
+    assert "the earth is round: contradicted" in shown and 'class="verdict contradicted"' in shown
+    assert "2 of 40 triples" in shown and "(5.0%)" in shown and "at 2 of 8 prompts" in shown
+    assert "SFT &gt; RLHF &gt; Nash-MD 1 &gt; SFT" in shown
+    assert "10 ms with the kernels, 25 ms with the PyTorch reference: 2.50x" in shown
+    assert "n = 8 prompts" in shown and "not of other runs" in shown
+    assert "0.580 ± 0.030" in shown and "0.420 ± 0.030" in shown
+    assert "<script>" not in shown, "what a model or a package wrote is shown, not obeyed"
+
+
+def test_other_numbers_give_another_page() -> None:
+    results = numbers(seeds=3, cycles=False)
+    claim = results["tournament"]["judges"]["preference-model"]["claims"][0]
+    claim["verdict"] = "reproduced"
+    shown = page(results, [])
+    assert "the earth is round: reproduced" in shown and 'class="verdict reproduced"' in shown
+    assert "the training run, of which there are 3" in shown
+    assert "Cycles among the policies, by the means: none" in shown
+    assert "not one of equal information" not in shown
+    results["preset"]["judge"] = "annotators"
+    assert "not one of equal information" in page(results, [])
+
+
+def test_the_report_holds_its_figures_and_is_the_same_every_time(tmp_path) -> None:
+    first, second = (write_report(numbers(), tmp_path / name) for name in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
+    drawn = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', first.read_text())
+    names = sorted(path.name for path in (tmp_path / "one" / "figures").iterdir())
+    assert len(drawn) == len(names) == 6
+    assert all(base64.b64decode(each).startswith(b"<?xml") for each in drawn)
+    assert names == ["beta.svg", "kl.svg", "matrix-preference-model.svg", "training-kl.svg", "training-length.svg",
+                     "training-win-rate.svg"]  # fmt: skip
+
+
+def test_figures_draw_the_numbers() -> None:
+    results = numbers()
+    heat = figures.heat_map(results, "preference-model").axes[0]
+    assert [round(float(value), 2) for value in heat.images[0].get_array()[3]] == [0.62, 0.58, 0.54, 0.5, 0.46]
+    assert "0.58\n±0.03" in {text.get_text() for text in heat.texts}
+    line = figures.win_rate_by_beta(results).axes[0].lines[0]
+    assert line.get_ydata().tolist() == [0.5, 0.525, 0.6]
+    assert figures.curves(results, "kl")["rlhf"] == {1: 0.1, 2: 0.2}
+    assert figures.curves(results, "nothing") == {}
+
+
+def test_a_report_is_drawn_again_from_its_results(tmp_path, capsys) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(numbers()))
+    assert redraw([str(path), "--out", str(tmp_path / "again"), "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert summary(numbers()) in printed and "| SFT |  | 0.46 ± 0.03 |" in printed
+    assert (tmp_path / "again" / "report.html").is_file()
+    with pytest.raises(SystemExit):
+        redraw([str(path)])
+
+
+def test_the_documented_numbers_are_the_results_files() -> None:
+    """docs/experiment.md quotes a run; `python -m nlhf_kernels.experiment` gives the text to paste."""
+    page = (ROOT / "docs" / "experiment.md").read_text()
+    stored = sorted((ROOT / "docs" / "experiment").glob("*/results.json"))
+    assert stored, "a run is documented"
+    for path in stored:
+        assert summary(json.loads(path.read_text())) in page, f"{path}: its numbers are not those of the page"
+
+
+def test_the_demo_runs_tiny_ends_with_its_report_and_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    packages = fake_packages(tmp_path / "packages")
+    monkeypatch.setattr("nlhf_kernels.experiment.docstrings.installed_folders", lambda: [packages])
+    command = ["demo", "--preset", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu",
+               "--set", "contestants=rlhf,nash-md-0.25"]  # fmt: skip
+    with one_thread():
+        assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "Win rate of row against column" in printed and "3 Nash-MD 0.25" in printed
+    assert re.search(r"Speed: a whole update of Nash-MD 0.25 on cpu .*: \d+ ms with", printed.replace("\n", " "))
+    report = Path(re.findall(r"^Report: (.*)$", printed, re.M)[0])
+    assert report.is_file() and "Nash-MD 0.25" in report.read_text()
+    assert main(command) == 0, "a second time it only draws"
+    assert "(kept)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "demo: --preset: expected one of tiny, small, gpu; got 'huge'"),
+        (["--set", "upates=3"], "is updates meant?"),
+        (["--data", "nowhere/at/all.jsonl"], "data: nowhere/at/all.jsonl: there is no such file"),
+        (["--model", "./nowhere"], "experiment: ./nowhere: expected a tokenizer's folder or its name on the hub"),
+        (["--split", "train"], "experiment: --split: expected with --data"),
+        (["--preset", "tiny", "--set", "examples=1000000"], "expected 1000000 with a first line and a body"),
+        (["--device", "abacus"], "demo: --device: expected a device PyTorch can use here; got 'abacus'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("nlhf_kernels.experiment.docstrings.installed_folders", lambda: [tmp_path])
+    assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert message in errors[-1] and errors[-1].startswith("nlhf-kernels: error: ")
+
+
+def test_a_foreign_folder_and_missing_packages_are_refused(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["demo", "--preset", "tiny", "--out", str(tmp_path)]) == 2
+    assert "holds other things" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "NEEDED", ("no_such_package",))
+    assert main(["demo", "--preset", "tiny"]) == 2
+    assert "this needs no_such_package: pip install nlhf-kernels[train,plots]" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_run", interrupted)
+    assert main(["demo"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Two policies, a preference model, prompts."""
+    folder, tokenizer = tmp_path_factory.mktemp("saved"), tiny_tokenizer()
+    for seed, name in enumerate(("one", "two")):
+        tiny_model("llama", seed=seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    save_preference_model(PairwisePreferenceModel(tiny_model("llama", seed=5), tokenizer), folder / "judge")
+    rows = [{"prompt": f"say {letter}"} for letter in "abcdefa"]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def evaluate(saved: Path, *more: str, policies: tuple[str, ...] = ("one", "other=two")) -> list[str]:
+    names = [entry.replace("one", str(saved / "one")).replace("two", str(saved / "two")) for entry in policies]
+    chosen = [word for name in names for word in ("--policy", name)]
+    return ["evaluate", *chosen, "--judge", str(saved / "judge"), "--data", str(saved / "prompts.jsonl"),
+            "--max-new-tokens", "5", "--device", "cpu", *more]  # fmt: skip
+
+
+def test_saved_policies_are_compared(saved, tmp_path, capsys) -> None:
+    output = tmp_path / "matrix.json"
+    assert main(evaluate(saved, "--json", "--reference", str(saved / "one"), "--output", str(output))) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads(output.read_text())
+    assert document["prompts"] == 6, "every prompt once"
+    one, other = document["policies"]
+    assert (one["name"], other["name"]) == ("one", "other")
+    assert one["kl"] == pytest.approx(0.0, abs=1e-5) and other["kl"] > 0
+    cell = document["matrix"][0][1]
+    assert 0 <= cell["mean"] <= 1 and cell["prompts"] == 6 and document["matrix"][0][0] is None
+    assert main(evaluate(saved, "--samples", "2", "--prompts", "3")) == 0
+    assert "3 prompts, 2 answers to each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "policies", "message"),
+    [
+        ((), ("one",), "evaluate: --policy: expected two or more; got 1"),
+        ((), ("a=one", "a=two"), "evaluate: --policy: expected NAME=MODEL, every name once"),
+        (("--prompts", "1"), ("one", "two"), "evaluate: --prompts: expected an integer in [2"),
+        (("--judge", "./nowhere"), ("one", "two"), "evaluate: --judge: expected a model's folder"),
+        (("--samples", "0"), ("one", "two"), "answers: samples: expected an integer in [1"),
+        (
+            ("--output", "nowhere/x.json"),
+            ("one", "two"),
+            "evaluate: --output: expected a file in a folder that is there",
+        ),
+        (("--reference", "./nowhere"), ("one", "two"), "experiment: ./nowhere: expected a model's folder"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(more, policies, message, saved, capsys) -> None:
+    assert main(evaluate(saved, *more, policies=policies)) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert message in errors[-1]
