@@ -29,11 +29,24 @@ def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inpu
     return Inputs(args, kwargs, {0: args[0].clone()})
 
 
+class _AsComputed(torch.autograd.Function):
+    """A leaf's memory as if a model had computed it: the library refuses to overwrite a leaf, and `restore` allows it
+    here."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.data
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
 def in_place(function: Function) -> Function:
-    """The gradient over the logits; through a view, for a benchmark's logits are a leaf, whose values must stay."""
+    """The gradient over the logits."""
 
     def call(policy: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return function(policy.view_as(policy), *args, overwrite_logits=True, **kwargs)
+        return function(_AsComputed.apply(policy), *args, overwrite_logits=True, **kwargs)
 
     return call
 
