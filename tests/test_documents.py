@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import headlines
 from nlhf_kernels.cli import info
 from nlhf_kernels.cli.main import COMMANDS, main
 
@@ -78,6 +79,10 @@ def test_shown_benchmark_commands_are_understood(command) -> None:
     arguments = shlex.split(command)[1:]
     result = subprocess.run([sys.executable, *arguments, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_speed_table_is_what_was_measured() -> None:
+    assert headlines.table() in (ROOT / "README.md").read_text(), "python -m benchmarks.headlines"
 
 
 def test_table_of_ops_is_the_registrys() -> None:
