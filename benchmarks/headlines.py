@@ -34,6 +34,7 @@ def _cpu(case: str, shape: str, mode: str, implementation: str = "cpu", dtype: s
 _OPS, _EAGER = "cpu-1-thread.jsonl", "PyTorch"
 _LOGITS = "tokens=2048 length=512 vocabulary=32000 models=policy"
 _ROLLOUT = "prompts=4 prompt=64 new=128 width=256 layers=4 vocabulary=32000"
+_UPDATE = "prompts=8 prompt=64 new=32 width=256 layers=4 vocabulary=32000"
 HEADLINES = (
     Headline(
         "draw from the mixture, 32 rows of 131,072 tokens",
@@ -56,6 +57,10 @@ HEADLINES = (
         "the same",
         _OPS, _cpu("rollout", _ROLLOUT, "forward", "engine"),
         "TRL 1.13's way, transcribed", "TRL 1.13's way, transcribed",
+    ),
+    Headline(
+        "an update of training, 8 prompts, 32 new tokens",
+        _OPS, _cpu("train_step", _UPDATE, "full", "NashTrainer"), "TRL 1.13.0", "TRL 1.13.0",
     ),
 )  # fmt: skip
 
