@@ -108,7 +108,7 @@ def all_figures(results: Results) -> Iterable[tuple[str, str, Any]]:
     """(file name, caption, figure)"""
     judges = list(results["tournament"]["judges"])
     for judge in judges:
-        yield f"matrix-{judge}", f"Win rates as {JUDGE_LABELS[judge]} sees them", heat_map(results, judge)
+        yield f"matrix-{judge}", f"Win rates in the eyes of {JUDGE_LABELS[judge]}", heat_map(results, judge)
     if any(facts["by_beta"] for facts in results["tournament"]["judges"].values()):
         yield "beta", "Win rate against beta", win_rate_by_beta(results)
     for quantity, name, ylabel in (
