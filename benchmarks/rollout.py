@@ -7,13 +7,11 @@ and shares the harness's timing, results and tables. A time is that of all steps
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 if __package__ in (None, ""):  # started as a script: the package is found one folder up
@@ -22,10 +20,10 @@ if __package__ in (None, ""):  # started as a script: the package is found one f
 import torch
 from rich.console import Console
 
-from benchmarks.harness.case import PRESETS, Shape
-from benchmarks.harness.report import print_results
-from benchmarks.harness.results import Accuracy, Floor, ResultRow, RowKey, Speedup, append_rows
-from benchmarks.harness.runner import Job, RunContext, Settings, open_run
+from benchmarks.harness.case import Shape
+from benchmarks.harness.results import Accuracy, Floor, ResultRow, RowKey, Speedup
+from benchmarks.harness.rounds import build_parser, run_rounds
+from benchmarks.harness.runner import RunContext
 from benchmarks.harness.timing import Action, Timing, TimingPlan, time_calls
 
 BETA = 0.3
@@ -211,7 +209,7 @@ def run_shape(shape: Shape, context: RunContext, plan: TimingPlan) -> list[Resul
     return rows
 
 
-def print_rates(rows: Sequence[ResultRow], shape: Shape, console: Console) -> None:
+def print_rates(shape: Shape, rows: Sequence[ResultRow], console: Console) -> None:
     new, tokens = int(shape.sizes["new"]), 2 * int(shape.sizes["prompts"]) * int(shape.sizes["new"])
     for row in rows:
         if row.timing is not None:
@@ -220,40 +218,9 @@ def print_rates(rows: Sequence[ResultRow], shape: Shape, console: Console) -> No
             console.print(f"  {row.key.implementation:<28} {rate}", highlight=False)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="standard", help="tiny: a smoke test")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
-    parser.add_argument("--repeats", type=int, default=5, help="of every rival, in turn (default 5)")
-    parser.add_argument("--new", type=int, help="only shapes of this many new tokens")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    console = Console(width=120)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shapes = [
-        shape
-        for shape in SHAPES[arguments.preset]
-        if device.type in shape.devices and arguments.new in (None, shape.sizes["new"])
-    ]
-    case = SimpleNamespace(name="rollout")
-    context = open_run(Settings(device, arguments.preset), [Job(case, shape) for shape in shapes])
-    repeats = 1 if arguments.preset == "tiny" else arguments.repeats
-    plan = TimingPlan(0.0, repeats, repeats, warmups=1, batch_s=0.0, flush_bytes=0)
-    rows: list[ResultRow] = []
-    for shape in shapes:
-        new = run_shape(shape, context, plan)
-        print_rates(new, shape, console)
-        rows += new
-    if arguments.out is not None:
-        append_rows(arguments.out, rows)
-    print_results(rows, console)
+    arguments = build_parser("rollout", __doc__).parse_args(argv)
+    rows = run_rounds("rollout", arguments, SHAPES, run_shape, print_rates)
     return 0 if all(row.status == "ok" for row in rows) else 1
 
 

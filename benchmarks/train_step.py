@@ -8,14 +8,12 @@ that of plain PyTorch on the same answers. The speed-up is over TRL. Phases are 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 if __package__ in (None, ""):  # started as a script: the package is found one folder up
@@ -24,11 +22,11 @@ if __package__ in (None, ""):  # started as a script: the package is found one f
 import torch
 from rich.console import Console
 
-from benchmarks.harness.case import PRESETS, Shape
+from benchmarks.harness.case import Shape
 from benchmarks.harness.memory import METHODS, peak_bytes
-from benchmarks.harness.report import print_results
-from benchmarks.harness.results import Accuracy, Memory, ResultRow, RowKey, Speedup, append_rows
-from benchmarks.harness.runner import Job, RunContext, Settings, open_run
+from benchmarks.harness.results import Accuracy, Memory, ResultRow, RowKey, Speedup
+from benchmarks.harness.rounds import build_parser, run_rounds
+from benchmarks.harness.runner import RunContext
 from benchmarks.harness.timing import Action, Timing, TimingPlan, summarise, time_calls
 from benchmarks.rivals import trl
 
@@ -252,7 +250,8 @@ def _part(context: RunContext, shape: Shape, name: str, seconds: list[float]) ->
     return ResultRow(_key(context, shape, name), "part", "ok", context.facts, timing=timing)
 
 
-def print_phases(rows: Sequence[ResultRow], console: Console) -> None:
+def print_phases(shape: Shape, rows: Sequence[ResultRow], console: Console) -> None:
+    console.print(shape.label, highlight=False)
     times = {row.key.implementation: row.timing.median_us / 1e6 for row in rows if row.timing is not None}
     for name in (OURS, REFERENCE, TRL):
         if name in times:
@@ -262,41 +261,9 @@ def print_phases(rows: Sequence[ResultRow], console: Console) -> None:
             console.print(f"  {name:<32} {times[name]:8.3f} s an update  {ratio}{shares}", highlight=False)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, default="standard", help="tiny: a smoke test")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
-    parser.add_argument("--repeats", type=int, default=5, help="updates of every rival, in turn (default 5)")
-    parser.add_argument("--new", type=int, help="only shapes of this many new tokens")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    console = Console(width=120)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shapes = [
-        shape
-        for shape in SHAPES.get(arguments.preset, ())
-        if device.type in shape.devices and arguments.new in (None, shape.sizes["new"])
-    ]
-    case = SimpleNamespace(name="train_step")
-    context = open_run(Settings(device, arguments.preset), [Job(case, shape) for shape in shapes])
-    repeats = 1 if arguments.preset == "tiny" else arguments.repeats
-    plan = TimingPlan(0.0, repeats, repeats, warmups=1, batch_s=0.0, flush_bytes=0)
-    rows: list[ResultRow] = []
-    for shape in shapes:
-        made = run_shape(shape, context, plan)
-        console.print(shape.label, highlight=False)
-        print_phases(made, console)
-        rows += made
-    if arguments.out is not None:
-        append_rows(arguments.out, rows)
-    print_results([row for row in rows if row.kind != "part"], console)
+    arguments = build_parser("train_step", __doc__).parse_args(argv)
+    rows = run_rounds("train_step", arguments, SHAPES, run_shape, print_phases)
     return 0 if all(row.status in ("ok", "unavailable") for row in rows) else 1
 
 

@@ -51,7 +51,9 @@ def commands(program: str, languages: tuple[str, ...] = SHELLS) -> list:
 @pytest.mark.parametrize(("path", "code"), fenced("python"))
 def test_python_snippets_run(path, code, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, _name(path), "exec"), {"__name__": "__snippet__"})
+    names = {"__name__": "__snippet__"}
+    exec(compile(code, _name(path), "exec"), names)
+    assert len(names) > 2, "a snippet shows something: at the least it imports it"
 
 
 @pytest.mark.parametrize("command", commands("nlhf-kernels"))

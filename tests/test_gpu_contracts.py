@@ -76,12 +76,13 @@ def test_nothing_waits_for_the_device(backend) -> None:
     try:
         draw()
         beta = torch.linspace(0, 1, 4, device="cuda")
-        nlhf_kernels.mixture_sample(
+        drawn = nlhf_kernels.mixture_sample(
             policy, other, beta, seed=1, row_ids=torch.arange(4, device="cuda"), step=2, top_p=0.8, backend=backend
         )
         nlhf_kernels.mirror_descent(*game, tau=0.1, step_sizes=step_sizes, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert drawn.ok.all()
 
 
 @on_gpu

@@ -54,7 +54,10 @@ def test_no_step_waits_for_the_device(models) -> None:
     engine.rollout(**request)
     rollout_step = engine.graphs.run
 
+    watched_steps = []
+
     def watched(*arguments) -> None:
+        watched_steps.append(None)
         torch.cuda.set_sync_debug_mode("error")
         try:
             rollout_step(*arguments)
@@ -62,4 +65,5 @@ def test_no_step_waits_for_the_device(models) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
     engine.graphs.run = watched
-    engine.rollout(**request)
+    result = engine.rollout(**request)
+    assert len(watched_steps) == 29 and all(responses.ok.all() for responses in result)

@@ -1,4 +1,5 @@
-"""The results as Markdown, for documents: what a run found, in tables that nobody has typed."""
+"""The results as Markdown, for documents: what a run found, in tables that nobody has typed. Speeds are left to the
+run's own report: results do not say of which commit they are."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .figures import JUDGE_LABELS
-from .report import describe_claim, describe_cycles, describe_intervals, describe_size, describe_speed
+from .report import describe_claim, describe_cycles, describe_intervals, describe_size
 
 Results = dict[str, Any]
 
@@ -22,7 +23,6 @@ def summary(results: Results) -> str:
         parts.append(_table(head, rows))
     parts.append("\n".join(f"- {line}" for line in describe_cycles(results)))
     parts.append(_judges(results))
-    parts.append("\n".join(f"- {line}" for line in describe_speed(results)))
     parts.append(_machine(results))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -44,9 +44,9 @@ def _judges(results: Results) -> str:
 
 
 def _machine(results: Results) -> str:
-    machine, total = results["machine"], sum(results["seconds"].values())
+    machine = results["machine"]
     facts = ", ".join(f"{name} {machine[name]}" for name in ("device", "cores", "threads", "torch", "transformers"))
-    return f"{total:.0f} seconds in all; {facts}."
+    return f"Made with {facts}."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,63 @@
+"""The command line of benchmarks that time whole loops, rival by rival in turn, and not one call of an op."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .case import PRESETS, Shape
+from .report import print_results
+from .results import ResultRow, append_rows
+from .runner import Job, RunContext, Settings, open_run
+from .timing import TimingPlan
+
+RunShape = Callable[[Shape, RunContext, TimingPlan], list[ResultRow]]
+
+
+def build_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--preset", choices=PRESETS, default="standard", help="tiny: a smoke test")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of all rivals in turn (default 5)")
+    parser.add_argument("--new", type=int, help="only shapes of this many new tokens")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
+    return parser
+
+
+def run_rounds(
+    name: str,
+    arguments: argparse.Namespace,
+    presets: Mapping[str, Sequence[Shape]],
+    run_shape: RunShape,
+    show: Callable[[Shape, list[ResultRow], Console], Any],
+) -> list[ResultRow]:
+    """Every shape of the preset that fits the device, shown as it is done; then the table, and the file."""
+    console = Console(width=120)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shapes = [
+        shape
+        for shape in presets.get(arguments.preset, ())
+        if device.type in shape.devices and arguments.new in (None, shape.sizes["new"])
+    ]
+    case = SimpleNamespace(name=name)
+    context = open_run(Settings(device, arguments.preset), [Job(case, shape) for shape in shapes])
+    repeats = 1 if arguments.preset == "tiny" else arguments.repeats
+    plan = TimingPlan(0.0, repeats, repeats, warmups=1, batch_s=0.0, flush_bytes=0)
+    rows: list[ResultRow] = []
+    for shape in shapes:
+        made = run_shape(shape, context, plan)
+        show(shape, made, console)
+        rows += made
+    if arguments.out is not None:
+        append_rows(arguments.out, rows)
+    print_results([row for row in rows if row.kind != "part"], console)
+    return rows
