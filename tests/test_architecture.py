@@ -12,6 +12,7 @@ import pytest
 from nlhf_kernels.core import settings
 from nlhf_kernels.core.registry import ops
 
+pytestmark = pytest.mark.files
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nlhf_kernels"
 

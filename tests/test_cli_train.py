@@ -186,6 +186,7 @@ def test_every_field_of_nash_config_can_be_written(tmp_path) -> None:
     assert run.judge[0].function == "a:b"
 
 
+@pytest.mark.files
 def test_the_example_is_a_run_that_could_be(monkeypatch, tmp_path) -> None:
     run = read_run_file(ROOT / "docs" / "examples" / "nash_md.yaml", ["training.use_cpu=true"])
     monkeypatch.chdir(tmp_path)
@@ -194,6 +195,7 @@ def test_the_example_is_a_run_that_could_be(monkeypatch, tmp_path) -> None:
     assert torch.float32 == getattr(torch, run.dtype)
 
 
+@pytest.mark.files
 def test_the_configuration_page_is_current(capsys) -> None:
     assert main(["train", "--keys"]) == 0
     page = capsys.readouterr().out

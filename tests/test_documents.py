@@ -63,12 +63,14 @@ def test_shown_commands_run(command, tmp_path, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out
 
 
+@pytest.mark.files
 def test_every_subcommand_is_shown() -> None:
     """In a block that runs, or, where it needs what no test has (a model's folder), in a ```text block."""
     shown = {shlex.split(command, posix=False)[1] for command in commands("nlhf-kernels", (*SHELLS, "text"))}
     assert shown == set(COMMANDS)
 
 
+@pytest.mark.files
 def test_shown_make_targets_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     shown = {word for command in commands("make") for word in shlex.split(command)[1:2]}
@@ -83,16 +85,19 @@ def test_shown_benchmark_commands_are_understood(command) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.files
 def test_the_speed_table_is_what_was_measured() -> None:
     assert headlines.table() in (ROOT / "README.md").read_text(), "python -m benchmarks.headlines"
 
 
+@pytest.mark.files
 def test_table_of_ops_is_the_registrys() -> None:
     assert info.markdown_table() in (ROOT / "README.md").read_text(), (
         "nlhf-kernels info --markdown prints the new table"
     )
 
 
+@pytest.mark.files
 @pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
 def test_named_files_exist(path) -> None:
     """Links and `paths/in/backticks` of a document lead somewhere, from the document's folder or from the root."""

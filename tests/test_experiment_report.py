@@ -83,6 +83,7 @@ def test_a_report_is_drawn_again_from_its_results(tmp_path, capsys) -> None:
         redraw([str(path)])
 
 
+@pytest.mark.files
 def test_the_documented_numbers_are_the_results_files() -> None:
     """docs/experiment.md quotes a run; `python -m nlhf_kernels.experiment` gives the text to paste."""
     page = (ROOT / "docs" / "experiment.md").read_text()
