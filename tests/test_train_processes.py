@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from tests.support import train_run
-from tests.support.training import make_trainer, single_thread  # noqa: F401
+from tests.support.training import lora, make_trainer, single_thread  # noqa: F401
 
 RUN = {
     "max_steps": 2, "learning_rate": 1e-2, "samples_per_prompt": 2, "tau": 0.1, "save_strategy": "epoch",
@@ -39,3 +41,22 @@ def test_two_processes_are_one(tmp_path) -> None:
         assert there[name] == pytest.approx(here[name], rel=1e-2, abs=1e-3), name
     saved = {path.name for path in (tmp_path / "two" / "checkpoint-2").iterdir()}
     assert {"model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth", "nash_run.json"} <= saved
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [("nash-ema", {"lora": {}}), ("nash-mp", {"models_differ": True})],
+    ids=["adapters", "models"],
+)
+def test_all_processes_play_the_same(algorithm, options, tmp_path) -> None:
+    """Processes whose generators differ, and even their models: policy, opponent and reference are the same everywhere,
+    when the trainer is made and after training; first adapters are a function of args.seed, which one process shows."""
+    run = {"algorithm": algorithm, "max_steps": 1, "learning_rate": 1e-2, "seed": 11, **options}
+    made = train_run.start(tmp_path, processes=2, per_device_train_batch_size=2, ddp_backend="gloo", **run)
+    assert made.returncode == 0, made.stderr
+    first, second = (json.loads((tmp_path / f"process-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first[0] != first[1], "the policy has learned"
+    if "lora" in options:
+        alone = make_trainer(tmp_path / "alone", algorithm=algorithm, seed=11, peft_config=lora())
+        assert train_run.players(alone) == first[0]

@@ -42,14 +42,14 @@ def check_processes(args: NashConfig, accelerator: Any, prompts: Mapping[str, Si
             )
 
 
-def with_reference(model: Any, reference: Any, peft_config: Any) -> tuple[Any, Any]:
+def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> tuple[Any, Any]:
     """The policy, adapters put on, and its reference: None where that is the policy's own base."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{OP}: model: expected a causal language model; got {type(model).__name__}")
     if reference is model:
         raise ValueError(f"{OP}: reference_model: expected another model than the trained one; got the same object")
     if peft_config is not None:
-        model = _adapted(model, peft_config)
+        model = _adapted(model, peft_config, seed)
     if reference is None and is_adapted(model):
         _check_base_stays(model)
     elif reference is None:
@@ -69,7 +69,25 @@ def _check_weights(model: torch.nn.Module) -> None:
         raise ValueError(f"{OP}: model: expected the whole model on one device; got it on {', '.join(devices)}")
 
 
-def _adapted(model: Any, peft_config: Any) -> Any:
+@torch.no_grad()
+def broadcast_weights(*models: Any) -> None:
+    """Give all processes the first one's weights, of the models that are there.
+
+    Before anything is copied from them: preparing a model for several processes does this for the trained one alone,
+    and later, when a reference or an opponent would be a copy of what no other process has.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for model in models:
+        for value in () if model is None else (*model.parameters(), *model.buffers()):
+            whole = value.detach().contiguous()
+            torch.distributed.broadcast(whole.flatten().view(torch.uint8), 0)  # bytes: every dtype, every backend
+            if not value.is_contiguous():
+                value.copy_(whole)
+
+
+def _adapted(model: Any, peft_config: Any, seed: int) -> Any:
+    """With new adapters, whose first values are a function of the seed; the caller's generators stay as they are."""
     if is_adapted(model):
         raise ValueError(f"{OP}: peft_config: expected with a model without adapters; got one that has some")
     try:
@@ -81,7 +99,10 @@ def _adapted(model: Any, peft_config: Any) -> Any:
             f"{OP}: peft_config: lora_dropout: expected 0, as answers are scored by the distribution they were drawn "
             f"from; got {peft_config.lora_dropout}"
         )
-    return get_peft_model(model, peft_config)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return get_peft_model(model, peft_config)
 
 
 def _check_base_stays(model: Any) -> None:

@@ -35,7 +35,15 @@ from .meters import Clock, Meters
 from .prompts import Collator, PromptDataset, check_vocabulary, special_tokens
 from .rewards import Reward
 from .schedules import value_at
-from .setup import OP, check_judges, check_processes, opponent_of, with_reference, without_dropout
+from .setup import (
+    OP,
+    broadcast_weights,
+    check_judges,
+    check_processes,
+    opponent_of,
+    with_reference,
+    without_dropout,
+)
 
 _log = logging.getLogger(__name__)
 _Trainer: Any = Trainer  # its annotations contradict what subclasses are meant to do
@@ -76,7 +84,7 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
             raise TypeError(f"{OP}: args: expected a NashConfig; got {type(args).__name__}")
         check_judges(args, judge, reward)
         ends, pad = special_tokens(processing_class, model)
-        model, reference_model = with_reference(model, reference_model, peft_config)
+        model, reference_model = with_reference(model, reference_model, peft_config, args.seed)
         check_vocabulary(processing_class, check_head(model, "model"))
         if reference_model is not None and args.kl == "exact":
             check_head(reference_model, "reference_model")
@@ -114,11 +122,12 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
     def _build_players(self, args: NashConfig, reference: Any, eval_opponent: Any) -> None:
         """Everyone who answers prompts, and the one who learns."""
         dtype = torch.bfloat16 if args.bf16 else None  # None: everyone's own
-        self.played = opponents.Played(self.model, dtype)
         place: dict[str, Any] = {"device": args.device} | ({} if dtype is None else {"dtype": dtype})
         for part in (reference, eval_opponent):
             if part is not None:
                 part.requires_grad_(False).eval().to(**place)
+        broadcast_weights(self.model, reference, eval_opponent)  # before opponents are copied from them
+        self.played = opponents.Played(self.model, dtype)
         self.opponent, anchor = opponent_of(self.model, dtype, args)
         beside = None if self.opponent is None else self.opponent.played
         compiled = args.compile_rollouts

@@ -2,11 +2,13 @@
 
     python -m tests.support.train_run FOLDER '{"max_steps": 4, "die_while_saving": true, ...}'
 
-Writes FOLDER/result.json: what was logged at every update, and a checksum of the trained weights.
+Writes FOLDER/result.json: what was logged at every update, and a checksum of the trained weights; and one file a
+process, FOLDER/process-N.json: checksums of all that plays, before the first update and after the last.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -23,12 +25,21 @@ def main(folder: str, options: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from tests.support.training import make_trainer
+    from tests.support.tiny_models import tiny_model
+    from tests.support.training import lora, make_trainer
 
     if options.pop("die_while_saving", False):
         _die_while_saving()
+    rank = int(os.environ.get("RANK", 0))
+    torch.manual_seed(1000 + rank)  # as processes of users differ
+    if options.pop("models_differ", False):
+        options["model"] = tiny_model("llama", seed=rank)
+    if (adapters := options.pop("lora", None)) is not None:
+        options["peft_config"] = lora(**adapters)
     trainer = make_trainer(folder, **options)
+    before = players(trainer)
     trainer.train()
+    Path(folder, f"process-{rank}.json").write_text(json.dumps([before, players(trainer)]))
     if trainer.is_world_process_zero():
         (Path(folder) / "result.json").write_text(json.dumps(outcome(trainer)))
     if torch.distributed.is_initialized():
@@ -45,6 +56,17 @@ def outcome(trainer: Any) -> dict[str, Any]:
         "evaluations": [entry for entry in trainer.state.log_history if "eval_kl" in entry],
         "batch": len(trainer.made[0].prompts),
     }
+
+
+def players(trainer: Any) -> dict[str, str]:
+    """A checksum of every tensor that plays: the policy, what the opponent keeps, the reference."""
+    tensors = {f"policy/{name}": value for name, value in trainer.played.model.named_parameters()}
+    if trainer.opponent is not None:
+        tensors |= {f"opponent/{name}": value for name, value in trainer.opponent.state().items()}
+        tensors |= {f"played/{name}": value for name, value in trainer.opponent.played.items()}
+    if trainer.learner.reference is not None:
+        tensors |= {f"reference/{name}": value for name, value in trainer.learner.reference.named_parameters()}
+    return {name: hashlib.sha256(value.detach().numpy().tobytes()).hexdigest() for name, value in tensors.items()}
 
 
 def _die_while_saving() -> None:
