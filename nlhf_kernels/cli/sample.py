@@ -143,7 +143,8 @@ def _generate(arguments: argparse.Namespace, prompts: list[str]) -> list[Sample]
     with _Bar(math.ceil(len(rows) / arguments.batch_size), arguments.max_new_tokens) as bar:
         for start in range(0, len(rows), arguments.batch_size):
             batch = rows[start : start + arguments.batch_size]
-            ids = torch.arange(start, start + len(batch), device=device)  # not of the batch: its size is free
+            # Numbered through all prompts, so that the responses do not depend on the batch size.
+            ids = torch.arange(start, start + len(batch), dtype=torch.int64, device=device)
             player = Player(0.0 if arguments.beta is None else arguments.beta, row_ids=ids)
             (result,) = engine.rollout(*_padded(batch, pad, device), (player,), settings, Hooks(streamer=bar))
             if not result.ok.all():
@@ -253,7 +254,7 @@ def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torc
     longest = max(map(len, rows))
     ids = [[pad] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return torch.tensor(ids, dtype=torch.int64, device=device), torch.tensor(mask, dtype=torch.int64, device=device)
 
 
 def _sample(tokenizer: Any, prompt: str, index: int, result: Responses, row: int) -> Sample:

@@ -99,7 +99,7 @@ def _probabilities(option: str, text: str | None, actions: int) -> torch.Tensor 
         raise ValueError(f"{option}: expected numbers separated by commas; got {text!r}") from None
     if len(values) != actions or min(values) <= 0:
         raise ValueError(f"{option}: expected {actions} probabilities above 0; got {text!r}")
-    return torch.tensor(values, dtype=torch.float64) / sum(values)
+    return torch.tensor(values, dtype=torch.float64, device="cpu") / sum(values)
 
 
 def _algorithms(text: str) -> list[str]:
@@ -125,7 +125,7 @@ def _play(
     )
     start = _probabilities("--start", arguments.start, game.actions)
     if start is None:
-        start = torch.linspace(2, 0, game.actions, dtype=torch.float64).softmax(-1)
+        start = torch.linspace(2, 0, game.actions, dtype=torch.float64, device="cpu").softmax(-1)
     outcomes = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:

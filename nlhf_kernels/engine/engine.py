@@ -140,7 +140,9 @@ class RolloutEngine:
         shortest, longest = (int(length) for length in torch.aminmax(prompts.mask.sum(1)))
         self.ensemble.check_room(longest, settings.max_new_tokens, shortest)
         ends = end_ids(self.op, self.ensemble.policy, settings.end_ids, self.ensemble.vocabulary)
-        seed = int(torch.randint(2**63 - 1, ())) if settings.seed is None else settings.seed
+        seed = settings.seed
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
         return Plan(
             prompts=prompts,
             players=tuple(players),
@@ -203,7 +205,7 @@ class RolloutEngine:
             table=Table(memory.rows, self.device),
             readers=self.ensemble.readers(rows, length, clock),
             seed=torch.zeros((), dtype=torch.int64, device=self.device),
-            bias=torch.zeros(plan.vocabulary, device=self.device),
+            bias=torch.zeros(plan.vocabulary, dtype=torch.float32, device=self.device),
         )
         self._capacity = (rows, length, steps, plan.logprobs)
         return self._space

@@ -28,7 +28,7 @@ class Hooks:
         self, text: torch.Tensor, logits: Sequence[torch.Tensor], weights: torch.Tensor
     ) -> torch.Tensor:  # (B, L), of (B, V), (B, models) -> (B, V) float32
         """What the processors make of the mixture. A model of weight 0 is not touched: 0 * -inf is NaN."""
-        mixed = torch.zeros(logits[0].shape, device=logits[0].device)
+        mixed = torch.zeros_like(logits[0], dtype=torch.float32)
         for weight, model in zip(weights.unbind(1), logits, strict=True):
             column = weight[:, None]
             mixed = mixed + torch.where(column == 0, 0.0, column * model.float())

@@ -20,7 +20,7 @@ class Ledger:
         self.capacity = steps
         self.tokens = torch.zeros(steps, rows, dtype=torch.int64, device=device)
         self.ok = torch.zeros(steps, rows, dtype=torch.bool, device=device)
-        self.logprobs = {name: torch.zeros(steps, rows, device=device) for name in logprobs}
+        self.logprobs = {name: torch.zeros(steps, rows, dtype=torch.float32, device=device) for name in logprobs}
 
     def start(self, rows: int, steps: int, ends: torch.Tensor) -> None:
         """`ends` (E,): the end tokens. Every row is as long as it may get, until it is found to have ended."""
@@ -60,7 +60,7 @@ class Ledger:
     def responses(self, rows: slice, width: int, pad: int) -> Responses:
         """Copies: the buffers serve the next rollout."""
         lengths = self.lengths[rows]
-        mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+        mask = torch.arange(width, dtype=torch.int64, device=lengths.device) < lengths[:, None]
 
         def column(kept: torch.Tensor) -> torch.Tensor:
             return kept[:width, rows].T

@@ -17,7 +17,7 @@ class OpenRows:
         if is_open.device.type != "cuda":
             self._latest = is_open.tolist()
         elif self._pending is None:  # one question at a time
-            host = torch.empty(is_open.shape, dtype=torch.bool, pin_memory=True)
+            host = torch.empty(is_open.shape, dtype=torch.bool, device="cpu", pin_memory=True)
             host.copy_(is_open, non_blocking=True)
             event = torch.cuda.Event()
             event.record()

@@ -141,13 +141,14 @@ def row_ids(op: str, player: Player, prompts: int, device: torch.device) -> torc
     """Distinct wherever the prompts' ids are."""
     ids, rows = player.row_ids, prompts * player.samples
     if ids is None:
-        return torch.arange(rows, device=device)
+        return torch.arange(rows, dtype=torch.int64, device=device)
     check_tensor(op, "row_ids", ids, ("rows",), INTEGERS, {}, device)
     if len(ids) == rows:
         return ids
     if len(ids) != prompts:
         raise ValueError(f"{op}: row_ids: expected {prompts}, one per prompt, or {rows}; got {len(ids)}")
-    return (ids[:, None] * player.samples + torch.arange(player.samples, device=device)).flatten()
+    of_sample = torch.arange(player.samples, dtype=torch.int64, device=device)
+    return (ids[:, None] * player.samples + of_sample).flatten()
 
 
 def end_ids(op: str, policy: Any, given: Any, vocabulary: int) -> tuple[int, ...]:
@@ -155,7 +156,8 @@ def end_ids(op: str, policy: Any, given: Any, vocabulary: int) -> tuple[int, ...
         given = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
     if isinstance(given, int):
         given = [given]
-    ids = tuple(int(id) for id in torch.as_tensor(() if given is None else given, dtype=torch.int64).flatten())
+    given = () if given is None else given
+    ids = tuple(torch.as_tensor(given, dtype=torch.int64, device="cpu").flatten().tolist())
     for id in ids:
         check_integer(op, "end_ids", id, 0, vocabulary - 1)
     return ids

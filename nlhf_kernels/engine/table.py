@@ -70,18 +70,19 @@ class Table:
             if from_scores:
                 self.mixing = torch.stack([_column(weight, rows.stop - rows.start, device) for weight in mixed], 1)
             seats.append(Seat(index, player.parameters, player.stream, rows.start, rows.stop))
-            prompt_of.append(torch.arange(prompts, device=device).repeat_interleave(player.samples))
+            prompt = torch.arange(prompts, dtype=torch.int64, device=device)
+            prompt_of.append(prompt.repeat_interleave(player.samples))
             start = rows.stop
         self.seats = tuple(seats)
         self.ledger_rows = {seat.player: seat.rows for seat in seats}
-        torch.arange(start, out=self.row_of[:start])
+        torch.arange(start, dtype=torch.int64, device=device, out=self.row_of[:start])
         return torch.cat(prompt_of)
 
     @property
     def packed(self) -> torch.Tensor:  # see `mixture_settings`
         if self.columns not in self.packed_by_columns:
             shape = len(self.row_of), self.columns
-            self.packed_by_columns[self.columns] = torch.zeros(shape, device=self.row_of.device)
+            self.packed_by_columns[self.columns] = torch.zeros(shape, dtype=torch.float32, device=self.row_of.device)
         return self.packed_by_columns[self.columns]
 
     @property
@@ -102,7 +103,7 @@ class Table:
 
     def keep(self, kept: Sequence[Sequence[int]]) -> torch.Tensor:
         """Only these rows stay: positions in the batch, seat by seat. Returns them as one tensor."""
-        rows = torch.tensor([row for seat in kept for row in seat], device=self.row_of.device)
+        rows = torch.tensor([row for seat in kept for row in seat], dtype=torch.int64, device=self.row_of.device)
         for column in (self.row_of, self.row_ids, self.packed, self.tokens):
             column[: len(rows)] = column[rows]
         seats, start = [], 0

@@ -43,12 +43,13 @@ class Annotators:
             check_number("annotators", "scales", scale, 0.0, open_low=True)
 
     def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:  # (N, 3) float64
-        return torch.tensor([self._score(*pair) for pair in zip(prompts, responses, strict=True)], dtype=torch.float64)
+        scores = [self._score(*pair) for pair in zip(prompts, responses, strict=True)]
+        return torch.tensor(scores, dtype=torch.float64, device="cpu")
 
     def votes(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
         """(N, 3) float64: each annotator's P(first > second)."""
         difference = self.scores(prompts, first) - self.scores(prompts, second)
-        return (difference / torch.tensor(list(self.scales), dtype=torch.float64)).sigmoid()
+        return (difference / difference.new_tensor(self.scales)).sigmoid()
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
         return majority(self.votes(prompts, first, second))
@@ -58,7 +59,7 @@ class Annotators:
     ) -> torch.Tensor:  # (N,) bool: whether the majority of three votes, each drawn, was for the first
         generator = torch.Generator().manual_seed(seed)
         votes = self.votes(prompts, first, second)
-        return (torch.rand(votes.shape, generator=generator, dtype=torch.float64) < votes).sum(1) >= 2
+        return (torch.rand(votes.shape, generator=generator, dtype=torch.float64, device="cpu") < votes).sum(1) >= 2
 
     def _score(self, prompt: str, response: str) -> tuple[float, ...]:
         key = prompt, response

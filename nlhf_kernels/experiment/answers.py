@@ -71,7 +71,7 @@ def answer(
     for start in range(0, len(prompts), sampling.batch):
         chosen = list(prompts[start : start + sampling.batch])
         batch = prompt_batch(tokenizer, chosen, sampling.prompt_tokens, engine.device)
-        ids = torch.arange(start, start + len(chosen), device=engine.device)
+        ids = torch.arange(start, start + len(chosen), dtype=torch.int64, device=engine.device)
         player = Player(0.0, Stream.USER, sampling.samples, ids)
         (responses,) = engine.rollout(batch["input_ids"], batch["attention_mask"], [player], settings)
         parts.append(_read(responses, tokenizer, sampling.samples))

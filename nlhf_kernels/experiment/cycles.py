@@ -33,7 +33,7 @@ def pairwise(judge: Judge, prompts: Sequence[str], responses: Sequence[Sequence[
     first = [row[i] for row in responses for i, _ in pairs]
     second = [row[j] for row in responses for _, j in pairs]
     values = checked(judge)(asked, first, second).view(len(prompts), len(pairs))
-    table = torch.full((len(prompts), count, count), 0.5, dtype=torch.float64)
+    table = torch.full((len(prompts), count, count), 0.5, dtype=torch.float64, device="cpu")
     for column, (i, j) in enumerate(pairs):
         table[:, i, j], table[:, j, i] = values[:, column], 1 - values[:, column]
     return table

@@ -58,7 +58,7 @@ def student(degrees: int, tail: float) -> float:
     With t = sqrt(degrees) tan(angle), the density of the angle is cos(angle)^(degrees - 1), scaled.
     """
     steps = 20_000
-    angles = (torch.arange(steps, dtype=torch.float64) + 0.5) * (math.pi / 2 / steps)
+    angles = (torch.arange(steps, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / 2 / steps)
     mass = angles.cos() ** (degrees - 1)
     beyond = mass.flip(0).cumsum(0).flip(0) / (2 * mass.sum())  # P(angle >= the cell's lower edge)
     cell = int((beyond > tail).sum()) - 1

@@ -90,8 +90,9 @@ def _sampling(model: Any, preset: Preset) -> dict[str, Any]:
     """One token for y' of every prompt of an update."""
     rows, width = preset.prompts_per_update * preset.samples_per_prompt, model.get_output_embeddings().weight.shape[0]
     generator = torch.Generator(model.device).manual_seed(0)
-    logits = [torch.randn(rows, width, generator=generator, device=model.device) for _ in range(2)]
-    options: dict[str, Any] = {"seed": 0, "row_ids": torch.arange(rows, device=model.device), "step": 0}
+    logits = [torch.randn(rows, width, generator=generator, dtype=torch.float32, device=model.device) for _ in range(2)]
+    row_ids = torch.arange(rows, dtype=torch.int64, device=model.device)
+    options: dict[str, Any] = {"seed": 0, "row_ids": row_ids, "step": 0}
 
     def run(backend: str) -> None:
         mixture_sample(logits[0], logits[1], 0.125, backend=backend, **options)
@@ -106,10 +107,14 @@ def _loss(model: Any, preset: Preset) -> dict[str, Any]:
     rows, tokens = preset.prompts_per_update * preset.samples_per_prompt, preset.answer_tokens
     generator = torch.Generator(model.device).manual_seed(0)
     shape = (rows, tokens, weight.shape[1])
-    hidden = torch.randn(shape, generator=generator, device=model.device).to(weight.dtype).requires_grad_()
-    targets = torch.randint(weight.shape[0], shape[:2], generator=generator, device=model.device)
-    preference = torch.rand(rows, generator=generator, device=model.device)
-    reference = torch.full(targets.shape, -1.0, device=model.device)
+    hidden = (
+        torch.randn(shape, generator=generator, dtype=torch.float32, device=model.device)
+        .to(weight.dtype)
+        .requires_grad_()
+    )
+    targets = torch.randint(weight.shape[0], shape[:2], generator=generator, dtype=torch.int64, device=model.device)
+    preference = torch.rand(rows, generator=generator, dtype=torch.float32, device=model.device)
+    reference = torch.full(targets.shape, -1.0, dtype=torch.float32, device=model.device)
 
     def run(backend: str) -> None:
         options: dict[str, Any] = {"tau": preset.tau, "kl": "to_go", "reference_logprobs": reference}

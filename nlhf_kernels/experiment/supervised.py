@@ -74,7 +74,7 @@ class Padding:
             "labels": [row["labels"] + [IGNORED] * n for row, n in zip(rows, room, strict=True)],
             "attention_mask": [[1] * (longest - n) + [0] * n for n in room],
         }
-        return {name: torch.tensor(values) for name, values in columns.items()}
+        return {name: torch.tensor(values, dtype=torch.int64, device="cpu") for name, values in columns.items()}
 
 
 def make_policy(

@@ -208,7 +208,7 @@ def _pad_token_id(config: GenerationConfig) -> int | None:
     if config.pad_token_id is not None:
         return int(config.pad_token_id)
     eos = config.eos_token_id
-    return None if eos is None else int(torch.as_tensor(eos).flatten()[0])
+    return None if eos is None else int(torch.as_tensor(eos, dtype=torch.int64, device="cpu").flatten()[0])
 
 
 def _output(result: MixtureGeneration, as_dict: bool) -> torch.Tensor | MixtureGenerateOutput:

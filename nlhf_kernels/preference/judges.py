@@ -64,7 +64,7 @@ class CheckedJudge:
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
         batch = Batch.of(prompts, first, second)
         if not batch.prompts:
-            return torch.empty(0, dtype=torch.float64)
+            return torch.empty(0, dtype=torch.float64, device="cpu")
         try:
             returned = self.judge(list(prompts), list(first), list(second))
         except JudgeError:
@@ -77,7 +77,7 @@ class CheckedJudge:
     def _check(self, returned: Any, batch: Batch) -> torch.Tensor:
         count = len(batch.prompts)
         try:
-            values = torch.as_tensor(returned, dtype=torch.float64).detach().cpu()
+            values = torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:
             got = f"{type(returned).__name__} {_short(returned)}"
             problem = f"expected {count} probabilities; got {got}: {error}"
@@ -132,7 +132,7 @@ class RewardJudge:
         score = self.rewards.rewards if isinstance(self.rewards, RewardModel) else self.rewards
         sides = []
         for texts in (first, second):
-            rewards = torch.as_tensor(score(prompts, texts), dtype=torch.float64).detach().cpu()
+            rewards = torch.as_tensor(score(prompts, texts), dtype=torch.float64, device="cpu").detach()
             if rewards.shape != (len(prompts),):
                 raise ValueError(f"expected {len(prompts)} rewards; got shape {tuple(rewards.shape)}")
             if bad := (~rewards.isfinite()).nonzero().flatten().tolist():

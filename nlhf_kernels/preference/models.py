@@ -62,7 +62,8 @@ class ComparisonModel(torch.nn.Module):
         template = self.TEMPLATE if template is None else template
         reading = Reading(template, room if max_length is None else max_length, overlong)
         self.reader = Reader(tokenizer, reading, self.FIELDS)
-        self.head = torch.nn.Linear(text.hidden_size, 1, bias=False, device=self.body.device)  # float32 always
+        # float32 whatever the body is in
+        self.head = torch.nn.Linear(text.hidden_size, 1, bias=False, dtype=torch.float32, device=self.body.device)
         torch.nn.init.zeros_(self.head.weight)
 
     @classmethod
@@ -107,11 +108,12 @@ class ComparisonModel(torch.nn.Module):
         """The head's number for every row, (N,) float32."""
         longest = max(map(len, rows))
         device = self.head.weight.device
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-        last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        mask = torch.arange(longest, device=device) <= last[:, None]
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=device)
+        last = torch.tensor([len(row) - 1 for row in rows], dtype=torch.int64, device=device)
+        mask = torch.arange(longest, dtype=torch.int64, device=device) <= last[:, None]
         output = self.body(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-        hidden = output.last_hidden_state[torch.arange(len(rows), device=device), last]  # (N, D)
+        row = torch.arange(len(rows), dtype=torch.int64, device=device)
+        hidden = output.last_hidden_state[row, last]  # (N, D)
         with torch.autocast(device.type, enabled=False):  # one product a row: float32 whatever the body is in
             return hidden.float() @ self.head.weight[0].float()  # type: ignore[no-any-return]
 
@@ -129,7 +131,7 @@ class ComparisonModel(torch.nn.Module):
         pairs = self.encode(prompts, first, second)
         turned = [b < a for a, b in pairs]
         ordered = [(b, a) if turn else (a, b) for (a, b), turn in zip(pairs, turned, strict=True)]
-        leads = torch.empty(len(pairs), dtype=torch.float64)
+        leads = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
         by_length = sorted(range(len(ordered)), key=lambda index: (-max(map(len, ordered[index])), index))
         with without_dropout(self):
             for start in range(0, len(by_length), batch_size):
@@ -138,7 +140,7 @@ class ComparisonModel(torch.nn.Module):
                 leads[chosen] = self.lead(a.double().cpu(), b.double().cpu())
         # One response against itself, wherever its two rows stand in the batch; a NaN stays one.
         leads[[a == b for a, b in pairs]] *= 0.0
-        leads = torch.where(torch.tensor(turned, dtype=torch.bool), -leads, leads)
+        leads = torch.where(torch.tensor(turned, dtype=torch.bool, device="cpu"), -leads, leads)
         stronger = 0.5 + leads.abs()  # in [1/2, 1], where 1 - x is exact
         return torch.where(leads >= 0, stronger, 1.0 - stronger)
 
@@ -197,7 +199,7 @@ class RewardModel(ComparisonModel):
         rows = self._read(prompts, responses)
         with without_dropout(self):
             parts = [self.logits(rows[i : i + batch_size]).cpu() for i in range(0, len(rows), batch_size)]
-        return torch.cat(parts) if parts else torch.empty(0)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 KINDS: dict[str, type[ComparisonModel]] = {kind.KIND: kind for kind in (PairwisePreferenceModel, RewardModel)}

@@ -110,7 +110,7 @@ def _encode(model: ComparisonModel, pairs: Sequence[Pair]) -> list[Rows]:
 def _backward(model: ComparisonModel, batch: list[Rows], settings: PreferenceTraining) -> torch.Tensor:
     """Gradients of the mean loss of the step's pairs, a micro-batch at a time; returns that mean."""
     size = settings.micro_batch or len(batch)
-    total = torch.zeros((), device=model.head.weight.device)
+    total = torch.zeros((), dtype=torch.float32, device=model.head.weight.device)
     for start in range(0, len(batch), size):
         with torch.autocast(total.device.type, torch.bfloat16, enabled=settings.bfloat16):
             a, b = model(batch[start : start + size])
@@ -126,7 +126,7 @@ def _batches(count: int, settings: PreferenceTraining) -> Iterator[list[int]]:
 
     def stream() -> Iterator[int]:
         while True:
-            yield from torch.randperm(count, generator=generator).tolist()
+            yield from torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu").tolist()
 
     indices = stream()
     while True:

@@ -56,7 +56,7 @@ def _matrix(rows: list[list[str]]) -> torch.Tensor:
     for index, row in enumerate(rows):
         if len(row) != len(rows):
             raise ValueError(f"row {index}: expected {len(rows)} numbers, as there are rows; got {len(row)}")
-    return torch.tensor([[float(cell) for cell in row] for row in rows], dtype=torch.float64)
+    return torch.tensor([[float(cell) for cell in row] for row in rows], dtype=torch.float64, device="cpu")
 
 
 def _numbers(count: int) -> list[str]:

@@ -8,9 +8,9 @@ import torch
 def random_games(games: int, actions: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Independent games (G, A, A), the lower triangle uniform in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    lower = torch.rand(games, actions, actions, generator=generator, dtype=dtype).tril(-1)
+    lower = torch.rand(games, actions, actions, generator=generator, dtype=dtype, device="cpu").tril(-1)
     upper = (1 - lower.mT).triu(1)
-    return lower + upper + 0.5 * torch.eye(actions, dtype=dtype)
+    return lower + upper + 0.5 * torch.eye(actions, dtype=dtype, device="cpu")
 
 
 def bradley_terry_game(rewards: torch.Tensor) -> torch.Tensor:
@@ -37,8 +37,9 @@ def cyclic_game(win: float = 1.0, *, actions: int = 3, dtype: torch.dtype = torc
         raise ValueError(f"cyclic_game: win: expected a probability in [0.5, 1]; got {win}")
     if actions < 3 or actions % 2 == 0:
         raise ValueError(f"cyclic_game: actions: expected an odd number from 3; got {actions}")
-    ahead = (torch.arange(actions)[None, :] - torch.arange(actions)[:, None]) % actions  # how far b comes after a
-    wins = torch.where(ahead <= actions // 2, win, 1 - win).to(dtype)
+    action = torch.arange(actions, dtype=torch.int64, device="cpu")
+    ahead = (action[None, :] - action[:, None]) % actions  # how far b comes after a
+    wins = torch.full((actions, actions), 1 - win, dtype=dtype, device="cpu").masked_fill_(ahead <= actions // 2, win)
     return wins.fill_diagonal_(0.5).unsqueeze(0)
 
 
@@ -57,7 +58,7 @@ def diversity_game(epsilon: float = 0.0, *, dtype: torch.dtype = torch.float64) 
         raise ValueError(f"diversity_game: epsilon: expected a number in [-1/3, 1/3]; got {epsilon}")
     second, third, third_second = 2 / 3 - epsilon / 2, 1 / 3 - epsilon / 4, 2 / 3 + epsilon / 4
     rows = [[0.5, 1 - second, 1 - third], [second, 0.5, 1 - third_second], [third, third_second, 0.5]]
-    return torch.tensor([rows], dtype=dtype)
+    return torch.tensor([rows], dtype=dtype, device="cpu")
 
 
 def game_from_counts(wins: torch.Tensor, smoothing: float = 1.0) -> torch.Tensor:

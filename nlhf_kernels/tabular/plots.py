@@ -32,7 +32,7 @@ def plot_simplex(
     axes: Any, paths: Mapping[str, torch.Tensor], star: torch.Tensor, names: Sequence[str]
 ) -> None:  # paths (S, 3)
     """Trajectories of policies over three actions, and the equilibrium they look for."""
-    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64, device="cpu")
     edge = corners[[0, 1, 2, 0]]
     axes.plot(edge[:, 0], edge[:, 1], color="0.7", linewidth=1)
     for corner, name, (dx, dy) in zip(corners.tolist(), names, ((-0.03, -0.05), (0.03, -0.05), (0, 0.03)), strict=True):

@@ -98,7 +98,7 @@ class Collector:
         players = plan.players(beta, samples, batch["index"])
         answers = list(self.rollout(batch["input_ids"], batch["attention_mask"], players, settings))
         self._measure(answers, beta)
-        nothing = torch.empty(0, dtype=torch.float64)
+        nothing = torch.empty(0, dtype=torch.float64, device="cpu")
         return Experience(
             *teacher_forced(batch, answers if plan.loss == "ipo" else answers[:1]),
             unended=torch.stack([answer.finish != Finish.END for answer in answers], 1).cpu(),
@@ -143,7 +143,7 @@ class Collector:
             baseline = 0.5
         if isinstance(baseline, str):  # the mean of all others
             every = torch.cat(worth)
-            facts = torch.tensor([float(every.sum()), len(every)], dtype=torch.float64)
+            facts = torch.tensor([float(every.sum()), len(every)], dtype=torch.float64, device="cpu")
             total, count = self.total(facts.to(made[0].input_ids.device)).tolist()
             less = [(total - value) / max(count - 1, 1) for value in worth]
         else:

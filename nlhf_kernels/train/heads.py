@@ -88,7 +88,7 @@ def check_head(model: Any, name: str) -> int:
     width = layer.weight.shape[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        states = torch.randn(1, 1, layer.in_features).to(layer.weight)
+        states = torch.randn(1, 1, layer.in_features, dtype=torch.float32, device="cpu").to(layer.weight)
         states = 8 * states / layer.weight.norm(dim=1).mean().clamp(min=1e-3)  # logits of a size where caps show
     token = torch.zeros(1, 1, dtype=torch.int64, device=layer.weight.device)
     original = layer.forward

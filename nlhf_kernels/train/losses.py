@@ -54,7 +54,7 @@ class Learner:
             hidden,
             head,
             made.targets,
-            torch.full((made.pairs,), 0.5, device=hidden.device),
+            torch.full((made.pairs,), 0.5, dtype=torch.float32, device=hidden.device),
             baseline=baseline.float().to(hidden.device),
             tau=tau,
             kl=self.config.kl,

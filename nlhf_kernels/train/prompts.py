@@ -63,9 +63,9 @@ class Collator:
         ids = [[self.pad_id] * (longest - len(prompt.ids)) + prompt.ids for prompt in prompts]
         mask = [[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
         return {
-            "input_ids": torch.tensor(ids),
-            "attention_mask": torch.tensor(mask),
-            "index": torch.tensor([prompt.number for prompt in prompts]),
+            "input_ids": torch.tensor(ids, dtype=torch.int64, device="cpu"),
+            "attention_mask": torch.tensor(mask, dtype=torch.int64, device="cpu"),
+            "index": torch.tensor([prompt.number for prompt in prompts], dtype=torch.int64, device="cpu"),
             "texts": [prompt.text for prompt in prompts],
         }
 

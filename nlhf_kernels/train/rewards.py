@@ -14,7 +14,7 @@ Reward = Callable[[Sequence[str], Sequence[str]], Any]
 def rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:  # (B,) float64
     name, given = getattr(reward, "__qualname__", type(reward).__name__), reward(list(prompts), list(responses))
     try:
-        values = torch.as_tensor(given).detach().to("cpu", torch.float64)
+        values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"NashTrainer: reward: {name}: expected {len(prompts)} numbers; got {type(given).__name__}: {error}"

@@ -182,7 +182,7 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
         except Exception:
             self._keep_what_was_learned()
             raise
-        pairs = torch.tensor(float(sum(made.pairs for made in self.made)), device=device)
+        pairs = torch.tensor(sum(made.pairs for made in self.made), dtype=torch.float32, device=device)
         inputs = [{"input_ids": made.input_ids, "made": made} for made in self.made]
         return inputs, float(self._total(pairs)) / self.accelerator.num_processes
 

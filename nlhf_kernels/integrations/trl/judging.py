@@ -128,11 +128,12 @@ class ModelReward:
 
     def _scores(self, rows: Sequence[list[int]]) -> torch.Tensor:
         longest, device = max(map(len, rows)), self.model.device
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-        last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        mask = (torch.arange(longest, device=device) <= last[:, None]).long()
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=device)
+        last = torch.tensor([len(row) - 1 for row in rows], dtype=torch.int64, device=device)
+        mask = (torch.arange(longest, dtype=torch.int64, device=device) <= last[:, None]).long()
         hidden = self.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        scores: torch.Tensor = self.model.score(hidden[torch.arange(len(rows), device=device), last])[:, 0]
+        row = torch.arange(len(rows), dtype=torch.int64, device=device)
+        scores: torch.Tensor = self.model.score(hidden[row, last])[:, 0]
         return scores.float().cpu()
 
 

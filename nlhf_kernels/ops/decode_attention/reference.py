@@ -30,7 +30,7 @@ def decode_attention(
     kv_heads, positions = keys.shape[1:3]
     real = torch.promote_types(query.dtype, torch.float32)
     first, last = live_range(starts, ends, positions, window)
-    slot = torch.arange(positions, device=query.device)
+    slot = torch.arange(positions, dtype=torch.int64, device=query.device)
     live = ((slot >= first[:, None]) & (slot < last[:, None]))[:, None, None, :]  # (R, 1, 1, L)
     grouped = query.to(real).view(rows, kv_heads, heads // kv_heads, dim)
     # What is not live may be NaN, and 0 * NaN is NaN: it is replaced, not weighted.

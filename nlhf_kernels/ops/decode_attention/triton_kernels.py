@@ -230,9 +230,8 @@ def decode_attention(
     splits = max(1, min(_MAX_SPLITS, min(positions, window) // _SPLIT))
     partial, tops, sums = out, out, out
     if splits > 1:
-        real = {"dtype": torch.float32, "device": query.device}
-        partial = torch.empty((rows, heads, splits, value_dim), **real)
-        tops, sums = torch.empty((2, rows, heads, splits), **real)
+        partial = query.new_empty((rows, heads, splits, value_dim), dtype=torch.float32)
+        tops, sums = query.new_empty((2, rows, heads, splits), dtype=torch.float32)
     with on_device(query.device):
         attend_kernel[(rows * kv_heads * triton.cdiv(group, at_once) * splits,)](
             query, keys, values, ends if starts is None else starts, ends, query if sinks is None else sinks,

@@ -50,8 +50,8 @@ def logprobs_cpu(
     settings: Settings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     targets = targets.contiguous()
-    values = torch.empty((len(Output), policy.shape[0]), dtype=torch.float32)
-    normalizers = torch.empty((len(Normalizer), policy.shape[0]), dtype=torch.float32)
+    values = torch.empty((len(Output), policy.shape[0]), dtype=torch.float32, device="cpu")
+    normalizers = torch.empty((len(Normalizer), policy.shape[0]), dtype=torch.float32, device="cpu")
     arguments = _arguments(policy, reference, targets, beta, settings, values, normalizers)
     capabilities.native("_cpu").logprobs(*arguments, torch.get_num_threads())
     return values, normalizers

@@ -48,7 +48,7 @@ def mixture_sample(
     tokens = torch.where(greedy, scaled.nan_to_num(nan=-torch.inf).argmax(-1), tokens)
     tokens = torch.where(ok, tokens, 0)
 
-    logprobs = torch.full((len(logits) + 1, rows), torch.nan, device=settings.device)
+    logprobs = torch.full((len(logits) + 1, rows), torch.nan, dtype=torch.float32, device=settings.device)
     for m, model in enumerate(logits):
         if wanted >> m & 1:
             logprobs[m] = model.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -19,8 +19,8 @@ class Sequences(NamedTuple):
 
     @staticmethod
     def from_offsets(offsets: torch.Tensor, tokens: int) -> Sequences:
-        positions = torch.arange(tokens, device=offsets.device)
-        last = torch.full((), offsets.numel() - 2, device=offsets.device)
+        positions = torch.arange(tokens, dtype=torch.int64, device=offsets.device)
+        last = torch.full((), offsets.numel() - 2, dtype=torch.int64, device=offsets.device)
         return Sequences(offsets, torch.minimum(torch.searchsorted(offsets[1:], positions, right=True), last))
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:  # (N,) -> (B,) float64
@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
 
     def sums_from(self, values: torch.Tensor) -> torch.Tensor:  # (N,) -> (N,) float64
         """Of each token and all after it in its sequence."""
-        first = torch.arange(values.numel(), device=values.device)
+        first = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
         return _between(values, first, self.offsets[1:][self.of_token])
 
 
@@ -58,7 +58,7 @@ class Layout(NamedTuple):
         if self.cu_seqlens is not None:
             return self.cu_seqlens.to(device, torch.int64)
         length = self.targets.numel() // max(self.sequences, 1)
-        return torch.arange(self.sequences + 1, device=device) * length
+        return torch.arange(self.sequences + 1, dtype=torch.int64, device=device) * length
 
 
 def layout_symbols(cu_seqlens: object) -> tuple[str, ...]:

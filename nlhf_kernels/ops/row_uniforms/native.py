@@ -14,7 +14,7 @@ def _pointers(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor) -> 
 
 def row_uniforms_cpu(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> torch.Tensor:
     rows = row_ids.numel()
-    out = torch.empty(rows, dtype=torch.float64)
+    out = torch.empty(rows, dtype=torch.float64, device="cpu")
     pointers = _pointers(seed, row_ids, step)
     capabilities.native("_cpu").row_uniforms(*pointers, stream, rows, out.data_ptr(), torch.get_num_threads())
     return out
