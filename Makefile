@@ -3,7 +3,7 @@
 #   make demo     the library's main job, small, with what this machine has
 #   make test     the tests
 #   make bench    the benchmarks (BENCH="--preset tiny" and other options pass through)
-#   make lint     ruff and mypy
+#   make lint     ruff and mypy; make format-check: the formatter alone; neither compiles anything
 #
 # VENV=0 uses the active Python and its packages instead of .venv, on a GPU machine with its own PyTorch, say; only
 # the library itself is installed there, in place. Options: PYTHON=python3.12, TESTS="-k registry", BENCH="--list".
@@ -17,12 +17,14 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -name '*.h' 
 ifeq ($(VENV),0)
 PY := $(PYTHON)
 READY := build/active-environment
+PACKAGES :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+PACKAGES := $(VENV)/packages
 endif
 
-.PHONY: demo test bench lint setup clean
+.PHONY: demo test bench lint format-check setup clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -34,10 +36,12 @@ test: $(READY)
 bench: $(READY)
 	$(PY) -m benchmarks.run $(BENCH)
 
-lint: $(READY)
+lint: $(PACKAGES) format-check
 	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+format-check: $(PACKAGES)
+	$(PY) -m ruff format --check .
 
 setup: $(READY)
 
