@@ -28,7 +28,7 @@ endif
 .DELETE_ON_ERROR:
 
 demo: $(READY)
-	$(PY) -m nlhf_kernels.cli demo
+	$(PY) -m nlhf_kernels demo
 
 test: $(READY)
 	$(PY) -m pytest $(TESTS)

@@ -140,7 +140,7 @@ def test_conversations_and_truncation(root, tmp_path, capsys) -> None:
 def test_an_output_that_exists_is_refused_and_replaced_on_request(root, tmp_path, capsys) -> None:
     save_preference_model(comparison_model(RewardModel), tmp_path / "out")
     code, _, err = run(capsys, *training(root, tmp_path / "out", "--steps", 1))
-    assert code == 2 and "expected a folder that is not there yet" in err
+    assert code == 2 and "expected a folder that is not there yet; it is (--overwrite" in err
     assert isinstance(load_preference_model(tmp_path / "out"), RewardModel)
     assert run(capsys, *training(root, tmp_path / "out", "--steps", 1, "--overwrite"))[0] == 0
     assert not isinstance(load_preference_model(tmp_path / "out"), RewardModel)
@@ -164,16 +164,16 @@ def test_an_interrupt_leaves_nothing(root, tmp_path, capsys, monkeypatch, moment
 WRONG = {
     "line 1: expected columns prompt, chosen, rejected; rejected is not among": {"--data": "@bad.jsonl"},
     "nothing.jsonl: there is no such file": {"--data": "@nothing.jsonl"},
-    "split: expected None": {"--split": "test"},
-    "--base: expected a model's folder or its name on the hub": {"--base": "@nothing"},
+    "prefer: --split: expected None": {"--split": "test"},
+    "prefer: --base: there is no such folder": {"--base": "@nothing"},
     "--base: expected tokenizer files": {"--base": "@weights_only"},
-    "template: expected {prompt}, {first}, {second}": {"--template": "@reward.txt"},
+    "--template: expected {prompt}, {first}, {second}": {"--template": "@reward.txt"},
     "--template: expected a text file in UTF-8": {"--template": "@nothing"},
-    "max_length: expected at most 128": {"--max-length": "1000"},
+    "prefer: --max-length: expected at most 128": {"--max-length": "1000"},
     "--batch-size: expected an integer": {"--batch-size": "0"},
-    "steps: expected an integer": {"--steps": "0"},
-    "micro_batch: expected an integer": {"--micro-batch": "9"},
-    "learning_rate: expected a finite number": {"--learning-rate": "nan"},
+    "prefer: --steps: expected an integer": {"--steps": "0"},
+    "prefer: --micro-batch: expected an integer": {"--micro-batch": "9"},
+    "prefer: --learning-rate: expected a finite number": {"--learning-rate": "nan"},
     "--seed: expected an integer": {"--seed": "-1"},
     "--test-fraction: expected a finite number": {"--test-fraction": "1.5"},
     "expected prompts for both sides": {"--test-fraction": "1"},
@@ -201,7 +201,7 @@ def test_bad_training_input_is_one_line(root, tmp_path, capsys, message) -> None
         (["--chat", "--file", "@compare.jsonl"], "--chat: expected with one pair; got --file"),
         (["--chat", "--prompt", "a", "--first", "b", "--second", "c"], "expected a tokenizer with a chat template"),
         (["--model", "@base", "--file", "@compare.jsonl"], "expected a folder with preference_model.json"),
-        (["--model", "@nothing", "--file", "@compare.jsonl"], "--model: expected a model's folder"),
+        (["--model", "@nothing", "--file", "@compare.jsonl"], "--model: there is no such folder"),
         (["--model", "@broken", "--file", "@compare.jsonl"], "expected probabilities in [0, 1]; got nan for pair 0"),
         (["--file", "@compare.jsonl", "--output", "@no/where"], "--output: expected a file in a folder that is there"),
         (["--file", "@compare.jsonl", "--batch-size", "0"], "--batch-size: expected an integer"),
@@ -220,11 +220,11 @@ def test_bad_scoring_input_is_one_line(root, capsys, options, message) -> None:
 def test_missing_transformers_says_what_to_install(root, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, _, err = run(capsys, *training(root, tmp_path / "out"))
-    assert code == 2 and err.count("\n") == 1 and "pip install nlhf-kernels[transformers]" in err
+    assert code == 2 and err.count("\n") == 1 and 'pip install "nlhf-kernels[train]"' in err
 
 
 def test_help_is_readable() -> None:
     for words, part in (([], "{train,score}"), (["train"], "one response was preferred"), (["score"], "of one pair")):
-        command = [sys.executable, "-m", "nlhf_kernels.cli", "prefer", *words, "--help"]
+        command = [sys.executable, "-m", "nlhf_kernels", "prefer", *words, "--help"]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0 and part in " ".join(result.stdout.split()) and not result.stderr

@@ -138,7 +138,7 @@ def test_rlhf_and_a_reference_of_its_own(config, capsys) -> None:
         ({"judge": {"preference_model": "model"}}, "train: judge.preference_model: cannot load a model from 'model'"),
         ({"judge": None}, "NashTrainer: judge: expected one, for nash-md; got None"),
         ({"dtype": "fp8"}, "train: dtype: expected one of float32, bfloat16, auto; got 'fp8'"),
-        ({"model": "./nowhere"}, "train: model: expected a model's folder or its name on the hub; got './nowhere'"),
+        ({"model": "./nowhere"}, "train: model: there is no such folder: './nowhere'"),
         ({"data": {"train": "columns.jsonl"}}, "NashTrainer: train_dataset: data: row 0: expected columns prompt"),
         ({"data": {"train": "none.jsonl"}}, "train: data.train: data: none.jsonl: there is no such file"),
         ({"training": {"output_dir": ""}}, "train: training: expected output_dir among its keys; got none"),

@@ -9,8 +9,6 @@ packages as texts, minutes on two CPU cores. The same with your own pairs (--dat
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .loading import BadInput, find_device, refuse
+from ..core.optional import require
+from .loading import find_device
 
 if TYPE_CHECKING:
     from ..experiment.presets import Preset
 
-INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 NEEDED = ("transformers", "accelerate", "tokenizers", "matplotlib")
 
 
@@ -42,24 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        _check_packages()
-        return _run(arguments)
-    except (BadInput, ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        print("nlhf-kernels: interrupted: the same command goes on after the last finished stage", file=sys.stderr)
-        return INTERRUPTED
-
-
-def _check_packages() -> None:
-    """Before minutes of work, not after."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BadInput(f"demo: this needs {', '.join(missing)}: pip install nlhf-kernels[train,plots]")
-
-
-def _run(arguments: argparse.Namespace) -> int:
+    require("nlhf-kernels demo", NEEDED, "train,plots")
     from ..experiment import Experiment, Material, Reporter, overridden
 
     device = find_device("demo", arguments.device)
@@ -70,6 +51,11 @@ def _run(arguments: argparse.Namespace) -> int:
     results = experiment.run()
     _show(results, experiment.write(results))
     return 0
+
+
+def left(arguments: argparse.Namespace) -> str:
+    stages = arguments.out.glob("**/stage.json")
+    return "the same command goes on after the last finished stage" if any(stages) else "no stage was finished"
 
 
 def _preset(name: str) -> Preset:

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..core.optional import require
 from ..core.whole import write_whole
 from ..data import load_prompts
-from .loading import BadInput, find_device, load_model, refuse
+from .errors import BadInput
+from .loading import find_device, load_model
 
 if TYPE_CHECKING:
     from ..experiment import Answers, Sampling, Tournament
-
-INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,17 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        print(_run(arguments), end="")
-    except (BadInput, ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        print("nlhf-kernels: interrupted: nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
-
-
-def _run(arguments: argparse.Namespace) -> str:
+    require("nlhf-kernels evaluate", ("transformers", "accelerate"), "train")
     from ..experiment import Reporter, Sampling, calm
 
     policies = _policies(arguments.policy)
@@ -74,9 +64,9 @@ def _run(arguments: argparse.Namespace) -> str:
     written = json.dumps(document, indent=2, allow_nan=False) + "\n"
     if arguments.output is not None:
         write_whole(arguments.output, written)
-    return (
-        written if arguments.json else _table(document) + (f"Saved: {arguments.output}\n" if arguments.output else "")
-    )
+    saved = f"Saved: {arguments.output}\n" if arguments.output else ""
+    print(written if arguments.json else _table(document) + saved, end="")
+    return 0
 
 
 def _policies(given: list[str]) -> dict[str, str]:
@@ -104,8 +94,7 @@ def _play(
     from ..preference import PreferenceModelJudge, load_preference_model
 
     device, trust = find_device("evaluate", arguments.device), arguments.trust_remote_code
-    options = {"device": device, "trust_remote_code": trust}
-    load = lambda: load_preference_model(arguments.judge, **options)  # noqa: E731
+    load = partial(load_preference_model, device=device, trust_remote_code=trust)
     judge = PreferenceModelJudge(load_model("evaluate", "--judge", arguments.judge, load), arguments.batch_size)
     reference = None if arguments.reference is None else load_policy(arguments.reference, device, trust)
     prompts = _prompts(arguments, load_tokenizer(next(iter(policies.values())), trust))

@@ -1,12 +1,19 @@
-"""`nlhf-kernels`: one subcommand a file, each with `add_arguments(parser)` and `run(arguments) -> exit code`."""
+"""`nlhf-kernels`: one subcommand a file, each with `add_arguments(parser)` and `run(arguments) -> exit code`.
+
+A subcommand raises what goes wrong; `errors.finish` turns it into a line and an exit code. Where an interruption leaves
+something to go on from, the file's `left(arguments)` says what.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from .. import __version__
-from . import demo, evaluate, info, prefer, sample, tabular, train
+from . import demo, errors, evaluate, info, prefer, sample, tabular, train
 
 COMMANDS = {
     "info": info,
@@ -20,13 +27,37 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return errors.REFUSED
+    module: Any = COMMANDS[arguments.command]
+    left = getattr(module, "left", lambda arguments: "nothing was written")
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return errors.finish(lambda: module.run(arguments), arguments, left, arguments.option_names)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nlhf-kernels", description="Nash Learning from Human Feedback at kernel speed"
+        prog="nlhf-kernels",
+        description="Nash Learning from Human Feedback at kernel speed.",
+        epilog="exit codes:\n" + "".join(f"  {code:<4}{meaning}\n" for code, meaning in errors.CODES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"nlhf-kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--traceback", action="store_true", help="with an error, show where in the code it arose")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands (each has --help)")
     for name, module in COMMANDS.items():
         help_line = (module.__doc__ or "").partition(": ")[2].partition(".")[0]
-        module.add_arguments(commands.add_parser(name, help=help_line, description=module.__doc__))
-    arguments = parser.parse_args(argv)
-    return int(COMMANDS[arguments.command].run(arguments))
+        subparser = commands.add_parser(
+            name, help=help_line, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(option_names=errors.option_names(subparser))
+    return parser
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"nlhf-kernels: warning: {message}", file=sys.stderr)

@@ -9,8 +9,7 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,23 +18,25 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.checks import check_integer, check_number
-from ..core.optional import need
+from ..core.optional import need, require
 from ..core.whole import write_whole
 from ..data import Comparison, Pair, load_comparisons, load_pairs, split_by_prompt
-from .loading import BadInput, find_device, load_model, load_tokenizer, quiet, refuse
+from .errors import BadInput, option_names
+from .loading import find_device, load_model, load_tokenizer, quiet
 
 if TYPE_CHECKING:
     from ..preference import ComparisonModel, TrainingReport
 
-INTERRUPTED = 130  # the shell's exit code for Ctrl-C
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
-    what = "train on pairs of which one response was preferred, and measure on pairs held out"
-    _add_train(actions.add_parser("train", help=what, description=f"{what[0].upper()}{what[1:]}."))
-    what = "print P(first > second | prompt) of one pair or of a file of them"
-    _add_score(actions.add_parser("score", help=what, description=f"{what[0].upper()}{what[1:]}."))
+    for name, what, add in (
+        ("train", "train on pairs of which one response was preferred, and measure on pairs held out", _add_train),
+        ("score", "print P(first > second | prompt) of one pair or of a file of them", _add_score),
+    ):
+        action = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        add(action)
+        action.set_defaults(option_names=option_names(action))
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -89,23 +90,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    action = {"train": _train, "score": _score}[arguments.action]
-    with warnings.catch_warnings():
-        warnings.showwarning = _warn
-        try:
-            print(action(arguments), end="")
-        except (BadInput, ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
-            return refuse(error)
-        except KeyboardInterrupt:
-            checkpoint = getattr(arguments, "checkpoint", None)
-            kept = f"the same command goes on from {checkpoint}" if checkpoint and checkpoint.exists() else ""
-            print(f"nlhf-kernels: interrupted: {kept or 'nothing was written'}", file=sys.stderr)
-            return INTERRUPTED
+    require(f"nlhf-kernels prefer {arguments.action}", ("transformers",), "train")
+    print({"train": _train, "score": _score}[arguments.action](arguments), end="")
     return 0
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"nlhf-kernels: warning: {message}", file=sys.stderr)
+def left(arguments: argparse.Namespace) -> str:
+    checkpoint = getattr(arguments, "checkpoint", None)
+    there = checkpoint is not None and checkpoint.exists()
+    return f"the same command goes on from {checkpoint}" if there else "nothing was written"
 
 
 def _train(arguments: argparse.Namespace) -> str:
@@ -162,13 +155,8 @@ def _new_model(arguments: argparse.Namespace, tokenizer: Any) -> ComparisonModel
     from ..preference.models import KINDS, load_whole
 
     transformers = need("transformers", "prefer")
-
-    def load() -> Any:
-        trust = arguments.trust_remote_code
-        return load_whole(
-            transformers.AutoModelForCausalLM, arguments.base, dtype=torch.float32, trust_remote_code=trust
-        )
-
+    options = {"dtype": torch.float32, "trust_remote_code": arguments.trust_remote_code}
+    load = partial(load_whole, transformers.AutoModelForCausalLM, **options)
     template = None if arguments.template is None else _template(arguments.template)
     base = load_model("prefer", "--base", arguments.base, load)
     model = KINDS[arguments.kind](
@@ -232,8 +220,7 @@ def _score(arguments: argparse.Namespace) -> str:
     check_integer("prefer", "--batch-size", arguments.batch_size, 1, 10**6)
     device = find_device("prefer", arguments.device)
     options = {"device": device, "trust_remote_code": arguments.trust_remote_code}
-    load = lambda: load_preference_model(arguments.model, **options)  # noqa: E731
-    model = load_model("prefer", "--model", arguments.model, load)
+    model = load_model("prefer", "--model", arguments.model, partial(load_preference_model, **options))
     if arguments.chat:
         roles = ("user", "assistant", "assistant")
         texts = [[{"role": role, "content": text}] for role, text in zip(roles, texts, strict=True)]

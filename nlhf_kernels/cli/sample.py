@@ -22,8 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.checks import check_integer, check_number
-from ..core.optional import need
-from .loading import BadInput, find_device, load_model, load_tokenizer, refuse
+from ..core.optional import need, require
+from .errors import BadInput
+from .loading import find_device, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from ..engine import Responses
@@ -74,12 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        _check(arguments)
-        prompts = _prompts(arguments)
-        samples = _generate(arguments, prompts)
-    except (BadInput, ValueError, TypeError) as error:  # the checks' own errors are one line and name the argument
-        return refuse(error)
+    require("nlhf-kernels sample", ("transformers",), "transformers")
+    _check(arguments)
+    samples = _generate(arguments, _prompts(arguments))
     if arguments.json:
         print(_as_json(arguments, samples))
         return 0
@@ -118,10 +116,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _generate(arguments: argparse.Namespace, prompts: list[str]) -> list[Sample]:
-    try:
-        from ..engine import Hooks, Player, RolloutEngine, RolloutSettings, has_key_value_cache
-    except ImportError as error:
-        raise BadInput(f"sample: {error}") from error
+    from ..engine import Hooks, Player, RolloutEngine, RolloutSettings, has_key_value_cache
+
     device = find_device("sample", arguments.device)
     tokenizer, policy, reference, width = _load(arguments, device)
     rows = [_encode(tokenizer, prompt, arguments.chat) for prompt in prompts for _ in range(arguments.num_samples)]
@@ -190,7 +186,7 @@ def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any
             models.append(None)
             continue
         options = {"use_safetensors": True, "dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
-        load = partial(transformers.AutoModelForCausalLM.from_pretrained, name, **options)
+        load = partial(transformers.AutoModelForCausalLM.from_pretrained, **options)
         models.append(load_model("sample", option, name, load).to(device))
     policy, reference = models
     if reference is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -62,14 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=arguments.json)
-    try:
-        game, names = _game(arguments)
-        algorithms = _algorithms(arguments.algorithms)
-        star = tabular.equilibrium(game)
-        outcomes = _play(game, star, algorithms, arguments, console)
-    except (ValueError, RuntimeError) as error:
-        print(f"nlhf-kernels tabular: {error}", file=sys.stderr)
-        return 2
+    game, names = _game(arguments)
+    algorithms = _algorithms(arguments.algorithms)
+    star = tabular.equilibrium(game)
+    outcomes = _play(game, star, algorithms, arguments, console)
     if arguments.json:
         print(json.dumps(_as_json(names, star, outcomes), indent=2))
     else:

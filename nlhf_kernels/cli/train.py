@@ -9,25 +9,22 @@ import argparse
 import importlib
 import importlib.util
 import json
-import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.optional import need
+from ..core.optional import need, require
 from ..core.whole import whole_folder
 from ..data import read_rows
-from .loading import BadInput, load_model, load_tokenizer, quiet, refuse
+from .errors import BadInput
+from .loading import load_model, load_tokenizer, quiet
 
 if TYPE_CHECKING:
     from ..train import NashTrainer
     from ..train.run_file import JudgeSpec, RewardSpec, RunFile
 
-INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 POLICY = "policy"
-_WRONG = (BadInput, ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,31 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="training.beta=0.25, say")
     parser.add_argument("--resume", action="store_true", help="go on from output_dir's last checkpoint, if it has one")
     parser.add_argument("--check", action="store_true", help="load and check everything, but do not train")
+    parser.set_defaults(output=None)  # the run's output_dir, once it is known
 
 
 def run(arguments: argparse.Namespace) -> int:
+    require("nlhf-kernels train", ("transformers", "accelerate", "yaml"), "train")
     if arguments.keys:
         from ..train.reference import configuration_page
 
         print(configuration_page(), end="")
         return 0
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"nlhf-kernels: warning: {message}", file=sys.stderr)
-        try:
-            return _run(arguments)
-        except _WRONG as error:
-            return refuse(error)
-        except KeyboardInterrupt:
-            print("nlhf-kernels: interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
-            return INTERRUPTED
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    need("transformers", "nlhf-kernels train")
     from ..train.run_file import read_run_file
 
     plan = read_run_file(arguments.config, arguments.set)
     trainer = build(plan)
+    arguments.output = trainer.args.output_dir
     if arguments.check:
         count = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
         _say(
@@ -80,6 +67,11 @@ def _run(arguments: argparse.Namespace) -> int:
         _say(trainer, json.dumps(found, indent=2))
     _say(trainer, f"Saved: {place}")
     return 0
+
+
+def left(arguments: argparse.Namespace) -> str:
+    last = None if arguments.output is None else _last_checkpoint(arguments.output)
+    return "no checkpoint was written" if last is None else f"--resume goes on from {last}"
 
 
 def _say(trainer: NashTrainer, text: str) -> None:
@@ -133,7 +125,7 @@ def _policy(plan: RunFile, place: str, name: str) -> Any:
     kind = need("transformers", "nlhf-kernels train").AutoModelForCausalLM
     dtype: Any = plan.dtype if plan.dtype == "auto" else getattr(torch, plan.dtype)
     options = {"dtype": dtype, "trust_remote_code": plan.trust_remote_code}
-    return load_model("train", place, name, lambda: load_whole(kind, name, **options))
+    return load_model("train", place, name, lambda folder: load_whole(kind, folder, **options))
 
 
 def _judge(specs: list[JudgeSpec], device: torch.device) -> Any:
@@ -170,7 +162,7 @@ def _reward(spec: RewardSpec, device: torch.device) -> Any:
 def _preferring(place: str, folder: str, device: torch.device) -> Any:
     from ..preference import RewardModel, load_preference_model
 
-    model = load_model("train", place, folder, lambda: load_preference_model(folder, device=device))
+    model = load_model("train", place, folder, lambda found: load_preference_model(found, device=device))
     if place.endswith("reward_model") is not isinstance(model, RewardModel):
         raise BadInput(f"train: {place}: expected another kind of model; got {type(model).__name__} in {folder}")
     return model

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.optional import need
+from ..core.places import locate
 
 Row = Mapping[str, Any]
 Source = str | Path | Iterable[Row]  # a file, a folder, a name on the hub, a `datasets.Dataset`, dicts in memory
@@ -102,13 +103,18 @@ def _read_csv(path: Path) -> Iterator[Placed]:
 def _through_datasets(path: Path, name: str, split: str | None) -> Iterable[Row]:
     if path.is_file() and path.suffix.lower() != ".parquet":
         raise ValueError(f"data: {name}: expected a file that ends in .jsonl, .json, .csv or .parquet")
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".parquet"):
-        raise ValueError(f"data: {name}: there is no such file or folder")
+    if path.suffix.lower() == ".parquet" and not path.exists():
+        raise ValueError(f"data: {name}: there is no such file")
     datasets = need("datasets", f"data: {name}: this")
+    if not path.is_file():
+        locate("data", name, "dataset")
     try:
         if not path.exists():
             return _part(datasets.load_dataset(name, split=split or "train"), name, None)
-        rows = datasets.load_from_disk(name) if path.is_dir() else datasets.load_dataset("parquet", data_files=name)
+        if path.is_dir():
+            rows = datasets.load_from_disk(str(path))
+        else:
+            rows = datasets.load_dataset("parquet", data_files=str(path))
     except Exception as error:  # of many kinds; the first line of each says what is wrong
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"data: {name}: datasets cannot load it: {reason}") from error

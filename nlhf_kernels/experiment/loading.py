@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..core.optional import need
+from ..core.places import locate
 from .console import calm
 
 OP = "experiment"
@@ -18,11 +19,12 @@ def load_tokenizer(name: str, trust: bool = False) -> Any:
     """With a padding token: the end token serves where there is none, as padding is masked."""
     import transformers
 
-    folder = Path(name)
+    place = locate(OP, name)
+    folder = Path(place)
     if folder.is_dir() and not any(any(folder.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model")):
         raise ValueError(f"{OP}: {name}: expected tokenizer files; got a folder without")
     load = transformers.AutoTokenizer.from_pretrained
-    tokenizer = _loaded("tokenizer", name, lambda: load(name, trust_remote_code=trust))
+    tokenizer = _loaded("tokenizer", name, lambda: load(place, trust_remote_code=trust))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{OP}: {name}: expected a tokenizer with an end token; got one without")
     if tokenizer.pad_token_id is None:
@@ -35,15 +37,14 @@ def load_policy(name: str, device: torch.device | str = "cpu", trust: bool = Fal
     import transformers
 
     kind: Any = transformers.AutoModelForCausalLM
-    if (Path(name) / "adapter_config.json").is_file():
+    place = locate(OP, name)
+    if (Path(place) / "adapter_config.json").is_file():
         kind = need("peft", f"{OP}: {name}").AutoPeftModelForCausalLM
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust, "use_safetensors": True}
-    return _loaded("model", name, lambda: kind.from_pretrained(name, **options)).to(device).eval()
+    return _loaded("model", name, lambda: kind.from_pretrained(place, **options)).to(device).eval()
 
 
 def _loaded(what: str, name: str, load: Callable[[], Any]) -> Any:
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"{OP}: {name}: expected a {what}'s folder or its name on the hub; there is no such folder")
     try:
         with calm():
             return load()

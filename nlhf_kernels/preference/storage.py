@@ -65,7 +65,7 @@ def check_output(folder: str | Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(
-            f"preference: {folder}: expected a folder that is not there yet; it is (overwrite replaces it)"
+            f"preference: {folder}: expected a folder that is not there yet; it is (overwrite=True replaces it)"
         )
     if not (place / DESCRIPTION).is_file():
         raise FileExistsError(f"preference: {folder}: overwrite: expected a saved preference model; got something else")

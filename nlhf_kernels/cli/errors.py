@@ -1,0 +1,112 @@
+"""How a command ends: its exit code, and the one line on stderr that says why.
+
+The library's errors begin with an operation and an argument, "prefer: max_length: expected ..."; here they get the
+command's own option in its place, "--max-length".
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+
+import torch
+
+DONE, FAILED, REFUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
+CODES = {
+    DONE: "done",
+    FAILED: "failed at work: memory or disk ran out, or an error that was not foreseen (please report it)",
+    REFUSED: "refused: an option, a file, a model or a judge that cannot be used; one line says which and why",
+    INTERRUPTED: "Ctrl-C; one line says what is left to go on from",
+    CLOSED: "the reader of the output closed it, as `| head` does",
+}
+_FULL = re.compile(r"No space left|StorageFull|Disk quota|PytorchStreamWriter failed writing", re.I)
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.I)
+_DAMAGED = {"EOFError", "UnpicklingError", "SafetensorError", "BadZipFile"}  # by name: some packages may be missing
+_SUBJECT = re.compile(r"(?P<operation>\w+(?: \w+)?): (?P<name>\w+)(?P<rest>\b.*)", re.S)
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message is one line."""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def finish(
+    work: Callable[[], int],
+    arguments: argparse.Namespace,
+    left: Callable[[argparse.Namespace], str],
+    names: Mapping[str, str],
+) -> int:
+    """Run `work`; return its exit code, or that of what stopped it, explained on stderr.
+
+    Args:
+        work: the command.
+        arguments: its options.
+        left: says what an interrupted command has left to go on from.
+        names: argument of the library -> option of the command.
+    """
+    try:
+        code = work()
+        sys.stdout.flush()  # here, where a reader that has gone is an exception like any other
+        return code
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    except KeyboardInterrupt:
+        return _end(INTERRUPTED, f"interrupted: {left(arguments)}")
+    except SystemExit as stop:  # a judge's or a model's own code; exit code 0 would pass for a finished command
+        return _end(FAILED, f"error: sys.exit({stop.code!r}) was called during the work, which is not finished")
+    except BaseException as error:
+        if arguments.traceback:
+            traceback.print_exc()
+        return _end(*describe(error, arguments.command, names, shown=arguments.traceback))
+
+
+def _end(code: int, text: str) -> int:
+    print(f"nlhf-kernels: {text}", file=sys.stderr)
+    return code
+
+
+def describe(error: BaseException, command: str, names: Mapping[str, str], shown: bool = False) -> tuple[int, str]:
+    """Exit code and line for an exception; one of an unforeseen kind has its traceback printed, unless `shown`."""
+    line = first_line(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(line):
+        return FAILED, f"error: {command}: the disk is full: {line}: make room there and run the same command again"
+    if isinstance(error, MemoryError) and str(error):  # the engine's own, which says what to change
+        return FAILED, f"error: {command}: out of memory: {' '.join(str(error).split())}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(line):
+        return FAILED, f"error: {command}: out of memory: {line}: smaller batches or shorter texts need less"
+    if type(error).__name__ in _DAMAGED:
+        return REFUSED, f"error: {command}: a damaged file: {type(error).__name__}: {line}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        where = "" if error.filename is None else f": {error.filename}"
+        return REFUSED, f"error: {command}: {error.strerror}{where}"
+    if isinstance(error, BadInput | ValueError | TypeError | OSError | ImportError | ArithmeticError | RuntimeError):
+        return REFUSED, f"error: {with_options(line, command, names)}"
+    if not shown:
+        traceback.print_exception(error)
+    what = f"unexpected {type(error).__name__}: {line}"
+    return FAILED, f"error: {command}: {what} (please report it, with the output of `nlhf-kernels info`)"
+
+
+def with_options(message: str, command: str, names: Mapping[str, str]) -> str:
+    """The message, with the command's options in place of the library's arguments."""
+    subject = _SUBJECT.match(message)
+    if subject is not None and subject["name"] in names and subject["rest"].startswith((":", "[")):
+        message = f"{command}: {names[subject['name']]}{subject['rest']}"
+    python = re.compile(r"\b(\w+)=True\b")
+    return python.sub(lambda match: names.get(match[1], match[0]), message)
+
+
+def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The argument of the library that each option is named after -> the option."""
+    actions = parser._actions
+    return {action.dest: action.option_strings[-1] for action in actions if action.option_strings}
