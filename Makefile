@@ -1,9 +1,10 @@
 # Every target sets up what it needs in .venv, from constraints.txt; the second run finds it there.
 #
-#   make demo     the library's main job, small, with what this machine has
-#   make test     the tests
-#   make bench    the benchmarks (BENCH="--preset tiny" and other options pass through)
-#   make lint     ruff and mypy; make format-check: the formatter alone; neither compiles anything
+#   make demo         the library's main job, small, with what this machine has
+#   make test         the tests
+#   make test-newest  those that touch transformers, with the newest that pyproject.toml allows
+#   make bench        the benchmarks (BENCH="--preset tiny" and other options pass through)
+#   make lint         ruff and mypy; make format-check: the formatter alone; neither compiles anything
 #
 # VENV=0 uses the active Python and its packages instead of .venv, on a GPU machine with its own PyTorch, say; only
 # the library itself is installed there, in place. Options: PYTHON=python3.12, TESTS="-k registry", BENCH="--list".
@@ -24,7 +25,12 @@ READY := $(VENV)/ready
 PACKAGES := $(VENV)/packages
 endif
 
-.PHONY: demo test bench lint format-check setup clean
+# Algorithms' learning and the sampler's statistics say nothing of transformers.
+NEWEST := build/newest
+NEWEST_TESTS := $(filter-out %/test_train_learning.py %/test_preference_loss.py, $(wildcard \
+  $(patsubst %,tests/test_%.py,upstream attention engine* generate* train* trl* preference* cli_prefer cli_sample cli_train experiment)))
+
+.PHONY: demo test test-newest bench lint format-check setup clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -32,6 +38,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest $(TESTS)
+
+test-newest: $(NEWEST)/ready
+	@echo "== $(words $(NEWEST_TESTS)) test files with transformers $$($(NEWEST)/bin/python -c 'import transformers; print(transformers.__version__)')"
+	$(NEWEST)/bin/python -m pytest $(NEWEST_TESTS) $(TESTS)
 
 bench: $(READY)
 	$(PY) -m benchmarks.run $(BENCH)
@@ -67,6 +77,14 @@ $(VENV)/ready: $(VENV)/packages $(SOURCES)
 	@echo "== compiling the native kernels"
 	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(PY) -c 'from nlhf_kernels.core import capabilities as c; [print("note:", r) for r in map(c.native_missing, ("_cpu", "_cuda")) if r]'
+	@touch $@
+
+# The packages of the environment above, and another transformers in front of them.
+$(NEWEST)/ready: pyproject.toml constraints.txt | $(READY)
+	$(PY) -m venv --clear --without-pip $(NEWEST)
+	@base=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && $(NEWEST)/bin/python -c 'import pathlib, sys, sysconfig; \
+	  pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' "$$base"
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade "$$(grep -o 'transformers>=[^"]*' pyproject.toml)"
 	@touch $@
 
 build/active-environment: $(SOURCES)

@@ -25,6 +25,7 @@ from benchmarks.harness.results import Accuracy, Floor, ResultRow, RowKey, Speed
 from benchmarks.harness.rounds import build_parser, run_rounds
 from benchmarks.harness.runner import RunContext
 from benchmarks.harness.timing import Action, Timing, TimingPlan, time_calls
+from nlhf_kernels.core.upstream import cache_argument
 
 BETA = 0.3
 VARIANT = "engine, sdpa"  # without decode_attention
@@ -86,7 +87,7 @@ def lockstep(pair: Pair, betas: torch.Tensor, ids: torch.Tensor, mask: torch.Ten
     for _ in range(pair.new):
         inputs = {"input_ids": text, "attention_mask": mask, "position_ids": positions, "use_cache": True}
         logits = [
-            model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+            model(**inputs, **{cache_argument(model.forward): cache}, logits_to_keep=1).logits[:, -1].float()
             for model, cache in zip(models, caches, strict=True)
         ]
         log_pi, log_mu = (one.log_softmax(-1) for one in logits)

@@ -12,6 +12,7 @@ import transformers
 
 import nlhf_kernels
 from nlhf_kernels import decode_attention
+from nlhf_kernels.core.upstream import cache_argument
 from nlhf_kernels.engine import Player, RolloutEngine, attention, nash_md
 from nlhf_kernels.engine.models import inspect_model
 from tests.support.engine import settings, tiny, tiny_pair, worst_error
@@ -51,12 +52,13 @@ def decode(model: torch.nn.Module, cache: transformers.Cache, around: Callable[[
     batch = padded(prompts())
     mask = batch["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = model(**batch, position_ids=positions, past_key_values=cache, use_cache=True)
+    keeping = {cache_argument(model.forward): cache, "use_cache": True}
+    out = model(**batch, position_ids=positions, **keeping)
     logits = [out.logits[:, -1]]
 
     def step(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        return model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        return model(**inputs, **keeping).logits[:, -1]
 
     step = around(step, mask)
     for count in range(STEPS):
@@ -318,6 +320,9 @@ def test_a_layer_that_makes_a_mask_of_its_own_is_found(kernel_calls) -> None:
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
     config = transformers.DogeConfig(vocab_size=97, hidden_size=32, max_position_embeddings=128, **sizes)
     policy, rows = random_model(config, 1), prompts((1, 9))
+    whole, part = (policy(rows[1][None, :length], use_cache=False).logits[0, :5] for length in (9, 5))
+    if not torch.allclose(whole, part, atol=1e-4):
+        pytest.skip("transformers 5.17: Doge itself, without a cache, lets a token attend to the next ones")
     kernel_calls.clear()
     (drawn,) = RolloutEngine(policy).rollout(**padded(rows), players=(Player(),), settings=settings(5))
     assert kernel_calls == [] and worst_error(drawn, policy, None, rows, 0.0) < 5e-5

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from nlhf_kernels.core.upstream import cache_argument
 from nlhf_kernels.engine import ensemble, readers
 from nlhf_kernels.engine.caches import StaticRowsCache
 from nlhf_kernels.integrations import generate_mixture, mixture_generate
@@ -110,9 +111,10 @@ def test_caches_are_separate() -> None:
     for role, model in (("policy", policy), ("reference", reference)):
 
         def remember(module, args, kwargs, role=role) -> None:
-            if isinstance(kwargs["past_key_values"], StaticRowsCache):  # not the one that only looks at shapes
-                alive.append(kwargs["past_key_values"])
-                caches[role].add(id(kwargs["past_key_values"]))
+            cache = kwargs[cache_argument(module.forward)]
+            if isinstance(cache, StaticRowsCache):  # not the one that only looks at shapes
+                alive.append(cache)
+                caches[role].add(id(cache))
 
         model.register_forward_pre_hook(remember, with_kwargs=True)
     generate_mixture(policy, reference, prompts()[2][None], beta=BETA, max_new_tokens=4, eos_token_id=())

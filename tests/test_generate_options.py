@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from nlhf_kernels.core.upstream import cache_argument
 from nlhf_kernels.integrations import generate_mixture, mixture_generate
 from tests.support.tiny_models import BETA, VOCABULARY, chosen, one_thread, padded, pair, prompts, tiny_model
 
@@ -151,6 +152,18 @@ def test_what_cannot_be_honoured_is_refused_by_name(case) -> None:
     call = {"custom_generate": mixture_generate, "reference_model": reference, "beta": BETA, "max_new_tokens": 2}
     with pytest.raises(ValueError, match=message):
         policy.generate(**ids, **{**call, **options})
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mamba"])
+def test_only_an_empty_cache_is_taken(architecture) -> None:
+    policy, reference = pair(architecture)
+    ids = prompts()[1][None]
+    call = {"custom_generate": mixture_generate, "reference_model": reference, "beta": BETA, "max_new_tokens": 2}
+    name = cache_argument(policy.forward)
+    filled = policy(ids, use_cache=True)[name]
+    with pytest.raises(ValueError, match=f"{name}: expected an empty cache"):
+        policy.generate(torch.cat([ids, ids], 1), **{name: filled}, **call)
+    policy.generate(ids, **{name: transformers.DynamicCache(config=policy.config)}, **call)
 
 
 def test_right_padding_is_refused() -> None:

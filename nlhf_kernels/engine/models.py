@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache
 
+from ..core.upstream import cache_argument
 from .attention import takes_decode_attention
 from .caches import LayerShape, ProbeLayer
 
@@ -37,6 +38,7 @@ class ModelFacts:
     role: str
     model: torch.nn.Module  # the module whose forward is called
     accepted: frozenset[str]  # names of its forward's arguments
+    cache_argument: str | None  # the one that takes a Cache
     layers: tuple[LayerShape | None, ...]  # empty where the whole text is read every step
     vocabulary: int
     dtype: torch.dtype
@@ -88,6 +90,7 @@ def inspect_model(role: str, model: Any, use_cache: bool, op: str = OP) -> Model
         role=role,
         model=inner,
         accepted=accepted,
+        cache_argument=cache_argument(_forward(inner)),
         layers=layers,
         vocabulary=logits.shape[-1],
         dtype=parameter.dtype,
@@ -124,7 +127,12 @@ def _rotation_turns(config: Any) -> int | None:
 
 
 def _accepted(model: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
+    return frozenset(inspect.signature(_forward(model)).parameters)
+
+
+def _forward(model: Any) -> Any:
+    """The method that a compiled model stands for."""
+    return getattr(model, "_orig_mod", model).forward
 
 
 def _keeps_state_elsewhere(model: Any) -> str | None:
@@ -136,7 +144,7 @@ def _keeps_state_elsewhere(model: Any) -> str | None:
         return f"has layers of {', '.join(other)}"
     if getattr(model, "_is_stateful", False):
         return "keeps a recurrent state"
-    return None if "past_key_values" in _accepted(model) else "takes no past_key_values"
+    return None if cache_argument(_forward(model)) else "takes no cache"
 
 
 @contextmanager
@@ -154,8 +162,8 @@ def _probe(
     token = torch.zeros(1, 1, dtype=torch.int64, device="cpu" if device.type == "meta" else device)
     cache = Cache(layer_class_to_replicate=ProbeLayer)
     inputs: dict[str, Any] = {"input_ids": token, "attention_mask": torch.ones_like(token), "use_cache": use_cache}
-    if use_cache:
-        inputs["past_key_values"] = cache
+    if use_cache and (name := cache_argument(_forward(model))):
+        inputs[name] = cache
     with plainly(token.device), evaluating(model):
         outputs = model(**{name: value for name, value in inputs.items() if name in accepted}, return_dict=True)
     return tuple(getattr(layer, "shape", None) for layer in cache.layers), outputs.logits

@@ -41,9 +41,12 @@ class Reader(Protocol):
         """Only `rows` of the rollout go on; `spans` are where they lie afterwards."""
 
 
-def call(facts: ModelFacts, forward: Any = None, **inputs: Any) -> torch.Tensor:
+def call(facts: ModelFacts, forward: Any = None, cache: StaticRowsCache | None = None, **inputs: Any) -> torch.Tensor:
     """Logits at the last position, (rows, V). `forward`: what is called in the model's place."""
-    inputs |= {"logits_to_keep": 1, "return_dict": True}
+    if cache is not None:
+        assert facts.cache_argument is not None
+        inputs[facts.cache_argument] = cache
+    inputs |= {"use_cache": cache is not None, "logits_to_keep": 1, "return_dict": True}
     accepted = {name: value for name, value in inputs.items() if name in facts.accepted or name == "return_dict"}
     forward = facts.model if forward is None else forward
     logits: torch.Tensor = forward(**accepted).logits[:, -1]
@@ -63,8 +66,8 @@ def check_places(facts: ModelFacts, prompts: Prompts) -> None:
     lengths = prompts.mask.sum(1)
     row, length = int(lengths.argmin()), int(lengths.min())
     ids, mask = prompts.ids[row : row + 1], prompts.mask[row : row + 1]
-    padded = call(facts, input_ids=ids, attention_mask=mask, use_cache=False).float()
-    alone = call(facts, input_ids=ids[:, -length:], use_cache=False).float()
+    padded = call(facts, input_ids=ids, attention_mask=mask).float()
+    alone = call(facts, input_ids=ids[:, -length:]).float()
     if (padded - alone).abs().mean() > MOVED * (alone - alone.mean()).abs().mean():
         raise ValueError(
             f"{OP}: attention_mask: expected prompts of one length; got padding, which moves the tokens of the "
@@ -90,8 +93,7 @@ class CachedReader:
             input_ids=prompts.ids,
             attention_mask=prompts.mask if prompts.padded else None,
             position_ids=prompt_positions(prompts),
-            past_key_values=self.cache,
-            use_cache=True,
+            cache=self.cache,
         )
         self.cache.begin_steps()
         return {self.facts.role: logits[fan_out]}
@@ -106,8 +108,7 @@ class CachedReader:
                 input_ids=tokens[rows, None],
                 attention_mask=None if mask is None else mask[rows],
                 position_ids=clock.positions[rows],
-                past_key_values=self.cache,
-                use_cache=True,
+                cache=self.cache,
             )
         return {self.facts.role: logits}
 
@@ -147,8 +148,8 @@ class WholeTextReader:
 
     def _read(self, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-        inputs = {"input_ids": text, "attention_mask": mask, "use_cache": False}
-        return call(self.facts, **inputs, **({} if positions is None else {"position_ids": positions}))
+        inputs: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+        return call(self.facts, input_ids=text, attention_mask=mask, **inputs)
 
     def _check_padding(self, prompts: Prompts) -> None:
         """Some recurrent models take an attention mask and read the padding all the same. Two prompts that differ only

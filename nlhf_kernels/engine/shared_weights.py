@@ -169,8 +169,7 @@ class SharedReader:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
+                cache=self.cache,
             )
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 
+from ..core.upstream import CACHES
 from ..engine.hooks import Processor
 from ..engine.shared_weights import is_adapted
 from .mixture import Beta, MixtureGeneration, generate_mixture
@@ -52,7 +53,7 @@ _REFUSED = {
     "prefill_chunk_size": "both prompts are read in one piece",
 }
 #: Model inputs that generate() prepares and both models have of their own.
-_PREPARED = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep"}
+_PREPARED = {"attention_mask", "position_ids", *CACHES, "use_cache", "logits_to_keep"}
 
 
 @dataclass
@@ -170,15 +171,25 @@ def _refuse(
 
 def _refuse_inputs(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
     """What generate() prepares by itself is made anew for each model; what a caller chose otherwise cannot be."""
-    cache, positions = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(f"{_OP}: past_key_values: expected an empty cache: the reference has not read the same text")
+    positions = model_kwargs.get("position_ids")
+    for name in CACHES:
+        if _holds_text(model_kwargs.get(name)):
+            raise ValueError(f"{_OP}: {name}: expected an empty cache: the reference has not read the same text")
     if positions is not None:
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         usual = mask.long().cumsum(-1) - 1
         if positions.ndim != 2 or ((positions != usual) & (mask != 0)).any():
             raise ValueError(f"{_OP}: position_ids: expected those that count each row's own tokens")
+
+
+def _holds_text(cache: Any) -> bool:
+    """Layers of attention count their tokens; recurrent layers only say that they have a state."""
+    return any(
+        (hasattr(layer, "get_seq_length") and layer.get_seq_length() > 0)
+        or any(getattr(layer, "has_previous_state", {}).values())
+        for layer in getattr(cache, "layers", ())
+    )
 
 
 def _split(processors: Sequence[Processor], do_sample: bool) -> tuple[list[Processor], dict[str, Any]]:
