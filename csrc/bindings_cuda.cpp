@@ -67,6 +67,13 @@ auto mixture_sample(nlhf::MixtureSample (*problem_of)(Fields...)) {
   };
 }
 
+// The newest CUDA that the driver serves, as 1000 * major + 10 * minor; 0 without a driver.
+int driver_version() {
+  int version = 0;
+  require_success("driver_version", cudaDriverGetVersion(&version));
+  return version;
+}
+
 py::dict build_info() {
   py::dict info;
   info["cuda_version"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
@@ -85,4 +92,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("mixture_sample_workspace", &nlhf::mixture_sample_workspace);
   module.def("mixture_sample", mixture_sample(&nlhf::mixture_sample_problem));
   module.def("build_info", &build_info);
+  module.def("driver_version", &driver_version);
 }

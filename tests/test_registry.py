@@ -6,12 +6,14 @@ import logging
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 
 import nlhf_kernels
+from nlhf_kernels.cli import info
 from nlhf_kernels.core import capabilities, settings
 from nlhf_kernels.core.registry import Backend, BackendUnavailable, Op, get_op, ops
 
@@ -158,20 +160,53 @@ def test_every_public_op_is_registered() -> None:
     ],
 )
 def test_compiled_architectures_are_held_against_the_gpu(monkeypatch, architectures, capability, fits) -> None:
-    class Module:
-        @staticmethod
-        def build_info():
-            return {"cuda_version": "13.0", "architectures": architectures}
-
-    monkeypatch.setattr(capabilities, "native", lambda name: Module)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(capabilities, "native", lambda name: built_cuda(architectures))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    reason = capabilities._cuda_module_misfit.__wrapped__(0)
+    reason = misfit()
     assert (reason == "") is fits
     if not fits:
         assert f"sm_{capability[0]}{capability[1]}" in reason
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
-    assert "the driver serves CUDA 12" in capabilities._cuda_module_misfit.__wrapped__(0)
+
+
+def built_cuda(architectures: str = "90", driver: int = 13000) -> SimpleNamespace:
+    """What the module `_cuda` says of itself and of the driver."""
+    facts = {"cuda_version": "13.0", "architectures": architectures}
+    return SimpleNamespace(build_info=lambda: facts, driver_version=lambda: driver)
+
+
+def misfit() -> str:
+    capabilities._cuda_module_misfit.cache_clear()
+    try:
+        return capabilities._cuda_module_misfit(0)
+    finally:
+        capabilities._cuda_module_misfit.cache_clear()
+
+
+@pytest.mark.parametrize(("driver", "says"), [(12080, "the driver serves CUDA 12.8"), (0, "there is no driver")])
+def test_a_driver_that_is_too_old_or_missing_is_a_reason(monkeypatch, driver, says) -> None:
+    monkeypatch.setattr(capabilities, "native", lambda name: built_cuda(driver=driver))
+    assert f"built with CUDA 13.0, {says}: update it or rebuild" in misfit()
+
+
+def test_the_driver_says_its_version_through_the_module() -> None:
+    if reason := capabilities._load_native("_cuda")[1]:
+        pytest.skip(reason)
+    version = capabilities._load_native("_cuda")[0].driver_version()
+    assert version >= 12000 if torch.cuda.is_available() else version >= 0
+
+
+def test_a_check_that_fails_is_noted_and_lets_the_op_run(monkeypatch, caplog) -> None:
+    """A module without the function stands for whatever is not foreseen."""
+    monkeypatch.setattr(capabilities, "failed_checks", {})
+    monkeypatch.setattr(capabilities, "native", lambda name: SimpleNamespace(build_info=lambda: {"cuda_version": "13"}))
+    assert misfit() == ""
+    (noted,) = capabilities.failed_checks.items()
+    assert noted == (
+        "whether _cuda fits the GPU",
+        "AttributeError: 'types.SimpleNamespace' object has no attribute 'driver_version'",
+    )
+    assert "could not check whether _cuda fits the GPU" in caplog.text
+    assert "could not check whether _cuda fits the GPU: AttributeError" in info._backends().caption
 
 
 IMPORT_WITHOUT = """

@@ -11,6 +11,7 @@ from importlib import metadata
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
@@ -106,6 +107,9 @@ def _backends() -> Table:
     for backend in settings.BACKENDS:
         cells = ("; ".join(capabilities.machine_reasons(backend, device)) or "can run" for device in _devices_here())
         table.add_row(backend, *cells)
+    if capabilities.failed_checks:  # last: the rows above make the checks
+        unknown = (f"could not check {what}: {error}" for what, error in capabilities.failed_checks.items())
+        table.caption = escape("\n".join(unknown))
     return table
 
 

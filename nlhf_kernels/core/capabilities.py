@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from functools import cache
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +15,33 @@ import torch
 
 from . import settings
 
+log = logging.getLogger("nlhf_kernels")
+
 PACKAGE = Path(__file__).resolve().parent.parent
 BUILD_FACTS = PACKAGE / "_native_build.json"  # written by setup.py: what was built, what was left out and why
+
+#: Checks that could not be made -> the error. `nlhf-kernels info` prints them.
+failed_checks: dict[str, str] = {}
+
+
+def _check(what: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Keep a check's answers. A check that itself fails, for an unforeseen reason, is noted and forbids nothing: an op
+    that can run must not fail over the question whether it can."""
+
+    def decorate(check: Callable[..., str]) -> Callable[..., str]:
+        @cache
+        @wraps(check)
+        def checked(*arguments: Any) -> str:
+            try:
+                return check(*arguments)
+            except Exception as error:
+                failed_checks[what] = f"{type(error).__name__}: {error}"
+                log.warning("could not check %s (%s); going on without", what, failed_checks[what])
+                return ""
+
+        return checked
+
+    return decorate
 
 
 @cache
@@ -53,7 +80,7 @@ def native_missing(name: str) -> str:
     return _load_native(name)[1]
 
 
-@cache
+@_check("Triton's version")
 def triton_missing() -> str:
     """Why Triton cannot be used; empty where it can."""
     try:
@@ -70,15 +97,15 @@ def _version(text: str) -> tuple[int, int]:
     return int(major), int(minor or 0)
 
 
-@cache
+@_check("whether _cuda fits the GPU")
 def _cuda_module_misfit(index: int) -> str:
     """Why the compiled `_cuda` does not fit GPU `index`: too old a driver, or no code for its architecture."""
-    info = native("_cuda").build_info()
-    driver = getattr(torch._C, "_cuda_getDriverVersion")() // 1000  # noqa: B009  (CPU builds of torch lack it)
-    if driver < _version(info["cuda_version"])[0]:
-        return (
-            f"_cuda was built with CUDA {info['cuda_version']}, the driver serves CUDA {driver}: update it or rebuild"
-        )
+    module = native("_cuda")
+    info = module.build_info()
+    driver = module.driver_version()  # 1000 * major + 10 * minor of the newest CUDA that it serves; 0: there is none
+    if driver // 1000 < _version(info["cuda_version"])[0]:
+        serves = f"the driver serves CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "there is no driver"
+        return f"_cuda was built with CUDA {info['cuda_version']}, {serves}: update it or rebuild"
     major, minor = torch.cuda.get_device_capability(index)
     capability = 10 * major + minor
     for entry in info["architectures"].split():

@@ -54,7 +54,9 @@ def random_block(
     seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int, block: torch.Tensor | int = 0
 ) -> tuple[torch.Tensor, ...]:
     """The block of words of every row; the arguments broadcast."""
-    last = torch.as_tensor((stream << 24) | block, dtype=torch.int64, device=row_ids.device)
+    last = (
+        torch.full_like(step, stream << 24) | block
+    )  # filled, not copied from the host: a captured graph refuses that
     counter = (row_ids & WORD, (row_ids >> 32) & WORD, step & WORD, last)
     return philox_4x32(counter, (seed & WORD, (seed >> 32) & WORD))
 

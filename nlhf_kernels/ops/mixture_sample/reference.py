@@ -55,8 +55,12 @@ def mixture_sample(
     if wanted >> len(logits) & 1:
         log_mass = (scaled - top).double().gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - total.squeeze(-1).log()
         logprobs[-1] = torch.where(greedy, 0.0, log_mass)
-    logprobs[:, ~ok] = torch.nan
-    return tokens, logprobs, ok & ~_any_wanted_nan(logprobs, wanted)
+    logprobs.masked_fill_(~ok, torch.nan)
+    broken = ~ok
+    for index in range(len(logprobs)):
+        if wanted >> index & 1:
+            broken = broken | logprobs[index].isnan()
+    return tokens, logprobs, ~broken
 
 
 def mixed_logits(
@@ -94,8 +98,3 @@ def support(scaled: torch.Tensor, settings: torch.Tensor) -> torch.Tensor:  # (R
 
     min_p = settings[:, MIN_P, None].to(scaled.dtype)
     return (scaled >= at_least) & (scaled >= ordered[:, :1] + min_p.log())
-
-
-def _any_wanted_nan(logprobs: torch.Tensor, wanted: int) -> torch.Tensor:
-    rows = [index for index in range(len(logprobs)) if wanted >> index & 1]
-    return logprobs[rows].isnan().any(0)

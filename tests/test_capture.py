@@ -1,0 +1,100 @@
+"""Nothing that a captured step reaches takes data from the host or reads a value, found without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+import nlhf_kernels
+from nlhf_kernels.core.registry import ops
+from nlhf_kernels.engine import Hooks, RolloutEngine, nash_md
+from nlhf_kernels.engine.loop import Rollout
+from tests.support.capture import DEVICE, CaptureRefused, capturing, on_device
+from tests.support.engine import settings, tiny_pair
+from tests.support.tiny_models import BETA, padded, prompts
+from tests.test_operators import backward
+
+ROOMS = [op.name for op in ops()]
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", "triton"]
+)  # what `auto` chooses among on a GPU, beside CUDA's own code
+@pytest.mark.parametrize("op", ROOMS)
+def test_ops(op, backend) -> None:
+    """Forward and backward, over every example that the backend takes."""
+    reasons: list[str] = []
+    walked = 0
+    for make in importlib.import_module(f"tests.test_{op}").EXAMPLES:
+        args, kwargs = (on_device(values) for values in make(torch.device("cpu")))
+        with capturing(), nlhf_kernels.use_backend(backend):
+            reasons = nlhf_kernels.explain(op, *args, **kwargs).reasons.get(backend, [])
+            if not reasons:
+                backward(getattr(nlhf_kernels, op)(*args, **kwargs))
+                walked += 1
+    if not walked:
+        pytest.skip("; ".join(reasons))
+
+
+class _Watched:
+    """A recorder in whose hands a step is run under the rules."""
+
+    def record(self, step, state):
+        def watched() -> None:
+            with capturing():
+                step()
+
+        return watched
+
+    def side_by_side(self, reads):
+        return [read() for read in reads]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama", "gemma3"])  # each places tokens in its own way
+def test_engine_steps(architecture) -> None:
+    models = tiny_pair(architecture)
+    for model in models:
+        model.config.pad_token_id = None  # transformers would look for it in the prompts, to warn
+    engine = RolloutEngine(*models, recorder=_Watched(), bucket=16)
+    batch = padded(prompts((9, 9)))
+    plan = engine._plan(batch["input_ids"], None, nash_md(BETA), settings(4, backend="reference"), Hooks())
+    assert not plan.notes
+    plan = replace(plan, prompts=replace(plan.prompts, **on_device(vars(plan.prompts))))
+    facts = engine.ensemble.facts
+    engine.ensemble.facts = {name: replace(f, model=f.model.to(DEVICE), device=DEVICE) for name, f in facts.items()}
+    engine.device = DEVICE
+    with torch.no_grad(), engine.ensemble.playing():
+        rollout = Rollout(plan, engine._workspace(plan), engine.graphs)
+        rollout._start()
+        for _ in range(3):
+            rollout._advance()
+    assert rollout.drawn == 4
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda x: x + torch.as_tensor(3, device=x.device),
+        lambda x: x * torch.tensor([1.0, 2.0], device=x.device),
+        lambda x: x + torch.ones(2).to(x.device),
+        lambda x: x.copy_(torch.ones(2)),
+        lambda x: x[[1, 0]],
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.__setitem__(x > 0, 0.0),
+        lambda x: x.cpu(),
+    ],
+)
+def test_the_rules_find_each_kind_of_mistake(mistake) -> None:
+    x = torch.ones(2, device=DEVICE)
+    with capturing(), pytest.raises(CaptureRefused):
+        mistake(x)
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, bool, float, torch.Tensor.tolist, torch.Tensor.nonzero])
+def test_the_rules_find_a_read_value(read) -> None:
+    with capturing(), pytest.raises((RuntimeError, NotImplementedError, CaptureRefused)):
+        read(torch.ones(1, device=DEVICE))
