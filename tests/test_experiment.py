@@ -92,7 +92,7 @@ def test_histories_hold_what_the_figures_show(done) -> None:
 def test_the_report_is_one_file_and_nothing_is_fetched(done) -> None:
     folder, _, results = done
     page = (folder / "report" / "report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") == 7
+    assert page.count("data:image/svg+xml;base64,") == 5
     assert "http://" not in page and "https://" not in page.replace("https://docs", ""), "self-contained"
     assert json.loads((folder / "report" / "results.json").read_text()) == json.loads(json.dumps(results))
 

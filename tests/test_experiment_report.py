@@ -17,8 +17,9 @@ from nlhf_kernels.cli import demo
 from nlhf_kernels.cli.main import main
 from nlhf_kernels.experiment import figures
 from nlhf_kernels.experiment.__main__ import main as redraw
+from nlhf_kernels.experiment.intervals import plus_minus
 from nlhf_kernels.experiment.markdown import summary
-from nlhf_kernels.experiment.report import page, write_report
+from nlhf_kernels.experiment.report import page, table, write_report
 from nlhf_kernels.preference import PairwisePreferenceModel, save_preference_model
 from tests.support.experiment import fake_packages, numbers
 from tests.support.tiny_models import one_thread, tiny_model, tiny_tokenizer
@@ -27,27 +28,57 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_page_says_what_the_numbers_say() -> None:
-    shown = page(numbers(), [])
-    assert "the earth is round: contradicted" in shown and 'class="verdict contradicted"' in shown
+    shown = page(numbers(), []).replace("\u00a0", " ")
+    assert "The earth is round: <b>contradicted</b> (3 runs of each, 128 prompts; best of 1: Nash-MD 0.25)" in shown
+    assert 'class="verdict contradicted"' in shown
     assert "2 of 40 triples" in shown and "(5.0%)" in shown and "at 2 of 8 prompts" in shown
     assert "SFT &gt; RLHF &gt; Nash-MD 1 &gt; SFT" in shown
     assert "10 ms with the kernels, 25 ms with the PyTorch reference: 2.50x" in shown
-    assert "n = 8 prompts" in shown and "not of other runs" in shown
+    assert "n = 128 prompts with 1 answer of each policy" in shown and "the training run, of which there are 3" in shown
     assert "0.580 ± 0.030" in shown and "0.420 ± 0.030" in shown
     assert "<script>" not in shown, "what a model or a package wrote is shown, not obeyed"
 
 
 def test_other_numbers_give_another_page() -> None:
-    results = numbers(seeds=3, cycles=False)
-    claim = results["tournament"]["judges"]["preference-model"]["claims"][0]
-    claim["verdict"] = "reproduced"
+    results = numbers(seeds=1, cycles=False)
     shown = page(results, [])
-    assert "the earth is round: reproduced" in shown and 'class="verdict reproduced"' in shown
-    assert "the training run, of which there are 3" in shown
+    assert "not of other runs" in shown and "1 training run of each" in shown
     assert "Cycles among the policies, by the means: none" in shown
     assert "not one of equal information" not in shown
     results["preset"]["judge"] = "annotators"
     assert "not one of equal information" in page(results, [])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "prompts", "seen"), [(1, 192, "1 run of each, 192 prompts"), (3, 99, "3 runs of each, 99 prompts")]
+)
+def test_results_of_few_runs_or_prompts_have_no_verdict(seeds, prompts, seen) -> None:
+    """Whatever verdict was written beside them."""
+    results = numbers(seeds=seeds, prompts=prompts)
+    shown, text = page(results, []), summary(results)
+    for verdict in ("reproduced", "contradicted"):
+        results["tournament"]["judges"]["annotators"]["claims"][0]["verdict"] = verdict
+        assert page(results, []) == shown and 'class="verdict "' in shown and f"<b>{verdict}</b>" not in shown
+        assert summary(results) == text and verdict not in text
+    assert f"too small to tell ({seen}; a verdict takes 3 runs and 100 prompts)" in text
+
+
+def test_those_who_know_the_truth_come_first() -> None:
+    for shown in (page(numbers(), []), summary(numbers())):
+        places = [shown.index(f"Judged by {name}") for name in ("the true annotators", "the preference model")]
+        assert places == sorted(places)
+    drawn = [name for name, _, _ in figures.all_figures(numbers())]
+    assert drawn[:2] == ["matrix-annotators", "matrix-preference-model"]
+
+
+def test_the_page_fits_a_phone_and_numbers_stay_whole() -> None:
+    shown = page(numbers(), [])
+    assert '<meta name="viewport" content="width=device-width,initial-scale=1">' in shown
+    assert re.search(r"td\.n\{[^}]*white-space:nowrap", shown)
+    assert shown.count('<div class="scroll"><table') == shown.count("<table"), "a wide table scrolls, not the page"
+    cells = re.findall(r"<td([^>]*)>([^<]*)</td>", table(["a"], [["0.5 ± 0.1", "-1", "3.4%", "1,024", "7v", "-x", ""]]))
+    assert [text for kind, text in cells if kind == ' class="n"'] == ["0.5 ± 0.1", "-1", "3.4%", "1,024"]
+    assert plus_minus(-0.0001, 0.0204, 2) == "0.00\u00a0±\u00a00.02", "no minus before zero, no line break inside"
 
 
 def test_the_report_holds_its_figures_and_is_the_same_every_time(tmp_path) -> None:
@@ -55,21 +86,39 @@ def test_the_report_holds_its_figures_and_is_the_same_every_time(tmp_path) -> No
     assert first.read_bytes() == second.read_bytes()
     drawn = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', first.read_text())
     names = sorted(path.name for path in (tmp_path / "one" / "figures").iterdir())
-    assert len(drawn) == len(names) == 6
+    assert len(drawn) == 5 and len(names) == 7, "the matrices are tables in the page"
     assert all(base64.b64decode(each).startswith(b"<?xml") for each in drawn)
-    assert names == ["beta.svg", "kl.svg", "matrix-preference-model.svg", "training-kl.svg", "training-length.svg",
-                     "training-win-rate.svg"]  # fmt: skip
+    assert names == ["beta.svg", "kl.svg", "matrix-annotators.svg", "matrix-preference-model.svg", "training-kl.svg",
+                     "training-length.svg", "training-win-rate.svg"]  # fmt: skip
 
 
 def test_figures_draw_the_numbers() -> None:
     results = numbers()
     heat = figures.heat_map(results, "preference-model").axes[0]
-    assert [round(float(value), 2) for value in heat.images[0].get_array()[3]] == [0.62, 0.58, 0.54, 0.5, 0.46]
+    row = [round(float(value), 2) for value in heat.images[0].get_array()[3].filled(-1)]
+    assert row == [0.62, 0.58, 0.54, -1, 0.46], "nothing on the diagonal"
     assert "0.58\n±0.03" in {text.get_text() for text in heat.texts}
     line = figures.win_rate_by_beta(results).axes[0].lines[0]
     assert line.get_ydata().tolist() == [0.5, 0.525, 0.6]
-    assert figures.curves(results, "kl")["rlhf"] == {1: 0.1, 2: 0.2}
+    assert figures.curves(results, "kl")["rlhf"] == pytest.approx({1: 0.1, 2: 0.2})
     assert figures.curves(results, "nothing") == {}
+
+
+def test_axes_start_where_the_quantity_does() -> None:
+    results = numbers()
+    drawn = {name: figure.axes[0] for name, _, figure in figures.all_figures(results)}
+    for name in ("beta", "training-win-rate", "kl"):
+        assert drawn[name].get_ylim() == (0.0, 1.0), "a win rate's range"
+    for name in ("training-win-rate", "training-kl", "training-length"):
+        assert drawn[name].get_xlim()[0] == 0, "the first update"
+        assert drawn[name].lines[0].get_marker() == "o", "few points are seen, a single one too"
+    assert (
+        drawn["training-kl"].get_ylim()[0] == drawn["training-length"].get_ylim()[0] == drawn["kl"].get_xlim()[0] == 0
+    )
+    assert drawn["training-kl"].get_ylim()[1] > 0.2
+    for history in results["histories"].values():
+        history[0]["kl"] = -0.3
+    assert figures.training_curves(results, "kl", "KL").axes[0].get_ylim()[0] == -0.3, "estimates fall below zero"
 
 
 def test_a_report_is_drawn_again_from_its_results(tmp_path, capsys) -> None:
@@ -77,7 +126,7 @@ def test_a_report_is_drawn_again_from_its_results(tmp_path, capsys) -> None:
     path.write_text(json.dumps(numbers()))
     assert redraw([str(path), "--out", str(tmp_path / "again"), "--markdown"]) == 0
     printed = capsys.readouterr().out
-    assert summary(numbers()) in printed and "| SFT |  | 0.46 ± 0.03 |" in printed
+    assert summary(numbers()) in printed and "| SFT |  | 0.46 ± 0.03 |" in printed.replace("\u00a0", " ")
     assert (tmp_path / "again" / "report.html").is_file()
     with pytest.raises(SystemExit):
         redraw([str(path)])

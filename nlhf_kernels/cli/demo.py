@@ -66,11 +66,12 @@ def _preset(name: str) -> Preset:
 
 
 def _show(results: dict[str, Any], folder: Path) -> None:
+    from ..experiment.figures import judges
     from ..experiment.report import describe_claim, describe_cycles, describe_intervals, describe_speed
 
     console = Console()
     facts = results["tournament"]
-    for judge, each in facts["judges"].items():
+    for judge, each in judges(results).items():
         console.print(_matrix(judge, facts["labels"], each["matrix"]))
         for claim in each["claims"]:
             console.print(describe_claim(claim), highlight=False)

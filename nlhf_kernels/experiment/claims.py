@@ -1,10 +1,12 @@
-"""The claims under examination, decided by the numbers: reproduced, contradicted, or not resolved at this size.
+"""The claims under examination, decided by the numbers: reproduced, contradicted, not resolved, or too small to tell.
 
 1. An interior beta beats self-play (beta = 0) and best response (beta = 1).
 2. Nash learning beats the reward-model baseline where preferences cycle.
 
 A match counts as won when the interval of its win rate is above 1/2 by more than a margin, below which a preference is
 none that anybody would notice. Where one candidate of several may win, their intervals are widened for that choice.
+Without several runs an interval covers the choice of prompts alone, and at few prompts its normal approximation is too
+narrow: below MIN_RUNS and MIN_PROMPTS there is no verdict, whatever the intervals say.
 """
 
 from __future__ import annotations
@@ -16,7 +18,20 @@ from .contestants import BASELINE, beta_of, label
 from .intervals import Estimate
 from .tournament import MARGIN, Tournament
 
-REPRODUCED, CONTRADICTED, OPEN = "reproduced", "contradicted", "not resolved"
+REPRODUCED, CONTRADICTED, OPEN, TOO_SMALL = "reproduced", "contradicted", "not resolved", "too small to tell"
+MIN_RUNS, MIN_PROMPTS = 3, 100
+
+
+def evidence(claim: Mapping[str, Any]) -> tuple[int, int]:
+    """Training runs of each contestant and prompts behind a claim; no runs where no match was played."""
+    matches = claim["matches"]
+    return (matches[0]["seeds"], matches[0]["prompts"]) if matches else (0, claim["prompts"])
+
+
+def verdict(claim: Mapping[str, Any]) -> str:
+    """What a claim's verdict is worth, of results written before there was a minimum too."""
+    runs, prompts = evidence(claim)
+    return str(claim["verdict"]) if runs >= MIN_RUNS and prompts >= MIN_PROMPTS else TOO_SMALL
 
 
 def interior_beta(tournament: Tournament) -> dict[str, Any] | None:
@@ -26,19 +41,12 @@ def interior_beta(tournament: Tournament) -> dict[str, Any] | None:
     inner = [name for name, beta in betas.items() if 0 < beta < 1]
     if None in ends or not inner:
         return None
-    matches = {
-        name: {str(end): tournament.rate(name, str(end), comparisons=len(inner)) for end in ends} for name in inner
-    }
-    won = [name for name, each in matches.items() if all(rate.low > 0.5 + MARGIN for rate in each.values())]
-    lost = all(any(rate.high < 0.5 - MARGIN for rate in each.values()) for each in matches.values())
-    best = max(inner, key=lambda name: min(rate.mean for rate in matches[name].values()))
-    return {
-        "claim": "an interior beta beats beta = 0 and beta = 1",
-        "verdict": REPRODUCED if won else CONTRADICTED if lost else OPEN,
-        "best": label(best),
-        "compared": len(inner),
-        "matches": _shown({(name, end): rate for name, each in matches.items() for end, rate in each.items()}),
-    }
+    rates = {(name, str(end)): tournament.rate(name, str(end), None, len(inner)) for name in inner for end in ends}
+    by_name = {name: [rate for (first, _), rate in rates.items() if first == name] for name in inner}
+    won = any(all(rate.low > 0.5 + MARGIN for rate in each) for each in by_name.values())
+    lost = all(any(rate.high < 0.5 - MARGIN for rate in each) for each in by_name.values())
+    best = max(inner, key=lambda name: min(rate.mean for rate in by_name[name]))
+    return _decided("an interior beta beats beta = 0 and beta = 1", won, lost, best, len(inner), rates)
 
 
 def beats_rewards(tournament: Tournament, where: Sequence[int] | None) -> dict[str, Any] | None:
@@ -49,19 +57,27 @@ def beats_rewards(tournament: Tournament, where: Sequence[int] | None) -> dict[s
         return None
     claim = "Nash learning beats the reward baseline" + ("" if where is None else " on prompts whose answers cycle")
     if where is not None and len(where) < 2:
-        return {"claim": claim, "verdict": OPEN, "best": None, "compared": len(rivals), "prompts": len(where),
+        return {"claim": claim, "verdict": TOO_SMALL, "best": None, "compared": len(rivals), "prompts": len(where),
                 "matches": []}  # fmt: skip
-    rates = {name: tournament.rate(name, BASELINE, where, len(rivals)) for name in rivals}
+    rates = {(name, BASELINE): tournament.rate(name, BASELINE, where, len(rivals)) for name in rivals}
     won = any(rate.low > 0.5 + MARGIN for rate in rates.values())
     lost = all(rate.high < 0.5 - MARGIN for rate in rates.values())
-    return {
+    best = max(rivals, key=lambda name: rates[name, BASELINE].mean)
+    return _decided(claim, won, lost, best, len(rivals), rates)
+
+
+def _decided(
+    claim: str, won: bool, lost: bool, best: str, compared: int, rates: Mapping[tuple[str, str], Estimate]
+) -> dict[str, Any]:
+    made = {
         "claim": claim,
         "verdict": REPRODUCED if won else CONTRADICTED if lost else OPEN,
-        "best": label(max(rivals, key=lambda name: rates[name].mean)),
-        "compared": len(rivals),
+        "best": label(best),
+        "compared": compared,
         "prompts": next(iter(rates.values())).prompts,
-        "matches": _shown({(name, BASELINE): rate for name, rate in rates.items()}),
+        "matches": [{"first": label(a), "second": label(b), **rate.to_dict()} for (a, b), rate in rates.items()],
     }
+    return {**made, "verdict": verdict(made)}
 
 
 def by_beta(tournament: Tournament) -> list[dict[str, Any]]:
@@ -74,7 +90,3 @@ def by_beta(tournament: Tournament) -> list[dict[str, Any]]:
             rate = tournament.rate(name, against)
             points.append({"beta": beta, "against": label(against), **rate.to_dict()})
     return sorted(points, key=lambda point: float(point["beta"]))
-
-
-def _shown(matches: Mapping[tuple[str, str], Estimate]) -> list[dict[str, Any]]:
-    return [{"first": label(a), "second": label(b), **rate.to_dict()} for (a, b), rate in matches.items()]

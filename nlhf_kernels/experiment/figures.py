@@ -10,9 +10,17 @@ from typing import Any
 
 from ..tabular.plots import STYLES, new_figure
 from .contestants import label
+from .intervals import NORMAL
 
 Results = dict[str, Any]
-JUDGE_LABELS = {"preference-model": "the preference model", "annotators": "the true annotators"}
+JUDGE_LABELS = {"annotators": "the true annotators", "preference-model": "the preference model"}  # the truth first
+MARKED = 12  # points of a curve that are few enough to be shown each
+
+
+def judges(results: Results) -> dict[str, Any]:
+    """What each judge says, those who know the truth before those who learned it."""
+    facts = results["tournament"]["judges"]
+    return {name: facts[name] for name in JUDGE_LABELS if name in facts}
 
 
 def heat_map(results: Results, judge: str) -> Any:
@@ -22,7 +30,7 @@ def heat_map(results: Results, judge: str) -> Any:
     size = 1.6 + 0.72 * len(names)
     figure = new_figure(size + 1.0, size)
     axes = figure.subplots()
-    rates = [[0.5 if cell is None else cell["mean"] for cell in row] for row in matrix]
+    rates = [[float("nan") if cell is None else cell["mean"] for cell in row] for row in matrix]
     image = axes.imshow(rates, cmap="RdBu", vmin=0.0, vmax=1.0)
     for i, row in enumerate(matrix):
         for j, cell in enumerate(row):
@@ -30,7 +38,7 @@ def heat_map(results: Results, judge: str) -> Any:
                 dark = abs(cell["mean"] - 0.5) > 0.3
                 text = f"{cell['mean']:.2f}\n±{cell['half']:.2f}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
     axes.set_title(f"P(row preferred to column), judged by {JUDGE_LABELS[judge]}", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.8)
@@ -39,38 +47,40 @@ def heat_map(results: Results, judge: str) -> Any:
 
 def win_rate_by_beta(results: Results) -> Any:
     """Nash-MD against one opponent, an error bar for every beta."""
-    figure = new_figure(5.6, 3.6)
-    axes = figure.subplots()
+    figure, axes = _panel("Nash-MD by beta, 95 % intervals")
     against = ""
-    for index, (judge, facts) in enumerate(results["tournament"]["judges"].items()):
+    for index, (judge, facts) in enumerate(judges(results).items()):
         points = facts["by_beta"]
         if points:
             against = points[0]["against"]
             axes.errorbar(
-                [point["beta"] + 0.006 * index for point in points],
+                [point["beta"] + 0.01 * index for point in points],
                 [point["mean"] for point in points],
                 [point["half"] for point in points],
                 marker="o", capsize=3, linestyle=STYLES[index], label=JUDGE_LABELS[judge],
             )  # fmt: skip
-    axes.axhline(0.5, color="0.5", linewidth=1)
-    axes.set(xlabel="beta", ylabel=f"win rate against {against}", title="Nash-MD by beta, 95 % intervals")
-    axes.grid(alpha=0.3)
-    if against:
-        axes.legend()
+    axes.set(xlabel="beta", ylabel=f"win rate against {against}")
+    _rates(axes)
+    _legend(figure, axes)
     return figure
 
 
 def training_curves(results: Results, quantity: str, ylabel: str) -> Any:
     """One logged quantity on the way, means over a contestant's runs."""
-    figure = new_figure(6.8, 3.8)
-    axes = figure.subplots()
+    figure, axes = _panel("")
     for index, (name, points) in enumerate(curves(results, quantity).items()):
-        style = STYLES[index % len(STYLES)]
-        axes.plot(list(points), list(points.values()), linestyle=style, linewidth=1.3, label=label(name))
+        axes.plot(
+            list(points), list(points.values()), linestyle=STYLES[index % len(STYLES)], linewidth=1.3,
+            marker="o" if len(points) <= MARKED else None, markersize=4, label=label(name),
+        )  # fmt: skip
     axes.set(xlabel="update", ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.set_xlim(left=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if "win_rate" in quantity:
+        _rates(axes)
+    else:
+        _from_zero(axes, "y")
+    _legend(figure, axes)
     return figure
 
 
@@ -89,27 +99,24 @@ def curves(results: Results, quantity: str) -> dict[str, dict[int, float]]:
 def distance_and_strength(results: Results, judge: str) -> Any:
     """How far a policy went from the reference, and what it won against it for that."""
     facts = results["tournament"]
-    figure = new_figure(5.6, 3.8)
-    axes = figure.subplots()
+    figure, axes = _panel(f"judged by {JUDGE_LABELS[judge]}")
     for row, name in zip(facts["judges"][judge]["matrix"], facts["names"], strict=True):
         policy = facts["policies"][name]
         if row[0] is not None and "kl" in policy:
-            axes.errorbar(policy["kl"], row[0]["mean"], row[0]["half"], policy["kl_error"], marker="o", capsize=2)
-            axes.annotate(label(name), (policy["kl"], row[0]["mean"]), xytext=(4, 4), textcoords="offset points",
-                          fontsize=8)  # fmt: skip
-    axes.axhline(0.5, color="0.5", linewidth=1)
-    axes.set(xlabel="KL(policy, reference) in nats per answer", ylabel=f"win rate against {facts['labels'][0]}")
-    axes.set_title(f"judged by {JUDGE_LABELS[judge]}", fontsize=10)
-    axes.grid(alpha=0.3)
+            axes.errorbar(policy["kl"], row[0]["mean"], row[0]["half"], NORMAL * policy["kl_error"],
+                          marker="o", capsize=2, linestyle="none", label=label(name))  # fmt: skip
+    axes.set(xlabel="KL(policy, reference), nats per answer", ylabel=f"win rate against {facts['labels'][0]}")
+    _from_zero(axes, "x")
+    _rates(axes)
+    _legend(figure, axes)
     return figure
 
 
 def all_figures(results: Results) -> Iterable[tuple[str, str, Any]]:
     """(file name, caption, figure)"""
-    judges = list(results["tournament"]["judges"])
-    for judge in judges:
+    for judge in judges(results):
         yield f"matrix-{judge}", f"Win rates in the eyes of {JUDGE_LABELS[judge]}", heat_map(results, judge)
-    if any(facts["by_beta"] for facts in results["tournament"]["judges"].values()):
+    if any(facts["by_beta"] for facts in judges(results).values()):
         yield "beta", "Win rate against beta", win_rate_by_beta(results)
     for quantity, name, ylabel in (
         ("eval_win_rate_reference", "training-win-rate", "win rate against the reference"),
@@ -117,7 +124,34 @@ def all_figures(results: Results) -> Iterable[tuple[str, str, Any]]:
         ("length", "training-length", "tokens of an answer"),
     ):
         yield name, f"On the way: {ylabel}", training_curves(results, quantity, ylabel)
-    yield "kl", "Strength and distance", distance_and_strength(results, judges[-1])
+    yield "kl", "Strength and distance, 95 % intervals", distance_and_strength(results, next(iter(judges(results))))
+
+
+def _panel(title: str) -> tuple[Any, Any]:
+    """Narrow, so that its letters can be read on a phone."""
+    figure = new_figure(5.2, 3.9)
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _rates(axes: Any) -> None:
+    """A win rate's whole range, so that a little more than 1/2 looks like it."""
+    axes.set_ylim(0.0, 1.0)
+    axes.axhline(0.5, color="0.5", linewidth=1)
+
+
+def _from_zero(axes: Any, axis: str) -> None:
+    """From zero, or from below it where estimates of a quantity that is none fall there."""
+    low, high = axes.dataLim.intervalx if axis == "x" else axes.dataLim.intervaly
+    bounds = (min(0.0, low), high + 0.05 * (high - min(0.0, low))) if high > min(0.0, low) else (0.0, 1.0)
+    (axes.set_xlim if axis == "x" else axes.set_ylim)(*bounds)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
 
 
 def as_svg(figure: Any) -> bytes:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+NORMAL = NormalDist().inv_cdf(0.975)  # standard errors in a 95 % interval
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -28,10 +30,15 @@ class Estimate:
         return self.mean + self.half
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.half:.3f}"
+        return plus_minus(self.mean, self.half)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def plus_minus(mean: float, half: float, digits: int = 3) -> str:
+    """One word that no line breaks: its blanks are no-break spaces. What rounds to zero has no sign."""
+    return f"{round(mean, digits) + 0.0:.{digits}f}\u00a0±\u00a0{half:.{digits}f}"
 
 
 def estimate(values: torch.Tensor, comparisons: int = 1) -> Estimate:  # (seeds, prompts)

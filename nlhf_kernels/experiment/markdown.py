@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .figures import JUDGE_LABELS
+from .figures import JUDGE_LABELS, judges
+from .intervals import plus_minus
 from .report import describe_claim, describe_cycles, describe_intervals, describe_size
 
 Results = dict[str, Any]
@@ -15,7 +16,7 @@ Results = dict[str, Any]
 def summary(results: Results) -> str:
     facts = results["tournament"]
     parts = [describe_size(results), describe_intervals(results)]
-    for judge, each in facts["judges"].items():
+    for judge, each in judges(results).items():
         parts.append(f"**Judged by {JUDGE_LABELS[judge]}.**")
         parts.append("\n".join(f"- {describe_claim(claim)}" for claim in each["claims"]))
         head = ["row against column", *facts["labels"]]
@@ -28,7 +29,7 @@ def summary(results: Results) -> str:
 
 
 def _cell(cell: dict[str, Any] | None) -> str:
-    return "" if cell is None else f"{cell['mean']:.2f} ± {cell['half']:.2f}"
+    return "" if cell is None else plus_minus(cell["mean"], cell["half"], 2)
 
 
 def _judges(results: Results) -> str:

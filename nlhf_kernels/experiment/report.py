@@ -7,31 +7,41 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .claims import CONTRADICTED, REPRODUCED
+from .claims import CONTRADICTED, MIN_PROMPTS, MIN_RUNS, REPRODUCED, TOO_SMALL, evidence, verdict
 from .contestants import label
-from .figures import JUDGE_LABELS, all_figures, as_svg
+from .figures import JUDGE_LABELS, all_figures, as_svg, judges
+from .intervals import NORMAL, plus_minus
 from .tournament import MARGIN
 
 Results = dict[str, Any]
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}td,th{border:1px solid #ccc;padding:.25rem .5rem}
-td.n{text-align:right;font-variant-numeric:tabular-nums}figure{margin:1.5rem 0}figure img{max-width:100%}
-figcaption{color:#555;font-size:.9rem}.verdict{border-left:4px solid #888;padding:.2rem .8rem;margin:.8rem 0}
-.reproduced{border-color:#2a7}.contradicted{border-color:#c33}.scroll{overflow-x:auto}"""
+NUMBER = re.compile(r"-?\d[\d.,]*(\s±\s[\d.]+)?%?")
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#222}
+h1{font-size:clamp(1.4rem,5vw,2rem);line-height:1.2}
+table{border-collapse:separate;border-spacing:0;border:solid #ccc;border-width:1px 0 0 1px;font-size:.85rem}
+td,th{border:solid #ccc;border-width:0 1px 1px 0;padding:.25rem .4rem;text-align:left}
+td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto;margin:.8rem 0}
+td:first-child{white-space:nowrap}.text{white-space:pre-line}
+.matrix td:first-child,.matrix th:first-child{position:sticky;left:0;background:#fff}
+figure{margin:1.5rem 0}figure img{width:100%;max-width:36rem;height:auto}figcaption{color:#555;font-size:.9rem}
+.verdict{border-left:4px solid #888;padding:.2rem .8rem;margin:1rem 0}.verdict p{margin:.2rem 0}
+.reproduced{border-color:#2a7}.contradicted{border-color:#c33}"""
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """`report.html`, and its figures as files in `figures`, for other documents."""
+    """`report.html`, and its figures as files in `figures`, for other documents; the page has matrices as tables."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     pictures = []
     for name, caption, figure in all_figures(results):
         drawn = as_svg(figure)
         (folder / "figures" / f"{name}.svg").write_bytes(drawn)
-        pictures.append(_picture(drawn, caption))
+        if not name.startswith("matrix-"):
+            pictures.append(_picture(drawn, caption))
     path = folder / "report.html"
     path.write_text(page(results, pictures), encoding="utf-8")
     return path
@@ -39,18 +49,18 @@ def write_report(results: Results, folder: Path) -> Path:
 
 def page(results: Results, pictures: Sequence[str]) -> str:
     facts, corpus = results["tournament"], results["corpus"]
-    source = results["material"]["data"] or "docstrings of the installed Python packages"
+    source = results["material"]["data"] or "Docstrings of the installed Python packages"
     parts = [
         "<h1>Nash learning from human feedback: the summarisation experiment</h1>",
         f"<p>{_e(source)}: {corpus['train']} examples to train on, {corpus['test']} to test on. "
         f"{results['sft']['parameters']:,} parameters. {_e(describe_size(results))}</p>",
         "<h2>The claims</h2>",
-        *(_verdicts(judge, each["claims"]) for judge, each in facts["judges"].items()),
+        *(_verdicts(judge, each["claims"]) for judge, each in judges(results).items()),
         f"<p>{_e(describe_intervals(results))}</p>",
         "<h2>Cycles</h2>",
         *(f"<p>{_e(line)}</p>" for line in describe_cycles(results)),
         "<h2>Win rates</h2>",
-        *(_matrix(facts, judge) for judge in facts["judges"]),
+        *(_matrix(facts, judge) for judge in judges(results)),
         *pictures,
         "<h2>Policies</h2>",
         _policies(facts),
@@ -65,14 +75,16 @@ def page(results: Results, pictures: Sequence[str]) -> str:
     ]
     body = "\n".join(parts)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Nash learning: the experiment</title>\n'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        "<title>Nash learning: the experiment</title>\n"
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
 
 
 def describe_size(results: Results) -> str:
     preset = results["preset"]
-    runs = "1 training run" if preset["seeds"] == 1 else f"{preset['seeds']} training runs"
+    answers = _count(preset["samples_per_prompt"], "answer")
     double = f" (IPO-MD: {2 * preset['samples_per_prompt']})" if "ipo-md" in preset["contestants"] else ""
     unequal = (
         " That is more than RLHF was told, whose reward model saw a sample of their votes: the match with it is not "
@@ -81,9 +93,9 @@ def describe_size(results: Results) -> str:
         else ""
     )
     return (
-        f"Every contestant starts from the supervised policy and has the same budget, {preset['updates']} updates on "
-        f"{preset['prompts_per_update']} prompts, {preset['samples_per_prompt']} answers to each of them trained on"
-        f"{double}; {runs} of each. "
+        "Every contestant starts from the supervised policy and has the same budget, "
+        f"{_count(preset['updates'], 'update')} on {_count(preset['prompts_per_update'], 'prompt')}, {answers} to each "
+        f"of them trained on{double}; {_count(preset['seeds'], 'training run')} of each. "
         f"They learn from {JUDGE_LABELS[preset['judge']]}, RLHF from the reward model.{unequal}"
     )
 
@@ -96,16 +108,18 @@ def describe_intervals(results: Results) -> str:
         else f"they cover both the choice of prompts and that of the training run, of which there are {seeds}"
     )
     return (
-        f"Intervals are 95 %, n = {facts['prompts']} prompts, answers of each policy to a prompt: "
-        f"{facts['answers']}; {what}. A match counts "
+        f"Intervals are 95 %, n = {facts['prompts']} prompts with {_count(facts['answers'], 'answer')} of each policy; "
+        f"{what}. A match counts "
         f"as won above {0.5 + MARGIN:g}, with the whole interval; where the best of several is picked, "
-        "the intervals are widened for the picking (Bonferroni)."
+        f"the intervals are widened for the picking (Bonferroni). Below {MIN_RUNS} training runs of each or "
+        f"{MIN_PROMPTS} prompts there is no verdict."
     )
 
 
 def describe_cycles(results: Results) -> list[str]:
     lines = []
-    for judge, each in results["cycles"].items():
+    for judge in judges(results):
+        each = results["cycles"][judge]
         policies = results["tournament"]["judges"][judge]["cycles"]
         among = "; ".join(" > ".join([*way, way[0]]) for way in policies) or "none"
         lines.append(
@@ -120,7 +134,7 @@ def describe_speed(results: Results) -> list[str]:
     speed = results["speed"]
     update = speed["update"]
     lines = [
-        f"a whole update of {label(speed['algorithm'])} on {speed['device']} ({speed['threads']} threads): "
+        f"a whole update of {label(speed['algorithm'])} on {speed['device']} ({_count(speed['threads'], 'thread')}): "
         f"{update['kernels_ms']:.0f} ms with the kernels, {update['reference_ms']:.0f} ms with the PyTorch reference: "
         f"{update['speedup']:.2f}x"
     ]
@@ -133,33 +147,54 @@ def describe_speed(results: Results) -> list[str]:
 
 
 def describe_claim(claim: dict[str, Any]) -> str:
-    matches = ", ".join(f"{m['first']} against {m['second']} {m['mean']:.3f} ± {m['half']:.3f}"
-                        for m in claim["matches"])  # fmt: skip
-    best = f"; best of {claim['compared']}: {claim['best']}" if claim["best"] else ""
-    prompts = f", {claim['prompts']} prompts" if "prompts" in claim else ""
-    return f"{claim['claim']}: {claim['verdict']}{best}{prompts}. {matches}".rstrip(". ") + "."
+    matches = ", ".join(
+        f"{m['first']} against {m['second']} {plus_minus(m['mean'], m['half'])}" for m in claim["matches"]
+    )
+    return f"{_capital(claim['claim'])}: {verdict(claim)} ({_grounds(claim)}). {matches}".rstrip(". ") + "."
+
+
+def _grounds(claim: dict[str, Any]) -> str:
+    """How much evidence there is, and how much would do where that is too little."""
+    runs, prompts = evidence(claim)
+    seen = f"{_count(runs, 'run')} of each, {_count(prompts, 'prompt')}" if runs else _count(prompts, "prompt")
+    if verdict(claim) == TOO_SMALL:
+        return f"{seen}; a verdict takes {MIN_RUNS} runs and {MIN_PROMPTS} prompts"
+    return f"{seen}; best of {claim['compared']}: {claim['best']}"
 
 
 def _verdicts(judge: str, claims: Iterable[dict[str, Any]]) -> str:
-    kinds = {REPRODUCED: "reproduced", CONTRADICTED: "contradicted"}
-    shown = "".join(
-        f'<div class="verdict {kinds.get(claim["verdict"], "")}">{_e(describe_claim(claim))}</div>' for claim in claims
-    )
+    kinds, shown = {REPRODUCED: "reproduced", CONTRADICTED: "contradicted"}, ""
+    for claim in claims:
+        decided = f"<p>{_e(_capital(claim['claim']))}: <b>{verdict(claim)}</b> ({_e(_grounds(claim))})</p>"
+        rows = [(m["first"], m["second"], plus_minus(m["mean"], m["half"])) for m in claim["matches"]]
+        matches = table(["policy", "against", "win rate"], rows) if rows else ""
+        shown += f'<div class="verdict {kinds.get(verdict(claim), "")}">{decided}{matches}</div>'
     return f"<h3>Judged by {JUDGE_LABELS[judge]}</h3>{shown or '<p>These contestants do not answer them.</p>'}"
 
 
 def _matrix(facts: Results, judge: str) -> str:
     rows = [
-        [name, *("" if cell is None else f"{cell['mean']:.3f} ± {cell['half']:.3f}" for cell in row)]
+        [name, *("" if cell is None else plus_minus(cell["mean"], cell["half"]) for cell in row)]
         for name, row in zip(facts["labels"], facts["judges"][judge]["matrix"], strict=True)
     ]
-    return f"<h3>Judged by {JUDGE_LABELS[judge]}</h3>" + table(["row against column", *facts["labels"]], rows)
+    colours = [["", *map(_colour, row)] for row in facts["judges"][judge]["matrix"]]
+    shown = table(["row against column", *facts["labels"]], rows, colours)
+    return f"<h3>Judged by {JUDGE_LABELS[judge]}</h3>{shown}"
+
+
+def _colour(cell: dict[str, Any] | None) -> str:
+    """White at 1/2, green above, red below; pale enough for black letters."""
+    if cell is None:
+        return ""
+    share = abs(cell["mean"] - 0.5) * 1.4
+    full = (40, 150, 100) if cell["mean"] > 0.5 else (220, 70, 60)
+    return "#" + "".join(f"{round(255 + (part - 255) * share):02x}" for part in full)
 
 
 def _policies(facts: Results) -> str:
     rows = []
     for name, each in facts["policies"].items():
-        kl = f"{each['kl']:.3f} ± {1.96 * each['kl_error']:.3f}" if "kl" in each else ""
+        kl = plus_minus(each["kl"], NORMAL * each["kl_error"]) if "kl" in each else ""
         rows.append([label(name), str(each["runs"]), kl, f"{each['length']:.1f}", f"{each['end_rate']:.3f}"])
     return table(["policy", "runs", "KL to the reference, nats per answer", "tokens", "ended by itself"], rows)
 
@@ -187,7 +222,7 @@ def _samples(facts: Results) -> str:
     for sample in facts["samples"]:
         rows = [["wanted", sample["truth"].strip()]]
         rows += [[label(name), text.strip()] for name, text in sample["answers"].items()]
-        blocks.append(f"<p>{_e(sample['prompt'])}</p>{table(['', 'answer'], rows)}")
+        blocks.append(f'<p class="text">{_e(sample["prompt"].strip())}</p>{table(["", "answer"], rows)}')
     return "".join(blocks)
 
 
@@ -201,13 +236,21 @@ def _making(results: Results) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], colours: Sequence[Sequence[str]] = ()) -> str:
+    """Scrolls sideways where it does not fit; with colours (one for every cell, "" for none) the first column stays."""
     cells = "".join(f"<th>{_e(name)}</th>" for name in head)
-    lines = "".join(
-        "<tr>" + "".join(f'<td class="{"n" if _number(cell) else ""}">{_e(cell)}</td>' for cell in row) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><tr>{cells}</tr>{lines}</table></div>'
+    lines = ""
+    for number, row in enumerate(rows):
+        shades = colours[number] if colours else [""] * len(row)
+        lines += "<tr>" + "".join(map(_cell, row, shades)) + "</tr>"
+    kind = ' class="matrix"' if colours else ""
+    return f'<div class="scroll"><table{kind}><tr>{cells}</tr>{lines}</table></div>'
+
+
+def _cell(text: str, colour: str) -> str:
+    kind = ' class="n"' if NUMBER.fullmatch(text) else ""
+    style = f' style="background:{colour}"' if colour else ""
+    return f"<td{kind}{style}>{_e(text)}</td>"
 
 
 def _picture(drawn: bytes, caption: str) -> str:
@@ -216,8 +259,12 @@ def _picture(drawn: bytes, caption: str) -> str:
     return f"<figure>{image}<figcaption>{_e(caption)}</figcaption></figure>"
 
 
-def _number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell[:1] == "-"
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _e(text: object) -> str:

@@ -38,20 +38,22 @@ def _letters(number: int) -> str:
     return "".join("bdfgklmnrt"[int(digit)] + "aeiou"[int(digit) % 5] for digit in f"{number:03d}")
 
 
-def numbers(*, seeds: int = 1, cycles: bool = True) -> dict[str, Any]:
+def numbers(*, seeds: int = 3, prompts: int = 128, cycles: bool = True) -> dict[str, Any]:
     """Results as the pipeline writes them, with made-up numbers: for the report alone."""
     names = ["sft", "rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1"]
     labels = ["SFT", "RLHF", "Nash-MD 0", "Nash-MD 0.25", "Nash-MD 1"]
-    cell = lambda i, j: None if i == j else {"mean": 0.5 + 0.04 * (i - j), "half": 0.03, "prompts": 8, "seeds": seeds}  # noqa: E731
+    size = {"prompts": prompts, "seeds": seeds}
+    cell = lambda i, j: None if i == j else {"mean": 0.5 + 0.04 * (i - j), "half": 0.03, **size}  # noqa: E731
     judge = {
         "matrix": [[cell(i, j) for j in range(5)] for i in range(5)],
-        "by_beta": [{"beta": b, "against": "RLHF", "mean": 0.5 + b / 10, "half": 0.05, "prompts": 8, "seeds": seeds}
+        "by_beta": [{"beta": b, "against": "RLHF", "mean": 0.5 + b / 10, "half": 0.05, **size}
                     for b in (0.0, 0.25, 1.0)],
         "cycles": [["SFT", "RLHF", "Nash-MD 1"]] if cycles else [],
         "claims": [{"claim": "the earth is round", "verdict": "contradicted", "best": "Nash-MD 0.25", "compared": 1,
                     "matches": [{"first": "Nash-MD 0.25", "second": "RLHF", **cell(3, 1)}]}],
     }  # fmt: skip
     test = {"count": 10, "accuracy": 0.7, "log_loss": 0.6, "calibration_error": 0.05, "bins": []}
+    cyclic = {"triples": 40, "cyclic": 2, "prompts": 8, "cyclic_prompts": [1, 3], "share": 0.05, "responses": 5}
     history = [{"step": s, "kl": 0.1 * s, "length": 9.0, "eval_win_rate_reference": 0.5 + 0.01 * s} for s in (1, 2)]
     update = {"kernels_ms": 10.0, "reference_ms": 25.0, "speedup": 2.5}
     return {
@@ -64,15 +66,14 @@ def numbers(*, seeds: int = 1, cycles: bool = True) -> dict[str, Any]:
         "annotators": {"scales": [1, 1, 1], "train": {"ceiling": 0.8}, "test": {"ceiling": 0.81}},
         "preference_model": {"losses": [0.7], "test": test},
         "reward_model": {"losses": [0.7], "test": test},
-        "cycles": {"preference-model": {"triples": 40, "cyclic": 2, "prompts": 8, "cyclic_prompts": [1, 3],
-                                        "share": 0.05, "responses": 5}},
+        "cycles": {"preference-model": cyclic, "annotators": cyclic},
         "histories": {f"{name} {seed}": history for name in names[1:] for seed in range(seeds)},
-        "tournament": {"names": names, "labels": labels, "prompts": 8, "answers": 1,
+        "tournament": {"names": names, "labels": labels, "prompts": prompts, "answers": 1,
                        "policies": {name: {"length": 9.0, "end_rate": 1.0, "runs": 1, "kl": 0.5, "kl_error": 0.1}
                                     for name in names},
                        "samples": [{"prompt": "<script>alert(1)</script>", "truth": "x",
                                     "answers": dict.fromkeys(names, "y")}],
-                       "judges": {"preference-model": judge}},
+                       "judges": {"preference-model": judge, "annotators": judge}},
         "speed": {"algorithm": "nash-md-0.25", "update": update, "updates_timed": 4, "threads": 1, "device": "cpu",
                   "operations": [{"name": "mixture_sample", "size": "4 rows", "backend": "cpu", **update}]},
         "seconds": {"corpus": 1.0, "sft": 2.0},
