@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from nlhf_kernels.cli import prefer
 from nlhf_kernels.cli.main import main
 from nlhf_kernels.preference import RewardModel, load_preference_model, save_preference_model
 from tests.support.preference import comparison_model, shorter_wins
@@ -85,7 +85,7 @@ def test_tables_say_how_good_it_is(root, tmp_path, capsys) -> None:
     code, out, _ = run(capsys, *training(root, tmp_path / "out", "--bfloat16", "--gradient-checkpointing"))
     words = " ".join(out.split())
     assert code == 0
-    for part in ("36 pairs, 5 steps", "4 pairs held out: accuracy", "calibration error", "mean confidence", "Saved:"):
+    for part in ("36 pairs, 5 steps", "held out: 4 pairs: accuracy", "calibration error", "mean confidence", "Saved:"):
         assert part in words
 
 
@@ -112,6 +112,30 @@ def test_scores_of_a_file(root, tmp_path, capsys) -> None:
     code, out, _ = run(capsys, *score, "--output", tmp_path / "scores.jsonl")
     assert code == 0 and out == f"Saved: {tmp_path / 'scores.jsonl'}\n"
     assert [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()] == rows
+
+
+def test_evaluate_measures_as_training_does(root, tmp_path, capsys) -> None:
+    options = ["--steps", 3, "--learning-rate", 1e-2, "--held-out", root / "pairs.jsonl", "--json"]
+    trained = json.loads(run(capsys, *training(root, tmp_path / "out", *options))[1])["evaluation"]
+    words = ["evaluate", "--model", tmp_path / "out", "--data", root / "pairs.jsonl", "--device", "cpu"]
+    code, out, _ = run(capsys, *words, "--json")
+    measured = json.loads(out)
+    assert code == 0 and measured["count"] == 40
+    for name in ("accuracy", "log_loss", "calibration_error"):
+        assert measured[name] == pytest.approx(trained[name], abs=1e-5)
+    code, out, _ = run(capsys, *words, "--batch-size", 3)
+    low, high = prefer.wilson(measured["accuracy"], 40)
+    assert (
+        code == 0 and f"40 pairs: accuracy {measured['accuracy']:.3f} (95 % interval: {low:.3f} to {high:.3f})" in out
+    )
+    code, _, err = run(capsys, *words[:3], "--data", root / "compare.jsonl")
+    assert code == 2 and "line 1: expected columns prompt, chosen, rejected; chosen is not among" in err
+
+
+def test_intervals_of_shares() -> None:
+    """Wilson, 1927: 10 of 10 do not make certain."""
+    assert prefer.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
+    assert prefer.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-3)
 
 
 def test_one_pair_as_a_conversation(root, tmp_path, capsys) -> None:
@@ -164,7 +188,7 @@ def test_an_interrupt_leaves_nothing(root, tmp_path, capsys, monkeypatch, moment
 WRONG = {
     "line 1: expected columns prompt, chosen, rejected; rejected is not among": {"--data": "@bad.jsonl"},
     "nothing.jsonl: there is no such file": {"--data": "@nothing.jsonl"},
-    "prefer: --split: expected None": {"--split": "test"},
+    "prefer: --split: expected none": {"--split": "test"},
     "prefer: --base: there is no such folder": {"--base": "@nothing"},
     "--base: expected tokenizer files": {"--base": "@weights_only"},
     "--template: expected {prompt}, {first}, {second}": {"--template": "@reward.txt"},
@@ -198,6 +222,7 @@ def test_bad_training_input_is_one_line(root, tmp_path, capsys, message) -> None
         (["--prompt", "a", "--first", "b"], "expected --prompt, --first and --second, or --file alone"),
         (["--prompt", "a", "--file", "@compare.jsonl"], "or --file alone"),
         (["--file", "@pairs.jsonl"], "line 1: expected columns prompt, first, second; first is not among"),
+        (["--file", "@pairs.jsonl"], "(`prefer evaluate` measures on such pairs)"),
         (["--chat", "--file", "@compare.jsonl"], "--chat: expected with one pair; got --file"),
         (["--chat", "--prompt", "a", "--first", "b", "--second", "c"], "expected a tokenizer with a chat template"),
         (["--model", "@base", "--file", "@compare.jsonl"], "expected a folder with preference_model.json"),
@@ -223,8 +248,9 @@ def test_missing_transformers_says_what_to_install(root, tmp_path, capsys, monke
     assert code == 2 and err.count("\n") == 1 and 'pip install "nlhf-kernels[train]"' in err
 
 
-def test_help_is_readable() -> None:
-    for words, part in (([], "{train,score}"), (["train"], "one response was preferred"), (["score"], "of one pair")):
-        command = [sys.executable, "-m", "nlhf_kernels", "prefer", *words, "--help"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0 and part in " ".join(result.stdout.split()) and not result.stderr
+def test_help_is_readable(capsys) -> None:
+    parts = {"": "{train,evaluate,score}", "train": "one response was preferred", "score": "of one pair"}
+    for word, part in (parts | {"evaluate": "Measure a trained model"}).items():
+        with pytest.raises(SystemExit) as stop:
+            main(["prefer", *word.split(), "--help"])
+        assert stop.value.code == 0 and part in " ".join(capsys.readouterr().out.split())

@@ -88,6 +88,14 @@ def test_a_reward_is_evaluated_beside_the_judge(tmp_path) -> None:
     assert len(both.eval_dataset) == 2
 
 
+def test_evaluation_sets_in_a_dataset_dict(tmp_path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = {"seen": datasets.Dataset.from_list(PROMPTS), "new": datasets.Dataset.from_list(PROMPTS[:2])}
+    trainer = make_trainer(tmp_path, eval_dataset=datasets.DatasetDict(parts), max_new_tokens=2)
+    assert {name: len(part) for name, part in trainer.eval_dataset.items()} == {"seen": len(PROMPTS), "new": 2}
+    assert {"eval_seen_win_rate_reference", "eval_new_win_rate_reference"} <= trainer.evaluate().keys()
+
+
 def test_greedy_evaluation(tmp_path) -> None:
     trainer = make_trainer(tmp_path, eval_dataset=PROMPTS, eval_temperature=0.0, eval_samples_per_prompt=2)
     assert evaluated(trainer)["win_rate_reference"] == pytest.approx(0.5), "likeliest tokens of the same model"

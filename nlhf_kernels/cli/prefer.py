@@ -1,6 +1,7 @@
 """`nlhf-kernels prefer`: train a model of human preferences, and ask it which of two responses is better.
 
-`train` makes one from preference pairs and a base model; `score` prints P(first > second | prompt).
+`train` makes one from preference pairs and a base model; `evaluate` measures it on pairs that people have judged;
+`score` prints P(first > second | prompt) of pairs that nobody has.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from rich.table import Table
 
 from ..core.checks import check_integer, check_number
 from ..core.optional import need, require
+from ..core.text import read_text
 from ..core.whole import write_whole
 from ..data import Comparison, Pair, load_comparisons, load_pairs, split_by_prompt
 from .errors import BadInput, option_names
 from .loading import find_device, load_model, load_tokenizer, quiet
 
 if TYPE_CHECKING:
-    from ..preference import ComparisonModel, TrainingReport
+    from ..preference import ComparisonModel, Evaluation, TrainingReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     for name, what, add in (
         ("train", "train on pairs of which one response was preferred, and measure on pairs held out", _add_train),
+        ("evaluate", "measure a trained model on pairs of which one response was preferred", _add_evaluate),
         ("score", "print P(first > second | prompt) of one pair or of a file of them", _add_score),
     ):
         action = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
@@ -69,19 +72,30 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a preference model at --output")
 
 
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--data", required=True, help="pairs with prompt, chosen, rejected, as in `prefer train`")
+    parser.add_argument("--split", help="part of a hub data set (default train)")
+    _add_common(parser)
+
+
 def _add_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder that `prefer train` made")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    _add_model(parser)
     pair = parser.add_argument_group("pairs: one here, or a file")
     for name in Comparison._fields:
         pair.add_argument(f"--{name}")
     pair.add_argument("--chat", action="store_true", help="the pair is a conversation, for the model's chat template")
     pair.add_argument("--file", help="columns prompt, first, second: .jsonl, .json or .csv; prints JSON lines")
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs at once (default 16)")
     parser.add_argument(
         "--output", type=Path, help="write this file instead of printing; one that is there is replaced"
     )
     _add_common(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder that `prefer train` made")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs at once (default 16)")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +105,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require(f"nlhf-kernels prefer {arguments.action}", ("transformers",), "train")
-    print({"train": _train, "score": _score}[arguments.action](arguments), end="")
+    print({"train": _train, "evaluate": _evaluate, "score": _score}[arguments.action](arguments), end="")
     return 0
 
 
@@ -169,9 +183,9 @@ def _new_model(arguments: argparse.Namespace, tokenizer: Any) -> ComparisonModel
 
 def _template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"prefer: --template: expected a text file in UTF-8; got {str(path)!r}: {error}") from error
+        return read_text(path)
+    except ValueError as error:
+        raise BadInput(f"prefer: --template: {error}") from error
 
 
 def _report(arguments: argparse.Namespace, report: TrainingReport, pairs: int) -> str:
@@ -185,28 +199,62 @@ def _report(arguments: argparse.Namespace, report: TrainingReport, pairs: int) -
             "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),
         }
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    trained = f"{pairs} pairs, {len(report.losses)} steps, last loss {report.losses[-1]:.4f}\n"
+    measured = "" if evaluation is None else f"held out: {_described(evaluation)}"
+    return f"{trained}{measured}Saved: {arguments.output}\n"
+
+
+def _described(evaluation: Evaluation) -> str:
+    low, high = wilson(evaluation.accuracy, evaluation.count)
+    table = Table()
+    for column in ("how sure", "pairs", "mean confidence", "right"):
+        table.add_column(column, justify="right")
+    for bin in evaluation.bins:
+        between = f"{bin.low:.2f} to {bin.high:.2f}"
+        table.add_row(between, str(bin.count), f"{bin.confidence:.3f}", f"{bin.accuracy:.3f}")
     console = Console()
     with console.capture() as capture:
-        console.print(f"{pairs} pairs, {len(report.losses)} steps, last loss {report.losses[-1]:.4f}", highlight=False)
-        if evaluation is not None:
-            lines = (
-                f"{evaluation.count} pairs held out: accuracy {evaluation.accuracy:.3f}",
-                f"log-loss {evaluation.log_loss:.4f} (knowing nothing: 0.6931)",
-                f"expected calibration error {evaluation.calibration_error:.3f}",
-            )
-            console.print(*lines, sep="\n", highlight=False)
-            table = Table()
-            for column in ("how sure", "pairs", "mean confidence", "right"):
-                table.add_column(column, justify="right")
-            for bin in evaluation.bins:
-                between = f"{bin.low:.2f} to {bin.high:.2f}"
-                table.add_row(between, str(bin.count), f"{bin.confidence:.3f}", f"{bin.accuracy:.3f}")
-            console.print(table)
-    return f"{capture.get()}Saved: {arguments.output}\n"
+        console.print(
+            f"{evaluation.count} pairs: accuracy {evaluation.accuracy:.3f} (95 % interval: {low:.3f} to {high:.3f})",
+            f"log-loss {evaluation.log_loss:.4f} (knowing nothing: 0.6931)",
+            f"expected calibration error {evaluation.calibration_error:.3f}",
+            sep="\n",
+            highlight=False,
+        )
+        console.print(table)
+    return capture.get()
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a share of `count`, which is an interval also where all or none were right."""
+    centre, scale = share + z**2 / (2 * count), 1 + z**2 / count
+    half = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def _evaluate(arguments: argparse.Namespace) -> str:
+    from ..preference import PreferenceModelJudge, checked, evaluate
+
+    model = _trained(arguments)
+    pairs = load_pairs(arguments.data, model.tokenizer, split=arguments.split)
+    evaluation = evaluate(checked(PreferenceModelJudge(model, arguments.batch_size), arguments.model), pairs)
+    if arguments.json:
+        return json.dumps(dataclasses.asdict(evaluation), indent=2, allow_nan=False) + "\n"
+    return _described(evaluation)
+
+
+def _trained(arguments: argparse.Namespace) -> ComparisonModel:
+    from ..preference import load_preference_model
+
+    check_integer("prefer", "--batch-size", arguments.batch_size, 1, 10**6)
+    device = find_device("prefer", arguments.device)
+    load = partial(load_preference_model, device=device, trust_remote_code=arguments.trust_remote_code)
+    model: ComparisonModel = load_model("prefer", "--model", arguments.model, load)
+    return model
 
 
 def _score(arguments: argparse.Namespace) -> str:
-    from ..preference import PreferenceModelJudge, checked, load_preference_model
+    from ..preference import PreferenceModelJudge, checked
 
     texts = [getattr(arguments, name) for name in Comparison._fields]
     if (None in texts) if arguments.file is None else (texts != [None] * 3):
@@ -217,15 +265,16 @@ def _score(arguments: argparse.Namespace) -> str:
         )
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
         raise BadInput(f"prefer: --output: expected a file in a folder that is there; got {str(arguments.output)!r}")
-    check_integer("prefer", "--batch-size", arguments.batch_size, 1, 10**6)
-    device = find_device("prefer", arguments.device)
-    options = {"device": device, "trust_remote_code": arguments.trust_remote_code}
-    model = load_model("prefer", "--model", arguments.model, partial(load_preference_model, **options))
+    model = _trained(arguments)
     if arguments.chat:
         roles = ("user", "assistant", "assistant")
         texts = [[{"role": role, "content": text}] for role, text in zip(roles, texts, strict=True)]
     source: Any = arguments.file or [dict(zip(Comparison._fields, texts, strict=True))]
-    pairs = load_comparisons(source, model.tokenizer)
+    try:
+        pairs = load_comparisons(source, model.tokenizer)
+    except ValueError as error:
+        judged = "first is not among" in str(error) and "'chosen'" in str(error)
+        raise BadInput(f"{error}{' (`prefer evaluate` measures on such pairs)' if judged else ''}") from error
     judge = checked(PreferenceModelJudge(model, arguments.batch_size), arguments.model)
     probabilities = judge(*zip(*pairs, strict=True)).tolist()
     rows = [{**pair._asdict(), "probability": p} for pair, p in zip(pairs, probabilities, strict=True)]

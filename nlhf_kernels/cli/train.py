@@ -16,7 +16,7 @@ import torch
 
 from ..core.optional import need, require
 from ..core.whole import whole_folder
-from ..data import read_rows
+from ..data import load_prompts
 from .errors import BadInput
 from .loading import load_model, load_tokenizer, quiet
 
@@ -92,9 +92,10 @@ def build(plan: RunFile) -> NashTrainer:
     args = plan.config()
     tokenizer_from = ("model", plan.model) if plan.tokenizer is None else ("tokenizer", plan.tokenizer)
     tokenizer = load_tokenizer("train", *tokenizer_from, plan.trust_remote_code)
-    rows = {"train": _rows("data.train", plan.data.train, plan.data.train_split)}
-    if plan.data.evaluation is not None:
-        rows["evaluation"] = _rows("data.evaluation", plan.data.evaluation, plan.data.evaluation_split)
+    data = plan.data
+    rows = {"train": _prompts("data.train", data.train, data.train_split, tokenizer)}
+    if data.evaluation is not None:
+        rows["evaluation"] = _prompts("data.evaluation", data.evaluation, data.evaluation_split, tokenizer)
     lora = (
         None if plan.lora is None else need("peft", "train: lora").LoraConfig(**{"task_type": "CAUSAL_LM", **plan.lora})
     )
@@ -112,11 +113,12 @@ def build(plan: RunFile) -> NashTrainer:
     )
 
 
-def _rows(place: str, source: str, split: str | None) -> list[Any]:
+def _prompts(place: str, source: str, split: str | None, tokenizer: Any) -> list[dict[str, str]]:
+    """Read here, so that an error names the file and the line."""
     try:
-        return [row for _, row in read_rows(source, split=split)]
+        return [{"prompt": text} for text in load_prompts(source, tokenizer, split=split)]
     except (TypeError, ValueError) as error:
-        raise BadInput(f"train: {place}: {error}") from error
+        raise BadInput(f"train: {place}: {str(error).removeprefix('data: ')}") from error
 
 
 def _policy(plan: RunFile, place: str, name: str) -> Any:

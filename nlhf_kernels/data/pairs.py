@@ -5,7 +5,13 @@ here, once: its prompt ends where the assistant is to speak, and a response is w
 the special token that ends the turn: as a policy's responses are when they are decoded without special tokens. So a
 model of preferences reads in its training what it will be asked about. Everything after this file works on strings.
 
-Conversational pairs may come without a prompt: then it is the messages that both conversations begin with.
+Where the prompt of a conversational row is comes in three layouts:
+
+    prompt is messages                      the responses are what follows them, or repeat them first
+    prompt is a string                      the user's message of that content, which the responses may repeat first
+    no prompt                               the messages that both conversations begin with
+
+`load_prompts` reads the same prompts from such rows as `load_pairs` does: one file trains judge and policy.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..core.text import shown
 from .rows import Row, Source, read_rows
 
 Messages = Sequence[dict[str, str]]
@@ -27,11 +34,15 @@ class Pair(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two responses of which nobody has said yet which is better."""
+    """Two responses to `prompt` that are still to be compared."""
 
     prompt: str
     first: str
     second: str
+
+
+#: Columns beside `prompt` that say whether a row is a conversation, where the prompt alone is asked for.
+_BESIDE = (Pair._fields[1:], Comparison._fields[1:])
 
 
 def load_pairs(source: Source, tokenizer: Any = None, *, split: str | None = None) -> list[Pair]:
@@ -45,7 +56,7 @@ def load_comparisons(source: Source, tokenizer: Any = None, *, split: str | None
 
 
 def load_prompts(source: Source, tokenizer: Any = None, *, split: str | None = None) -> list[str]:
-    """Column prompt; others may be there."""
+    """Column prompt, or the prompts of pairs; other columns may be there."""
     return [text for (text,) in _texts(source, ("prompt",), tokenizer, split)]
 
 
@@ -58,7 +69,7 @@ def _texts(source: Source, columns: Sequence[str], tokenizer: Any, split: str | 
 
 
 def _read(place: str, row: Row, columns: Sequence[str], tokenizer: Any) -> list[str]:
-    row = _with_prompt(place, row, columns)
+    row = _with_prompt(place, row, columns[1:])
     if missing := [name for name in columns if name not in row]:
         raise ValueError(f"data: {place}: expected columns {', '.join(columns)}; {missing[0]} is not among {[*row]}")
     values = [row[name] for name in columns]
@@ -67,34 +78,87 @@ def _read(place: str, row: Row, columns: Sequence[str], tokenizer: Any) -> list[
         raise TypeError(f"data: {place}: expected all of {', '.join(columns)} as strings, or all as lists of messages")
     spoken = [values[0]] if kinds == {"text"} else [message["content"] for message in values[0]]
     if not any(text.strip() for text in spoken):
-        raise ValueError(f"data: {place}: prompt: expected some text; got {values[0]!r}")
+        raise ValueError(f"data: {place}: prompt: expected some text; got {shown(values[0])}")
     if kinds == {"text"}:
         return values
     return _rendered(place, values[0], values[1:], tokenizer)
 
 
-def _with_prompt(place: str, row: Row, columns: Sequence[str]) -> Row:
-    """Two whole conversations instead of a prompt and two responses: split where they part."""
-    both: list[Any] = [row.get(name) for name in columns[1:]]
-    if "prompt" in row or not both or not all(isinstance(said, (list, tuple)) and said for said in both):
-        return row
-    for name, said in zip(columns[1:], both, strict=True):
-        _kind(place, name, said)
-    one, other = both
+def _with_prompt(place: str, row: Row, responses: Sequence[str]) -> Row:
+    """The row with its prompt as messages and its responses as what follows them, where it is a conversation."""
+    prompt = row.get("prompt")
+    for names in [responses] if responses else _BESIDE:
+        sides: list[Any] = [row.get(name) for name in names]
+        if not all(isinstance(said, (list, tuple)) and said for said in sides):
+            continue
+        for name, said in zip(names, sides, strict=True):
+            _kind(place, name, said)
+        if prompt is None:
+            count, messages = _parted(place, sides)
+        elif isinstance(prompt, str):
+            count, messages = _spoken(place, prompt, names, sides)
+        else:
+            count, messages = _repeated(place, prompt, names, sides)
+        return {**row, "prompt": messages, **{name: row[name][count:] for name in names}}
+    if not responses and isinstance(prompt, str) and isinstance(said := row.get("messages"), (list, tuple)):
+        _kind(place, "messages", said)
+        if (at := _said_at(prompt, said)) is not None:
+            return {**row, "prompt": said[: at + 1]}
+    return row
+
+
+def _parted(place: str, sides: Sequence[Messages]) -> tuple[int, Messages]:
+    """How many messages two whole conversations begin with, and those: their prompt."""
+    one, other = sides
     shared = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     if not 0 < shared < min(len(one), len(other)):
         raise ValueError(
             f"data: {place}: expected a prompt, or conversations that begin alike and then differ; got {len(one)} and "
             f"{len(other)} messages of which the first {shared} are the same"
         )
-    return {"prompt": one[:shared], columns[1]: one[shared:], columns[2]: other[shared:]}
+    return shared, one[:shared]
+
+
+def _spoken(place: str, prompt: str, names: Sequence[str], sides: Sequence[Messages]) -> tuple[int, Messages]:
+    """How many messages of both sides the prompt takes up, and the prompt as messages."""
+    if not any(message["role"] == "user" for said in sides for message in said):
+        return 0, [{"role": "user", "content": prompt}]
+    at = [_said_at(prompt, said) for said in sides]
+    for name, said, index in zip(names, sides, at, strict=True):
+        if index is None:
+            raise ValueError(
+                f"data: {place}: {name}: expected a user's message that is the prompt, {shown(prompt)}; "
+                f"got {shown(list(said))}"
+            )
+    count = (at[0] or 0) + 1
+    if at[0] != at[-1] or any(list(said[:count]) != list(sides[0][:count]) for said in sides):
+        raise ValueError(f"data: {place}: expected the same messages up to the prompt in {' and '.join(names)}")
+    return count, sides[0][:count]
+
+
+def _repeated(place: str, prompt: Any, names: Sequence[str], sides: Sequence[Messages]) -> tuple[int, Messages]:
+    """The length of the prompt where both sides begin with it, else 0; and the prompt."""
+    _kind(place, "prompt", prompt)
+    repeats = [list(said[: len(prompt)]) == list(prompt) for said in sides]
+    if any(repeats) and not all(repeats):
+        name, other = (names[repeats.index(value)] for value in (True, False))
+        raise ValueError(f"data: {place}: expected both responses to begin with the prompt's messages, or none of "
+                         f"them; got {name} that does and {other} that does not")  # fmt: skip
+    return len(prompt) if all(repeats) else 0, prompt
+
+
+def _said_at(prompt: str, messages: Messages) -> int | None:
+    """The place of the first message of a user that is the prompt."""
+    spoken = prompt.strip()
+    return next((n for n, m in enumerate(messages) if m["role"] == "user" and m["content"].strip() == spoken), None)
 
 
 def _kind(place: str, name: str, value: object) -> str:
     if isinstance(value, str):
         return "text"
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"data: {place}: {name}: expected a string or a list of messages; got {type(value).__name__}")
+        got = "nothing (null)" if value is None else type(value).__name__
+        raise TypeError(f"data: {place}: {name}: expected a string or a list of messages; got {got}")
     if not value:
         raise ValueError(f"data: {place}: {name}: expected at least one message; got none")
     for message in value:
@@ -102,7 +166,7 @@ def _kind(place: str, name: str, value: object) -> str:
         if not whole:
             raise TypeError(
                 f"data: {place}: {name}: expected messages of the form {{'role': ..., 'content': ...}}, both strings; "
-                f"got {str(message)[:80]}"
+                f"got {shown(message)}"
             )
     return "messages"
 
@@ -110,11 +174,6 @@ def _kind(place: str, name: str, value: object) -> str:
 def _rendered(place: str, prompt: Messages, responses: Sequence[Messages], tokenizer: Any) -> list[str]:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"data: {place}: expected a tokenizer with a chat template to render messages; got none")
-    if repeated := [said for said in responses if list(said[: len(prompt)]) == list(prompt)]:
-        raise ValueError(
-            f"data: {place}: expected responses apart from their prompt; got a conversation of {len(repeated[0])} "
-            "messages that begins with the prompt's (leave the prompt's column out to have it split)"
-        )
     try:
         beginning = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         wholes = [tokenizer.apply_chat_template([*prompt, *said], tokenize=False) for said in responses]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..core.optional import need
 from ..core.places import locate
+from ..core.text import parse_json, read_text
 
 Row = Mapping[str, Any]
 Source = str | Path | Iterable[Row]  # a file, a folder, a name on the hub, a `datasets.Dataset`, dicts in memory
@@ -26,7 +26,7 @@ def read_rows(source: Source, *, split: str | None = None) -> Iterator[Placed]:
     if isinstance(source, (str, Path)):
         return _read_path(str(source), split)
     if split is not None:
-        raise ValueError(f"data: split: expected None for rows in memory, which have no parts; got {split!r}")
+        raise ValueError(f"data: split: expected none for rows in memory, which have no parts; got {split!r}")
     if isinstance(source, Mapping):
         parts = ", ".join(map(str, source))
         raise TypeError(f"data: expected rows; got a mapping of {parts}: a row alone, or parts of which to pass one")
@@ -42,7 +42,7 @@ def _read_path(name: str, split: str | None) -> Iterator[Placed]:
     if reader is None:
         return _numbered(f"{name}, row", enumerate(_through_datasets(path, name, split)))
     if split is not None:
-        raise ValueError(f"data: split: expected None for {name}, a file without parts; got {split!r}")
+        raise ValueError(f"data: split: expected none for {name}, a file without parts; got {split!r}")
     if not path.is_file():
         raise ValueError(f"data: {name}: there is no such file")
     return reader(path)
@@ -57,9 +57,9 @@ def _numbered(what: str, rows: Iterable[tuple[int, Any]]) -> Iterator[Placed]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")  # spreadsheets put a mark before the text
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data: {path}: expected a text file in UTF-8; got {error}") from error
+        return read_text(path)
+    except ValueError as error:
+        raise ValueError(f"data: {path}: {error}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Placed]:
@@ -70,15 +70,16 @@ def _read_jsonl(path: Path) -> Iterator[Placed]:
 
 def _parse(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         raise ValueError(f"data: {path}, line {number}: expected JSON; got {line.strip()[:60]!r}: {error}") from error
 
 
 def _read_json(path: Path) -> Iterator[Placed]:
+    text = _text(path)
     try:
-        content = json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"data: {path}: expected JSON: {error}") from error
     if not isinstance(content, list):
         raise TypeError(f"data: {path}: expected a list of rows; got {type(content).__name__}")
@@ -124,7 +125,7 @@ def _through_datasets(path: Path, name: str, split: str | None) -> Iterable[Row]
 def _part(rows: Any, name: str, split: str | None) -> Iterable[Row]:
     if not isinstance(rows, Mapping):
         if split is not None:
-            raise ValueError(f"data: split: expected None for {name}, a data set without parts; got {split!r}")
+            raise ValueError(f"data: split: expected none for {name}, a data set without parts; got {split!r}")
         whole: Iterable[Row] = rows
         return whole
     if (split or "train") not in rows:

@@ -266,7 +266,7 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
     def _evaluated(self, rows: Any, args: NashConfig) -> Any:
         if rows is None:
             return None
-        if isinstance(rows, Mapping) and not hasattr(rows, "column_names"):
+        if isinstance(rows, Mapping):  # a `datasets.DatasetDict`, too
             return {
                 name: self.reads(f"eval_dataset[{name!r}]", part, first=args.eval_prompts)
                 for name, part in rows.items()

@@ -1,0 +1,44 @@
+"""Text from files, strict JSON, and values short enough for an error message."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+SHOWN = 80  # characters of a value in an error
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxlist, _repr.maxtuple, _repr.maxdict, _repr.maxset = 3, 4, 4, 4, 4
+_repr.maxstring = _repr.maxother = _repr.maxlong = 4 * SHOWN
+
+
+def shown(value: object, limit: int = SHOWN) -> str:
+    """repr(value), cut after `limit` characters; a large or self-containing value is never written out whole."""
+    text = _repr.repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without the byte-order mark that spreadsheets put before it."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a text file in UTF-8; got {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """JSON; a key that is there twice is an error, where the json module would keep the last in silence."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} is there twice")
+    return content
