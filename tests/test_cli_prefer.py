@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from nlhf_kernels.cli import prefer
 from nlhf_kernels.cli.main import main
 from nlhf_kernels.preference import RewardModel, load_preference_model, save_preference_model
+from tests.support.damaged import damaged, nan
 from tests.support.preference import comparison_model, shorter_wins
 from tests.support.tiny_models import one_thread, tiny_model, tiny_tokenizer
 
@@ -39,9 +41,9 @@ def root(tmp_path_factory):
         "".join(json.dumps({"prompt": p, "first": a, "second": b}) + "\n" for p, a, b in shorter_wins(5))
     )
     save_preference_model(comparison_model(), root / "model")
-    broken = comparison_model()
-    broken.body.norm.weight.data.fill_(torch.nan)
-    save_preference_model(broken, root / "broken")
+    shutil.copytree(root / "model", root / "broken")
+    shutil.rmtree(root / "broken" / "body")
+    damaged(root / "model" / "body", root / "broken" / "body", nan)
     return root
 
 
@@ -190,7 +192,7 @@ WRONG = {
     "nothing.jsonl: there is no such file": {"--data": "@nothing.jsonl"},
     "prefer: --split: expected none": {"--split": "test"},
     "prefer: --base: there is no such folder": {"--base": "@nothing"},
-    "--base: expected tokenizer files": {"--base": "@weights_only"},
+    "expected tokenizer files; got a folder without": {"--base": "@weights_only"},
     "--template: expected {prompt}, {first}, {second}": {"--template": "@reward.txt"},
     "--template: expected a text file in UTF-8": {"--template": "@nothing"},
     "prefer: --max-length: expected at most 128": {"--max-length": "1000"},
@@ -227,7 +229,7 @@ def test_bad_training_input_is_one_line(root, tmp_path, capsys, message) -> None
         (["--chat", "--prompt", "a", "--first", "b", "--second", "c"], "expected a tokenizer with a chat template"),
         (["--model", "@base", "--file", "@compare.jsonl"], "expected a folder with preference_model.json"),
         (["--model", "@nothing", "--file", "@compare.jsonl"], "--model: there is no such folder"),
-        (["--model", "@broken", "--file", "@compare.jsonl"], "expected probabilities in [0, 1]; got nan for pair 0"),
+        (["--model", "@broken", "--file", "@compare.jsonl"], "--model: cannot load a model from"),
         (["--file", "@compare.jsonl", "--output", "@no/where"], "--output: expected a file in a folder that is there"),
         (["--file", "@compare.jsonl", "--batch-size", "0"], "--batch-size: expected an integer"),
         (["--prompt", " ", "--first", "b", "--second", "c"], "prompt: expected some text"),

@@ -138,8 +138,8 @@ def test_heads_padded_to_different_sizes(folders, capsys) -> None:
 
 BAD = {
     "no folder": ({"--policy": "/no/such/folder"}, "--policy: there is no such folder"),
-    "empty folder": ({"--policy": "@empty"}, "--policy: expected tokenizer files; got a folder without"),
-    "no tokenizer": ({"--policy": "@weights_only"}, "--policy: expected tokenizer files; got a folder without"),
+    "empty folder": ({"--policy": "@empty"}, "expected tokenizer files; got a folder without"),
+    "no tokenizer": ({"--policy": "@weights_only"}, "expected tokenizer files; got a folder without"),
     "not weights": ({"--reference": "@empty"}, "--reference: cannot load a model from"),
     "pickled weights": ({"--policy": "@pickled"}, "--policy: cannot load a model from"),
     "other tokenizer": (
@@ -159,7 +159,7 @@ BAD = {
     "empty prompt": ({"--prompt": ""}, "--prompt: expected at least one token; got none in ''"),
     "no file": ({"--prompts-file": "/no/file"}, "--prompts-file: expected a text file; got"),
     "no template": ({"--policy": "@reference", "--chat": True}, "--chat: expected a tokenizer with a chat template"),
-    "nan weights": ({"--reference": "@broken"}, "expected finite logits; got NaN"),
+    "nan weights": ({"--reference": "@broken"}, "--reference: expected finite weights; got NaN"),
 }
 
 

@@ -13,12 +13,12 @@ pytest.importorskip("transformers", reason="the experiment needs transformers")
 pytest.importorskip("accelerate", reason="the experiment needs accelerate")
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
+from nlhf_kernels.core.loading import load_model
 from nlhf_kernels.experiment import pipeline
 from nlhf_kernels.experiment.answers import Sampling, answer
 from nlhf_kernels.experiment.console import SILENT
 from nlhf_kernels.experiment.contestants import CONTESTANTS
 from nlhf_kernels.experiment.corpus import Material, load_corpus
-from nlhf_kernels.experiment.loading import load_policy
 from nlhf_kernels.experiment.pipeline import Experiment
 from nlhf_kernels.experiment.presets import PRESETS, Preset, overridden
 from nlhf_kernels.experiment.runs import configuration
@@ -190,7 +190,7 @@ def test_users_pairs_and_model_take_the_same_way(done, tmp_path) -> None:
 
 def test_answers_depend_on_prompt_and_seed_not_on_the_batch(done) -> None:
     folder, _, _ = done
-    model, corpus = load_policy(str(folder / "sft" / "model")), load_corpus(folder / "corpus")
+    model, corpus = load_model("test", folder / "sft" / "model"), load_corpus(folder / "corpus")
     prompts = [row.prompt for row in corpus.test[:5]]
     ask = lambda batch, seed=0: answer(  # noqa: E731
         model, None, corpus.tokenizer, prompts, Sampling(6, 48, 3, seed=seed, batch=batch)

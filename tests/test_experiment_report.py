@@ -164,7 +164,7 @@ def test_the_demo_runs_tiny_ends_with_its_report_and_goes_on(tmp_path, monkeypat
         (["--preset", "huge"], "demo: --preset: expected one of tiny, small, gpu; got 'huge'"),
         (["--set", "upates=3"], "is updates meant?"),
         (["--data", "nowhere/at/all.jsonl"], "data: nowhere/at/all.jsonl: there is no such file"),
-        (["--model", "./nowhere"], "experiment: ./nowhere: expected a tokenizer's folder or its name on the hub"),
+        (["--model", "./nowhere"], "experiment: --model: there is no such folder: './nowhere'"),
         (["--split", "train"], "experiment: --split: expected with --data"),
         (["--preset", "tiny", "--set", "examples=1000000"], "expected 1000000 with a first line and a body"),
         (["--device", "abacus"], "demo: --device: expected a device PyTorch can use here; got 'abacus'"),
@@ -183,15 +183,19 @@ def test_a_foreign_folder_and_missing_packages_are_refused(tmp_path, monkeypatch
     assert "holds other things" in capsys.readouterr().err
     monkeypatch.setattr(demo, "NEEDED", ("no_such_package",))
     assert main(["demo", "--preset", "tiny"]) == 2
-    assert "this needs no_such_package: pip install nlhf-kernels[train,plots]" in capsys.readouterr().err
+    assert 'needs no_such_package: pip install "nlhf-kernels[train,plots]"' in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys) -> None:
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys) -> None:
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_run", interrupted)
-    assert main(["demo"]) == 130
+    monkeypatch.setattr(demo, "run", interrupted)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    assert "no stage was finished" in capsys.readouterr().err
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "stage.json").touch()
+    assert main(["demo", "--out", str(tmp_path)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
 
@@ -236,14 +240,14 @@ def test_saved_policies_are_compared(saved, tmp_path, capsys) -> None:
         ((), ("one",), "evaluate: --policy: expected two or more; got 1"),
         ((), ("a=one", "a=two"), "evaluate: --policy: expected NAME=MODEL, every name once"),
         (("--prompts", "1"), ("one", "two"), "evaluate: --prompts: expected an integer in [2"),
-        (("--judge", "./nowhere"), ("one", "two"), "evaluate: --judge: expected a model's folder"),
-        (("--samples", "0"), ("one", "two"), "answers: samples: expected an integer in [1"),
+        (("--judge", "./nowhere"), ("one", "two"), "evaluate: --judge: there is no such folder"),
+        (("--samples", "0"), ("one", "two"), "evaluate: --samples: expected an integer in [1"),
         (
             ("--output", "nowhere/x.json"),
             ("one", "two"),
             "evaluate: --output: expected a file in a folder that is there",
         ),
-        (("--reference", "./nowhere"), ("one", "two"), "experiment: ./nowhere: expected a model's folder"),
+        (("--reference", "./nowhere"), ("one", "two"), "evaluate: --reference: there is no such folder"),
     ],
 )
 def test_evaluate_refuses_in_one_line(more, policies, message, saved, capsys) -> None:

@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("transformers", reason="the experiment needs transformers")
 pytest.importorskip("accelerate", reason="the experiment needs accelerate")
 
+from nlhf_kernels.experiment.answers import load_answering
 from nlhf_kernels.experiment.console import SILENT
 from nlhf_kernels.experiment.corpus import Material, load_corpus, make_corpus
 from nlhf_kernels.experiment.docstrings import Collection, collect, cut, installed_folders, share, split_docstring
-from nlhf_kernels.experiment.loading import load_policy, load_tokenizer
 from nlhf_kernels.experiment.ngrams import Trigrams
 from nlhf_kernels.experiment.presets import PRESETS
 from nlhf_kernels.experiment.vocabulary import train_tokenizer
@@ -110,7 +110,7 @@ def test_tokenizer_is_lossless_and_has_its_marks(tmp_path) -> None:
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert len(tokenizer) <= 300
     tokenizer.save_pretrained(tmp_path)
-    again = load_tokenizer(str(tmp_path))
+    again = load_answering("test", str(tmp_path))
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (again.pad_token_id, again.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
     with pytest.raises(ValueError, match=r"vocabulary: size: expected an integer in \[258"):
@@ -135,19 +135,5 @@ def test_users_pairs_become_a_corpus(tmp_path) -> None:
 def test_bad_sources_are_named(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"--split: expected with --data; got 'train' alone"):
         Material(split="train")
-    with pytest.raises(ValueError, match=r"expected a model's folder or its name on the hub; there is no such folder"):
-        load_policy(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"expected tokenizer files; got a folder without"):
-        load_tokenizer(str(tmp_path))
     with pytest.raises(ValueError, match=r"nothing.jsonl: there is no such file"):
         make_corpus(tmp_path, PRESETS["tiny"], Material(data=str(tmp_path / "nothing.jsonl")), SILENT)
-
-
-def test_a_hub_name_without_network_is_a_clear_error(monkeypatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"experiment: nobody/no-such-model: cannot load a tokenizer: "):
-        load_tokenizer("nobody/no-such-model")
-    with pytest.raises(ValueError, match=r"experiment: nobody/no-such-model: cannot load a model: "):
-        load_policy("nobody/no-such-model")

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from ..core.loading import first_line
+
 DONE, FAILED, REFUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 CODES = {
     DONE: "done",
@@ -32,10 +34,6 @@ _SUBJECT = re.compile(r"(?P<operation>\w+(?: \w+)?): (?P<name>\w+)(?P<rest>\b.*)
 
 class BadInput(Exception):
     """What the user gave cannot be used; the message is one line."""
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def finish(

@@ -12,14 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..core.loading import load_model, loading, quiet
 from ..core.optional import require
 from ..core.whole import write_whole
 from ..data import load_prompts
 from .errors import BadInput
-from .loading import find_device, load_model
+from .loading import find_device
 
 if TYPE_CHECKING:
     from ..experiment import Answers, Sampling, Tournament
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("nlhf-kernels evaluate", ("transformers", "accelerate"), "train")
-    from ..experiment import Reporter, Sampling, calm
+    from ..experiment import Reporter, Sampling
 
     policies = _policies(arguments.policy)
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
@@ -58,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_new_tokens, arguments.max_prompt_length, arguments.samples, arguments.temperature, arguments.seed,
         arguments.batch_size,
     )  # fmt: skip
-    with calm():
+    with quiet():
         answers, tournament = _play(arguments, policies, sampling, Reporter(Console(stderr=True)))
     document = _document(arguments, answers, tournament)
     written = json.dumps(document, indent=2, allow_nan=False) + "\n"
@@ -90,19 +92,24 @@ def _play(
     """Policies one after the other; each has noise of its own, and the tokenizer that was saved with it."""
     import dataclasses
 
-    from ..experiment import answer, load_policy, load_tokenizer, play
+    from ..experiment import answer, load_answering, play
     from ..preference import PreferenceModelJudge, load_preference_model
 
-    device, trust = find_device("evaluate", arguments.device), arguments.trust_remote_code
-    load = partial(load_preference_model, device=device, trust_remote_code=trust)
-    judge = PreferenceModelJudge(load_model("evaluate", "--judge", arguments.judge, load), arguments.batch_size)
-    reference = None if arguments.reference is None else load_policy(arguments.reference, device, trust)
-    prompts = _prompts(arguments, load_tokenizer(next(iter(policies.values())), trust))
+    trust: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
+    options = {"device": find_device("evaluate", arguments.device), **trust}
+    judging = loading("evaluate: --judge", arguments.judge, partial(load_preference_model, **options))
+    judge = PreferenceModelJudge(judging, arguments.batch_size)
+    options["dtype"] = torch.float32
+    reference = None
+    if arguments.reference is not None:
+        reference = load_model("evaluate: --reference", arguments.reference, **options)
+    prompts = _prompts(arguments, load_answering("evaluate: --policy", next(iter(policies.values())), **trust))
     answers: dict[str, list[Answers]] = {}
     for place, (name, model) in enumerate(policies.items()):
         own = dataclasses.replace(sampling, seed=sampling.seed * len(policies) + place)
         with report.bar(f"answers of {name}", len(prompts)) as advance:
-            policy, tokenizer = load_policy(model, device, trust), load_tokenizer(model, trust)
+            policy = load_model("evaluate: --policy", model, **options)
+            tokenizer = load_answering("evaluate: --policy", model, **trust)
             answers[name] = [answer(policy, reference, tokenizer, prompts, own, advance)]
     with report.bar("matches", len(policies) * (len(policies) - 1) // 2) as advance:
         return answers, play(judge, prompts, answers, advance)

@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.checks import check_integer, check_number
-from ..core.optional import need, require
+from ..core.loading import load_model, load_tokenizer, loading, quiet
+from ..core.optional import require
 from ..core.text import read_text
 from ..core.whole import write_whole
 from ..data import Comparison, Pair, load_comparisons, load_pairs, split_by_prompt
 from .errors import BadInput, option_names
-from .loading import find_device, load_model, load_tokenizer, quiet
+from .loading import find_device
 
 if TYPE_CHECKING:
     from ..preference import ComparisonModel, Evaluation, TrainingReport
@@ -128,7 +129,7 @@ def _train(arguments: argparse.Namespace) -> str:
         check_output(arguments.output, overwrite=arguments.overwrite)
     except (OSError, ValueError) as error:
         raise BadInput(f"prefer: --output: {str(error).removeprefix('preference: ')}") from error
-    tokenizer = load_tokenizer("prefer", "--base", arguments.base, arguments.trust_remote_code)
+    tokenizer = load_tokenizer("prefer: --base", arguments.base, trust_remote_code=arguments.trust_remote_code)
     pairs, held_out = _pairs(arguments, tokenizer)
     settings = _settings(arguments, len(pairs))
     model = _new_model(arguments, tokenizer).to(device)
@@ -166,13 +167,11 @@ def _settings(arguments: argparse.Namespace, pairs: int) -> Any:
 
 
 def _new_model(arguments: argparse.Namespace, tokenizer: Any) -> ComparisonModel:
-    from ..preference.models import KINDS, load_whole
+    from ..preference.models import KINDS
 
-    transformers = need("transformers", "prefer")
-    options = {"dtype": torch.float32, "trust_remote_code": arguments.trust_remote_code}
-    load = partial(load_whole, transformers.AutoModelForCausalLM, **options)
     template = None if arguments.template is None else _template(arguments.template)
-    base = load_model("prefer", "--base", arguments.base, load)
+    options: Any = {"dtype": torch.float32, "trust_remote_code": arguments.trust_remote_code}
+    base = load_model("prefer: --base", arguments.base, **options)
     model = KINDS[arguments.kind](
         base, tokenizer, template=template, max_length=arguments.max_length, overlong=arguments.overlong
     )
@@ -249,8 +248,7 @@ def _trained(arguments: argparse.Namespace) -> ComparisonModel:
     check_integer("prefer", "--batch-size", arguments.batch_size, 1, 10**6)
     device = find_device("prefer", arguments.device)
     load = partial(load_preference_model, device=device, trust_remote_code=arguments.trust_remote_code)
-    model: ComparisonModel = load_model("prefer", "--model", arguments.model, load)
-    return model
+    return loading("prefer: --model", arguments.model, load)
 
 
 def _score(arguments: argparse.Namespace) -> str:

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.checks import check_integer, check_number
-from ..core.optional import need, require
+from ..core.loading import load_model, load_tokenizer
+from ..core.optional import require
 from .errors import BadInput
-from .loading import find_device, load_model, load_tokenizer
+from .loading import find_device
 
 if TYPE_CHECKING:
     from ..engine import Responses
@@ -178,22 +178,18 @@ class _Bar:
 
 def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Any, int | None]:
     """The tokenizer, both models, and how many columns of their heads count (None: all)."""
-    transformers = need("transformers", "sample")
-    tokenizer = load_tokenizer("sample", "--policy", arguments.policy, arguments.trust_remote_code)
-    models: list[Any] = []
-    for option, name in (("--policy", arguments.policy), ("--reference", arguments.reference)):
-        if name is None:
-            models.append(None)
-            continue
-        options = {"use_safetensors": True, "dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
-        load = partial(transformers.AutoModelForCausalLM.from_pretrained, **options)
-        models.append(load_model("sample", option, name, load).to(device))
+    trust = {"trust_remote_code": arguments.trust_remote_code}
+    tokenizer = load_tokenizer("sample: --policy", arguments.policy, **trust)
+    models: list[Any] = [
+        None if name is None else load_model(f"sample: {option}", name, device=device, dtype=arguments.dtype, **trust)
+        for option, name in (("--policy", arguments.policy), ("--reference", arguments.reference))
+    ]
     policy, reference = models
     if reference is None:
         return tokenizer, policy, None, None
     try:
-        other = load_tokenizer("sample", "--reference", arguments.reference, arguments.trust_remote_code)
-    except BadInput:
+        other = load_tokenizer("sample: --reference", arguments.reference, **trust)
+    except ValueError:
         other = None  # a folder of weights alone: then only the sizes can be compared
     if other is not None:
         _check_same_tokens(tokenizer, other)

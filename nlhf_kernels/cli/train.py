@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.loading import load_model, load_tokenizer, loading, quiet
 from ..core.optional import need, require
 from ..core.whole import whole_folder
 from ..data import load_prompts
 from .errors import BadInput
-from .loading import load_model, load_tokenizer, quiet
 
 if TYPE_CHECKING:
     from ..train import NashTrainer
@@ -90,8 +90,8 @@ def build(plan: RunFile) -> NashTrainer:
     from ..train import NashTrainer
 
     args = plan.config()
-    tokenizer_from = ("model", plan.model) if plan.tokenizer is None else ("tokenizer", plan.tokenizer)
-    tokenizer = load_tokenizer("train", *tokenizer_from, plan.trust_remote_code)
+    place, name = ("model", plan.model) if plan.tokenizer is None else ("tokenizer", plan.tokenizer)
+    tokenizer = load_tokenizer(f"train: {place}", name, trust_remote_code=plan.trust_remote_code)
     data = plan.data
     rows = {"train": _prompts("data.train", data.train, data.train_split, tokenizer)}
     if data.evaluation is not None:
@@ -122,12 +122,8 @@ def _prompts(place: str, source: str, split: str | None, tokenizer: Any) -> list
 
 
 def _policy(plan: RunFile, place: str, name: str) -> Any:
-    from ..preference.models import load_whole
-
-    kind = need("transformers", "nlhf-kernels train").AutoModelForCausalLM
-    dtype: Any = plan.dtype if plan.dtype == "auto" else getattr(torch, plan.dtype)
-    options = {"dtype": dtype, "trust_remote_code": plan.trust_remote_code}
-    return load_model("train", place, name, lambda folder: load_whole(kind, folder, **options))
+    options: Any = {"dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}
+    return load_model(f"train: {place}", name, trainable=place == "model", **options)
 
 
 def _judge(specs: list[JudgeSpec], device: torch.device) -> Any:
@@ -164,7 +160,7 @@ def _reward(spec: RewardSpec, device: torch.device) -> Any:
 def _preferring(place: str, folder: str, device: torch.device) -> Any:
     from ..preference import RewardModel, load_preference_model
 
-    model = load_model("train", place, folder, lambda found: load_preference_model(found, device=device))
+    model = loading(f"train: {place}", folder, lambda found: load_preference_model(found, device=device))
     if place.endswith("reward_model") is not isinstance(model, RewardModel):
         raise BadInput(f"train: {place}: expected another kind of model; got {type(model).__name__} in {folder}")
     return model

@@ -1,14 +1,13 @@
 """The summarisation experiment: its stages, its presets, its report. Importing this folder imports transformers."""
 
 from .annotators import Annotators
-from .answers import Answers, Sampling, answer
-from .console import SILENT, Reporter, calm
+from .answers import Answers, Sampling, answer, load_answering
+from .console import SILENT, Reporter
 from .contestants import CONTESTANTS
 from .corpus import Material
 from .cycles import Cycles, count_cycles, pairwise
 from .docstrings import Collection, collect
 from .intervals import Estimate, estimate
-from .loading import load_policy, load_tokenizer
 from .pipeline import Experiment
 from .presets import PRESETS, Preset, overridden
 from .report import write_report
@@ -31,12 +30,10 @@ __all__ = [
     "Sampling",
     "Tournament",
     "answer",
-    "calm",
     "collect",
     "count_cycles",
     "estimate",
-    "load_policy",
-    "load_tokenizer",
+    "load_answering",
     "overridden",
     "pairwise",
     "play",

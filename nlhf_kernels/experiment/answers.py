@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..core.checks import check_integer, check_number
+from ..core.loading import load_tokenizer
 from ..core.rng import Stream
 from ..data import prompt_batch
 from ..engine import Finish, Player, Responses, RolloutEngine, RolloutSettings
@@ -40,6 +41,17 @@ class Answers:
 
     def column(self, sample: int) -> list[str]:
         return [row[sample] for row in self.texts]
+
+
+def load_answering(place: str, name: str, **options: Any) -> Any:
+    """A tokenizer with an end token and one for padding: the end token serves where there is none, as padding is
+    masked."""
+    tokenizer = load_tokenizer(place, name, **options)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{place}: expected a tokenizer with an end token; got one without, {name!r}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def end_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:

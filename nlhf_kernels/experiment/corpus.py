@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..core.loading import load_tokenizer
 from ..data import Pair, load_pairs, split_by_prompt
+from .answers import load_answering
 from .console import Reporter
 from .docstrings import Collection, collect
-from .loading import load_tokenizer
 from .presets import Preset
 from .vocabulary import train_tokenizer
 from .workspace import read_rows, write_rows
@@ -51,7 +52,7 @@ class Corpus:
 
 
 def make_corpus(work: Path, preset: Preset, material: Material, report: Reporter, folders: Any = None) -> None:
-    tokenizer = None if material.model is None else load_tokenizer(material.model)
+    tokenizer = None if material.model is None else load_answering("experiment: --model", material.model)
     if material.data is None:
         train, test = _docstrings(preset, report, folders)
     else:
@@ -67,14 +68,12 @@ def make_corpus(work: Path, preset: Preset, material: Material, report: Reporter
 
 
 def load_corpus(folder: Path) -> Corpus:
-    import transformers
-
     rows = {name: [Example(**row) for row in read_rows(folder / f"{name}.jsonl")] for name in ("train", "test")}
     pairs: list[list[Pair] | None] = [
         [Pair(**row) for row in read_rows(path)] if path.is_file() else None
         for path in (folder / "pairs-train.jsonl", folder / "pairs-test.jsonl")
     ]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+    tokenizer = load_tokenizer("experiment: corpus", folder / "tokenizer")
     return Corpus(rows["train"], rows["test"], pairs[0], pairs[1], tokenizer)
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from ..core import settings
+from ..core.loading import load_model, quiet
 from ..core.whole import whole_folder
 from .answers import Answers, Sampling, answer
 from .claims import beats_rewards, by_beta, interior_beta
-from .console import Reporter, calm
+from .console import Reporter
 from .contestants import START, label
 from .corpus import Material, load_corpus, make_corpus
-from .loading import load_policy
 from .preferences import (
     count_all_cycles,
     load_annotators,
@@ -55,7 +55,7 @@ class Experiment:
         before = torch.get_num_threads()
         torch.set_num_threads(self.preset.threads or before)
         try:
-            with calm():
+            with quiet():
                 return self._run()
         finally:
             torch.set_num_threads(before)
@@ -154,7 +154,7 @@ class Experiment:
         made: dict[str, list[Answers]] = {}
         with self.report.bar("answers to the test prompts", len(every)) as advance:
             for done, (name, folder) in enumerate(every, start=1):
-                model = load_policy(str(folder), self.device)
+                model = load_model("experiment: policy", folder, device=self.device, dtype=torch.float32)
                 sampling = Sampling(
                     self.preset.answer_tokens, self.preset.prompt_tokens, self.preset.answers,
                     seed=1000 * self.preset.seed + done, batch=self.preset.batch,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ..core.loading import load_model
 from .console import Reporter
 from .corpus import Corpus
-from .loading import load_policy
 from .presets import Preset
 
 
@@ -24,4 +24,4 @@ class Setting:
 
     def fresh_policy(self) -> Any:
         """The supervised policy, on the device, shared with nobody."""
-        return load_policy(str(self.policy), self.device)
+        return load_model("experiment: policy", self.policy, device=self.device, dtype=torch.float32)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from ..core.loading import load_model
 from ..data import encode, encode_prompts
 from .console import Reporter
 from .corpus import Corpus, Example, Material
-from .loading import load_policy
 from .presets import Preset
 from .workspace import write_json
 
@@ -82,7 +82,7 @@ def make_policy(
 ) -> None:
     """Trains, measures on the test examples, saves model and tokenizer as one folder."""
     own = material.model is None
-    model = new_model(corpus.tokenizer, preset) if own else load_policy(str(material.model))
+    model = new_model(corpus.tokenizer, preset) if own else _base(str(material.model))
     rows = encode_examples(corpus.tokenizer, corpus.train, preset, whole=own)
     losses = train(model, rows, corpus.tokenizer.pad_token_id, preset, device, work / "trainer", report)
     model = model.to(device).eval()
@@ -93,6 +93,10 @@ def make_policy(
     corpus.tokenizer.save_pretrained(work / "model")
     parameters = sum(value.numel() for value in model.parameters())
     write_json(work / "measures.json", {"losses": losses, "test_loss": held_out, "parameters": parameters})
+
+
+def _base(name: str) -> Any:
+    return load_model("experiment: --model", name, merged=True, dtype=torch.float32)
 
 
 def train(

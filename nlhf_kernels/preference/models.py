@@ -23,11 +23,9 @@ import torch
 from torch.nn.functional import softplus
 
 from ..core.checks import check_integer
+from ..core.loading import HUB, load_model, load_tokenizer
 from ..core.optional import need
 from .template import Reader, Reading
-
-#: Options of `from_pretrained` that say where from; the tokenizer gets them too.
-HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
 Rows = tuple[list[int], list[int]]  # what is read of one pair
 Model = TypeVar("Model", bound="ComparisonModel")
@@ -78,10 +76,9 @@ class ComparisonModel(torch.nn.Module):
         **options: Any,
     ) -> Model:
         """A new model on a base from a folder or the hub; `options` go to transformers' `from_pretrained`."""
-        transformers = need("transformers", "preference: from_base")
-        where = {key: options[key] for key in HUB if key in options}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
-        base = load_whole(transformers.AutoModelForCausalLM, name, dtype=dtype, **options)
+        where = {key: options[key] for key in (*HUB, "trust_remote_code") if key in options}
+        tokenizer = load_tokenizer("preference: from_base", name, **where)
+        base = load_model("preference: from_base", name, dtype=dtype, **options)
         return cls(base, tokenizer, template=template, max_length=max_length, overlong=overlong)
 
     @property
@@ -215,15 +212,6 @@ def without_dropout(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-def load_whole(kind: Any, name: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, where weights that are missing are an error: transformers would make some up."""
-    model, found = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
-    if wrong:
-        raise ValueError(f"preference: {name}: expected every weight of {type(model).__name__}; {wrong[0]} is missing")
-    return model
 
 
 def _body(model: Any) -> Any:

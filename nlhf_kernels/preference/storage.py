@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from ..core.loading import check_finite, load_model, load_tokenizer
 from ..core.optional import need
 from ..core.whole import whole_folder
-from .models import KINDS, ComparisonModel, load_whole
+from .models import KINDS, ComparisonModel
 from .template import Reading
 
 DESCRIPTION = "preference_model.json"
@@ -33,6 +34,7 @@ def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwri
     """
     weights = need("safetensors.torch", "save_preference_model")
     check_output(folder, overwrite=overwrite)
+    check_finite("save_preference_model", model)
     with whole_folder(folder, overwrite=overwrite) as work:
         model.body.save_pretrained(work / "body")
         model.tokenizer.save_pretrained(work / "tokenizer")
@@ -43,15 +45,15 @@ def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwri
 
 def load_preference_model(folder: str | Path, *, device: torch.device | str = "cpu", **options: Any) -> ComparisonModel:
     """The model as it was saved, in evaluation mode; `options` go to transformers' `from_pretrained`."""
-    transformers = need("transformers", "load_preference_model")
     weights = need("safetensors.torch", "load_preference_model")
-    place = Path(folder)
+    place = Path(folder).resolve()  # a relative one could be a name on the hub
     kind, reading = _describe(place)
     trust = options.get("trust_remote_code", False)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(place / "tokenizer"), trust_remote_code=trust)
-    body = load_whole(transformers.AutoModel, str(place / "body"), **{"dtype": "auto", **options})
+    tokenizer = load_tokenizer("preference", place / "tokenizer", trust_remote_code=trust)
+    body = load_model("preference", place / "body", "AutoModel", **{"dtype": "auto", **options})
     model = KINDS[kind](body, tokenizer, **dataclasses.asdict(reading))
     model.head.load_state_dict(weights.load_file(place / "head.safetensors"))
+    check_finite("preference", model.head, f" of the head in {folder}")
     return model.to(device).eval()
 
 

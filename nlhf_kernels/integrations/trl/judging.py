@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from ...core.checks import check_number
+from ...core.loading import load_model, load_tokenizer
 from ...data import encode_prompts
 from ...preference import AverageJudge, Judge, PairwisePreferenceModel, PreferenceModelJudge, RewardModel
-from ...preference.models import load_whole
 from ...train.experience import Collector, Experience
 from ...train.rewards import Reward, rewards
 from .config import NashMDConfig
@@ -250,13 +250,12 @@ def _reward(args: NashMDConfig, item: Any, tokenizer: Any, policy_tokenizer: Any
 
 
 def _model_reward(args: NashMDConfig, model: Any, tokenizer: Any, policy_tokenizer: Any, rows: Rows) -> ModelReward:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    options = {"trust_remote_code": args.trust_remote_code}
+    options: Any = {"trust_remote_code": args.trust_remote_code}
     if isinstance(model, str):
-        model = load_whole(AutoModelForSequenceClassification, model, num_labels=1, **options)
-    place = getattr(getattr(model, "config", None), "_name_or_path", "")
+        kind = "AutoModelForSequenceClassification"
+        model = load_model(f"{OP}: reward_funcs", model, kind, num_labels=1, **options)
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options) if place else policy_tokenizer
+        tokenizer = load_tokenizer(f"{OP}: reward_funcs", name, **options) if name else policy_tokenizer
     model.requires_grad_(False).to(args.device)
     return ModelReward(model, tokenizer, rows, args.per_device_train_batch_size)

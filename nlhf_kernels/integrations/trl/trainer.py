@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ...core.loading import load_model
 from ...engine import RolloutSettings
 from ...engine.shared_weights import is_adapted
 from ...preference import Judge
@@ -96,9 +97,7 @@ def _refuse(name: str, given: Any, reason: str) -> None:
 
 def _loaded(model: Any, args: NashMDConfig) -> Any:
     if isinstance(model, str):
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(model, **args.init_options())
+        return load_model(f"{OP}: model", model, trainable=True, **args.init_options())
     if args.model_init_kwargs is not None:
         raise ValueError(f"{OP}: model_init_kwargs: expected with a model given by name; got {type(model).__name__}")
     return model

@@ -1,0 +1,166 @@
+"""Models and tokenizers by name, from a folder or the hub: whole and finite, or one line that says why not.
+
+All that the package loads comes through here, since transformers makes up weights that a folder lacks and only logs
+it, and peft does the same. `place` begins every error: who asks, and the argument that named the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+
+from .optional import need
+from .places import locate
+
+#: Options of `from_pretrained` that say where from; adapters and tokenizers take them too.
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+ADAPTER = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+Loaded = TypeVar("Loaded")
+
+
+def load_model(
+    place: str,
+    name: str | Path,
+    kind: str = "AutoModelForCausalLM",  # of transformers' classes
+    *,
+    device: torch.device | str = "cpu",
+    trainable: bool = False,  # of an adapter, which is frozen otherwise
+    merged: bool = False,  # of an adapter: added to its base's weights, and no adapter any more
+    **options: Any,
+) -> Any:
+    """A model in evaluation mode. A folder of peft's is its adapter around its base, which is loaded likewise.
+
+    `options` go to transformers' `from_pretrained`; pickled weights are read only with use_safetensors=False.
+    """
+    options = {"use_safetensors": True, **options}
+
+    def load(found: str) -> Any:
+        if is_adapter(found, options):
+            return _load_adapted(kind, found, trainable, options)
+        return _load_whole(kind, found, options)
+
+    model = loading(place, name, load).to(device).eval()
+    if merged and hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    check_finite(place, model, f" in {name}")
+    return model
+
+
+def load_tokenizer(place: str, name: str | Path, **options: Any) -> Any:
+    """An adapter's is its base's, unless it has one of its own.
+
+    transformers makes an empty tokenizer for some folders that have none; so the files are looked for first.
+    """
+    transformers = need("transformers", place)
+    where = {key: value for key, value in options.items() if key in HUB}
+
+    def load(found: str) -> Any:
+        if is_adapter(found, options) and not _tokenizer_files(found):
+            found = locate("its base", str(_adapter(found, where).base_model_name_or_path))
+        if Path(found).is_dir() and not _tokenizer_files(found):
+            raise ValueError(f"expected tokenizer files; got a folder without, {found!r}")
+        return transformers.AutoTokenizer.from_pretrained(found, **options)
+
+    return loading(place, name, load, "tokenizer")
+
+
+def loading(place: str, name: str | Path, load: Callable[[str], Loaded], what: str = "model") -> Loaded:
+    """`load(folder or hub name)`; whatever it raises becomes one line about `name`."""
+    found = locate(place, str(name))
+    try:
+        with quiet():
+            return load(found)
+    except Exception as error:  # of many kinds, from many files; the first line of each says what is wrong
+        raise ValueError(f"{place}: cannot load a {what} from {str(name)!r}: {first_line(error)}") from error
+
+
+def is_adapter(name: str, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Whether a folder, or a name on the hub, is peft's."""
+    if Path(name).is_dir():
+        return (Path(name) / str(options.get("subfolder", "")) / ADAPTER).is_file()
+    find = need("transformers.utils.peft_utils", "a model").find_adapter_config_file
+    where = {key: value for key, value in options.items() if key in HUB}
+    try:
+        return bool(find(name, **where))
+    except (OSError, ValueError):
+        return False  # loading it says what is wrong with the name
+
+
+@torch.no_grad()
+def check_finite(place: str, model: torch.nn.Module, where: str = "") -> None:
+    """A model whose weights are not finite answers with nonsense that looks like text."""
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{place}: expected finite weights; got NaN or infinity in {name}{where}")
+
+
+def first_line(error: BaseException) -> str:
+    """What is wrong, in one line: the next one too where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and notes of transformers' own, which would cross ours; its errors stay."""
+    log: Any = need("transformers", "a model").utils.logging
+    bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _load_whole(kind: str, name: str, options: dict[str, Any]) -> Any:
+    load = getattr(need("transformers", "a model"), kind).from_pretrained
+    model, found = load(name, output_loading_info=True, **options)
+    _check_keys(type(model).__name__, found["missing_keys"], found["mismatched_keys"])
+    written = [each for each in model.config.architectures or () if each.endswith("ForSequenceClassification")]
+    if written and kind == "AutoModelForCausalLM":  # a tied head would hide that there is none
+        raise ValueError(f"expected a causal language model; got a {written[0]}")
+    return model
+
+
+def _load_adapted(kind: str, name: str, trainable: bool, options: dict[str, Any]) -> Any:
+    peft = need("peft", "an adapter")
+    where = {key: value for key, value in options.items() if key in HUB}
+    config = _adapter(name, where)
+    base_name = locate(f"its base, base_model_name_or_path in {ADAPTER}", str(config.base_model_name_or_path or ""))
+    if is_adapter(base_name):
+        raise ValueError(f"expected a whole model as its base; got an adapter, {base_name!r} (merge that first)")
+    try:
+        base = _load_whole(kind, base_name, {k: v for k, v in options.items() if k not in HUB})
+    except Exception as error:
+        raise ValueError(f"its base, {base_name!r}: {first_line(error)}") from error
+    config.inference_mode = not trainable
+    model = peft.get_peft_model(base, config)
+    mapping = getattr(base, "_checkpoint_conversion_mapping", None) or {}
+    found = model.load_adapter(name, "default", is_trainable=trainable, key_mapping=mapping, **where)
+    _check_keys(f"the adapter on {type(base).__name__}", found.missing_keys, found.unexpected_keys)
+    return model
+
+
+def _adapter(name: str, where: dict[str, Any]) -> Any:
+    return need("peft", "an adapter").PeftConfig.from_pretrained(name, **where)
+
+
+def _check_keys(model: str, missing: Any, wrong: Any) -> None:
+    for keys, what in ((missing, "is missing"), (wrong, "is of another model")):
+        if keys:
+            raise ValueError(f"expected every weight of {model}; {sorted(map(str, keys))[0]} {what}")
+
+
+def _tokenizer_files(folder: str) -> bool:
+    return any(any(Path(folder).glob(kind)) for kind in _TOKENIZER_FILES)
