@@ -183,6 +183,22 @@ def test_conversations_take_the_chat_template(tmp_path) -> None:
     assert not any(token in answer for answer in answers for token in ("<pad>", "<eos>"))
 
 
+def test_dropout_of_adapters_is_taken_off_aloud(tmp_path, caplog) -> None:
+    """The caller's configuration stays as it was; another kind of adapter calls its rates otherwise."""
+    from peft import LoHaConfig
+
+    config = lora(lora_dropout=0.5)
+    runs = [make_trainer(tmp_path / str(i), peft_config=each) for i, each in enumerate((config, lora()))]
+    for trainer in runs:
+        trainer.train()
+    assert history(runs[0], "loss", "kl") == history(runs[1], "loss", "kl")
+    assert caplog.text.count("NashTrainer: peft_config: lora_dropout=0.5 is trained as 0") == 1
+    assert config.lora_dropout == 0.5 and runs[0].model.peft_config["default"].lora_dropout == 0.0
+    loha = LoHaConfig(r=2, target_modules=["q_proj"], rank_dropout=0.25, task_type="CAUSAL_LM")
+    assert make_trainer(tmp_path / "loha", peft_config=loha).model.peft_config["default"].rank_dropout == 0.0
+    assert "rank_dropout=0.25 is trained as 0" in caplog.text
+
+
 def test_the_backend_is_that_of_every_kernel(tmp_path, monkeypatch) -> None:
     """Attention of rollouts included, which has no argument of its own."""
     seen = []

@@ -72,9 +72,9 @@ def no_end():
         ({"algorithm": "rlhf"}, r"reward: expected one, for rlhf; got None"),
         ({"eval_strategy": "steps", "eval_steps": 1}, r"eval_dataset"),
         ({"max_new_tokens": 200}, r"max_new_tokens: expected prompt and response within the policy's 128 positions"),
-        ({"peft_config": lora(lora_dropout=0.1)}, r"peft_config: lora_dropout: expected 0, .* got 0.1"),
         ({"peft_config": lora(bias="all", target_modules=["c_attn"]), "model": tiny_model("gpt2")}, r"reference_model: "
          r"expected one, as the model trains .*bias beside its adapters"),
+        ({"peft_config": {"r": 4}}, r"peft_config: expected a peft.PeftConfig; got dict"),
         ({"model": quantised()}, r"model: expected weights that are not quantised; got torch.int8 in .*up_proj.weight"),
         ({"model": spread()}, r"model: expected the whole model on one device; got it on cpu, meta"),
         ({"model": tiny_model("llama").requires_grad_(False)}, r"model: expected parameters to train; got none"),

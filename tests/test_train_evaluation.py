@@ -85,7 +85,7 @@ def test_a_reward_is_evaluated_beside_the_judge(tmp_path) -> None:
     assert found["reward"] > 0 and "win_rate_reference" not in found
     both = make_trainer(tmp_path / "2", eval_dataset=PROMPTS, eval_prompts=2, reward=reward["reward"])
     assert {"reward", "reward_reference", "win_rate_reference"} < evaluated(both).keys()
-    assert len(both.eval_dataset) == 2
+    assert len(both.evaluation_prompts) == 2
 
 
 def test_evaluation_sets_in_a_dataset_dict(tmp_path) -> None:

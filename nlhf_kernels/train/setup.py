@@ -91,14 +91,20 @@ def _adapted(model: Any, peft_config: Any, seed: int) -> Any:
     if is_adapted(model):
         raise ValueError(f"{OP}: peft_config: expected with a model without adapters; got one that has some")
     try:
-        from peft import get_peft_model
+        from peft import PeftConfig, get_peft_model
     except ImportError as error:
         raise ImportError(f"{OP}: peft_config needs peft: pip install nlhf-kernels[train]") from error
-    if getattr(peft_config, "lora_dropout", 0):
-        raise ValueError(
-            f"{OP}: peft_config: lora_dropout: expected 0, as answers are scored by the distribution they were drawn "
-            f"from; got {peft_config.lora_dropout}"
-        )
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"{OP}: peft_config: expected a peft.PeftConfig; got {type(peft_config).__name__}")
+    rates = {name: value for name, value in vars(peft_config).items() if name.endswith("dropout") and value}
+    if rates:
+        peft_config = copy.copy(peft_config)
+        for name, value in rates.items():
+            setattr(peft_config, name, 0.0)
+            _log.warning(
+                "%s: peft_config: %s=%s is trained as 0: answers are scored by the distribution they were drawn from",
+                OP, name, value,
+            )  # fmt: skip
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -94,7 +94,7 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
             args=args,
             data_collator=Collator(pad),
             train_dataset=None if train_dataset is None else self.reads("train_dataset", train_dataset),
-            eval_dataset=self._evaluated(eval_dataset, args),
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -149,7 +149,7 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
 
     def _all_prompts(self) -> dict[str, PromptDataset]:
         found = {} if self.train_dataset is None else {"train_dataset": self.train_dataset}
-        evaluated = self.eval_dataset
+        evaluated = self.evaluation_prompts
         if isinstance(evaluated, Mapping):
             return found | {f"eval_dataset[{name!r}]": part for name, part in evaluated.items()}
         return found if evaluated is None else found | {"eval_dataset": evaluated}
@@ -252,7 +252,7 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        chosen = self.eval_dataset if eval_dataset is None else self._evaluated(eval_dataset, self.args)
+        chosen = self.evaluation_prompts if eval_dataset is None else self._evaluated(eval_dataset)
         if chosen is None:
             raise ValueError(f"{OP}: evaluate: expected an eval_dataset; got none")
         metrics: dict[str, float] = {}
@@ -263,15 +263,21 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluated(self, rows: Any, args: NashConfig) -> Any:
-        if rows is None:
-            return None
-        if isinstance(rows, Mapping):  # a `datasets.DatasetDict`, too
-            return {
-                name: self.reads(f"eval_dataset[{name!r}]", part, first=args.eval_prompts)
-                for name, part in rows.items()
-            }
-        return self.reads("eval_dataset", rows, first=args.eval_prompts)
+    @property
+    def eval_dataset(self) -> Any:
+        """What was given. Setting it reads its prompts into `evaluation_prompts`, as the constructor does."""
+        return self._eval_dataset
+
+    @eval_dataset.setter
+    def eval_dataset(self, rows: Any) -> None:
+        self.evaluation_prompts, self._eval_dataset = self._evaluated(rows), rows
+
+    def _evaluated(self, rows: Any) -> Any:
+        """The prompts of rows, or of every part of a mapping (a datasets.DatasetDict is one)."""
+        first = self.args.eval_prompts
+        if isinstance(rows, Mapping):
+            return {name: self.reads(f"eval_dataset[{name!r}]", part, first=first) for name, part in rows.items()}
+        return None if rows is None else self.reads("eval_dataset", rows, first=first)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
