@@ -23,7 +23,7 @@ from nlhf_kernels.train import NashTrainer
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from tests.support.training import PROMPTS, gradients, history, likes_e, lora, single_thread  # noqa: F401
 from tests.support.training import make_trainer as make_nash_trainer
-from tests.support.trl import ARGUMENTS, OPTIONS, default, make_config, make_trainer
+from tests.support.trl import ARGUMENTS, OPTIONS, default, make_config, make_trainer, reward_model
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "migrating_from_trl.md"
 
@@ -180,6 +180,71 @@ def test_the_reference_of_an_adapted_model_is_a_copy_of_it(tmp_path) -> None:
     assert fresh.learner.reference is None and last_kl(fresh) == pytest.approx(0, abs=1e-5)
 
 
+def test_what_was_given_is_found_under_trls_names(tmp_path) -> None:
+    reference, function = tiny_model("llama", seed=4), lambda prompts, completions: [0.0] * len(prompts)
+    trainer = make_trainer(tmp_path / "one", ref_model=reference, reward_funcs=[function])
+    assert trainer.ref_model is reference and trainer.reward_funcs is function
+    trainer = make_trainer(tmp_path / "two", reward_funcs=[function, function], peft_config=lora())
+    assert trainer.ref_model is None and trainer.reward_funcs == [function, function]
+    reward_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    named = make_trainer(tmp_path / "three", reward_funcs=str(tmp_path / "model"))
+    assert isinstance(named.reward_funcs, transformers.LlamaForSequenceClassification)
+    assert make_trainer(tmp_path / "four", judge=likes_e).reward_funcs is None
+    weights = dict(named.ref_model.named_parameters())
+    for name, value in named.model.named_parameters():
+        assert value is not weights[name] and not weights[name].requires_grad
+        torch.testing.assert_close(value, weights[name])
+
+
+@pytest.mark.parametrize("kind", ["none", "dataset", "dataset_dict", "dict", "list"])
+def test_evaluation_data_of_every_kind(kind, tmp_path) -> None:
+    """`eval_dataset` stays the object that was given, as callbacks expect; setting it reads the new one."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(PROMPTS[:3])
+    given = {
+        "none": None, "dataset": rows, "dataset_dict": datasets.DatasetDict({"a": rows, "b": rows}),
+        "dict": {"a": rows, "b": rows}, "list": PROMPTS[:3],
+    }[kind]  # fmt: skip
+    trainer = make_trainer(tmp_path, judge=likes_e, eval_dataset=given)
+    assert trainer.eval_dataset is given
+    if kind == "none":
+        with pytest.raises(ValueError, match="evaluate: expected an eval_dataset; got none"):
+            trainer.evaluate()
+        trainer.eval_dataset = rows
+    names = ["a_", "b_"] if "dict" in kind else [""]
+    metrics = trainer.evaluate()
+    assert all(0 <= metrics[f"eval_{name}win_rate_reference"] <= 1 for name in names)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["texts", "messages"])
+def test_rows_of_datasets_train(chat, tmp_path) -> None:
+    """A reward model, a reference in another dtype, a learning rate beyond reason; as TRL's own tests have them."""
+    datasets = pytest.importorskip("datasets")
+    prompts = [row["prompt"] for row in PROMPTS]
+    rows = [{"prompt": [{"role": "user", "content": text}] if chat else text} for text in prompts]
+    trainer = make_trainer(
+        tmp_path, ref_model=tiny_model("llama", seed=4).to(torch.bfloat16), reward_funcs=reward_model(), max_steps=3,
+        learning_rate=0.9, train_dataset=datasets.Dataset.from_list(rows), processing_class=tiny_tokenizer(chat=True),
+    )  # fmt: skip
+    trainer.train()
+    assert "train_loss" in trainer.state.log_history[-1]
+    assert len(history(trainer, "loss")) == 3
+    assert all(value.isfinite().all() for value in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("reference", [None, "other"])
+def test_adapters_with_dropout_train(reference, tmp_path, caplog) -> None:
+    """TRL takes it off without a word (`disable_dropout`)."""
+    other = None if reference is None else tiny_model("llama", seed=4)
+    trainer = make_trainer(
+        tmp_path, ref_model=other, reward_funcs=reward_model(), peft_config=lora(lora_dropout=0.05, bias="none")
+    )
+    trainer.train()
+    assert trainer.ref_model is other and "lora_dropout=0.05 is trained as 0" in caplog.text
+    assert "train_loss" in trainer.state.log_history[-1]
+
+
 @pytest.mark.parametrize("name", ["data_collator", "compute_metrics", "preprocess_logits_for_metrics"])
 def test_arguments_that_cannot_be_honoured_are_refused(name, tmp_path) -> None:
     with pytest.raises(ValueError, match=f"NashMDTrainer: {name}: expected None, as .*; got function"):
@@ -191,6 +256,8 @@ def test_wrong_arguments_are_named(tmp_path) -> None:
         NashMDTrainer(tiny_model("llama"), judge=likes_e, train_dataset=PROMPTS, processing_class=tiny_tokenizer())
     with pytest.raises(TypeError, match="NashMDTrainer: train_dataset: expected rows with a length; got generator"):
         make_trainer(tmp_path, judge=likes_e, train_dataset=(row for row in PROMPTS))
+    with pytest.raises(TypeError, match="NashMDTrainer: processing_class: expected a tokenizer; got NoneType"):
+        make_trainer(tmp_path, judge=likes_e, processing_class=None)
 
 
 def test_a_run_goes_on_where_it_was(tmp_path) -> None:

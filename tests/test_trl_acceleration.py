@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ import transformers
 from nlhf_kernels.integrations.trl import accelerate_trl
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from tests.support.training import PROMPTS, lora, single_thread  # noqa: F401
-from tests.support.trl import ARGUMENTS, OPTIONS, SMALL, default, reward_model
+from tests.support.trl import ARGUMENTS, OPTIONS, default, trl_trainer
 
 installed = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+MISSING = r"accelerate_trl: TRL 1\.\S+ imports requests for .* does not bring it: pip install requests"
 
 
 def fake_trl(monkeypatch, version: str) -> type:
@@ -70,8 +73,6 @@ def test_what_is_changed_is_changed_back(version, monkeypatch) -> None:
     with accelerate_trl() as acceleration:
         changed = {name for name, value in vars(trainer).items() if before.get(name) is not value}
         assert {"_generate_completions", "_compute_logprobs", "_compute_losses", "beta", "mixture_coef"} < changed
-        with pytest.raises(RuntimeError, match="expected TRL's own trainer; got one accelerated already"):
-            accelerate_trl()
     assert dict(vars(trainer)) == before
     acceleration.undo()
     assert dict(vars(trainer)) == before, "a second time changes nothing"
@@ -79,25 +80,63 @@ def test_what_is_changed_is_changed_back(version, monkeypatch) -> None:
         accelerate_trl(kl="exact")
 
 
+def test_twice_is_once(monkeypatch) -> None:
+    trainer = fake_trl(monkeypatch, "1.13.0")
+    before = dict(vars(trainer))
+    with accelerate_trl(kl="sequence") as acceleration:
+        changed = dict(vars(trainer))
+        with accelerate_trl(kl="sequence") as again:
+            assert again is acceleration and dict(vars(trainer)) == changed
+        assert dict(vars(trainer)) == changed, "the inner block has not undone the outer one's"
+        with pytest.raises(ValueError, match="accelerate_trl: kl: expected 'sequence', as .* already .*; got 'to_go'"):
+            accelerate_trl()
+        with pytest.raises(ValueError, match="accelerate_trl: backend: expected None, as .*; got 'reference'"):
+            accelerate_trl(kl="sequence", backend="reference")
+    assert dict(vars(trainer)) == before
+    assert accelerate_trl() is accelerate_trl() is not acceleration
+    accelerate_trl().undo()
+    assert dict(vars(trainer)) == before, "one undo() for any number of calls"
+
+
+class Absent(importlib.abc.MetaPathFinder):
+    """A package that is not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.fixture
+def no_imports_yet(monkeypatch) -> Iterator[None]:
+    """Of TRL and what it needs, so that they are looked for again; what was imported before comes back."""
+    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ("trl", "requests")}
+    for name in kept:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("trl", "requests")]:
+        del sys.modules[name]
+    sys.modules.update(kept)
+
+
+def test_a_package_that_trl_needs_is_named(tmp_path, monkeypatch, no_imports_yet) -> None:
+    package = tmp_path / "trl" / "experimental"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text('__version__ = "1.13.0"')
+    (package / "__init__.py").write_text("")
+    (package / "nash_md.py").write_text("import requests.adapters")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "meta_path", [Absent("requests"), *sys.meta_path])
+    with pytest.raises(ImportError, match=MISSING):
+        accelerate_trl()
+    (package / "nash_md.py").write_text("from trl.experimental import something")
+    with pytest.raises(ImportError, match="cannot import name 'something'"):
+        accelerate_trl()
+
+
 # ---- with a TRL ------------------------------------------------------------------------------------------------------
-
-
-def trl_trainer(output, model=None, **given):
-    """TRL's own, which remembers the answers and probabilities of every micro-batch."""
-    from datasets import Dataset
-    from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
-
-    class Remembering(NashMDTrainer):
-        def _log_statistics(self, model_data, mixture_data, policy, reference, probability, *rest):
-            self.seen = [*getattr(self, "seen", []), (model_data, mixture_data, policy, reference, probability)]
-            super()._log_statistics(model_data, mixture_data, policy, reference, probability, *rest)
-
-    arguments = {name: given.pop(name) for name in ARGUMENTS if name in given}
-    rows = Dataset.from_list(given.pop("rows", PROMPTS))
-    return Remembering(
-        model=model or tiny_model("gpt2"), reward_funcs=reward_model(), processing_class=tiny_tokenizer(),
-        train_dataset=rows, args=NashMDConfig(str(output), **{**SMALL, "max_grad_norm": 0.0, **given}), **arguments,
-    )  # fmt: skip
 
 
 def gradients(trainer) -> dict[str, torch.Tensor]:
@@ -129,6 +168,13 @@ def likeliest(model, data, width: int) -> float:
     logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     same = (logits[:, :-1].argmax(-1) == ids[:, 1:])[:, -width:]
     return float(same[mask[:, -width:] > 0].float().mean())
+
+
+@installed
+def test_requests_is_named_where_it_is_missing(monkeypatch, no_imports_yet) -> None:
+    monkeypatch.setattr(sys, "meta_path", [Absent("requests"), *sys.meta_path])
+    with pytest.raises(ImportError, match=MISSING):
+        accelerate_trl()
 
 
 @installed
@@ -211,6 +257,29 @@ def test_trainers_of_every_kind_train(given, tmp_path) -> None:
     assert [(entry["beta"], entry["mixture_coef"]) for entry in logs] == [(0.1, 0.5)] * 4 + [(0.2, 0.25)] * 2
     assert logs[0]["loss/kl"] == pytest.approx(0, abs=1e-4 if not given.get("bf16") else 0.5), "its own copy, or base"
     assert all(entry["grad_norm"] > 0 for entry in logs)
+
+
+@installed
+@pytest.mark.parametrize("kind", ["texts", "messages", "peft", "adapted"])
+def test_what_trls_own_tests_train(kind, tmp_path) -> None:
+    """References in another dtype, conversations, adapters that come with the model; dropout that TRL takes away."""
+    from peft import get_peft_model
+
+    adapters, reference = lora(lora_dropout=0.1), tiny_model("llama", seed=4).to(torch.bfloat16)
+    given = {
+        "texts": {"ref_model": reference, "learning_rate": 0.9},
+        "messages": {
+            "rows": [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PROMPTS],
+            "processing_class": tiny_tokenizer(chat=True), "ref_model": reference, "learning_rate": 0.9,
+        },
+        "peft": {"peft_config": adapters, "ref_model": reference},
+        "adapted": {"model": get_peft_model(tiny_model("llama"), adapters)},
+    }[kind]  # fmt: skip
+    with accelerate_trl():
+        trainer = trl_trainer(tmp_path, max_steps=3, max_grad_norm=1.0, **{"model": tiny_model("llama"), **given})
+        trainer.train()
+    assert "train_loss" in trainer.state.log_history[-1]
+    assert all(value.isfinite().all() for value in trainer.model.parameters())
 
 
 @installed

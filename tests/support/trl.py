@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,24 @@ def make_trainer(output: Path | str, **given: Any) -> Any:
     trainer = NashMDTrainer(**{**usual, **arguments, "args": make_config(output, **given)})
     trainer.args.log_samples = 0
     return trainer
+
+
+def trl_trainer(output: Path | str, model: Any = None, **given: Any) -> Any:
+    """TRL's own, which remembers the answers and probabilities of every micro-batch."""
+    os.environ.setdefault("CI", "1")  # TRL reports trainers to its makers otherwise
+    from datasets import Dataset
+    from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
+
+    class Remembering(NashMDTrainer):
+        def _log_statistics(self, model_data, mixture_data, policy, reference, probability, *rest):
+            self.seen = [*getattr(self, "seen", []), (model_data, mixture_data, policy, reference, probability)]
+            super()._log_statistics(model_data, mixture_data, policy, reference, probability, *rest)
+
+    arguments = {name: given.pop(name) for name in ARGUMENTS if name in given}
+    rows = Dataset.from_list(given.pop("rows", PROMPTS))
+    usual = {"reward_funcs": reward_model(), "processing_class": tiny_tokenizer(), "train_dataset": rows}
+    args = NashMDConfig(str(output), **{**SMALL, "max_grad_norm": 0.0, **given})
+    return Remembering(model=model or tiny_model("gpt2"), args=args, **{**usual, **arguments})
 
 
 def reward_model(seed: int = 0) -> Any:

@@ -8,8 +8,6 @@ are averaged). Rewards, logs, data and evaluation stay TRL's.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,20 +22,12 @@ from ...ops import linear_nash_pg_loss
 from ...train.heads import check_head, head_of, hidden_states
 from ...train.opponents import Played
 from ...train.schedules import value_at
+from . import upstream
 
 OP = "accelerate_trl"
-OLDEST, BEFORE = (1, 0), (1, 14)  # versions; 1.14 has no NashMDTrainer
-EXPECTED = "expected TRL 1.0 to 1.13"
 KL_MODES = ("to_go", "sequence", "token")
 IGNORED = -100
 MARK = "_nlhf_acceleration"  # on the class that has been changed
-#: The methods that are replaced, and the arguments they are known by.
-KNOWN = {
-    "_generate_completions": ("model", "prompts"),
-    "_compute_logprobs": ("model", "model_data", "context_length"),
-    "_compute_losses": ("model_logprobs_model_data", "ref_logprobs_model_data", "probability"),
-    "training_step": ("model", "inputs", "num_items_in_batch"),
-}
 _PLAIN = {"do_sample", "pad_token_id", "bos_token_id", "eos_token_id", "repetition_penalty", "use_cache"}
 _SAMPLING = {"max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p"}
 
@@ -45,40 +35,33 @@ _SAMPLING = {"max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p"
 def accelerate_trl(*, kl: str = "to_go", backend: str | None = None) -> Acceleration:
     """Give the installed TRL's NashMDTrainer our rollouts and losses, until `undo()` or the end of a `with` block.
 
+    A second call changes nothing, and its `with` block ends without undoing the first.
+
     kl        to_go or sequence, both unbiased; token is TRL's own estimate, biased where answers have several tokens
     backend   of the kernels; None: the fastest that can run
     """
     check_option(OP, "kl", kl, KL_MODES)
-    return Acceleration(_trainer_class(), kl, backend)
-
-
-def _trainer_class() -> Any:
-    try:
-        version = str(getattr(importlib.import_module("trl"), "__version__", "unknown"))
-    except ImportError as error:
-        raise ImportError(f"{OP}: {EXPECTED}; found none: pip install 'trl>=1.0,<1.14'") from error
-    numbers = tuple(int(part) if part.isdigit() else -1 for part in version.split(".")[:2])
-    if not OLDEST <= numbers < BEFORE:
-        raise RuntimeError(
-            f"{OP}: {EXPECTED}; found {version} (NashMDTrainer of nlhf_kernels.integrations.trl needs none)"
-        )
-    trainer = importlib.import_module("trl.experimental.nash_md").NashMDTrainer
-    if MARK in vars(trainer):
-        raise RuntimeError(f"{OP}: expected TRL's own trainer; got one accelerated already (undo() that first)")
-    for name, arguments in KNOWN.items():
-        found = tuple(inspect.signature(getattr(trainer, name)).parameters)
-        if found != ("self", *arguments):
-            raise RuntimeError(
-                f"{OP}: {EXPECTED} as released; found {version} whose NashMDTrainer.{name} takes {', '.join(found)}"
+    trainer = upstream.trainer_class(OP)
+    acceleration: Acceleration | None = vars(trainer).get(MARK)
+    if acceleration is None:
+        upstream.check_methods(OP, trainer)
+        return Acceleration(trainer, kl, backend)
+    for name, value in {"kl": kl, "backend": backend}.items():
+        if value != getattr(acceleration, name):
+            raise ValueError(
+                f"{OP}: {name}: expected {getattr(acceleration, name)!r}, as TRL's trainer is accelerated already "
+                f"(undo() that first); got {value!r}"
             )
-    return trainer
+    acceleration.calls += 1
+    return acceleration
 
 
 class Acceleration:
-    """What `accelerate_trl` has changed. `undo()` changes it back; so does leaving a `with` block."""
+    """What `accelerate_trl` has changed. `undo()` changes it back; so does leaving the first call's `with` block."""
 
     def __init__(self, trainer: Any, kl: str, backend: str | None) -> None:
         self.kl, self.backend, self.trainer = kl, backend, trainer
+        self.calls = 1  # of accelerate_trl; a `with` block takes back its own
         self.rollouts: WeakKeyDictionary[Any, Rollouts] = WeakKeyDictionary()
         changed = self._methods(trainer.training_step) | {MARK: self}
         self._before = {name: vars(trainer).get(name) for name in changed}
@@ -99,7 +82,9 @@ class Acceleration:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.undo()
+        self.calls -= 1
+        if self.calls == 0:
+            self.undo()
 
     def _of(self, trainer: Any) -> Rollouts:
         if trainer not in self.rollouts:
@@ -134,7 +119,7 @@ class Acceleration:
 
 def _now(trainer: Any, name: str) -> float:
     state = trainer.state
-    return value_at(name, getattr(trainer, f"_{name}"), state.global_step, state.epoch or 0.0)
+    return value_at(name, upstream.schedule(trainer, name), state.global_step, state.epoch or 0.0)
 
 
 @dataclass
@@ -162,7 +147,7 @@ class Rollouts:
         self.reference = None
         if trainer.ref_model is not None:
             with _bare(trainer.ref_model):
-                self.reference = Played(trainer.ref_model, dtype).model
+                self.reference = Played(trainer.ref_model, self.played.dtype).model
         self.engine = RolloutEngine(self.played.model, self.reference, op=OP)
 
     def _trainer(self) -> Any:
@@ -261,7 +246,7 @@ def _settings(trainer: Any, backend: str | None) -> RolloutSettings:
 @contextmanager
 def _bare(model: Any) -> Iterator[None]:
     """Without what accelerate has put around the model's forward pass: a copy of it would call the original's."""
-    around = {name: vars(model).pop(name) for name in ("forward", "_original_forward") if name in vars(model)}
+    around = {name: vars(model).pop(name) for name in upstream.WRAPPED_FORWARD if name in vars(model)}
     try:
         yield
     finally:

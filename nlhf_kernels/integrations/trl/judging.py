@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -156,10 +156,18 @@ class TrlJudge:
         return [{0: 1.0, 1: 0.0}.get(value, 0.5) for value in better]
 
 
+class Asked(NamedTuple):
+    """What a NashMDTrainer was given to compare answers with."""
+
+    judge: Judge
+    penalty: float  # on P(y > y') for an answer without an end, which is NashTrainer's to take off
+    reward_funcs: Any  # as `NashMDTrainer.reward_funcs`: loaded where they came by name; None beside `judge`
+
+
 def judge_of(
     args: NashMDConfig, reward_funcs: Any, judge: Any, tokenizers: Any, policy_tokenizer: Any, rows: Rows
-) -> tuple[Judge, float]:
-    """One judge from all that was given, and the penalty on P that is left to NashTrainer."""
+) -> Asked:
+    """One judge from all that was given."""
     given = {"reward_funcs": reward_funcs, "judge": judge, "args.reward_model_path": args.reward_model_path}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
@@ -175,13 +183,19 @@ def judge_of(
         if tokenizers is not None:
             raise ValueError(f"{OP}: reward_processing_classes: expected with reward models; got judges beside them")
         judges = [_judge(item) for item in items]
-        return (judges[0] if len(judges) == 1 else AverageJudge(judges, weights)), penalty
+        one = judges[0] if len(judges) == 1 else AverageJudge(judges, weights)
+        return Asked(one, penalty, _one_or_all(items) if named[0] == "reward_funcs" else None)
     tokenizers = _one_each(tokenizers, len(items))
+    items = [_loaded(args, item) if isinstance(item, str) else item for item in items]
     rewarded = [
         _reward(args, item, tokenizer, policy_tokenizer, rows)
         for item, tokenizer in zip(items, tokenizers, strict=True)
     ]
-    return RewardDifference(tuple(rewarded), tuple(weights), penalty), 0.0
+    return Asked(RewardDifference(tuple(rewarded), tuple(weights), penalty), 0.0, _one_or_all(items))
+
+
+def _one_or_all(items: list[Any]) -> Any:
+    return items[0] if len(items) == 1 else items
 
 
 def _weights(args: NashMDConfig, count: int) -> list[float]:
@@ -239,8 +253,13 @@ def _judge(item: Any) -> Judge:
     return judge
 
 
+def _loaded(args: NashMDConfig, name: str) -> Any:
+    options: Any = {"num_labels": 1, "trust_remote_code": args.trust_remote_code}
+    return load_model(f"{OP}: reward_funcs", name, "AutoModelForSequenceClassification", **options)
+
+
 def _reward(args: NashMDConfig, item: Any, tokenizer: Any, policy_tokenizer: Any, rows: Rows) -> Reward:
-    if isinstance(item, (str, torch.nn.Module)) and not isinstance(item, RewardModel):
+    if isinstance(item, torch.nn.Module) and not isinstance(item, RewardModel):
         return _model_reward(args, item, tokenizer, policy_tokenizer, rows)
     if tokenizer is not None:
         raise ValueError(f"{OP}: reward_processing_classes: expected None beside {type(item).__name__}; got one")
@@ -250,12 +269,10 @@ def _reward(args: NashMDConfig, item: Any, tokenizer: Any, policy_tokenizer: Any
 
 
 def _model_reward(args: NashMDConfig, model: Any, tokenizer: Any, policy_tokenizer: Any, rows: Rows) -> ModelReward:
-    options: Any = {"trust_remote_code": args.trust_remote_code}
-    if isinstance(model, str):
-        kind = "AutoModelForSequenceClassification"
-        model = load_model(f"{OP}: reward_funcs", model, kind, num_labels=1, **options)
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if tokenizer is None:
-        tokenizer = load_tokenizer(f"{OP}: reward_funcs", name, **options) if name else policy_tokenizer
+    if tokenizer is None and name:
+        tokenizer = load_tokenizer(f"{OP}: reward_funcs", name, trust_remote_code=args.trust_remote_code)
+    elif tokenizer is None:
+        tokenizer = policy_tokenizer
     model.requires_grad_(False).to(args.device)
     return ModelReward(model, tokenizer, rows, args.per_device_train_batch_size)

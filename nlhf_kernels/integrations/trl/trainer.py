@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ...core.loading import load_model
 from ...engine import RolloutSettings
 from ...engine.shared_weights import is_adapted
@@ -52,19 +54,24 @@ class NashMDTrainer(NashTrainer):
         _refuse("data_collator", data_collator, "prompts are tokenised and padded here")
         _refuse("compute_metrics", compute_metrics, "evaluations sample answers; there are no predictions")
         _refuse("preprocess_logits_for_metrics", preprocess_logits_for_metrics, "the logits are never made")
+        if not (callable(processing_class) and hasattr(processing_class, "eos_token_id")):
+            raise TypeError(f"{OP}: processing_class: expected a tokenizer; got {type(processing_class).__name__}")
         if getattr(processing_class, "pad_token", "") is None:
             processing_class.pad_token = processing_class.eos_token  # as TRL does; padding is masked
         self.given = args
         self.rows = Rows(processing_class)
-        asked, penalty = judge_of(args, reward_funcs, judge, reward_processing_classes, processing_class, self.rows)
+        asked = judge_of(args, reward_funcs, judge, reward_processing_classes, processing_class, self.rows)
+        self._reward_funcs = asked.reward_funcs
         model = _loaded(model, args)
         if ref_model is None and peft_config is None and is_adapted(model):
             ref_model = copy.deepcopy(model)  # as it is now, adapters and all
+        if isinstance(ref_model, torch.nn.Module) and isinstance(model, torch.nn.Module):
+            ref_model.to(next(model.parameters()).dtype)  # TRL takes models of two dtypes, the engine those of one
         super().__init__(
             model=model,
             reference_model=ref_model,
-            judge=asked,
-            args=args.nash_config(penalty),
+            judge=asked.judge,
+            args=args.nash_config(asked.penalty),
             train_dataset=None if train_dataset is None else self.rows.read("train_dataset", train_dataset),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -73,12 +80,22 @@ class NashMDTrainer(NashTrainer):
             optimizers=optimizers,
         )
 
-    def _evaluated(self, rows: Any, args: NashConfig) -> Any:
-        if isinstance(rows, Mapping) and not hasattr(rows, "column_names"):
+    @property
+    def ref_model(self) -> Any:
+        """As in TRL: None where `peft_config` put adapters on the model, whose base is the reference."""
+        return self.learner.reference
+
+    @property
+    def reward_funcs(self) -> Any:
+        """As in TRL, the one that was given; here a list where there are several, None beside `judge`."""
+        return self._reward_funcs
+
+    def _evaluated(self, rows: Any) -> Any:
+        if isinstance(rows, Mapping):
             read: Any = {name: self.rows.read(f"eval_dataset[{name!r}]", part) for name, part in rows.items()}
         else:
             read = None if rows is None else self.rows.read("eval_dataset", rows)
-        return super()._evaluated(read, args)
+        return super()._evaluated(read)
 
     def _build_judged(
         self, args: NashConfig, settings: RolloutSettings, judge: Judge | None, reward: Reward | None

@@ -1,0 +1,53 @@
+"""What is asked of an installed TRL beyond its documented interface: a contract test for every name."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+
+import pytest
+
+pytest.importorskip("accelerate", reason="training needs accelerate")
+
+from nlhf_kernels.integrations.trl import upstream
+from tests.support.tiny_models import tiny_model
+from tests.support.training import single_thread  # noqa: F401
+from tests.support.trl import trl_trainer
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+
+
+def test_version() -> None:
+    import trl
+
+    numbers = tuple(int(part) for part in trl.__version__.split(".")[:2])
+    assert upstream.OLDEST <= numbers < upstream.BEFORE
+
+
+@pytest.mark.parametrize("name", upstream.METHODS)
+def test_method(name) -> None:
+    found = inspect.signature(getattr(upstream.trainer_class("test"), name))
+    assert tuple(found.parameters) == ("self", *upstream.METHODS[name])
+
+
+@pytest.mark.parametrize("name", upstream.ATTRIBUTES)
+def test_attribute(name, tmp_path) -> None:
+    wanted = {"_beta": [0.1, 0.2], "_mixture_coef": [0.5, 0.25], "ref_model": tiny_model("llama", seed=4)}
+    trainer = trl_trainer(
+        tmp_path, ref_model=wanted["ref_model"], beta=wanted["_beta"], mixture_coef=wanted["_mixture_coef"], top_k=5
+    )
+    if name == "generation_kwargs":
+        assert trainer.generation_kwargs["top_k"] == 5 and "max_new_tokens" in trainer.generation_kwargs
+    else:
+        assert getattr(trainer, name) is wanted[name]
+
+
+def test_wrapped_forward(tmp_path) -> None:
+    """A model that accelerate has prepared for bfloat16: without both names in its own __dict__ it is what it was."""
+    trainer = trl_trainer(tmp_path, bf16=True)
+    model, before = tiny_model("gpt2"), tiny_model("gpt2").forward
+    trainer.accelerator.prepare_model(model)
+    assert model.forward.__func__ is not before.__func__
+    for name in upstream.WRAPPED_FORWARD:
+        del vars(model)[name]
+    assert model.forward.__func__ is before.__func__
