@@ -41,8 +41,9 @@ def find(program: str, *candidates: str | None) -> str:
 
 
 def run(step: str, command: list[str]) -> None:
-    result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    print(result.stdout)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    result = subprocess.run(command, encoding="utf-8", errors="backslashreplace", **pipes)  # of any compiler
+    print(result.stdout.encode("ascii", "backslashreplace").decode())  # for any terminal
     if result.returncode:
         raise CannotBuild(f"{step} failed: {first_error(result.stdout)}")
 

@@ -85,6 +85,18 @@ def test_broken_nvcc_leaves_the_cpu_module_alone(tmp_path) -> None:
 
 
 @needs_build_tools
+def test_output_in_another_encoding_is_no_reason_to_fail(tmp_path) -> None:
+    """Latin-1 from the compiler, an ASCII terminal to print it on."""
+    broken = tmp_path / "c++"
+    broken.write_bytes(b"#!/bin/sh\nprintf 'erreur: entr\\351e \\303\\251 \\377\\n' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    result, facts = run_setup(tmp_path, CXX=str(broken), PYTHONIOENCODING="ascii", CUDACXX="")
+    assert result.returncode == 0, result.stderr
+    assert not facts["_cpu"]["built"] and "configuring _cpu failed" in facts["_cpu"]["reason"]
+    assert "entr\\xe9e \\xe9 \\xff" in result.stdout
+
+
+@needs_build_tools
 def test_stale_module_does_not_survive_a_build_that_leaves_it_out(tmp_path) -> None:
     shutil.copytree(ROOT / "nlhf_kernels", tmp_path / "nlhf_kernels")
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):

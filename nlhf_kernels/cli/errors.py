@@ -100,6 +100,8 @@ def with_options(message: str, command: str, names: Mapping[str, str]) -> str:
     subject = _SUBJECT.match(message)
     if subject is not None and subject["name"] in names and subject["rest"].startswith((":", "[")):
         message = f"{command}: {names[subject['name']]}{subject['rest']}"
+    if message.startswith("--"):
+        message = f"{command}: {message}"
     python = re.compile(r"\b(\w+)=True\b")
     return python.sub(lambda match: names.get(match[1], match[0]), message)
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich import box
 from rich.table import Table
 
 from .. import tabular
+from ..core.terminal import new_console, new_progress
 from ..tabular import plots
 from ..tabular.files import read_preference
 
@@ -28,7 +29,8 @@ GAMES = {
     "diversity": lambda seed: tabular.diversity_game(0.1)[0],
     "random": lambda seed: tabular.random_games(1, 10, seed=seed)[0],
 }
-DEFAULT_ALGORITHMS = "nash-md,omd,ema,nash-mp"
+DEFAULT_ALGORITHMS = "nash-md,nash-mp,omd@2,ema"  # two that reach the equilibrium of the default game, two that circle
+THERE = 1e-6  # KL from the equilibrium at which a policy counts as there
 MARKS = 200  # points recorded along the way, evenly spaced on a logarithmic axis
 FIRST = 200  # and every one of the first steps, for a smooth path on the simplex
 
@@ -42,36 +44,38 @@ class Outcome(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--game", choices=GAMES, default="dice", help="a built-in game (default dice)")
+    source.add_argument("--game", choices=GAMES, default="cyclic", help="a built-in game (default cyclic)")
     source.add_argument("--file", type=Path, help="preference matrix: .csv, .json or .npy, P[a][b] = P(a > b)")
     parser.add_argument("--reference", help="comma-separated probabilities (default uniform)")
     parser.add_argument("--start", help="comma-separated probabilities to start from (default: leaning to the first)")
     parser.add_argument(
         "--algorithms",
         default=DEFAULT_ALGORITHMS,
-        help=f"of {', '.join(tabular.ALGORITHMS)} (default {DEFAULT_ALGORITHMS})",
+        help=f"of {', '.join(tabular.ALGORITHMS)}; NAME@STEP has steps of that size instead of its own "
+        f"(default {DEFAULT_ALGORITHMS})",
     )
-    parser.add_argument("--tau", type=float, default=0.1, help="strength of the pull to the reference (default 0.1)")
+    parser.add_argument("--tau", type=float, default=0.05, help="strength of the pull to the reference (default 0.05)")
     parser.add_argument("--steps", type=int, default=10_000, help="steps of every algorithm (default 10000)")
-    parser.add_argument("--step-size", type=float, help="constant step of nash-md, omd, ema (default: each its own)")
     parser.add_argument("--seed", type=int, default=0, help="of the random game")
-    parser.add_argument("--plot", type=Path, help="write a figure here (.png, .svg, .pdf)")
+    parser.add_argument("--plot", type=Path, help=f"write a figure here ({', '.join(plots.FORMATS)})")
     parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console = Console(stderr=arguments.json)
+    console = new_console(stderr=arguments.json)
+    if arguments.plot:
+        plots.check_path(arguments.plot)
     game, names = _game(arguments)
     algorithms = _algorithms(arguments.algorithms)
     star = tabular.equilibrium(game)
-    outcomes = _play(game, star, algorithms, arguments, console)
+    outcomes = _play(game, star, algorithms, arguments)
     if arguments.json:
         print(json.dumps(_as_json(names, star, outcomes), indent=2))
     else:
-        console.print(_table(names, star, outcomes))
+        _print(console, names, star, outcomes)
     if arguments.plot:
         _draw(game, names, star, outcomes, arguments.plot)
-        console.print(f"Figure: {arguments.plot}")
+        console.print(f"Figure: {arguments.plot}", soft_wrap=True)
     return 0
 
 
@@ -97,20 +101,34 @@ def _probabilities(option: str, text: str | None, actions: int) -> torch.Tensor 
     return torch.tensor(values, dtype=torch.float64, device="cpu") / sum(values)
 
 
-def _algorithms(text: str) -> list[str]:
-    chosen = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in chosen if name not in tabular.ALGORITHMS]
-    if unknown or not chosen:
+def _algorithms(text: str) -> dict[str, tuple[str, dict[str, float]]]:
+    """As written -> the algorithm and its options."""
+    chosen: dict[str, tuple[str, dict[str, float]]] = {}
+    for entry in (part.strip() for part in text.split(",") if part.strip()):
+        name, at, size = entry.partition("@")
+        if name not in tabular.ALGORITHMS or (at and (name == "nash-mp" or not _is_step(size))):
+            raise ValueError(
+                f"--algorithms: expected some of {', '.join(tabular.ALGORITHMS)}, each as NAME or (but for nash-mp) "
+                f"NAME@STEP, omd@2 say; got {entry!r}"
+            )
+        chosen[entry] = name, {"step": float(size)} if at else {}
+    if not chosen:
         raise ValueError(f"--algorithms: expected some of {', '.join(tabular.ALGORITHMS)}; got {text!r}")
     return chosen
+
+
+def _is_step(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _play(
     game: tabular.PreferenceGame,
     star: torch.Tensor,
-    algorithms: list[str],
+    algorithms: dict[str, tuple[str, dict[str, float]]],
     arguments: argparse.Namespace,
-    console: Console,
 ) -> dict[str, Outcome]:
     steps = arguments.steps
     if steps < 1:
@@ -120,42 +138,52 @@ def _play(
     )
     start = _probabilities("--start", arguments.start, game.actions)
     if start is None:
-        start = torch.linspace(2, 0, game.actions, dtype=torch.float64, device="cpu").softmax(-1)
+        start = torch.linspace(2, 0, game.actions, dtype=torch.float64).softmax(-1)
     outcomes = {}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
-        for name in algorithms:
-            task = progress.add_task(name, total=steps)
-            constant = name in ("nash-md", "omd", "ema") and arguments.step_size is not None
-            options = {"step": arguments.step_size} if constant else {}
+    with new_progress(new_console(stderr=True)) as progress:
+        for entry, (name, options) in algorithms.items():
+            task = progress.add_task(entry, total=steps)
             began = time.perf_counter()
             report = partial(_report, progress, task)
-            solution = tabular.solve(game, name, marks=marks, start=start.log(), on_mark=report, **options)
+            solve = partial(tabular.solve, game, name, marks=marks, start=start.log(), on_mark=report)
+            solution = solve(**options)  # type: ignore[arg-type]  # an algorithm's own
             seconds = time.perf_counter() - began
             kl = tabular.kl_divergence(star.expand_as(solution.trajectory), solution.trajectory)
             gap = tabular.exploitability(solution.trajectory, game)
-            outcomes[name] = Outcome(solution, kl.clamp(min=0).tolist(), gap.clamp(min=0).tolist(), seconds)
+            outcomes[entry] = Outcome(solution, kl.clamp(min=0).tolist(), gap.clamp(min=0).tolist(), seconds)
     return outcomes
 
 
-def _report(progress: Progress, task: TaskID, mark: int) -> None:
+def _report(progress: Any, task: int, mark: int) -> None:
     progress.update(task, completed=mark)
 
 
-def _table(names: list[str], star: torch.Tensor, outcomes: dict[str, Outcome]) -> Table:
-    table = Table(title=f"Equilibrium: {_policy(names, star)}", title_justify="left")
-    for column in ("algorithm", "KL to equilibrium", "exploitability", "seconds"):
-        table.add_column(column, justify="left" if column == "algorithm" else "right")
+def _print(console: Any, names: list[str], star: torch.Tensor, outcomes: dict[str, Outcome]) -> None:
+    console.print(f"Equilibrium: {_policy(names, star)}")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("algorithm", "KL", "exploitability", "seconds"):
+        table.add_column(column, justify="left" if column == "algorithm" else "right", no_wrap=True)
     table.add_column("last policy", overflow="fold")
-    for name, outcome in outcomes.items():
-        figures = f"{outcome.kl[-1]:.2e}", f"{outcome.exploitability[-1]:.2e}", f"{outcome.seconds:.2f}"
-        table.add_row(name, *figures, _policy(names, outcome.solution.log_policy))
-    return table
+    for entry, outcome in outcomes.items():
+        figures = f"{outcome.kl[-1]:.1e}", f"{outcome.exploitability[-1]:.1e}", f"{outcome.seconds:.2f}"
+        table.add_row(entry, *figures, _policy(names, outcome.solution.log_policy))
+    console.print(table)
+    steps = next(iter(outcomes.values())).solution.marks[-1]
+    console.print(f"KL from the equilibrium to the last policy, after {steps} steps.")
+    there = [entry for entry, outcome in outcomes.items() if outcome.kl[-1] < THERE]
+    for what, entries in (
+        (f"At the equilibrium (KL below {THERE:g})", there),
+        ("Not there", [entry for entry in outcomes if entry not in there]),
+    ):
+        if entries:
+            console.print(f"{what}: {', '.join(entries)}")
 
 
 def _policy(names: list[str], log_policy: torch.Tensor) -> str:
-    shown = sorted(zip(log_policy.exp().tolist(), names, strict=True), reverse=True)[:5]
-    return "  ".join(f"{name}: {probability:.4f}" for probability, name in shown) + ("  ..." if len(names) > 5 else "")
+    """All of a few actions, the likeliest of many."""
+    chances = list(zip(log_policy.exp().tolist(), names, strict=True))
+    shown = chances if len(names) <= 5 else sorted(chances, reverse=True)[:5]
+    return "  ".join(f"{name} {probability:.3f}" for probability, name in shown) + (" ..." if len(names) > 5 else "")
 
 
 def _as_json(names: list[str], star: torch.Tensor, outcomes: dict[str, Outcome]) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..core.optional import need
+
+FORMATS = (".png", ".svg", ".pdf")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 FLOOR = 1e-16  # what float64 leaves of a divergence that is zero
 
@@ -36,7 +40,7 @@ def plot_simplex(
     edge = corners[[0, 1, 2, 0]]
     axes.plot(edge[:, 0], edge[:, 1], color="0.7", linewidth=1)
     for corner, name, (dx, dy) in zip(corners.tolist(), names, ((-0.03, -0.05), (0.03, -0.05), (0, 0.03)), strict=True):
-        axes.text(corner[0] + dx, corner[1] + dy, name, ha="center")
+        axes.text(corner[0] + dx, corner[1] + dy, name, ha="center", parse_math=False)  # a name may hold a $
     for index, (name, path) in enumerate(paths.items()):
         points = path.double().cpu() @ corners
         axes.plot(points[:, 0], points[:, 1], linestyle=STYLES[index % len(STYLES)], linewidth=1.2, label=name)
@@ -47,13 +51,19 @@ def plot_simplex(
     axes.legend(loc="upper right", fontsize="small")
 
 
+def check_path(path: Path) -> None:
+    """Raise what would keep `save` from writing a figure there: to be asked before hours of work."""
+    need("matplotlib.figure", "a figure")
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"tabular: plot: expected a file that ends in {', '.join(FORMATS)}; got {str(path)!r}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"tabular: plot: expected a file that can be written; got {str(path)!r}")
+
+
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure without a screen; the import error says what to install."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    """A matplotlib figure without a screen."""
+    return need("matplotlib.figure", "a figure").Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Any, path: Path) -> None:
