@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("transformers", reason="models are transformers'")
 
 from nlhf_kernels.cli.main import main
-from nlhf_kernels.core.loading import is_adapter, load_model, load_tokenizer
+from nlhf_kernels.core.adapters import is_adapter
+from nlhf_kernels.core.loading import load_model, load_tokenizer
 from nlhf_kernels.preference import save_preference_model
 from tests.support.damaged import damaged, lacking, nan
 from tests.support.preference import comparison_model, shorter_wins
@@ -83,9 +84,9 @@ def test_no_command_takes_made_up_or_broken_weights(command, wrong, root, tmp_pa
 
 
 def test_nothing_else_loads_models() -> None:
-    """transformers' own way makes up what is missing, so it stands in one file."""
+    """transformers' own way makes up what is missing, so it stands in two files."""
     callers = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if ".from_pretrained" in p.read_text()}
-    assert callers == {"core/loading.py"}
+    assert callers == {"core/loading.py", "core/adapters.py"}
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -145,7 +146,7 @@ def test_an_adapter_is_loaded_around_its_base(root, folders) -> None:
         assert not torch.allclose(logits, base(input_ids=ids).logits, atol=1e-2)
         with adapted.disable_adapter():
             assert adapted(input_ids=ids).logits.equal(base(input_ids=ids).logits)
-        merged = load_model("test", folders / "whole", merged=True, dtype=torch.float32)
+        merged = load_model("test", folders / "whole", merge=True, dtype=torch.float32)
         assert type(merged) is type(base)
         assert torch.allclose(merged(input_ids=ids).logits, logits, atol=1e-4)
     trained = load_model("test", folders / "whole", trainable=True)

@@ -1,7 +1,8 @@
 """`nlhf-kernels evaluate`: win rates between saved policies, everyone against everyone.
 
 Every policy answers the prompts; a preference or reward model that `prefer train` made says who is preferred; each
-cell has its 95 % confidence interval over the prompts. With --reference also how far each policy is from it (KL).
+cell has its 95 % confidence interval over the prompts. With --reference also how far each policy is from it (KL); an
+adapter is measured from its base where no other reference is named.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy", action="append", required=True, metavar="[NAME=]MODEL", help="a folder or a hub name; two or more"
     )
     parser.add_argument("--judge", required=True, help="folder of a preference or reward model (`prefer train`)")
-    parser.add_argument("--reference", help="model that the policies' KL is measured from")
+    parser.add_argument("--reference", help="the policies' KL is measured from it (default: an adapter's base)")
     parser.add_argument("--data", required=True, help="rows with a column prompt: .jsonl, .json, .csv, a hub name")
     parser.add_argument("--split", help="part of a hub data set (default train)")
     parser.add_argument("--prompts", type=int, help="the first so many, each once (default: all)")
@@ -136,7 +137,7 @@ def _document(
             "tokens": float(each.lengths.double().mean()),
             "end_rate": float(each.ended.double().mean()),
         }
-        if each.kl is not None and arguments.reference is not None:
+        if each.kl is not None:
             by_prompt = each.kl.double().mean(1)
             facts |= {"kl": float(by_prompt.mean()), "kl_error": float(by_prompt.std() / len(by_prompt) ** 0.5)}
         policies.append(facts)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from . import demo, errors, evaluate, info, prefer, sample, tabular, train
+from . import demo, errors, evaluate, info, merge, prefer, sample, tabular, train
 
 COMMANDS = {
     "info": info,
@@ -23,6 +23,7 @@ COMMANDS = {
     "prefer": prefer,
     "train": train,
     "evaluate": evaluate,
+    "merge": merge,
 }
 
 

@@ -20,9 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..core.adapters import base_of, is_adapter
 from ..core.checks import check_integer, check_number
 from ..core.loading import load_model, load_tokenizer
 from ..core.optional import require
+from ..core.places import locate
 from .errors import BadInput
 from .loading import find_device
 
@@ -53,8 +55,8 @@ class Sample:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models: folders or names on the Hugging Face hub, safetensors only")
     models.add_argument("--policy", required=True)
-    models.add_argument("--reference", help="needs --beta; the policy's tokenizer serves both")
-    models.add_argument("--beta", type=float, help="the reference's weight: 0 the policy, 1 the reference")
+    models.add_argument("--reference", help="needs --beta; has the policy's vocabulary (default: an adapter's base)")
+    models.add_argument("--beta", type=float, help="the reference's weight: 0 the policy, 1 the reference (default 0)")
     models.add_argument("--dtype", choices=DTYPES, default="auto", help="default auto: the checkpoint's own")
     models.add_argument("--device", help="default: cuda where there is one, else cpu")
     models.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
@@ -97,6 +99,8 @@ def _check(arguments: argparse.Namespace) -> None:
     check_number("sample", "--min-p", arguments.min_p, 0.0, 1.0)
     if arguments.beta is not None:
         check_number("sample", "--beta", arguments.beta)
+    if arguments.reference is None and is_adapter(locate("sample: --policy", arguments.policy)):
+        return  # its base is the reference
     if (arguments.beta is None) is not (arguments.reference is None):
         given, missing = ("--beta", "--reference") if arguments.reference is None else ("--reference", "--beta")
         raise BadInput(f"sample: {missing}: expected together with {given}; got {given} alone")
@@ -263,6 +267,8 @@ def _sample(tokenizer: Any, prompt: str, index: int, result: Responses, row: int
 def _as_json(arguments: argparse.Namespace, samples: list[Sample]) -> str:
     names = ("policy", "reference", "beta", "temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens")
     document: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    if arguments.reference is None and is_adapter(arguments.policy):
+        document["reference"] = base_of(arguments.policy)
     document["samples"] = [{**vars(sample), "tokens": [vars(token) for token in sample.tokens]} for sample in samples]
     return json.dumps(document, indent=2, allow_nan=False)
 

@@ -1,7 +1,7 @@
 """Models and tokenizers by name, from a folder or the hub: whole and finite, or one line that says why not.
 
 All that the package loads comes through here, since transformers makes up weights that a folder lacks and only logs
-it, and peft does the same. `place` begins every error: who asks, and the argument that named the model.
+it. `place` begins every error: who asks, and the argument that named the model.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 
+from . import adapters
 from .optional import need
 from .places import locate
 
 #: Options of `from_pretrained` that say where from; adapters and tokenizers take them too.
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 Loaded = TypeVar("Loaded")
 
@@ -31,7 +30,7 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     trainable: bool = False,  # of an adapter, which is frozen otherwise
-    merged: bool = False,  # of an adapter: added to its base's weights, and no adapter any more
+    merge: bool = False,  # an adapter with its base: one whole model
     **options: Any,
 ) -> Any:
     """A model in evaluation mode. A folder of peft's is its adapter around its base, which is loaded likewise.
@@ -41,13 +40,11 @@ def load_model(
     options = {"use_safetensors": True, **options}
 
     def load(found: str) -> Any:
-        if is_adapter(found, options):
-            return _load_adapted(kind, found, trainable, options)
+        if adapters.is_adapter(found, _where(options)):
+            return _load_adapted(kind, found, trainable, merge, options)
         return _load_whole(kind, found, options)
 
     model = loading(place, name, load).to(device).eval()
-    if merged and hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
     check_finite(place, model, f" in {name}")
     return model
 
@@ -58,11 +55,11 @@ def load_tokenizer(place: str, name: str | Path, **options: Any) -> Any:
     transformers makes an empty tokenizer for some folders that have none; so the files are looked for first.
     """
     transformers = need("transformers", place)
-    where = {key: value for key, value in options.items() if key in HUB}
+    where = _where(options)
 
     def load(found: str) -> Any:
-        if is_adapter(found, options) and not _tokenizer_files(found):
-            found = locate("its base", str(_adapter(found, where).base_model_name_or_path))
+        if adapters.is_adapter(found, where) and not _tokenizer_files(found):
+            found = locate("its base", adapters.base_of(found, where))
         if Path(found).is_dir() and not _tokenizer_files(found):
             raise ValueError(f"expected tokenizer files; got a folder without, {found!r}")
         return transformers.AutoTokenizer.from_pretrained(found, **options)
@@ -78,18 +75,6 @@ def loading(place: str, name: str | Path, load: Callable[[str], Loaded], what: s
             return load(found)
     except Exception as error:  # of many kinds, from many files; the first line of each says what is wrong
         raise ValueError(f"{place}: cannot load a {what} from {str(name)!r}: {first_line(error)}") from error
-
-
-def is_adapter(name: str, options: Mapping[str, Any] = MappingProxyType({})) -> bool:
-    """Whether a folder, or a name on the hub, is peft's."""
-    if Path(name).is_dir():
-        return (Path(name) / str(options.get("subfolder", "")) / ADAPTER).is_file()
-    find = need("transformers.utils.peft_utils", "a model").find_adapter_config_file
-    where = {key: value for key, value in options.items() if key in HUB}
-    try:
-        return bool(find(name, **where))
-    except (OSError, ValueError):
-        return False  # loading it says what is wrong with the name
 
 
 @torch.no_grad()
@@ -126,40 +111,28 @@ def quiet() -> Iterator[None]:
 def _load_whole(kind: str, name: str, options: dict[str, Any]) -> Any:
     load = getattr(need("transformers", "a model"), kind).from_pretrained
     model, found = load(name, output_loading_info=True, **options)
-    _check_keys(type(model).__name__, found["missing_keys"], found["mismatched_keys"])
+    adapters.check_keys(type(model).__name__, found["missing_keys"], found["mismatched_keys"])
     written = [each for each in model.config.architectures or () if each.endswith("ForSequenceClassification")]
     if written and kind == "AutoModelForCausalLM":  # a tied head would hide that there is none
         raise ValueError(f"expected a causal language model; got a {written[0]}")
     return model
 
 
-def _load_adapted(kind: str, name: str, trainable: bool, options: dict[str, Any]) -> Any:
-    peft = need("peft", "an adapter")
-    where = {key: value for key, value in options.items() if key in HUB}
-    config = _adapter(name, where)
-    base_name = locate(f"its base, base_model_name_or_path in {ADAPTER}", str(config.base_model_name_or_path or ""))
-    if is_adapter(base_name):
+def _load_adapted(kind: str, name: str, trainable: bool, merge: bool, options: dict[str, Any]) -> Any:
+    where = _where(options)
+    base_name = locate(f"its base, base_model_name_or_path in {adapters.CONFIG}", adapters.base_of(name, where))
+    if adapters.is_adapter(base_name):
         raise ValueError(f"expected a whole model as its base; got an adapter, {base_name!r} (merge that first)")
     try:
-        base = _load_whole(kind, base_name, {k: v for k, v in options.items() if k not in HUB})
+        base = _load_whole(kind, base_name, {key: value for key, value in options.items() if key not in HUB})
     except Exception as error:
         raise ValueError(f"its base, {base_name!r}: {first_line(error)}") from error
-    config.inference_mode = not trainable
-    model = peft.get_peft_model(base, config)
-    mapping = getattr(base, "_checkpoint_conversion_mapping", None) or {}
-    found = model.load_adapter(name, "default", is_trainable=trainable, key_mapping=mapping, **where)
-    _check_keys(f"the adapter on {type(base).__name__}", found.missing_keys, found.unexpected_keys)
-    return model
+    model = adapters.attach(base, name, trainable=trainable, where=where)
+    return adapters.merged(model) if merge else model
 
 
-def _adapter(name: str, where: dict[str, Any]) -> Any:
-    return need("peft", "an adapter").PeftConfig.from_pretrained(name, **where)
-
-
-def _check_keys(model: str, missing: Any, wrong: Any) -> None:
-    for keys, what in ((missing, "is missing"), (wrong, "is of another model")):
-        if keys:
-            raise ValueError(f"expected every weight of {model}; {sorted(map(str, keys))[0]} {what}")
+def _where(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key in HUB}
 
 
 def _tokenizer_files(folder: str) -> bool:

@@ -96,7 +96,7 @@ def make_policy(
 
 
 def _base(name: str) -> Any:
-    return load_model("experiment: --model", name, merged=True, dtype=torch.float32)
+    return load_model("experiment: --model", name, merge=True, dtype=torch.float32)
 
 
 def train(

@@ -81,12 +81,19 @@ class DataSpec:
 class RunFile:
     """The file's own keys."""
 
-    model: str = field(metadata=_help("the policy: a folder or a name on the hub, safetensors only"))
+    model: str = field(
+        metadata=_help(
+            "the policy: a folder or a name on the hub, safetensors only; an adapter of peft's is trained further"
+        )
+    )
     data: DataSpec = field(metadata=_help("see below"))
     training: dict[str, Any] = field(metadata=_help("fields of NashConfig; output_dir is needed"))
     judge: list[JudgeSpec] | None = field(default=None, metadata=_help("one (see below), or a list of them, averaged"))
     reward: RewardSpec | None = field(default=None, metadata=_help("see below; needed by rlhf, which needs no judge"))
-    reference_model: str | None = field(default=None, metadata=_help("none: the policy as it is at the beginning"))
+    reference_model: str | None = field(
+        default=None,
+        metadata=_help("none: the policy as it is at the beginning, or its base where it has an adapter"),
+    )
     eval_opponent: str | None = field(default=None, metadata=_help("a model to compare with in evaluations"))
     tokenizer: str | None = field(default=None, metadata=_help("none: the policy's"))
     dtype: str = field(

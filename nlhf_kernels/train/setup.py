@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..core.adapters import new_adapter
+from ..core.optional import need
 from ..engine.models import evaluating, twin
 from ..engine.shared_weights import is_adapted
 from . import opponents
@@ -46,6 +48,11 @@ def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> t
     """The policy, adapters put on, and its reference: None where that is the policy's own base."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{OP}: model: expected a causal language model; got {type(model).__name__}")
+    if getattr(model, "_hf_peft_config_loaded", False):  # no way to tell its base from it
+        raise ValueError(
+            f"{OP}: model: expected peft's own model around an adapter and its base; got an adapter that transformers "
+            "has put into the base (peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True) loads it)"
+        )
     if reference is model:
         raise ValueError(f"{OP}: reference_model: expected another model than the trained one; got the same object")
     if peft_config is not None:
@@ -60,7 +67,8 @@ def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> t
 
 def _check_weights(model: torch.nn.Module) -> None:
     if not opponents.trained(model):
-        raise ValueError(f"{OP}: model: expected parameters to train; got none that require a gradient")
+        hint = " (is_trainable=True loads an adapter to train it)" if is_adapted(model) else ""
+        raise ValueError(f"{OP}: model: expected parameters to train; got none that require a gradient{hint}")
     for name, value in model.named_parameters():
         if not value.is_floating_point():
             raise ValueError(f"{OP}: model: expected weights that are not quantised; got {value.dtype} in {name}")
@@ -87,14 +95,9 @@ def broadcast_weights(*models: Any) -> None:
 
 
 def _adapted(model: Any, peft_config: Any, seed: int) -> Any:
-    """With new adapters, whose first values are a function of the seed; the caller's generators stay as they are."""
     if is_adapted(model):
         raise ValueError(f"{OP}: peft_config: expected with a model without adapters; got one that has some")
-    try:
-        from peft import PeftConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError(f"{OP}: peft_config needs peft: pip install nlhf-kernels[train]") from error
-    if not isinstance(peft_config, PeftConfig):
+    if not isinstance(peft_config, need("peft", f"{OP}: peft_config").PeftConfig):
         raise TypeError(f"{OP}: peft_config: expected a peft.PeftConfig; got {type(peft_config).__name__}")
     rates = {name: value for name, value in vars(peft_config).items() if name.endswith("dropout") and value}
     if rates:
@@ -105,10 +108,7 @@ def _adapted(model: Any, peft_config: Any, seed: int) -> Any:
                 "%s: peft_config: %s=%s is trained as 0: answers are scored by the distribution they were drawn from",
                 OP, name, value,
             )  # fmt: skip
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        return get_peft_model(model, peft_config)
+    return new_adapter(model, peft_config, seed)
 
 
 def _check_base_stays(model: Any) -> None:

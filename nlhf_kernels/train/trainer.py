@@ -52,7 +52,7 @@ _Trainer: Any = Trainer  # its annotations contradict what subclasses are meant 
 class NashTrainer(_Trainer):  # type: ignore[misc]
     """Trains `model` against an opponent (`args.algorithm` says which) as `judge` prefers.
 
-    model             causal language model, or a peft model around one
+    model             causal language model, or a peft model around one, whose adapter is trained further
     reference_model   likewise; None: the base where there are adapters, else a frozen copy of `model` as it is now
     judge             (prompts, first, second) -> P(first preferred), as in `preference`; optional for "rlhf"
     reward            (prompts, responses) -> numbers; what "rlhf" climbs

@@ -1,0 +1,89 @@
+"""peft's adapters: put on a model, loaded onto their base, merged into it, told apart from it.
+
+peft draws weights that a folder lacks, and drops those that find no place, with a warning at most; here both are
+errors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from .optional import need
+
+CONFIG = "adapter_config.json"
+NAME = "default"  # of the one adapter
+
+
+def is_adapter(name: str, where: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Whether a folder, or a name on the hub, holds an adapter; `where` as in `from_pretrained`."""
+    if Path(name).is_dir():
+        return (Path(name) / str(where.get("subfolder", "")) / CONFIG).is_file()
+    find = need("transformers.utils.peft_utils", "a model").find_adapter_config_file
+    try:
+        return bool(find(name, **where))
+    except (OSError, ValueError):
+        return False  # loading it says what is wrong with the name
+
+
+def base_of(name: str, where: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """The base's folder or name on the hub, as the adapter's configuration has it."""
+    return str(_configuration(name, where).base_model_name_or_path or "")
+
+
+def new_adapter(model: Any, peft_config: Any, seed: int) -> Any:
+    """`model` with a new adapter, whose first values are a function of the seed alone."""
+    peft = need("peft", "peft_config")
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, peft_config)
+
+
+def attach(base: Any, name: str, *, trainable: bool, where: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """`base` with the adapter of a folder or a name on the hub."""
+    configuration = _configuration(name, where)
+    configuration.inference_mode = not trainable
+    model = new_adapter(base, configuration, seed=0)
+    mapping = getattr(base, "_checkpoint_conversion_mapping", None) or {}
+    found = model.load_adapter(name, NAME, is_trainable=trainable, key_mapping=mapping, **where)
+    check_keys(f"the adapter on {type(base).__name__}", found.missing_keys, found.unexpected_keys)
+    return model
+
+
+def merged(model: Any) -> Any:
+    """The base, the adapter added to its weights; `model` is used up."""
+    names = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
+    for name, layer in model.named_modules():
+        weight = getattr(getattr(layer, "base_layer", None), "weight", None)
+        if names[id(weight)] > 1:
+            raise ValueError(f"expected an adapter on weights that no other layer shares; got one on {name}")
+    if not callable(getattr(model.base_model, "merge_and_unload", None)):
+        kind = model.peft_config[NAME].peft_type.value
+        raise ValueError(f"expected an adapter that can be added to its base's weights, LoRA say; got {kind}")
+    return model.merge_and_unload(safe_merge=True)
+
+
+def base_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The base's own weights by its own names, adapters left out; nothing is copied."""
+    adapters = tuple(f".{name}." for name in model.peft_config)
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): value
+        for name, value in model.get_base_model().state_dict().items()
+        if not any(part in f".{name}." for part in adapters)
+    }
+
+
+def check_keys(model: str, missing: Any, wrong: Any) -> None:
+    for keys, what in ((missing, "is missing"), (wrong, "is of another model")):
+        if keys:
+            raise ValueError(f"expected every weight of {model}; {sorted(map(str, keys))[0]} {what}")
+
+
+def _configuration(name: str, where: Mapping[str, Any]) -> Any:
+    return need("peft", "an adapter").PeftConfig.from_pretrained(name, **where)
