@@ -2,7 +2,7 @@
 #
 #   make demo         the library's main job, small, with what this machine has
 #   make test         the tests
-#   make test-newest  those that touch transformers, with the newest that pyproject.toml allows
+#   make test-newest  those that touch transformers, with the newest that pyproject.toml allows, and TRL
 #   make bench        the benchmarks (BENCH="--preset tiny" and other options pass through)
 #   make lint         ruff and mypy; make format-check: the formatter alone; neither compiles anything
 #
@@ -79,12 +79,14 @@ $(VENV)/ready: $(VENV)/packages $(SOURCES)
 	@$(PY) -c 'from nlhf_kernels.core import capabilities as c; [print("note:", r) for r in map(c.native_missing, ("_cpu", "_cuda")) if r]'
 	@touch $@
 
-# The packages of the environment above, and another transformers in front of them.
+# The packages of the environment above, and another transformers in front of them; TRL, and requests, which it imports and
+# does not bring.
 $(NEWEST)/ready: pyproject.toml constraints.txt | $(READY)
 	$(PY) -m venv --clear --without-pip $(NEWEST)
 	@base=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && $(NEWEST)/bin/python -c 'import pathlib, sys, sysconfig; \
 	  pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' "$$base"
-	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade "$$(grep -o 'transformers>=[^"]*' pyproject.toml)"
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check --upgrade "$$(grep -o 'transformers>=[^"]*' pyproject.toml)" \
+	  $$(grep -E '^(trl|requests)==' constraints.txt)
 	@touch $@
 
 build/active-environment: $(SOURCES)
