@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 
 import pytest
 import torch
-from rich.console import Console
 
 from nlhf_kernels.cli import sample
 from nlhf_kernels.cli.main import main
+from nlhf_kernels.core.terminal import new_console
 from nlhf_kernels.integrations import generate_mixture
 from tests.support.tiny_models import VOCABULARY, one_thread, tiny_model, tiny_tokenizer
 
@@ -121,11 +123,61 @@ def test_prompts_file_and_chat(folders, capsys, tmp_path) -> None:
     path.write_text("one\n\ntwo\n")
     document = documents(capsys, folders, *mixed(folders, "--prompts-file", str(path)))
     assert [entry["prompt"] for entry in document["samples"]] == ["one", "two"]
-    ids = sample._encode(tiny_tokenizer(chat=True), "one", chat=True)
-    assert ids == [1, *tiny_tokenizer()("[one]")["input_ids"]]
     chat = documents(capsys, folders, *mixed(folders, "--prompt", "one", "--chat"))
     assert chat["samples"][0]["prompt"] == "one"
     assert chat["samples"][0]["tokens"] != document["samples"][0]["tokens"]
+
+
+def test_rows_of_prompts_are_read_as_for_training(folders, capsys, tmp_path) -> None:
+    """JSON lines, JSON and CSV; conversations take the chat template, texts with --chat."""
+    rows = [{"prompt": "one", "other": 1}, {"prompt": [{"role": "user", "content": "two"}]}]
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "one.csv").write_text("prompt\none\n")
+    for name, expected in (("rows.jsonl", ["one", "<bos>[two]"]), ("rows.json", ["one", "<bos>[two]"])):
+        document = documents(capsys, folders, *mixed(folders, "--prompts-file", str(tmp_path / name)))
+        assert [entry["prompt"] for entry in document["samples"]] == expected
+    (said,) = documents(capsys, folders, *mixed(folders, "--prompt", "one", "--chat"))["samples"]
+    path = str(tmp_path / "one.csv")
+    (read,) = documents(capsys, folders, *mixed(folders, "--prompts-file", path, "--chat"))["samples"]
+    assert read["prompt"] == "<bos>[one]" and read["tokens"] == said["tokens"]
+    (tmp_path / "bad.jsonl").write_text('{"prompt": null}\n')
+    code, _, err = run(capsys, "--policy", folders["policy"], "--prompts-file", str(tmp_path / "bad.jsonl"))
+    assert code == 2 and "sample: --prompts-file: " in err and "bad.jsonl, line 1: prompt: expected a string" in err
+
+
+def test_text_alone_and_as_it_is_sampled(folders, capsys) -> None:
+    options = mixed(folders, "--prompt", "hello", "--prompt", "a", "--num-samples", "2")
+    expected = [entry["text"] for entry in documents(capsys, folders, *options)["samples"]]
+    for output in ("--text", "--stream"):
+        code, out, _ = run(capsys, "--policy", folders["policy"], "--device", "cpu", *options, output)
+        assert code == 0 and out.split("\n") == [*expected, ""]
+
+
+def test_a_stream_prints_whole_characters() -> None:
+    """A character of three bytes, a token each: nothing before the third."""
+
+    class Bytes:
+        def decode(self, ids, skip_special_tokens):
+            return bytes(id for id in ids if id).decode(errors="replace")
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        stream, seen = sample._Stream(Bytes()), []
+        for token in (97, 0xE2, 0x82, 0xAC, 0, 98, 0xE2):
+            stream.put(torch.tensor([token]))
+            seen.append(out.getvalue())
+        stream.end()
+    assert seen == ["a", "a", "a", "a\u20ac", "a\u20ac", "a\u20acb", "a\u20acb"]
+    assert out.getvalue() == "a\u20acb\ufffd\n"
+
+
+def test_of_a_long_prompt_two_lines_are_shown(folders, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    prompt = "first line\n" + "x" * 60 + "\nthe end"
+    code, out, _ = run(capsys, "--policy", folders["policy"], "--prompt", prompt, "--max-new-tokens", "1")
+    lines = out.splitlines()
+    assert code == 0 and lines[0] == "..." + "x" * 17 and lines[1].startswith("the end")
 
 
 def test_heads_padded_to_different_sizes(folders, capsys) -> None:
@@ -157,7 +209,7 @@ BAD = {
     "too long": ({"--prompt": "a" * 127}, "expected prompt and new tokens within 128 positions of GPT2LMHeadModel"),
     "no prompt": ({"--prompt": None}, "--prompt: expected at least one, or --prompts-file; got none"),
     "empty prompt": ({"--prompt": ""}, "--prompt: expected at least one token; got none in ''"),
-    "no file": ({"--prompts-file": "/no/file"}, "--prompts-file: expected a text file; got"),
+    "no file": ({"--prompts-file": "/no/file"}, "--prompts-file: expected a text file in UTF-8; got"),
     "no template": ({"--policy": "@reference", "--chat": True}, "--chat: expected a tokenizer with a chat template"),
     "nan weights": ({"--reference": "@broken"}, "--reference: expected finite weights; got NaN"),
 }
@@ -194,12 +246,12 @@ def test_tokens_are_coloured_by_the_log_ratio_and_cannot_drive_the_terminal() ->
         sample.Token(6, "[red]\x1b[31m", -4.0, -1.0, -2.0),
         sample.Token(7, "\n", None, None, None),
     ]
-    console = Console(record=True, force_terminal=True, color_system="truecolor", width=100)
+    console = new_console(record=True, force_terminal=True, color_system="truecolor", width=100)
     with console.capture() as capture:
         sample._print(console, sample.Sample("prompt", 0, "", tokens), 1)
     printed = capture.get()
     assert "38;2;15;255;15mliked" in printed and "38;2;255;15;15m[red]\\x1b[31m" in printed
     assert "\\n" in printed
-    with (plain := Console(width=100, no_color=True)).capture() as capture:
+    with (plain := new_console(width=100, no_color=True)).capture() as capture:
         sample._print(plain, sample.Sample("prompt", 0, "", tokens), 1)
     assert "\x1b[31m" not in capture.get() and "liked" in capture.get()

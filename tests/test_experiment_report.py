@@ -20,9 +20,8 @@ from nlhf_kernels.experiment.__main__ import main as redraw
 from nlhf_kernels.experiment.intervals import plus_minus
 from nlhf_kernels.experiment.markdown import summary
 from nlhf_kernels.experiment.report import page, table, write_report
-from nlhf_kernels.preference import PairwisePreferenceModel, save_preference_model
 from tests.support.experiment import fake_packages, numbers
-from tests.support.tiny_models import one_thread, tiny_model, tiny_tokenizer
+from tests.support.tiny_models import one_thread
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -197,60 +196,3 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "corpus" / "stage.json").touch()
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """Two policies, a preference model, prompts."""
-    folder, tokenizer = tmp_path_factory.mktemp("saved"), tiny_tokenizer()
-    for seed, name in enumerate(("one", "two")):
-        tiny_model("llama", seed=seed).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    save_preference_model(PairwisePreferenceModel(tiny_model("llama", seed=5), tokenizer), folder / "judge")
-    rows = [{"prompt": f"say {letter}"} for letter in "abcdefa"]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def evaluate(saved: Path, *more: str, policies: tuple[str, ...] = ("one", "other=two")) -> list[str]:
-    names = [entry.replace("one", str(saved / "one")).replace("two", str(saved / "two")) for entry in policies]
-    chosen = [word for name in names for word in ("--policy", name)]
-    return ["evaluate", *chosen, "--judge", str(saved / "judge"), "--data", str(saved / "prompts.jsonl"),
-            "--max-new-tokens", "5", "--device", "cpu", *more]  # fmt: skip
-
-
-def test_saved_policies_are_compared(saved, tmp_path, capsys) -> None:
-    output = tmp_path / "matrix.json"
-    assert main(evaluate(saved, "--json", "--reference", str(saved / "one"), "--output", str(output))) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document == json.loads(output.read_text())
-    assert document["prompts"] == 6, "every prompt once"
-    one, other = document["policies"]
-    assert (one["name"], other["name"]) == ("one", "other")
-    assert one["kl"] == pytest.approx(0.0, abs=1e-5) and other["kl"] > 0
-    cell = document["matrix"][0][1]
-    assert 0 <= cell["mean"] <= 1 and cell["prompts"] == 6 and document["matrix"][0][0] is None
-    assert main(evaluate(saved, "--samples", "2", "--prompts", "3")) == 0
-    assert "3 prompts, 2 answers to each" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("more", "policies", "message"),
-    [
-        ((), ("one",), "evaluate: --policy: expected two or more; got 1"),
-        ((), ("a=one", "a=two"), "evaluate: --policy: expected NAME=MODEL, every name once"),
-        (("--prompts", "1"), ("one", "two"), "evaluate: --prompts: expected an integer in [2"),
-        (("--judge", "./nowhere"), ("one", "two"), "evaluate: --judge: there is no such folder"),
-        (("--samples", "0"), ("one", "two"), "evaluate: --samples: expected an integer in [1"),
-        (
-            ("--output", "nowhere/x.json"),
-            ("one", "two"),
-            "evaluate: --output: expected a file in a folder that is there",
-        ),
-        (("--reference", "./nowhere"), ("one", "two"), "evaluate: --reference: there is no such folder"),
-    ],
-)
-def test_evaluate_refuses_in_one_line(more, policies, message, saved, capsys) -> None:
-    assert main(evaluate(saved, *more, policies=policies)) == 2
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert message in errors[-1]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..core.optional import require
+from ..core.terminal import new_console
 from .loading import find_device
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = find_device("demo", arguments.device)
     preset = overridden(_preset(arguments.preset), arguments.set)
     material = Material(arguments.data, arguments.split, arguments.model)
-    report = Reporter(Console(stderr=True))
+    report = Reporter(new_console(stderr=True))
     experiment = Experiment(arguments.out, preset, material, device, report, arguments.restart)
     results = experiment.run()
     _show(results, experiment.write(results))
@@ -69,17 +69,17 @@ def _show(results: dict[str, Any], folder: Path) -> None:
     from ..experiment.figures import judges
     from ..experiment.report import describe_claim, describe_cycles, describe_intervals, describe_speed
 
-    console = Console()
+    console = new_console()
     facts = results["tournament"]
     for judge, each in judges(results).items():
         console.print(_matrix(judge, facts["labels"], each["matrix"]))
         for claim in each["claims"]:
-            console.print(describe_claim(claim), highlight=False)
+            console.print(describe_claim(claim))
         console.print()
     for line in (describe_intervals(results), *describe_cycles(results)):
-        console.print(line, highlight=False)
+        console.print(line)
     for line in describe_speed(results):
-        console.print(f"Speed: {line}", highlight=False)
+        console.print(f"Speed: {line}")
     total = sum(results["seconds"].values())
     print(f"{total:.0f} seconds of work\nNumbers: {folder / 'results.json'}\nReport: {folder / 'report.html'}")
 

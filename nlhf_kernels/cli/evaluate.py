@@ -1,8 +1,9 @@
 """`nlhf-kernels evaluate`: win rates between saved policies, everyone against everyone.
 
-Every policy answers the prompts; a preference or reward model that `prefer train` made says who is preferred; each
-cell has its 95 % confidence interval over the prompts. With --reference also how far each policy is from it (KL); an
-adapter is measured from its base where no other reference is named.
+Every policy answers the prompts; a judge says which answer is preferred: a preference or reward model that
+`prefer train` made, or a function (prompts, first, second) -> probabilities. Each cell has its 95 % confidence interval
+over the prompts. With --reference also how far each policy is from it (KL); an adapter is
+measured from its base where no other reference is named.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
+from rich import box
 from rich.table import Table
 
 from ..core.loading import load_model, loading, quiet
 from ..core.optional import require
+from ..core.terminal import new_console
 from ..core.whole import write_whole
 from ..data import load_prompts
 from .errors import BadInput
-from .loading import find_device
+from .loading import find_device, is_function, load_function
+
+#: Fields of the experiment's Sampling -> options.
+NAMES = {"answer_tokens": "--max-new-tokens", "prompt_tokens": "--max-prompt-length", "batch": "--batch-size"}
 
 if TYPE_CHECKING:
     from ..experiment import Answers, Sampling, Tournament
@@ -32,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", action="append", required=True, metavar="[NAME=]MODEL", help="a folder or a hub name; two or more"
     )
-    parser.add_argument("--judge", required=True, help="folder of a preference or reward model (`prefer train`)")
+    parser.add_argument(
+        "--judge",
+        required=True,
+        help="folder of a preference or reward model (`prefer train`), or a function: module:name, file.py:name",
+    )
     parser.add_argument("--reference", help="the policies' KL is measured from it (default: an adapter's base)")
     parser.add_argument("--data", required=True, help="rows with a column prompt: .jsonl, .json, .csv, a hub name")
     parser.add_argument("--split", help="part of a hub data set (default train)")
@@ -62,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.batch_size,
     )  # fmt: skip
     with quiet():
-        answers, tournament = _play(arguments, policies, sampling, Reporter(Console(stderr=True)))
+        answers, tournament = _play(arguments, policies, sampling, Reporter(new_console(stderr=True)))
     document = _document(arguments, answers, tournament)
     written = json.dumps(document, indent=2, allow_nan=False) + "\n"
     if arguments.output is not None:
@@ -72,19 +81,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _policies(given: list[str]) -> dict[str, str]:
-    """name -> model; a folder's last part is its name unless one is given."""
+def _policies(entries: list[str]) -> dict[str, str]:
+    """Name -> model."""
+    named = [entry.partition("=")[::2] if "=" in entry else ("", entry) for entry in entries]
+    paths = [model for name, model in named if not name]
     policies: dict[str, str] = {}
-    for entry in given:
-        name, equals, model = entry.partition("=")
-        if not equals:
-            name, model = Path(entry).name, entry
+    for name, model in named:
+        name = name or _short_name(model, [other for other in paths if other != model])
         if not name or not model or name in policies:
-            raise BadInput(f"evaluate: --policy: expected NAME=MODEL, every name once; got {entry!r}")
+            raise BadInput(f"evaluate: --policy: expected [NAME=]MODEL, every name once; got {name!r} again or empty")
         policies[name] = model
     if len(policies) < 2:
         raise BadInput(f"evaluate: --policy: expected two or more; got {len(policies)}")
     return policies
+
+
+def _short_name(model: str, others: list[str]) -> str:
+    """The path's last parts, as many as tell it from all others: a/policy and b/policy, not twice policy."""
+    parts, *rest = (Path(path).expanduser().absolute().parts for path in (model, *others))
+    count = next((n for n in range(1, len(parts)) if all(parts[-n:] != other[-n:] for other in rest)), len(parts))
+    return "/".join(parts[-count:])
 
 
 def _play(
@@ -94,12 +110,15 @@ def _play(
     import dataclasses
 
     from ..experiment import answer, load_answering, play
-    from ..preference import PreferenceModelJudge, load_preference_model
+    from ..preference import PreferenceModelJudge, checked, load_preference_model
 
     trust: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     options = {"device": find_device("evaluate", arguments.device), **trust}
-    judging = loading("evaluate: --judge", arguments.judge, partial(load_preference_model, **options))
-    judge = PreferenceModelJudge(judging, arguments.batch_size)
+    if is_function(arguments.judge):
+        judge = checked(load_function("evaluate: --judge", arguments.judge), arguments.judge)
+    else:
+        judging = loading("evaluate: --judge", arguments.judge, partial(load_preference_model, **options))
+        judge = checked(PreferenceModelJudge(judging, arguments.batch_size), arguments.judge)
     options["dtype"] = torch.float32
     reference = None
     if arguments.reference is not None:
@@ -152,19 +171,22 @@ def _document(
 
 
 def _table(document: dict[str, Any]) -> str:
-    console = Console()
+    """Columns go by numbers, so that five policies fit 80 columns."""
+    console = new_console()
     names = [policy["name"] for policy in document["policies"]]
-    table = Table(title="P(row preferred to column) ± 95 %", title_justify="left")
-    table.add_column("")
-    for name in (*names, "tokens", "KL"):
-        table.add_column(name, justify="right")
-    for policy, row in zip(document["policies"], document["matrix"], strict=True):
-        cells = ["" if cell is None else f"{cell['mean']:.3f} ± {cell['half']:.3f}" for cell in row]
-        kl = f"{policy['kl']:.2f} ± {1.96 * policy['kl_error']:.2f}" if "kl" in policy else ""
-        table.add_row(policy["name"], *cells, f"{policy['tokens']:.1f}", kl)
+    table = Table(title="P(row preferred to column) ± 95 %", title_justify="left", box=box.SIMPLE, padding=(0, 1))
+    table.add_column("", max_width=24, overflow="fold")
+    for number in range(1, len(names) + 1):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    for number, (name, row) in enumerate(zip(names, document["matrix"], strict=True), start=1):
+        cells = ["" if cell is None else f"{cell['mean']:.2f}±{cell['half']:.2f}" for cell in row]
+        table.add_row(f"{number} {name}", *cells)
     with console.capture() as capture:
         console.print(table)
-        console.print(f"{document['prompts']} prompts, {document['samples']} answers to each", highlight=False)
+        for number, policy in enumerate(document["policies"], start=1):
+            kl = f", KL {policy['kl']:.2f}±{1.96 * policy['kl_error']:.2f}" if "kl" in policy else ""
+            console.print(f"{number} {policy['name']}: {policy['tokens']:.1f} tokens an answer{kl}")
+        console.print(f"{document['prompts']} prompts, {document['samples']} answers to each")
         for cycle in document["cycles"]:
-            console.print(f"a cycle: {' > '.join([*cycle, cycle[0]])}", highlight=False, markup=False)
+            console.print(f"a cycle: {' > '.join([*cycle, cycle[0]])}")
     return capture.get()

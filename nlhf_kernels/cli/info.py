@@ -10,13 +10,14 @@ import platform
 from importlib import metadata
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__
 from ..core import capabilities, settings
 from ..core.registry import Op, ops
+from ..core.terminal import new_console
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pybind11", "accelerate", "peft")
 
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.markdown:
         print(markdown_table())
         return 0
-    console = Console()
+    console = new_console()
     for table in (_versions(), _devices(), _build(), _backends(), _ops(), _settings()):
         console.print(table)
     return 0
@@ -80,7 +81,7 @@ def _build() -> Table:
     table = _table("Native modules", "module", "facts")
     for name in ("_cpu", "_cuda"):
         if reason := capabilities.native_missing(name):
-            table.add_row(name, f"[yellow]{reason}[/yellow]")
+            table.add_row(name, Text(reason, style="yellow"))
             continue
         module = capabilities.native(name)
         facts = module.build_info()

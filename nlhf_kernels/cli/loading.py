@@ -1,6 +1,13 @@
-"""What subcommands share: the device by name."""
+"""What subcommands share: the device by name, and functions (a judge, a reward) by module:name or file.py:name."""
 
 from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -14,3 +21,41 @@ def find_device(command: str, name: str | None) -> torch.device:
         return torch.empty(0, dtype=torch.uint8, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build of PyTorch that is asked for CUDA
         raise BadInput(f"{command}: --device: expected a device PyTorch can use here; got {name!r}") from error
+
+
+def is_function(name: str) -> bool:
+    """Whether `name` means a function rather than a model."""
+    return ":" in name and not Path(name).exists()
+
+
+def load_function(place: str, name: str) -> Any:
+    """The function that module:name or file.py:name stands for; modules are found in the working folder, too."""
+    module, _, function = name.rpartition(":")
+    if not module or not function:
+        raise BadInput(f"{place}: expected module:name or file.py:name; got {name!r}")
+    try:
+        found = getattr(_file(Path(module)) if module.endswith(".py") else _module(module), function)
+    except Exception as error:  # whatever the module does when it is imported
+        raise BadInput(f"{place}: cannot load {name!r}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise BadInput(f"{place}: expected a function; got {type(found).__name__} as {name!r}")
+    return found
+
+
+def _file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, "a .py file"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _module(name: str) -> ModuleType:
+    """A script's sys.path has the script's folder in the place where `python -m` has the working folder."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(Path.cwd()))

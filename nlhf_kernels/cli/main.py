@@ -1,7 +1,8 @@
 """`nlhf-kernels`: one subcommand a file, each with `add_arguments(parser)` and `run(arguments) -> exit code`.
 
 A subcommand raises what goes wrong; `errors.finish` turns it into a line and an exit code. Where an interruption leaves
-something to go on from, the file's `left(arguments)` says what.
+something to go on from, the file's `left(arguments)` says what. `NAMES` adds arguments of the library that errors
+should call by an option of another name.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
             name, help=help_line, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(subparser)
-        subparser.set_defaults(option_names=errors.option_names(subparser))
+        names = errors.option_names(subparser) | getattr(module, "NAMES", {})
+        subparser.set_defaults(option_names=names)
     return parser
 
 

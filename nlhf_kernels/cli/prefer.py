@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ..core.checks import check_integer, check_number
 from ..core.loading import load_model, load_tokenizer, loading, quiet
 from ..core.optional import require
+from ..core.terminal import new_console
 from ..core.text import read_text
 from ..core.whole import write_whole
 from ..data import Comparison, Pair, load_comparisons, load_pairs, split_by_prompt
@@ -211,14 +211,13 @@ def _described(evaluation: Evaluation) -> str:
     for bin in evaluation.bins:
         between = f"{bin.low:.2f} to {bin.high:.2f}"
         table.add_row(between, str(bin.count), f"{bin.confidence:.3f}", f"{bin.accuracy:.3f}")
-    console = Console()
+    console = new_console()
     with console.capture() as capture:
         console.print(
             f"{evaluation.count} pairs: accuracy {evaluation.accuracy:.3f} (95 % interval: {low:.3f} to {high:.3f})",
             f"log-loss {evaluation.log_loss:.4f} (knowing nothing: 0.6931)",
             f"expected calibration error {evaluation.calibration_error:.3f}",
             sep="\n",
-            highlight=False,
         )
         console.print(table)
     return capture.get()

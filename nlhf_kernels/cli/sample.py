@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +23,9 @@ from ..core.checks import check_integer, check_number
 from ..core.loading import load_model, load_tokenizer
 from ..core.optional import require
 from ..core.places import locate
+from ..core.terminal import cut_lines, new_console, new_progress, printable
+from ..core.text import read_text
+from ..data import encode_prompts, load_prompts
 from .errors import BadInput
 from .loading import find_device
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..engine import Responses
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROWS = (".jsonl", ".json", ".csv")  # files of rows; any other is a prompt a line
 LARGE_RATIO = 2.0  # nats between policy and reference at which a token's colour is full
 
 
@@ -62,8 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    prompts.add_argument("--prompts-file", type=Path, help="a prompt a line; empty lines are left out")
-    prompts.add_argument("--chat", action="store_true", help="wrap each prompt in the tokenizer's chat template")
+    prompts.add_argument(
+        "--prompts-file", type=Path, help="a prompt a line; .jsonl, .json, .csv: rows with a prompt, as for training"
+    )
+    prompts.add_argument("--chat", action="store_true", help="texts are a user's messages, for the chat template")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--num-samples", type=int, default=1, help="of every prompt (default 1)")
     sampling.add_argument("--max-new-tokens", type=int, default=64, help="(default 64)")
@@ -73,19 +77,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--min-p", type=float, default=0.0, help="0 keeps all (default)")
     sampling.add_argument("--seed", type=int, default=0, help="(default 0)")
     sampling.add_argument("--batch-size", type=int, default=16, help="rows at once; changes no sample (default 16)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--text", action="store_true", help="print the responses alone, without tables")
+    output.add_argument("--stream", action="store_true", help="the same, each response as it is sampled")
+    output.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
 
 def run(arguments: argparse.Namespace) -> int:
     require("nlhf-kernels sample", ("transformers",), "transformers")
     _check(arguments)
-    samples = _generate(arguments, _prompts(arguments))
+    if arguments.stream:
+        arguments.batch_size = 1  # one response after another
+    samples = _generate(arguments)
+    console = new_console()
     if arguments.json:
         print(_as_json(arguments, samples))
-        return 0
-    console = Console()
-    for sample in samples:
-        _print(console, sample, arguments.num_samples)
+    elif arguments.text:
+        for sample in samples:
+            print(printable(sample.text) if console.is_terminal else sample.text)
+    elif not arguments.stream:
+        for sample in samples:
+            _print(console, sample, arguments.num_samples)
     return 0
 
 
@@ -106,25 +118,39 @@ def _check(arguments: argparse.Namespace) -> None:
         raise BadInput(f"sample: {missing}: expected together with {given}; got {given} alone")
 
 
-def _prompts(arguments: argparse.Namespace) -> list[str]:
-    prompts = list(arguments.prompt)
-    if arguments.prompts_file is not None:
+def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[tuple[str, str]]:
+    """(as it is shown, as the models read it) of every prompt."""
+    texts, path = list(arguments.prompt), arguments.prompts_file
+    prompts = []
+    if path is not None and path.suffix.lower() in ROWS:
         try:
-            lines = arguments.prompts_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"sample: --prompts-file: expected a text file; got {error}") from error
-        prompts += [line for line in lines if line.strip()]
-    if not prompts:
+            prompts = [(text, text) for text in load_prompts(path, tokenizer, chat=arguments.chat)]
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"sample: --prompts-file: {str(error).removeprefix('data: ')}") from error
+    elif path is not None:
+        try:
+            texts += [line for line in read_text(path).splitlines() if line.strip()]
+        except ValueError as error:
+            raise BadInput(f"sample: --prompts-file: {error}") from error
+    if not texts and not prompts:
         raise BadInput("sample: --prompt: expected at least one, or --prompts-file; got none")
-    return prompts
+    if arguments.chat and not tokenizer.chat_template:
+        raise BadInput("sample: --chat: expected a tokenizer with a chat template; got one without")
+    if not all(texts):
+        raise BadInput("sample: --prompt: expected at least one token; got none in ''")
+    rows = [{"prompt": text} for text in texts]
+    read = load_prompts(rows, tokenizer, chat=True) if rows and arguments.chat else texts
+    return [*prompts, *zip(texts, read, strict=True)]
 
 
-def _generate(arguments: argparse.Namespace, prompts: list[str]) -> list[Sample]:
+def _generate(arguments: argparse.Namespace) -> list[Sample]:
     from ..engine import Hooks, Player, RolloutEngine, RolloutSettings, has_key_value_cache
 
     device = find_device("sample", arguments.device)
     tokenizer, policy, reference, width = _load(arguments, device)
-    rows = [_encode(tokenizer, prompt, arguments.chat) for prompt in prompts for _ in range(arguments.num_samples)]
+    prompts = _prompts(arguments, tokenizer)
+    encoded = encode_prompts(tokenizer, [text for _, text in prompts])
+    rows = [ids for ids in encoded for _ in range(arguments.num_samples)]
     _check_room((policy, reference), max(map(len, rows)) + arguments.max_new_tokens)
     eos, pad = _special(tokenizer, policy)
     cached = all(has_key_value_cache(model) for model in (policy, reference) if model is not None)
@@ -140,18 +166,20 @@ def _generate(arguments: argparse.Namespace, prompts: list[str]) -> list[Sample]
         pad_id=pad,
     )
     samples: list[Sample] = []
-    with _Bar(math.ceil(len(rows) / arguments.batch_size), arguments.max_new_tokens) as bar:
+    batches = math.ceil(len(rows) / arguments.batch_size)
+    shown = _Stream(tokenizer) if arguments.stream else _Bar(batches, arguments.max_new_tokens)
+    with shown as streamer:
         for start in range(0, len(rows), arguments.batch_size):
             batch = rows[start : start + arguments.batch_size]
             # Numbered through all prompts, so that the responses do not depend on the batch size.
             ids = torch.arange(start, start + len(batch), dtype=torch.int64, device=device)
             player = Player(0.0 if arguments.beta is None else arguments.beta, row_ids=ids)
-            (result,) = engine.rollout(*_padded(batch, pad, device), (player,), settings, Hooks(streamer=bar))
+            (result,) = engine.rollout(*_padded(batch, pad, device), (player,), settings, Hooks(streamer=streamer))
             if not result.ok.all():
                 raise BadInput("sample: expected finite logits; got NaN or infinity from the policy or the reference")
             for row in range(len(batch)):
                 prompt, index = divmod(start + row, arguments.num_samples)
-                samples.append(_sample(tokenizer, prompts[prompt], index, result, row))
+                samples.append(_sample(tokenizer, prompts[prompt][0], index, result, row))
     return samples
 
 
@@ -159,8 +187,7 @@ class _Bar:
     """A progress bar on stderr that is a streamer: every step of a batch puts a column of tokens."""
 
     def __init__(self, batches: int, steps: int) -> None:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.progress = new_progress(new_console(stderr=True))
         self.task = self.progress.add_task("steps", total=batches * steps)
         self.steps, self.batches_done = steps, 0
 
@@ -178,6 +205,35 @@ class _Bar:
         """The steps that a batch did not need count as done."""
         self.batches_done += 1
         self.progress.update(self.task, completed=self.batches_done * self.steps)
+
+
+class _Stream:
+    """Prints the one response of a batch while it is sampled: whole characters, as they are complete."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.terminal = tokenizer, new_console().is_terminal
+        self.ids: list[int] = []
+        self.printed = 0  # characters
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.ids.append(int(tokens[0]))
+        self._print(self.tokenizer.decode(self.ids, skip_special_tokens=True).rstrip("\ufffd"))
+
+    def end(self) -> None:
+        self._print(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        print(flush=True)
+        self.ids, self.printed = [], 0
+
+    def _print(self, text: str) -> None:
+        new = text[self.printed :]
+        print(printable(new) if self.terminal else new, end="", flush=True)
+        self.printed = max(self.printed, len(text))
 
 
 def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Any, int | None]:
@@ -212,18 +268,6 @@ def _check_same_tokens(tokenizer: Any, other: Any) -> None:
                 f"sample: --reference: expected the policy's vocabulary, {len(ours)} tokens; got another one, "
                 f"{len(theirs)} tokens: token {id} is {theirs[id]!r}, the policy's {ours[id]!r}"
             )
-
-
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    if chat and not tokenizer.chat_template:
-        raise BadInput("sample: --chat: expected a tokenizer with a chat template; got one without")
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
-    if not ids:
-        raise BadInput(f"sample: --prompt: expected at least one token; got none in {prompt!r}")
-    return ids
 
 
 def _check_room(models: Sequence[Any], length: int) -> None:
@@ -273,11 +317,11 @@ def _as_json(arguments: argparse.Namespace, samples: list[Sample]) -> str:
     return json.dumps(document, indent=2, allow_nan=False)
 
 
-def _print(console: Console, sample: Sample, samples: int) -> None:
+def _print(console: Any, sample: Sample, samples: int) -> None:
     number = f" (sample {sample.index + 1} of {samples})" if samples > 1 else ""
-    text = Text(_printable(sample.prompt), style="bold")
+    text = Text(cut_lines(printable(sample.prompt), console.width, 2, end=True), style="bold")
     for token in sample.tokens:
-        text.append(_printable(token.text), style=_style(token))
+        text.append(printable(token.text), style=_style(token))
     console.print(text)
     mixed = any(token.reference is not None for token in sample.tokens)
     table = Table(title=f"log-probabilities{number}", title_justify="left")
@@ -285,7 +329,7 @@ def _print(console: Console, sample: Sample, samples: int) -> None:
         table.add_column(column, justify="left" if column == "token" else "right")
     for token in sample.tokens:
         cells: list[Text | str] = [
-            Text(_printable(token.text).replace("\n", "\\n"), style=_style(token)),
+            Text(printable(token.text).replace("\n", "\\n"), style=_style(token)),
             str(token.id),
         ]
         cells.append(_number(token.policy))
@@ -311,8 +355,3 @@ def _style(token: Token) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _printable(text: str) -> str:
-    """A model may emit escape sequences; the terminal must not obey them."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

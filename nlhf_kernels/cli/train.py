@@ -6,8 +6,6 @@ The trained policy lies in `policy/` under output_dir, beside its checkpoints. d
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from ..core.optional import need, require
 from ..core.whole import whole_folder
 from ..data import load_prompts
 from .errors import BadInput
+from .loading import load_function
 
 if TYPE_CHECKING:
     from ..train import NashTrainer
@@ -139,7 +138,7 @@ def _one_judge(spec: JudgeSpec, device: torch.device) -> Any:
     from ..preference import PreferenceModelJudge, RewardJudge, checked
 
     if spec.function is not None:
-        return checked(_function("judge.function", spec.function), spec.function)
+        return checked(load_function("train: judge.function", spec.function), spec.function)
     if spec.reward_model is not None:
         scale = 1.0 if spec.scale is None else spec.scale
         return checked(
@@ -152,7 +151,7 @@ def _one_judge(spec: JudgeSpec, device: torch.device) -> Any:
 
 def _reward(spec: RewardSpec, device: torch.device) -> Any:
     if spec.function is not None:
-        return _function("reward.function", spec.function)
+        return load_function("train: reward.function", spec.function)
     assert spec.reward_model is not None, "checked"
     return _preferring("reward.reward_model", spec.reward_model, device).rewards
 
@@ -164,24 +163,3 @@ def _preferring(place: str, folder: str, device: torch.device) -> Any:
     if place.endswith("reward_model") is not isinstance(model, RewardModel):
         raise BadInput(f"train: {place}: expected another kind of model; got {type(model).__name__} in {folder}")
     return model
-
-
-def _function(place: str, name: str) -> Any:
-    module, _, function = name.rpartition(":")
-    if not module or not function:
-        raise BadInput(f"train: {place}: expected module:name or file.py:name; got {name!r}")
-    try:
-        loaded = _file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-        return getattr(loaded, function)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise BadInput(f"train: {place}: cannot load {name!r}: {error}") from error
-
-
-def _file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, "a .py file"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

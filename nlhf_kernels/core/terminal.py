@@ -6,17 +6,21 @@ console and every bar of the package is made here, with that switched off.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a dependency that importing the library does not load
+    from rich.console import Console
+    from rich.progress import Progress
 
 
-def new_console(*, stderr: bool = False, **options: Any) -> Any:
+def new_console(*, stderr: bool = False, **options: Any) -> Console:
     """A rich Console without markup, emoji names and highlighting; `options` go to it."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
 
 
-def new_progress(console: Any, *, transient: bool = True) -> Any:
+def new_progress(console: Console, *, transient: bool = True) -> Progress:
     """A rich Progress: description, bar, count, time so far and time left, within 80 columns.
 
     transient   the bars are gone when all is done; False leaves them on the screen
@@ -31,10 +35,10 @@ def new_progress(console: Any, *, transient: bool = True) -> Any:
     )
     from rich.table import Column
 
-    cut = Column(max_width=34, no_wrap=True, overflow="ellipsis")
+    cut = Column(max_width=30, no_wrap=True, overflow="ellipsis")
     return Progress(
         TextColumn("{task.description}", markup=False, table_column=cut),
-        BarColumn(bar_width=14),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -42,6 +46,16 @@ def new_progress(console: Any, *, transient: bool = True) -> Any:
         transient=transient,
         disable=not console.is_terminal,  # a file would get an empty line
     )
+
+
+def cut_lines(text: str, width: int, count: int, *, end: bool = False) -> str:
+    """At most `count` lines of `width` columns: the first of them, or with `end` the last; dots where text is gone."""
+    lines = [line[start : start + width] for line in text.split("\n") for start in range(0, max(len(line), 1), width)]
+    if len(lines) <= count:
+        return text
+    if end:
+        return "\n".join(["..." + lines[-count][3:], *lines[len(lines) - count + 1 :]])
+    return "\n".join([*lines[: count - 1], lines[count - 1][: width - 3] + "..."])
 
 
 def printable(text: str) -> str:

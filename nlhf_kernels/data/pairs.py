@@ -55,20 +55,22 @@ def load_comparisons(source: Source, tokenizer: Any = None, *, split: str | None
     return [Comparison(*texts) for texts in _texts(source, Comparison._fields, tokenizer, split)]
 
 
-def load_prompts(source: Source, tokenizer: Any = None, *, split: str | None = None) -> list[str]:
-    """Column prompt, or the prompts of pairs; other columns may be there."""
-    return [text for (text,) in _texts(source, ("prompt",), tokenizer, split)]
+def load_prompts(source: Source, tokenizer: Any = None, *, split: str | None = None, chat: bool = False) -> list[str]:
+    """Column prompt, or the prompts of pairs; other columns may be there. With `chat` a text is a user's message."""
+    return [text for (text,) in _texts(source, ("prompt",), tokenizer, split, chat)]
 
 
-def _texts(source: Source, columns: Sequence[str], tokenizer: Any, split: str | None) -> list[list[str]]:
-    texts = [_read(place, row, columns, tokenizer) for place, row in read_rows(source, split=split)]
+def _texts(
+    source: Source, columns: Sequence[str], tokenizer: Any, split: str | None, chat: bool = False
+) -> list[list[str]]:
+    texts = [_read(place, row, columns, tokenizer, chat) for place, row in read_rows(source, split=split)]
     if not texts:
         name = source if isinstance(source, str) else type(source).__name__
         raise ValueError(f"data: {name}: expected at least one row; got none")
     return texts
 
 
-def _read(place: str, row: Row, columns: Sequence[str], tokenizer: Any) -> list[str]:
+def _read(place: str, row: Row, columns: Sequence[str], tokenizer: Any, chat: bool) -> list[str]:
     row = _with_prompt(place, row, columns[1:])
     if missing := [name for name in columns if name not in row]:
         raise ValueError(f"data: {place}: expected columns {', '.join(columns)}; {missing[0]} is not among {[*row]}")
@@ -79,8 +81,10 @@ def _read(place: str, row: Row, columns: Sequence[str], tokenizer: Any) -> list[
     spoken = [values[0]] if kinds == {"text"} else [message["content"] for message in values[0]]
     if not any(text.strip() for text in spoken):
         raise ValueError(f"data: {place}: prompt: expected some text; got {shown(values[0])}")
-    if kinds == {"text"}:
+    if kinds == {"text"} and not chat:
         return values
+    if kinds == {"text"}:
+        values[0] = [{"role": "user", "content": values[0]}]
     return _rendered(place, values[0], values[1:], tokenizer)
 
 

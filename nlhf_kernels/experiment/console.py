@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from ..core.terminal import new_progress
 
 
 class Reporter:
-    """Writes to stderr; None as the console: says nothing."""
+    """Writes to a console of `core.terminal`; None as the console: writes nothing."""
 
-    def __init__(self, console: Console | None) -> None:
+    def __init__(self, console: Any | None) -> None:
         self.console = console
 
     @property
@@ -21,7 +21,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         if self.console is not None:
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(text)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -29,9 +29,8 @@ class Reporter:
         if self.console is None:
             yield lambda done: None
             return
-        columns = TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as progress:
-            task = progress.add_task(title, total=total)
+        with new_progress(self.console) as progress:
+            task = progress.add_task(f"  {title}", total=total)
             yield lambda done: progress.update(task, completed=done)
 
 

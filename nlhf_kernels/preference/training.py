@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..core.checks import check_integer, check_number
+from ..core.terminal import new_console, new_progress
 from ..data import Pair
 from .checkpoint import Checkpoint
 from .judges import PreferenceModelJudge
@@ -163,10 +164,6 @@ def _bar(steps: int, shown: bool) -> Iterator[Any]:
     if not shown:
         yield lambda losses: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("loss {task.fields[loss]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=steps, loss="...")
-        yield lambda losses: progress.update(task, completed=len(losses), loss=f"{losses[-1]:.4f}")
+    with new_progress(new_console(stderr=True)) as progress:
+        task = progress.add_task("loss ...", total=steps)
+        yield lambda losses: progress.update(task, completed=len(losses), description=f"loss {losses[-1]:.4f}")

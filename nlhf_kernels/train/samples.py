@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import integrations
 
+from ..core.terminal import cut_lines, new_console, printable
 from .experience import Experience
 
 _writers: Any = integrations  # untyped, and not all of its names are exported
@@ -33,14 +33,18 @@ def samples_of(made: Experience, count: int, each: int = 1) -> Samples:
     return Samples(("prompt", *sides, value), rows)
 
 
-def show(samples: Samples, step: int, console: Console | None = None) -> None:
-    table = Table(title=f"update {step}", title_justify="left", show_lines=True)
-    for name in samples.columns[:-1]:
-        table.add_column(name, ratio=1)
-    table.add_column(samples.columns[-1], justify="right")
+def show(samples: Samples, step: int, console: Any = None) -> None:
+    """One under the other, as texts want the width of the terminal: two lines of a prompt, four of an answer."""
+    console = new_console(stderr=True) if console is None else console
+    label = max(map(len, samples.columns))
+    console.print(f"update {step}")
     for row in samples.rows:
-        table.add_row(*map(Text, row))
-    (console or Console(stderr=True)).print(table)
+        grid = Table.grid(padding=(0, 1))
+        for name, cell in zip(samples.columns, row, strict=True):
+            asked = name == samples.columns[0]
+            grid.add_row(f"  {name}", Text(cut_lines(cell, console.width - label - 3, 2 if asked else 4, end=asked)))
+        console.print(grid)
+        console.print()
 
 
 def report(samples: Samples, step: int, callbacks: Iterable[Any]) -> None:
@@ -60,5 +64,4 @@ def _markdown(samples: Samples) -> str:
 
 def _shown(text: str) -> str:
     """A model may write escape sequences; the terminal must not obey them."""
-    text = text if len(text) <= WIDTH else "..." + text[-WIDTH:]
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return printable(text if len(text) <= WIDTH else "..." + text[-WIDTH:])
