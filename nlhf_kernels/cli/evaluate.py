@@ -2,8 +2,8 @@
 
 Every policy answers the prompts; a judge says which answer is preferred: a preference or reward model that
 `prefer train` made, or a function (prompts, first, second) -> probabilities. Each cell has its 95 % confidence interval
-over the prompts. With --reference also how far each policy is from it (KL); an adapter is
-measured from its base where no other reference is named.
+over the prompts. With --reference also how far each policy is from it (KL); an adapter is measured from its base where
+no other reference is named.
 """
 
 from __future__ import annotations
