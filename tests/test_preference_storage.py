@@ -155,7 +155,8 @@ def test_what_is_not_a_whole_model_is_refused(tmp_path) -> None:
         return shutil.copytree(tmp_path / "model", tmp_path / name)
 
     for change, message in (
-        ({"format": 2}, "expected format 1"),
+        ({"format": 3}, "expected format 1 or 2"),
+        ({"format": 2}, "there is no such folder: .*adapter"),
         ({"kind": "oracle"}, "a kind of pairwise, reward"),
         ({"temperature": 2}, "expected template, max_length, overlong; got"),
     ):

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..core.checks import check_integer, check_number
 from ..core.loading import load_model, load_tokenizer, loading, quiet
-from ..core.optional import require
+from ..core.optional import need, require
 from ..core.terminal import new_console
 from ..core.text import read_text
 from ..core.whole import write_whole
@@ -57,6 +57,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--max-length", type=int, help="tokens read of a pair (default: the model's positions)")
     model.add_argument("--overlong", choices=("error", "truncate"), default="error", help="pairs above (default error)")
     model.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    lora = parser.add_argument_group("LoRA: an adapter on the base is trained, and saved beside it")
+    lora.add_argument("--lora-rank", type=int, help="of the adapter's matrices (default: all weights are trained)")
+    lora.add_argument("--lora-alpha", type=float, help="the adapter is scaled by this / rank (default: twice the rank)")
+    lora.add_argument("--lora-targets", help="names of layers with commas between (default: every linear one)")
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, help="(default: as many as go through the data once)")
     training.add_argument("--batch-size", type=int, default=16, help="pairs a step (default 16)")
@@ -171,13 +175,29 @@ def _new_model(arguments: argparse.Namespace, tokenizer: Any) -> ComparisonModel
 
     template = None if arguments.template is None else _template(arguments.template)
     options: Any = {"dtype": torch.float32, "trust_remote_code": arguments.trust_remote_code}
-    base = load_model("prefer: --base", arguments.base, **options)
+    adapter = _adapter(arguments)
+    base = load_model("prefer: --base", arguments.base, merge=True, **options)
     model = KINDS[arguments.kind](
         base, tokenizer, template=template, max_length=arguments.max_length, overlong=arguments.overlong
     )
     if arguments.gradient_checkpointing:
         model.body.gradient_checkpointing_enable()
-    return model
+    return model if adapter is None else model.add_adapter(adapter, arguments.seed)
+
+
+def _adapter(arguments: argparse.Namespace) -> Any:
+    """peft's configuration of it; None: all weights are trained."""
+    rank, alpha, targets = arguments.lora_rank, arguments.lora_alpha, arguments.lora_targets
+    if rank is None:
+        for option, value in (("--lora-alpha", alpha), ("--lora-targets", targets)):
+            if value is not None:
+                raise BadInput(f"prefer: {option}: expected with --lora-rank; got it alone")
+        return None
+    return need("peft", "prefer: --lora-rank").LoraConfig(
+        r=check_integer("prefer", "--lora-rank", rank, 1, 2**16),
+        lora_alpha=2 * rank if alpha is None else check_number("prefer", "--lora-alpha", alpha, 0.0, open_low=True),
+        target_modules="all-linear" if targets is None else [name.strip() for name in targets.split(",")],
+    )
 
 
 def _template(path: Path) -> str:

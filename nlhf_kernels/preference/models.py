@@ -14,6 +14,7 @@ question turned around sends the same batch through the model, and P(y > y') + P
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch.nn.functional import softplus
 
+from ..core.adapters import new_adapter
 from ..core.checks import check_integer
 from ..core.loading import HUB, load_model, load_tokenizer
 from ..core.optional import need
@@ -78,8 +80,27 @@ class ComparisonModel(torch.nn.Module):
         """A new model on a base from a folder or the hub; `options` go to transformers' `from_pretrained`."""
         where = {key: options[key] for key in (*HUB, "trust_remote_code") if key in options}
         tokenizer = load_tokenizer("preference: from_base", name, **where)
-        base = load_model("preference: from_base", name, dtype=dtype, **options)
+        base = load_model("preference: from_base", name, merge=True, dtype=dtype, **options)
         return cls(base, tokenizer, template=template, max_length=max_length, overlong=overlong)
+
+    def add_adapter(self: Model, peft_config: Any, seed: int = 0) -> Model:
+        """Put an adapter on the body; training then moves it and the head alone.
+
+        Args:
+            peft_config: peft's, a LoraConfig say.
+            seed: what the adapter's first values depend on, and nothing else.
+        """
+        if self.adapted:
+            raise ValueError("preference: add_adapter: expected a model without an adapter; got one that has one")
+        configuration = copy.copy(peft_config)
+        configuration.task_type = None  # of a body, whatever the configuration was written for
+        self.body = new_adapter(self.body, configuration, seed)
+        return self
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the body has an adapter."""
+        return hasattr(self.body, "peft_config")
 
     @property
     def tokenizer(self) -> Any:
@@ -219,8 +240,8 @@ def _body(model: Any) -> Any:
     transformers = need("transformers", "preference: a model")
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(
-            f"preference: model: expected a causal language model of transformers; got {type(model).__name__} (merge "
-            "adapters into it first: merge_and_unload)"
+            f"preference: model: expected a causal language model of transformers; got {type(model).__name__} (an "
+            "adapter is merged first, or put on afterwards: add_adapter)"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("preference: model: expected a model without adapters, whose saving would leave its own out")

@@ -3,6 +3,7 @@
 preference_model.json    kind, template, max_length, overlong
 head.safetensors
 body/                    as transformers saves it
+adapter/                 as peft saves it, where there is one; beside the body, whose weights it leaves as they are
 tokenizer/
 """
 
@@ -16,14 +17,15 @@ from typing import Any
 
 import torch
 
-from ..core.loading import check_finite, load_model, load_tokenizer
+from ..core.adapters import attach, base_weights
+from ..core.loading import check_finite, load_model, load_tokenizer, loading
 from ..core.optional import need
 from ..core.whole import whole_folder
 from .models import KINDS, ComparisonModel
 from .template import Reading
 
 DESCRIPTION = "preference_model.json"
-FORMAT = 1
+FORMAT, ADAPTED = 1, 2  # with an adapter, which a version that knows none of them must not leave out
 
 
 def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -36,10 +38,14 @@ def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwri
     check_output(folder, overwrite=overwrite)
     check_finite("save_preference_model", model)
     with whole_folder(folder, overwrite=overwrite) as work:
-        model.body.save_pretrained(work / "body")
+        _save_body(model, work)
         model.tokenizer.save_pretrained(work / "tokenizer")
         weights.save_file({"weight": model.head.weight.detach().contiguous()}, work / "head.safetensors")
-        description = {"format": FORMAT, "kind": model.KIND, **dataclasses.asdict(model.reading)}
+        description = {
+            "format": ADAPTED if model.adapted else FORMAT,
+            "kind": model.KIND,
+            **dataclasses.asdict(model.reading),
+        }
         (work / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -47,14 +53,27 @@ def load_preference_model(folder: str | Path, *, device: torch.device | str = "c
     """The model as it was saved, in evaluation mode; `options` go to transformers' `from_pretrained`."""
     weights = need("safetensors.torch", "load_preference_model")
     place = Path(folder).resolve()  # a relative one could be a name on the hub
-    kind, reading = _describe(place)
+    kind, reading, adapted = _describe(place)
     trust = options.get("trust_remote_code", False)
     tokenizer = load_tokenizer("preference", place / "tokenizer", trust_remote_code=trust)
     body = load_model("preference", place / "body", "AutoModel", **{"dtype": "auto", **options})
     model = KINDS[kind](body, tokenizer, **dataclasses.asdict(reading))
+    if adapted:
+        body = model.body
+        model.body = loading("preference", place / "adapter", lambda found: attach(body, found, trainable=True))
+        check_finite("preference", model.body, f" of the adapter in {folder}")
     model.head.load_state_dict(weights.load_file(place / "head.safetensors"))
     check_finite("preference", model.head, f" of the head in {folder}")
     return model.to(device).eval()
+
+
+def _save_body(model: ComparisonModel, work: Path) -> None:
+    if not model.adapted:
+        model.body.save_pretrained(work / "body")
+        return
+    body: Any = model.body
+    body.get_base_model().save_pretrained(work / "body", state_dict=base_weights(body))
+    body.save_pretrained(work / "adapter")
 
 
 def check_output(folder: str | Path, *, overwrite: bool) -> None:
@@ -73,22 +92,20 @@ def check_output(folder: str | Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"preference: {folder}: overwrite: expected a saved preference model; got something else")
 
 
-def _describe(place: Path) -> tuple[str, Reading]:
+def _describe(place: Path) -> tuple[str, Reading, bool]:
+    """Its kind, how it reads, and whether there is an adapter."""
     try:
         description = json.loads((place / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"preference: {place}: expected a folder with {DESCRIPTION}; got {error}") from error
-    if (
-        not isinstance(description, dict)
-        or description.pop("format", None) != FORMAT
-        or description.get("kind") not in KINDS
-    ):
+    known = isinstance(description, dict) and description.get("kind") in KINDS
+    if not known or description.get("format") not in (FORMAT, ADAPTED):
         raise ValueError(
-            f"preference: {place / DESCRIPTION}: expected format {FORMAT} and a kind of {', '.join(KINDS)}"
+            f"preference: {place / DESCRIPTION}: expected format {FORMAT} or {ADAPTED} and a kind of {', '.join(KINDS)}"
         )
-    kind = description.pop("kind")
+    kind, adapted = description.pop("kind"), description.pop("format") == ADAPTED
     try:
-        return kind, Reading(**description)
+        return kind, Reading(**description), adapted
     except TypeError as error:
         expected = ", ".join(field.name for field in dataclasses.fields(Reading))
         raise ValueError(f"preference: {place / DESCRIPTION}: expected {expected}; got {[*description]}") from error
