@@ -103,6 +103,8 @@ def test_arguments_of_the_library_are_named_as_options(capsys) -> None:
         "preference: other: expected at most 8": "error: preference: other: expected at most 8\n",
         "data: data.jsonl, line 3: expected": "error: data: data.jsonl, line 3: expected\n",
         "x: it is there (overwrite=True replaces it)": "error: x: it is there (--overwrite replaces it)\n",
+        "x: train(overwrite=True) replaces it": "error: x: --overwrite replaces it\n",
+        "x: " + "long" * 1000: "error: x: " + ("long" * 1000)[:1497] + "...\n",
     }.items():
         assert ending(ValueError(text), capsys, names)[1] == f"nlhf-kernels: {expected}"
 

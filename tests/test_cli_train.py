@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 import yaml
 
@@ -86,7 +85,7 @@ def test_a_run_leaves_a_policy_that_loads(config, tmp_path, capsys) -> None:
     assert not model.lm_head.weight.equal(tiny_model("llama").lm_head.weight)
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "policy")) == 97
     assert train(path) == 2
-    assert "error: NashTrainer: output_dir: expected a folder without checkpoints" in capsys.readouterr().err
+    assert "error: train: training.output_dir: expected a folder without checkpoints" in capsys.readouterr().err
     assert train(path, "--resume", "--set", "training.max_steps=3") == 0
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
 
@@ -136,7 +135,7 @@ def test_rlhf_and_a_reference_of_its_own(config, capsys) -> None:
         ({"judge": {"function": "likes_e"}}, "train: judge.function: expected module:name or file.py:name"),
         ({"judge": {"reward_model": "preference"}}, "train: judge.reward_model: expected another kind of model"),
         ({"judge": {"preference_model": "model"}}, "train: judge.preference_model: cannot load a model from 'model'"),
-        ({"judge": None}, "NashTrainer: judge: expected one, for nash-md; got None"),
+        ({"judge": None}, "train: judge: expected one, for nash-md; got None"),
         ({"dtype": "fp8"}, "train: dtype: expected one of float32, bfloat16, auto; got 'fp8'"),
         ({"model": "./nowhere"}, "train: model: there is no such folder: './nowhere'"),
         ({"data": {"train": "columns.jsonl"}}, "train: data.train: columns.jsonl, line 1: expected columns prompt"),
@@ -145,7 +144,7 @@ def test_rlhf_and_a_reference_of_its_own(config, capsys) -> None:
         ({"training": {"learning_rate": "fast"}}, "train: training.learning_rate: expected float; got 'fast'"),
         ({"training": {"max_steps": 1.5}}, "train: training.max_steps: expected int; got 1.5"),
         ({"training": {"bf16": "yes please"}}, "train: training.bf16: expected bool; got 'yes please'"),
-        ({"training": {"beta": 2.0}}, r"NashConfig: beta: expected a finite number in \[0.0, 1.0\]; got 2.0"),
+        ({"training": {"beta": 2.0}}, r"train: training.beta: expected a finite number in \[0.0, 1.0\]; got 2.0"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(changes, message, config, capsys) -> None:
@@ -187,15 +186,64 @@ def test_every_field_of_nash_config_can_be_written(tmp_path) -> None:
 
 
 @pytest.mark.files
-def test_the_example_is_a_run_that_could_be(monkeypatch, tmp_path) -> None:
-    run = read_run_file(ROOT / "docs" / "examples" / "nash_md.yaml", ["training.use_cpu=true"])
-    monkeypatch.chdir(tmp_path)
-    config = run.config()
-    assert config.learning_rate == 1e-6 and config.algorithm == "nash-md" and run.judge is not None
-    assert torch.float32 == getattr(torch, run.dtype)
+def test_the_example_runs(root, tmp_path, monkeypatch, capsys) -> None:
+    """As it ships, with a tiny model in place of its own; no key of it is one that does not exist."""
+    assert main(["train", "--example"]) == 0
+    path = tmp_path / "run.yaml"
+    path.write_text(capsys.readouterr().out)
+    run = read_run_file(path, ["training.use_cpu=true"])
+    assert run.config().learning_rate == 1e-6 and run.judge is not None and run.dtype == "float32"
+    changes = {
+        "model": "model", "judge.preference_model": "preference", "data.train": "prompts.jsonl",
+        "data.evaluation": "prompts.jsonl", "training.output_dir": tmp_path / "run", "training.max_steps": 1,
+        "training.max_prompt_length": 16, "training.max_new_tokens": 4, "training.bf16": "false",
+        "training.use_cpu": "true", "training.per_device_train_batch_size": 4, "training.eval_prompts": 2,
+        "training.report_to": "none",
+    }  # fmt: skip
+    words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    monkeypatch.chdir(root)
+    assert train(str(path), *words) == 0
+    assert f"Saved: {tmp_path / 'run' / 'policy'}" in capsys.readouterr().out
 
 
-@pytest.mark.files
+def test_a_page_of_aliases_is_not_written_out(tmp_path, capsys) -> None:
+    """Nine levels of nine: a billion values, each of which an error would print, or peft's repr() would."""
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    path = tmp_path / "run.yaml"
+    path.write_text("\n".join(levels) + "\nmodel: *a8\n")
+    assert train(str(path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected at most 10000 values; got" in line and "every alias written out" in line
+    path.write_text("a: &a [*a]\n")
+    assert train(str(path)) == 2
+    assert "an alias that holds itself" in capsys.readouterr().err
+    path.write_text("\n".join(levels[:4]) + "\nmodel: *a3\n")  # few enough: shown short
+    assert train(str(path)) == 2
+    assert len(capsys.readouterr().err) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: " + "[" * 5000, "expected YAML: "),
+        ("model: " + "9" * 5000, "expected YAML: "),
+        ("model: 2026-99-99", "expected YAML: "),
+        ("? [a, b]\n: c", "expected YAML: "),
+        ("model: !!python/object/apply:os.system [id]", "expected YAML: "),
+        ("model: " + "x" * 100_000 + "\nnonsense: 1", "train: nonsense: no such key"),
+        ("nonsense" * 100 + ": 1", "no such key"),
+        ("model: m\ndata: " + "x" * 100_000, "train: data: expected keys and values; got 'xxx"),
+    ],
+)
+def test_files_that_are_hardly_yaml_are_one_short_line(text, message, tmp_path, capsys) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("\ufeff" + text)
+    assert train(str(path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and len(line) < 1000
+
+
 def test_the_configuration_page_is_current(capsys) -> None:
     assert main(["train", "--keys"]) == 0
     page = capsys.readouterr().out

@@ -26,9 +26,11 @@ CODES = {
     INTERRUPTED: "Ctrl-C; one line says what is left to go on from",
     CLOSED: "the reader of the output closed it, as `| head` does",
 }
+LONGEST = 1500  # characters of an error's line
 _FULL = re.compile(r"No space left|StorageFull|Disk quota|PytorchStreamWriter failed writing", re.I)
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.I)
 _DAMAGED = {"EOFError", "UnpicklingError", "SafetensorError", "BadZipFile"}  # by name: some packages may be missing
+_PYTHON = re.compile(r"(?:\btrain\()?\b(\w+)=True\b\)?")  # how Python says what an option says here
 _SUBJECT = re.compile(r"(?P<operation>\w+(?: \w+)?): (?P<name>\w+)(?P<rest>\b.*)", re.S)
 
 
@@ -76,6 +78,7 @@ def _end(code: int, text: str) -> int:
 def describe(error: BaseException, command: str, names: Mapping[str, str], shown: bool = False) -> tuple[int, str]:
     """Exit code and line for an exception; one of an unforeseen kind has its traceback printed, unless `shown`."""
     line = first_line(error)
+    line = line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(line):
         return FAILED, f"error: {command}: the disk is full: {line}: make room there and run the same command again"
     if isinstance(error, MemoryError) and str(error):  # the engine's own, which says what to change
@@ -102,8 +105,7 @@ def with_options(message: str, command: str, names: Mapping[str, str]) -> str:
         message = f"{command}: {names[subject['name']]}{subject['rest']}"
     if message.startswith("--"):
         message = f"{command}: {message}"
-    python = re.compile(r"\b(\w+)=True\b")
-    return python.sub(lambda match: names.get(match[1], match[0]), message)
+    return _PYTHON.sub(lambda match: names.get(match[1], match[0]), message)
 
 
 def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:

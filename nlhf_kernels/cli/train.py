@@ -1,6 +1,7 @@
 """`nlhf-kernels train`: train a policy that no other policy is preferred to, as a YAML file says.
 
-The trained policy lies in `policy/` under output_dir, beside its checkpoints. docs/configuration.md lists every key.
+The trained policy lies in `policy/` under output_dir, beside its checkpoints. --example prints a file to begin with,
+--keys every key there is.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from ..train.run_file import JudgeSpec, RewardSpec, RunFile
 
 POLICY = "policy"
+EXAMPLE = Path(__file__).parent.parent / "train" / "example.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, metavar="RUN.yaml", help="the run")
+    what.add_argument("--example", action="store_true", help="print a run to begin with")
     what.add_argument("--keys", action="store_true", help="print every key a run may have, as docs/configuration.md")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="training.beta=0.25, say")
     parser.add_argument("--resume", action="store_true", help="go on from output_dir's last checkpoint, if it has one")
@@ -37,14 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.example:
+        print(EXAMPLE.read_text(encoding="utf-8"), end="")
+        return 0
     require("nlhf-kernels train", ("transformers", "accelerate", "yaml"), "train")
     if arguments.keys:
         from ..train.reference import configuration_page
 
         print(configuration_page(), end="")
         return 0
-    from ..train.run_file import read_run_file
+    from ..train.run_file import option_names, read_run_file
 
+    arguments.option_names.update(option_names())
     plan = read_run_file(arguments.config, arguments.set)
     trainer = build(plan)
     arguments.output = trainer.args.output_dir

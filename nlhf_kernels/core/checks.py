@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .text import shown
+
 Sizes = dict[str, int]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,5 +87,5 @@ def check_integer(op: str, name: str, value: object, low: int, high: int) -> int
 
 def check_option(op: str, name: str, value: object, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{op}: {name}: expected one of {', '.join(allowed)}; got {value!r}")
+        raise ValueError(f"{op}: {name}: expected one of {', '.join(allowed)}; got {shown(value)}")
     return value

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from ..core.checks import check_integer, check_number
+from ..core.text import shown
 from .models import ComparisonModel, RewardModel
-
-SHOWN = 60  # characters of each text in an error
 
 
 class Judge(Protocol):
@@ -41,7 +40,7 @@ class Batch:
     def of(cls, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Batch:
         for name, texts in (("prompts", prompts), ("first", first), ("second", second)):
             if isinstance(texts, str):
-                raise TypeError(f"judge: {name}: expected a list of texts; got one string, {_short(texts)}")
+                raise TypeError(f"judge: {name}: expected a list of texts; got one string, {shown(texts)}")
         return cls(list(prompts), list(first), list(second))
 
     def __post_init__(self) -> None:
@@ -51,7 +50,7 @@ class Batch:
 
     def show(self, index: int) -> str:
         texts = (("prompt", self.prompts), ("first", self.first), ("second", self.second))
-        return ", ".join(f"{name} {_short(column[index])}" for name, column in texts)
+        return ", ".join(f"{name} {shown(column[index])}" for name, column in texts)
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,18 @@ class CheckedJudge:
         try:
             values = torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:
-            got = f"{type(returned).__name__} {_short(returned)}"
+            got = f"{type(returned).__name__} {shown(returned)}"
             problem = f"expected {count} probabilities; got {got}: {error}"
             raise JudgeError(self.name, problem, batch, returned) from error
         if values.shape != (count,):
-            got = f"shape {tuple(values.shape)}, {_short(values.tolist())}"
+            got = f"shape {tuple(values.shape)}, {shown(values.tolist())}"
             problem = f"expected {count} probabilities, one for each pair; got {got}; the first pair: {batch.show(0)}"
             raise JudgeError(self.name, problem, batch, returned)
         bad = (~((values >= 0) & (values <= 1))).nonzero().flatten().tolist()  # NaN is neither
         if bad:
-            shown = ", ".join(f"{float(values[index])} for pair {index}" for index in bad[:5])
+            listed = ", ".join(f"{float(values[index])} for pair {index}" for index in bad[:5])
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            problem = f"expected probabilities in [0, 1]; got {shown}{more}; pair {bad[0]}: {batch.show(bad[0])}"
+            problem = f"expected probabilities in [0, 1]; got {listed}{more}; pair {bad[0]}: {batch.show(bad[0])}"
             raise JudgeError(self.name, problem, batch, returned)
         return values
 
@@ -136,7 +135,7 @@ class RewardJudge:
             if rewards.shape != (len(prompts),):
                 raise ValueError(f"expected {len(prompts)} rewards; got shape {tuple(rewards.shape)}")
             if bad := (~rewards.isfinite()).nonzero().flatten().tolist():
-                got = f"{float(rewards[bad[0]])} for number {bad[0]}, {_short(texts[bad[0]])}"
+                got = f"{float(rewards[bad[0]])} for number {bad[0]}, {shown(texts[bad[0]])}"
                 raise ValueError(f"expected finite rewards; got {got}")
             sides.append(rewards)
         return ((sides[0] - sides[1]) / self.scale).sigmoid()
@@ -187,8 +186,3 @@ def check_antisymmetry(
         )
         raise JudgeError(asked.name, problem, batch, (one, other))
     return worst
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

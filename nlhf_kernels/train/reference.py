@@ -47,8 +47,8 @@ def configuration_page() -> str:
                 "Written by `nlhf-kernels train --keys`; a test holds this file to it. Keys that do not exist are "
                 "refused with the nearest one, values of another type too.",
                 "## The run file",
-                "What `nlhf-kernels train --config run.yaml` reads. An example: [examples/nash_md.yaml]"
-                "(examples/nash_md.yaml).",
+                "What `nlhf-kernels train --config run.yaml` reads. `nlhf-kernels train --example` prints one to begin "
+                "with.",
                 _table(_rows(RunFile)),
                 f"`judge`, or every entry of it: {_first(JudgeSpec)}",
                 _table(_rows(JudgeSpec)),

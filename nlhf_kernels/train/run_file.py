@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ..core.optional import need
+from ..core.text import SHOWN, read_text, shown
 from .config import NashConfig
 
 OP = "train"
 DTYPES = ("float32", "bfloat16", "auto")
+MOST = 10_000  # values of a run file
 
 
 def _help(text: str) -> dict[str, str]:
@@ -111,15 +113,27 @@ class RunFile:
 def read_run_file(path: Path, changes: Iterable[str] = ()) -> RunFile:
     """`changes`: "training.beta=0.25", over what the file says."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{OP}: {path}: expected a text file in UTF-8; got {error}") from error
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"{OP}: {path}: {error}") from error
     content = _parse(text, str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{OP}: {path}: expected keys and values; got {type(content).__name__}")
     for change in changes:
         _change(content, change)
     return _checked(content)
+
+
+def option_names() -> dict[str, str]:
+    """Arguments of NashConfig and NashTrainer, as errors name them -> keys of the file."""
+    return {entry.name: f"training.{entry.name}" for entry in dataclasses.fields(NashConfig)} | {
+        "train_dataset": "data.train",
+        "eval_dataset": "data.evaluation",
+        "processing_class": "tokenizer",
+        "peft_config": "lora",
+        "resume_from_checkpoint": "--resume",
+        **{name: name for name in ("model", "reference_model", "eval_opponent", "judge", "reward")},
+    }
 
 
 def _checked(content: dict[str, Any]) -> RunFile:
@@ -136,7 +150,7 @@ def _checked(content: dict[str, Any]) -> RunFile:
     _check_keys("", content, RunFile)
     run = RunFile(**content)
     if run.dtype not in DTYPES:
-        raise ValueError(f"{OP}: dtype: expected one of {', '.join(DTYPES)}; got {run.dtype!r}")
+        raise ValueError(f"{OP}: dtype: expected one of {', '.join(DTYPES)}; got {shown(run.dtype)}")
     _check_keys("training", run.training, NashConfig)
     if not run.training.get("output_dir"):
         raise ValueError(f"{OP}: training: expected output_dir among its keys; got none")
@@ -147,7 +161,7 @@ def _checked(content: dict[str, Any]) -> RunFile:
 
 def _spec(place: str, kind: Any, content: Any) -> Any:
     if not isinstance(content, dict):
-        raise ValueError(f"{OP}: {place}: expected keys and values; got {content!r}")
+        raise ValueError(f"{OP}: {place}: expected keys and values; got {shown(content)}")
     _check_keys(place, content, kind)
     spec = kind(**content)
     spec.check(place)
@@ -166,8 +180,10 @@ def _check_keys(place: str, content: Mapping[Any, Any], kind: Any, typed: bool =
     dot = f"{place}." if place else ""
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, 0.5)
-            raise ValueError(f"{OP}: {dot}{key}: no such key" + (f"; the nearest is {near[0]}" if near else ""))
+            name = key if isinstance(key, str) else shown(key)
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            raise ValueError(f"{OP}: {dot}{name[:SHOWN]}: no such key{hint}")
     for name, entry in known.items():
         needed = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if needed and content.get(name) is None:
@@ -175,7 +191,7 @@ def _check_keys(place: str, content: Mapping[Any, Any], kind: Any, typed: bool =
     hints = typing.get_type_hints(kind) if typed else {}
     for name, value in content.items():
         if name in hints and not _fits(value, hints[name]):
-            raise ValueError(f"{OP}: {dot}{name}: expected {_shown(hints[name])}; got {value!r}")
+            raise ValueError(f"{OP}: {dot}{name}: expected {_shown(hints[name])}; got {shown(value)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -199,7 +215,7 @@ def _shown(hint: Any) -> str:
 def _change(content: dict[str, Any], change: str) -> None:
     keys, separator, value = change.partition("=")
     if not separator or not keys:
-        raise ValueError(f"{OP}: --set: expected key=value, as in training.beta=0.25; got {change!r}")
+        raise ValueError(f"{OP}: --set: expected key=value, as in training.beta=0.25; got {shown(change)}")
     *above, last = keys.split(".")
     place: Any = content
     for key in above:
@@ -212,10 +228,27 @@ def _change(content: dict[str, Any], change: str) -> None:
 def _parse(text: str, place: str) -> Any:
     yaml = need("yaml", "train")
     try:
-        return yaml.load(text, _loader(yaml))
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        content = yaml.load(text, _loader(yaml))
+        count = _count(content, {})
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # numbers, dates, keys that cannot be
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise ValueError(f"{OP}: {place}: expected YAML: {reason}") from error
+    if count > MOST:
+        raise ValueError(f"{OP}: {place}: expected at most {MOST} values; got {count}, every alias written out")
+    return content
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """The values in `value`, aliases written out: a page of aliases of aliases can stand for billions."""
+    if not isinstance(value, dict | list | set | tuple):
+        return 1
+    if known.get(id(value)) == 0:
+        raise ValueError("an alias that holds itself")
+    if id(value) not in known:
+        known[id(value)] = 0  # being counted
+        parts = [*value, *value.values()] if isinstance(value, dict) else list(value)
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _loader(yaml: Any) -> Any:
