@@ -1,4 +1,4 @@
-"""What is asked of transformers beyond its documented interface, with the versions it was seen in.
+"""What is asked of transformers and peft beyond its documented interface, with the versions it was seen in.
 
 Each entry has a contract test of its own in tests/test_upstream.py, which fails by its name.
 """
@@ -22,3 +22,22 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
     parameters = inspect.signature(forward).parameters
     names = [name for name in CACHES if name in parameters and "dict" not in str(parameters[name].annotation)]
     return names[0] if names else None
+
+
+def plain_lora_layers() -> tuple[type, ...]:
+    """Return peft's layers whose forward is their base layer's plus `lora_B(lora_A(x)) * scaling` (0.14 to 0.21)."""
+    from peft.tuners import lora
+
+    names = ("Linear", "Linear8bitLt", "Linear4bit")  # the last two where bitsandbytes is installed
+    return tuple(getattr(lora, name) for name in names if hasattr(lora, name))
+
+
+#: peft's kinds of adapters that act within layers, on every token by itself (0.14 to 0.21). X-LoRA, Poly, Shadow and
+#: adaption prompts do something in between layers; Lily takes a mean over all tokens of a batch.
+ADAPTERS_PER_TOKEN = {
+    "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
+    "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA",
+    "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+#: LoRA's initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and lora_ga change them.
+INITS_BESIDE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from .attention import NAME, REPLACED, attending
 from .clock import Clock
 from .heads import weights_first
 from .models import evaluating, in_turn, inspect_model, rotations, twin
+from .one_pass import why_not_one_pass, why_one_pass_differs
+from .peft_models import adapted_layers, adapter_state, check_base, is_adapted
 from .readers import CachedReader, Reader, WholeTextReader
 from .request import Player
-from .shared_weights import BaseReader, SharedReader, adapter_state, check_base, is_adapted, why_not_one_pass
+from .shared_weights import BaseReader, SharedReader
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class Ensemble:
     ) -> None:
         self.op, self.policy = op, policy
         self.notes: list[str] = []
+        self._compared: list[int] = []  # ids of the layers that were adapted when one pass was compared with two
         if isinstance(opponent, Mapping):
             opponent = twin(policy, opponent, op)
         given = {"policy": policy, "reference": reference, "opponent": opponent}
@@ -73,10 +77,17 @@ class Ensemble:
         return forwards
 
     def _may_share(self, use_cache: bool) -> bool:
-        reason = why_not_one_pass(self.policy) if use_cache else "use_cache=False reads the whole text"
+        reason = self._why_two_passes() if use_cache else "use_cache=False reads the whole text"
         if reason is not None:
             self.note(f"shared weights: the policy and its base take a forward pass each: {reason}")
         return reason is None
+
+    def _why_two_passes(self) -> str | None:
+        """The forward passes of a comparison are made anew only where other layers are adapted."""
+        reason, layers = why_not_one_pass(self.policy), [id(layer) for layer in adapted_layers(self.policy)]
+        if reason is None and layers != self._compared:
+            reason, self._compared = why_one_pass_differs(self.policy, self.facts["policy"]), layers
+        return reason
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -130,13 +141,13 @@ class Ensemble:
         }
 
     def reader(self, role: str, rows: int, length: int, clock: Clock) -> Reader:
-        if role == "reference" and self.shares_base:
-            policy = self.facts["policy"]
-            return BaseReader(self.policy, policy, rows, length, clock)
-        facts = self.facts[role]
-        if not facts.cached:
-            return WholeTextReader(facts, rows, length, clock)
-        return CachedReader(facts, rows, length, clock, self.forwards.get(role))
+        from_base = role == "reference" and self.shares_base
+        facts = replace(self.facts["policy"], role=role) if from_base else self.facts[role]
+        if facts.cached:
+            reader: Reader = CachedReader(facts, rows, length, clock, self.forwards.get(role))
+        else:
+            reader = WholeTextReader(facts, rows, length, clock)
+        return BaseReader(self.policy, reader) if from_base else reader
 
     def readers(self, rows: Mapping[str, int], length: int, clock: Clock) -> list[Reader]:
         if self.one_pass and "policy" in rows:
@@ -184,7 +195,7 @@ class Ensemble:
         if not self.shares_base:
             return
         check_base(self.policy, self.op)
-        if self.one_pass and (reason := why_not_one_pass(self.policy)) is not None:
+        if self.one_pass and (reason := self._why_two_passes()) is not None:
             raise ValueError(f"{self.op}: policy: expected adapters as when the engine was made; now {reason}")
 
     @property

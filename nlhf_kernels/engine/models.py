@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from ..core.upstream import cache_argument
 from .attention import takes_decode_attention
 from .caches import LayerShape, ProbeLayer
+from .peft_models import check_served
 
 OP = "RolloutEngine"
 ATTENDING = {
@@ -63,8 +64,7 @@ def inspect_model(role: str, model: Any, use_cache: bool, op: str = OP) -> Model
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{op}: {role}: expected a causal language model; got {type(model).__name__}")
     inner = _unwrapped(model)
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(f"{op}: {role}: expected LoRA or no adapter; got prompt learning, which lengthens prompts")
+    check_served(role, model, op)
     config: Any = getattr(inner, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{op}: {role}: expected a decoder-only model; got {type(inner).__name__}")

@@ -1,17 +1,12 @@
-"""LoRA over a base that is also the reference: one forward pass serves both, and reads the base's weights once.
+"""Adapters over a base that is also the reference: readers that serve both from one set of weights.
 
-The batch holds the policy's rows, then the reference's. Each adapted layer adds its low-rank update to the first rows
-only; the reference's rows see the base layer alone, so their log-probabilities are the base's to the last bit of that
-batch. peft's own mixed batches (`adapter_names`) do the same by index lists made anew in every layer, which costs the
-host more than the update and cannot be captured in a graph. Adapters that are more than a plain sum (DoRA, embeddings,
-saved modules) take two passes over the one model instead, adapters switched off for the reference's.
+Where one forward pass can serve both (one_pass.py), it reads the base's weights once. Elsewhere two passes go over the
+one model, adapters switched off for the reference's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,93 +15,10 @@ from ..ops import decode_window
 from .caches import StaticRowsCache
 from .clock import Clock
 from .models import ModelFacts
-from .readers import CachedReader, Span, call, check_places, prompt_positions
+from .one_pass import adapter_on_first_rows
+from .peft_models import adapted_layers, adapters_off
+from .readers import Reader, Span, call, check_places, prompt_positions
 from .request import Prompts
-
-
-def is_adapted(model: Any) -> bool:
-    """A peft model, whose base can be the reference."""
-    return callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config")
-
-
-def adapted_layers(model: torch.nn.Module) -> list[Any]:
-    """peft's layers that hold adapters: modules that say which are active, around a base layer."""
-    return [m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "active_adapters")]
-
-
-def why_not_one_pass(model: torch.nn.Module) -> str | None:
-    """Why the adapter's rows and the base's cannot go through one forward pass; None where they can."""
-    saved = [
-        name for name, m in model.named_modules() if hasattr(m, "modules_to_save") and hasattr(m, "original_module")
-    ]
-    if saved:
-        return f"{saved[0]} is a trained copy of a module (modules_to_save), not a sum with the base's"
-    for layer in adapted_layers(model):
-        if not isinstance(layer.base_layer, torch.nn.Linear) or not hasattr(layer, "lora_A"):
-            return f"{type(layer).__name__} around {type(layer.base_layer).__name__} is no plain LoRA of a linear layer"
-        if getattr(layer, "lora_variant", None) or any(getattr(layer, "use_dora", {}).values()):
-            return "a LoRA variant (DoRA or another) is more than a sum with the base's output"
-        if layer.merged:
-            return "an adapter is merged into the base's weights"
-    return None
-
-
-def check_base(model: Any, op: str) -> None:
-    if any(layer.merged for layer in adapted_layers(model)):
-        raise ValueError(f"{op}: policy: expected an adapter beside the base's weights; got one merged into them")
-    for name, config in model.peft_config.items():
-        if (bias := getattr(config, "bias", "none")) != "none":
-            raise ValueError(
-                f"{op}: policy: expected an adapter that leaves its base as it is; got bias={bias!r} in {name!r}, "
-                "which trains the base's own biases"
-            )
-
-
-def adapter_state(model: torch.nn.Module) -> tuple[Any, ...]:
-    """What a recorded step holds of the adapters, beside their weights: which act, and how strongly."""
-    layers = adapted_layers(model)
-    return tuple(
-        (layer.disable_adapters, tuple(layer.active_adapters), tuple(getattr(layer, "scaling", {}).items()))
-        for layer in layers
-    )
-
-
-@contextmanager
-def adapter_on_first_rows(layers: list[Any], rows: int) -> Iterator[None]:
-    """Plain LoRA layers act on the first `rows` of their input. Restored afterwards, whatever happens."""
-    for layer in layers:
-        layer.forward = _forward_on_first_rows(layer, rows)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own again
-
-
-def _forward_on_first_rows(layer: Any, rows: int) -> Callable[..., torch.Tensor]:
-    active = [name for name in layer.active_adapters if name in layer.lora_A] if not layer.disable_adapters else []
-
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result: torch.Tensor = layer.base_layer(x, *args, **kwargs)
-        for name in active if rows else ():
-            lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
-            update = lora_b(lora_a(x[:rows].to(lora_a.weight.dtype))) * layer.scaling[name]
-            result[:rows] = (result[:rows] + update).to(result.dtype)
-        return result
-
-    return forward
-
-
-@contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
-    """peft's own switch, with what it does to requires_grad undone."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 class SharedReader:
@@ -115,12 +27,14 @@ class SharedReader:
     names = ("policy", "reference")
 
     def __init__(self, facts: ModelFacts, rows: int, length: int, clock: Clock) -> None:
-        self.facts, self.layers = facts, adapted_layers(facts.model)
+        self.facts = facts
+        self.layers: list[Any] = []  # that are adapted
         self.cache = StaticRowsCache(facts.layers, rows, length, clock, facts.device)
         self.spans: dict[str, Span] = {}
 
     def start(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
         self._take(spans)
+        self.layers = adapted_layers(self.facts.model)
         check_places(self.facts, prompts)
         count = len(prompts.ids)
         policy, reference = (fan_out[slice(*self.spans[name])] for name in self.names)
@@ -163,7 +77,7 @@ class SharedReader:
     def _call(
         self, policy_rows: int, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor
     ) -> torch.Tensor:
-        with adapter_on_first_rows(self.layers, policy_rows):
+        with adapter_on_first_rows(self.layers, policy_rows, len(ids)):
             return call(
                 self.facts,
                 input_ids=ids,
@@ -173,17 +87,23 @@ class SharedReader:
             )
 
 
-class BaseReader(CachedReader):
-    """The base of an adapted model, where one pass cannot serve both: the model's own forward, adapters off."""
+class BaseReader:
+    """The base of an adapted model, where one pass cannot serve both: another reader of it, adapters off."""
 
-    def __init__(self, adapted: Any, facts: ModelFacts, rows: int, length: int, clock: Clock) -> None:
-        super().__init__(replace(facts, role="reference"), rows, length, clock)
-        self.adapted = adapted
+    def __init__(self, adapted: Any, reader: Reader) -> None:
+        self.adapted, self.reader = adapted, reader
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.reader.names
 
     def start(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
         with adapters_off(self.adapted):
-            return super().start(prompts, fan_out, spans)
+            return self.reader.start(prompts, fan_out, spans)
 
     def step(self, tokens: torch.Tensor, clock: Clock) -> dict[str, torch.Tensor]:
         with adapters_off(self.adapted):
-            return super().step(tokens, clock)
+            return self.reader.step(tokens, clock)
+
+    def keep(self, rows: torch.Tensor, spans: Mapping[str, Span]) -> None:
+        self.reader.keep(rows, spans)

@@ -17,7 +17,7 @@ import torch
 
 from ..core.upstream import CACHES
 from ..engine.hooks import Processor
-from ..engine.shared_weights import is_adapted
+from ..engine.peft_models import is_adapted
 from .mixture import Beta, MixtureGeneration, generate_mixture
 
 try:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..engine.models import evaluating
-from ..engine.shared_weights import adapters_off
+from ..engine.peft_models import adapters_off
 from ..ops import Head, linear_logprobs, linear_nash_pg_loss, linear_preference_loss
 from .config import NashConfig
 from .experience import Experience

@@ -13,7 +13,7 @@ import torch
 from ..core.adapters import new_adapter
 from ..core.optional import need
 from ..engine.models import evaluating, twin
-from ..engine.shared_weights import is_adapted
+from ..engine.peft_models import is_adapted
 from . import opponents
 from .config import NashConfig
 

@@ -24,9 +24,21 @@ TINY = {
     "llama_tied": _config("LlamaConfig", **_GQA, tie_word_embeddings=True),
 }
 
+_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LLAMA4 = {"num_local_experts": 4, "intermediate_size_mlp": 40, "head_dim": 8, "attn_temperature_tuning": False}
+#: (batch, tokens, width) becomes (batch * tokens, width) before some linear layers.
+FLATTENING = {
+    "opt": TINY["opt"],
+    "qwen2_moe": _config("Qwen2MoeConfig", **_GQA, **_MOE, num_experts=4, shared_expert_intermediate_size=24),
+    "llama4": _config("Llama4TextConfig", **_GQA, **_LLAMA4),
+    "jetmoe": _config(
+        "JetMoeConfig", **(_GQA | {"intermediate_size": 24}), kv_channels=8, num_local_experts=4, num_experts_per_tok=2
+    ),
+}
+
 
 def tiny(architecture: str, seed: int = 1, hidden: int = 32) -> torch.nn.Module:
-    return random_model({**ARCHITECTURES, **TINY}[architecture](hidden), seed)
+    return random_model({**ARCHITECTURES, **TINY, **FLATTENING}[architecture](hidden), seed)
 
 
 def tiny_pair(architecture: str) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -54,7 +54,7 @@ def random_model(config: transformers.PretrainedConfig, seed: int) -> torch.nn.M
 def teacher_forced(model: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (T, V), float64, of what follows each prefix: one forward pass, no padding and no cache."""
     exact = copy.deepcopy(model).double().eval()
-    if hasattr(exact.config, "num_local_experts"):
+    if any(hasattr(exact.config, name) for name in ("num_local_experts", "num_experts")):
         exact.set_experts_implementation("eager")  # the grouped matrix product knows no float64
     logits = exact(torch.cat([prompt, tokens])[None], use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1].log_softmax(-1)

@@ -11,7 +11,7 @@ import torch
 
 from ...core.loading import load_model
 from ...engine import RolloutSettings
-from ...engine.shared_weights import is_adapted
+from ...engine.peft_models import is_adapted
 from ...preference import Judge
 from ...train import NashConfig, NashTrainer, Reward
 from .config import NashMDConfig
