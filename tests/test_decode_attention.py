@@ -334,7 +334,7 @@ LONG = torch.ones(2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"query": [[0.0]]}, TypeError, "query: expected a tensor of shape"),
+        ({"query": [[0.0]]}, TypeError, "query: expected a tensor; got list"),
         ({"query": torch.zeros(2, 4, 8, dtype=torch.float64)}, TypeError, "query: expected dtype float32 or bfloat16"),
         ({"query": torch.zeros(2, 3, 8)}, ValueError, "query: expected a multiple of 2 heads; got 3"),
         ({"query": torch.zeros(2, 0, 8)}, ValueError, "query: expected a multiple of 2 heads; got 0"),

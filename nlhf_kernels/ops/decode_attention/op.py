@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core import torch_op
-from ...core.checks import FLOATS, INTEGERS, Sizes, check_integer, check_not_empty, check_number, check_tensor
+from ...core.checks import (
+    FLOATS,
+    INTEGERS,
+    Sizes,
+    check_integer,
+    check_is_tensor,
+    check_not_empty,
+    check_number,
+    check_tensor,
+)
 from ...core.registry import Backend, Op, register
 
 _HERE = "nlhf_kernels.ops.decode_attention"
@@ -49,13 +58,70 @@ OP = register(
 )
 
 
-def _run(*arguments: Any) -> torch.Tensor:
-    *call, backend = arguments
-    result: torch.Tensor = OP.resolve(backend, _describe(*call)).run(*call)
+def _check(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor | None,
+    ends: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> None:
+    op = OP.name
+    sizes: Sizes = {}
+    check_tensor(op, "query", query, ("rows", "heads", "dim"), FLOATS, sizes)
+    device, same = query.device, (query.dtype,)
+    check_tensor(op, "keys", keys, ("rows", "kv_heads", "positions", "dim"), same, sizes, device)
+    check_tensor(op, "values", values, ("rows", "kv_heads", "positions", "value_dim"), same, sizes, device)
+    check_not_empty(op, "keys", sizes, "kv_heads", "positions", "dim")
+    if sizes["heads"] % sizes["kv_heads"] or not sizes["heads"]:
+        raise ValueError(f"{op}: query: expected a multiple of {sizes['kv_heads']} heads; got {sizes['heads']}")
+    for name, cache in (("keys", keys), ("values", values)):
+        strides = cache.stride()
+        if strides[3] != 1 and cache.shape[3] > 1:
+            raise ValueError(
+                f"{op}: {name}: expected a last dimension of stride 1, a cache is not copied; got strides {strides}"
+            )
+    check_tensor(op, "ends", ends, ("rows",), INTEGERS, sizes, device)
+    if starts is not None:
+        check_tensor(op, "starts", starts, ("rows",), INTEGERS, sizes, device)
+    if sinks is not None:
+        check_tensor(op, "sinks", sinks, ("heads",), FLOATS, sizes, device)
+    check_integer(op, "window", window, 1, _NO_WINDOW)
+
+
+def _run(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor | None,
+    ends: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    _check(query, keys, values, starts, ends, scale, window, softcap, sinks)
+    result: torch.Tensor = OP.resolve(backend, _describe(query, keys, values)).run(
+        query.contiguous(),
+        keys,
+        values,
+        None if starts is None else starts.contiguous(),
+        ends.contiguous(),
+        scale,
+        window,
+        softcap,
+        None if sinks is None else sinks.contiguous(),
+    )
     return result
 
 
-def _fake(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: Any) -> torch.Tensor:
+def _fake(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *call, _ = rest
+    _check(query, keys, values, *call)
     return query.new_empty((query.shape[0], query.shape[1], values.shape[3]))
 
 
@@ -93,34 +159,17 @@ def decode_attention(
     starts and ends are read by the kernels only: a captured graph advances as they change. Not differentiable;
     gradients are not recorded.
     """
-    op = "decode_attention"
-    sizes: Sizes = {}
-    check_tensor(op, "query", query, ("rows", "heads", "dim"), FLOATS, sizes)
-    device, same = query.device, (query.dtype,)
-    check_tensor(op, "keys", keys, ("rows", "kv_heads", "positions", "dim"), same, sizes, device)
-    check_tensor(op, "values", values, ("rows", "kv_heads", "positions", "value_dim"), same, sizes, device)
-    check_not_empty(op, "keys", sizes, "kv_heads", "positions", "dim")
-    if sizes["heads"] % sizes["kv_heads"] or not sizes["heads"]:
-        raise ValueError(f"{op}: query: expected a multiple of {sizes['kv_heads']} heads; got {sizes['heads']}")
-    for name, cache in (("keys", keys), ("values", values)):
-        if cache.stride(3) != 1 and cache.shape[3] > 1:
-            raise ValueError(
-                f"{op}: {name}: expected a last dimension of stride 1, a cache is not copied; got strides "
-                f"{cache.stride()}"
-            )
-    check_tensor(op, "ends", ends, ("rows",), INTEGERS, sizes, device)
-    if starts is not None:
-        check_tensor(op, "starts", starts, ("rows",), INTEGERS, sizes, device)
-        starts = starts.contiguous()
-    if sinks is not None:
-        check_tensor(op, "sinks", sinks, ("heads",), FLOATS, sizes, device)
-        sinks = _plain(sinks).contiguous()
-    scale = sizes["dim"] ** -0.5 if scale is None else check_number(op, "scale", scale)
+    op = OP.name
+    tensors = {"query": query, "keys": keys, "values": values, "ends": ends, "starts": starts, "sinks": sinks}
+    for name, value in tensors.items():
+        if value is not None or name not in ("starts", "sinks"):
+            check_is_tensor(op, name, value)
+    scale = max(query.shape[-1:], default=1) ** -0.5 if scale is None else check_number(op, "scale", scale)
     window = _NO_WINDOW if window is None else check_integer(op, "window", window, 1, _NO_WINDOW)
     softcap = 0.0 if softcap is None else check_number(op, "softcap", softcap, 0.0, open_low=True)
     result: torch.Tensor = _operator(
-        _plain(query).contiguous(), _plain(keys), _plain(values), starts, ends.contiguous(), scale, window, softcap,
-        sinks, backend or "",
+        _plain(query), _plain(keys), _plain(values), starts, ends, scale, window, softcap,
+        None if sinks is None else _plain(sinks), backend or "",
     )  # fmt: skip
     return result
 

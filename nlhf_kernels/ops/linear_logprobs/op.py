@@ -10,7 +10,18 @@ from ...core import torch_op
 from ...core.checks import INTEGERS, Sizes, check_integer, check_not_empty, check_number, check_tensor
 from ...core.registry import built_on
 from ..logprobs.layout import Output, Settings, Want, real_dtype
-from ..logprobs.op import DTYPES, Logprobs, LogprobsProblem, as_logprobs, beta_tensor, check_constant, check_targets
+from ..logprobs.op import (
+    DTYPES,
+    Logprobs,
+    LogprobsProblem,
+    as_logprobs,
+    beta_tensor,
+    check_beta,
+    check_constant,
+    check_saved,
+    check_targets,
+    check_wanted,
+)
 from ..logprobs.op import OP as LOGPROBS
 from .chunks import CHUNK_BYTES, Chunked, Gradients, Kept, Needs, Side
 from .head import Head, check_head
@@ -34,6 +45,7 @@ def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
 def chunked(inputs: tuple[Any, ...], op: Any = OP) -> Chunked:
     """The tensors and settings of an operator call, cast to the dtype of the products, with the backend chosen."""
     *tensors, targets, beta, numbers, wanted, chunk_bytes, compute, backend = inputs
+    _check_operands(op.name, tensors, targets, beta, wanted, chunk_bytes, compute)
     check_targets(op.name, targets, tensors[1].shape[0])
     policy, reference = Side(*tensors[:3]), None
     if tensors[3] is not None:
@@ -47,7 +59,37 @@ def chunked(inputs: tuple[Any, ...], op: Any = OP) -> Chunked:
     chosen = op.resolve(backend, LogprobsProblem(targets.device, (compute,)))
     beta = kept.pick(beta) if beta is not None and beta.ndim else beta
     settings = Settings.of(numbers, wanted)
-    return Chunked(policy, reference, kept.pick(targets), beta, settings, chosen, chunk_bytes, kept)
+    return Chunked(policy, reference, kept.pick(targets).contiguous(), beta, settings, chosen, chunk_bytes, kept)
+
+
+def _check_operands(
+    op: str,
+    tensors: list[Any],
+    targets: torch.Tensor,
+    beta: torch.Tensor | None,
+    wanted: int,
+    chunk_bytes: int,
+    compute: torch.dtype,
+) -> None:
+    hidden, weight, bias, *reference = tensors
+    sizes: Sizes = {}
+    device = hidden.device
+    check_tensor(op, "hidden", hidden, ("tokens", "hidden"), DTYPES, sizes)
+    check_tensor(op, "weight", weight, ("vocabulary", "hidden"), DTYPES, sizes, device)
+    if bias is not None:
+        check_tensor(op, "bias", bias, ("vocabulary",), DTYPES, sizes, device)
+    if reference[0] is not None:
+        check_tensor(op, "reference_hidden", reference[0], ("tokens", "reference_hidden"), DTYPES, sizes, device)
+        check_tensor(op, "reference_weight", reference[1], ("vocabulary", "reference_hidden"), DTYPES, sizes, device)
+        if reference[2] is not None:
+            check_tensor(op, "reference_bias", reference[2], ("vocabulary",), DTYPES, sizes, device)
+    check_not_empty(op, "weight", sizes, "vocabulary", "hidden")
+    check_tensor(op, "targets", targets, ("tokens",), INTEGERS, sizes, device)
+    if compute not in DTYPES:
+        raise TypeError(f"{op}: compute: expected one of {DTYPES}; got {compute}")
+    check_beta(op, beta, sizes["tokens"], real_dtype(compute), device)
+    check_wanted(op, wanted, reference[0] is not None, beta is not None)
+    check_integer(op, "chunk_bytes", chunk_bytes, 1, 2**62)
 
 
 def _run(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,12 +115,14 @@ def _run_backward(
     """The logits are computed again: they were not kept."""
     with torch.autocast(values.device.type, enabled=False):
         call = chunked(inputs)
+        saved = {"values": values, "normalizers": normalizers, "upstream": upstream}
+        check_saved(OP.name, saved, call.kept.total, real_dtype(inputs[-2]), call.targets.device)
         gradients = Gradients(call.policy, Needs(*needs))
         buffer = call.buffer()
-        of_rows = [call.kept.pick(part) for part in (values, normalizers, upstream)]
+        of_rows = [call.kept.pick(part) for part in saved.values()]
         for rows in call.chunks():
-            saved = (part[:, rows] for part in of_rows)
-            gradients.add(rows, call.logits_gradient(rows, call.logits(rows, buffer), *saved))
+            of_chunk = (part[:, rows] for part in of_rows)
+            gradients.add(rows, call.logits_gradient(rows, call.logits(rows, buffer), *of_chunk))
         return gradients.tensors(call.kept)
 
 

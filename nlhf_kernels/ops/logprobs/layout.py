@@ -63,6 +63,8 @@ class Settings(NamedTuple):
 
     @staticmethod
     def of(numbers: list[float], wanted: int) -> Settings:
+        if len(numbers) != 5:
+            raise ValueError(f"logprobs: numbers: expected temperature, scale and softcap twice; got {len(numbers)}")
         temperature, *rest = numbers
         return Settings(temperature, Transform(*rest[:2]), Transform(*rest[2:]), wanted)
 

@@ -27,7 +27,7 @@ def _arguments(
     values: torch.Tensor,
     normalizers: torch.Tensor,
 ) -> tuple[Any, ...]:
-    """The positional arguments of logprobs_binding.h. `targets` are contiguous: what is made here would not live."""
+    """The positional arguments of logprobs_binding.h."""
     return (
         _model(policy, settings.policy),
         _model(reference, settings.reference),
@@ -49,7 +49,6 @@ def logprobs_cpu(
     beta: torch.Tensor | None,
     settings: Settings,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    targets = targets.contiguous()
     values = torch.empty((len(Output), policy.shape[0]), dtype=torch.float32, device="cpu")
     normalizers = torch.empty((len(Normalizer), policy.shape[0]), dtype=torch.float32, device="cpu")
     arguments = _arguments(policy, reference, targets, beta, settings, values, normalizers)
@@ -68,7 +67,6 @@ def logprobs_backward_cpu(
     settings: Settings,
     out: torch.Tensor,
 ) -> None:
-    targets = targets.contiguous()
     arguments = _arguments(policy, reference, targets, beta, settings, values, normalizers)
     into = (upstream.data_ptr(), out.data_ptr(), out.stride(0))
     capabilities.native("_cpu").logprobs_backward(*arguments, *into, torch.get_num_threads())

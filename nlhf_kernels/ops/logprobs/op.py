@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core import torch_op
-from ...core.checks import FLOATS, INTEGERS, Sizes, check_not_empty, check_number, check_tensor
+from ...core.checks import FLOATS, INTEGERS, Sizes, check_memory, check_not_empty, check_number, check_tensor
 from ...core.registry import Backend, Op, register
-from .layout import IGNORED, Output, Settings, Want, real_dtype
+from .layout import IGNORED, Normalizer, Output, Settings, Want, real_dtype
 
 _HERE = "nlhf_kernels.ops.logprobs"
 DTYPES = (*FLOATS, torch.float64)
@@ -64,12 +64,50 @@ OP = register(
 
 def _run(policy: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     reference, targets, beta, numbers, wanted, backend = arguments
+    _check_operands(policy, reference, targets, beta, wanted)
     check_targets(OP.name, targets, policy.shape[1])
     chosen = OP.resolve(backend, _describe(policy, targets, reference))
     result: tuple[torch.Tensor, torch.Tensor] = chosen.run(
-        policy, reference, targets, beta, Settings.of(numbers, wanted)
+        policy, reference, targets.contiguous(), beta, Settings.of(numbers, wanted)
     )
     return result
+
+
+def _check_operands(
+    policy: torch.Tensor,
+    reference: torch.Tensor | None,
+    targets: torch.Tensor,
+    beta: torch.Tensor | None,
+    wanted: int,
+) -> None:
+    shape, device = policy.shape, policy.device
+    if len(shape) != 2 or not shape[1]:
+        raise ValueError(f"{OP.name}: policy: expected (N, V), at least one token; got {tuple(shape)}")
+    check_memory(OP.name, "policy", policy, shape, DTYPES, device, "rows")
+    if reference is not None:
+        check_memory(OP.name, "reference", reference, shape, DTYPES, device, "rows")
+    check_memory(OP.name, "targets", targets, (shape[0],), INTEGERS, device, "any")
+    check_beta(OP.name, beta, shape[0], real_dtype(policy.dtype), device)
+    check_wanted(OP.name, wanted, reference is not None, beta is not None)
+
+
+def check_beta(op: str, beta: torch.Tensor | None, count: int, dtype: torch.dtype, device: torch.device) -> None:
+    if beta is not None:
+        check_memory(op, "beta", beta, (count,) if beta.ndim else (), (dtype,), device)
+
+
+def check_wanted(op: str, wanted: int, with_reference: bool, with_beta: bool) -> None:
+    if wanted & (Want.KL | Want.MIXTURE) and not with_reference:
+        raise ValueError(f"{op}: wanted: KL and mixture need the reference; got {wanted} without")
+    if wanted & Want.MIXTURE and not with_beta:
+        raise ValueError(f"{op}: wanted: the mixture needs beta; got {wanted} without")
+
+
+def check_saved(op: str, saved: dict[str, torch.Tensor], count: int, dtype: torch.dtype, device: torch.device) -> None:
+    """What backward gets beside the forward's inputs."""
+    for name, tensor in saved.items():
+        outputs = len(Normalizer) if name == "normalizers" else len(Output)
+        check_memory(op, name, tensor, (outputs, count), (dtype,), device, "any")
 
 
 def _fake(policy: torch.Tensor, reference: Any, targets: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,9 +127,13 @@ def _run_backward_in_place(policy: torch.Tensor, *arguments: Any) -> None:
 
 def _gradient_into(out: torch.Tensor, policy: torch.Tensor, *arguments: Any) -> None:
     reference, targets, beta, values, normalizers, upstream, numbers, wanted, backend = arguments
+    _check_operands(policy, reference, targets, beta, wanted)
+    saved = {"values": values, "normalizers": normalizers, "upstream": upstream}
+    check_saved(OP.name, saved, policy.shape[0], real_dtype(policy.dtype), policy.device)
     chosen = OP.resolve(backend, _describe(policy, targets, reference))
     settings = Settings.of(numbers, wanted)
-    chosen.run_backward(policy, reference, targets, beta, values, normalizers, upstream.contiguous(), settings, out)
+    parts = (part.contiguous() for part in saved.values())
+    chosen.run_backward(policy, reference, targets.contiguous(), beta, *parts, settings, out)
 
 
 def _fake_backward(policy: torch.Tensor, *_: Any) -> torch.Tensor:

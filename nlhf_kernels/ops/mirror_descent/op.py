@@ -7,11 +7,20 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core import torch_op
-from ...core.checks import REALS, Sizes, check_not_empty, check_number, check_option, check_tensor
+from ...core.checks import (
+    REALS,
+    Sizes,
+    check_is_tensor,
+    check_not_empty,
+    check_number,
+    check_option,
+    check_tensor,
+)
 from ...core.registry import Backend, Op, register
 
 _HERE = "nlhf_kernels.ops.mirror_descent"
 OPPONENTS = ("mixture", "policy")
+_GIVEN = "given"  # the opponent that is a tensor, in the operator's words
 
 
 class MirrorDescentProblem(NamedTuple):
@@ -53,14 +62,43 @@ OP = register(
 )
 
 
+def _check(
+    log_policy: torch.Tensor,
+    preference: torch.Tensor,
+    log_reference: torch.Tensor,
+    tau: torch.Tensor,
+    step_sizes: torch.Tensor,
+    opponent: str,
+    log_opponent: torch.Tensor | None,
+) -> None:
+    op = OP.name
+    sizes: Sizes = {}
+    check_tensor(op, "log_policy", log_policy, ("games", "actions"), REALS, sizes)
+    device, same = log_policy.device, (log_policy.dtype,)
+    check_tensor(op, "preference", preference, ("games", "actions", "actions"), same, sizes, device)
+    check_tensor(op, "log_reference", log_reference, ("games", "actions"), same, sizes, device)
+    check_tensor(op, "step_sizes", step_sizes, ("iterations",), same, sizes, device)
+    check_not_empty(op, "log_policy", sizes, "actions")
+    check_tensor(op, "tau", tau, ("games",) if tau.ndim else (), same, sizes, device)
+    check_option(op, "opponent", opponent, (*OPPONENTS, _GIVEN))
+    if (log_opponent is not None) is not (opponent == _GIVEN):
+        raise ValueError(f"{op}: log_opponent: expected with the opponent {_GIVEN!r} and not without; got {opponent!r}")
+    if log_opponent is not None:
+        check_tensor(op, "opponent", log_opponent, ("games", "actions"), same, sizes, device)
+
+
 def _run(*arguments: Any) -> torch.Tensor:
-    *problem, backend = arguments
-    result: torch.Tensor = OP.resolve(backend, _describe(*problem)).run(*problem)
+    *call, backend = arguments
+    _check(*call)
+    run = OP.resolve(backend, _describe(*call)).run
+    result: torch.Tensor = run(*(x.contiguous() if isinstance(x, torch.Tensor) else x for x in call))
     return result
 
 
-def _fake(log_policy: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(log_policy)
+def _fake(log_policy: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    *call, _ = arguments
+    _check(log_policy, *call)
+    return torch.empty_like(log_policy, memory_format=torch.contiguous_format)
 
 
 _operator = torch_op.define(
@@ -92,25 +130,17 @@ def mirror_descent(
     policy itself (online mirror descent), a tensor against the policies it holds, the same in every step. Not
     differentiable; gradients are not recorded.
     """
-    op = "mirror_descent"
-    sizes: Sizes = {}
-    check_tensor(op, "log_policy", log_policy, ("games", "actions"), REALS, sizes)
-    same = (log_policy.dtype,)
-    device = log_policy.device
-    check_tensor(op, "preference", preference, ("games", "actions", "actions"), same, sizes, device)
-    check_tensor(op, "log_reference", log_reference, ("games", "actions"), same, sizes, device)
-    check_tensor(op, "step_sizes", step_sizes, ("iterations",), same, sizes, device)
-    check_not_empty(op, "log_policy", sizes, "actions")
+    op = OP.name
+    tensors = {"log_policy": log_policy, "preference": preference, "log_reference": log_reference}
+    for name, value in {**tensors, "step_sizes": step_sizes}.items():
+        check_is_tensor(op, name, value)
+    if not isinstance(tau, torch.Tensor):
+        tau = torch.full((), check_number(op, "tau", tau, 0.0), dtype=log_policy.dtype, device=log_policy.device)
+    log_opponent = None
     if isinstance(opponent, torch.Tensor):
-        log_opponent = check_tensor(op, "opponent", opponent, ("games", "actions"), same, sizes, device)
-        log_opponent, opponent = log_opponent.detach().contiguous(), "given"
+        log_opponent, opponent = opponent.detach(), _GIVEN
     else:
-        log_opponent, opponent = None, check_option(op, "opponent", opponent, OPPONENTS)
-    if isinstance(tau, torch.Tensor):
-        check_tensor(op, "tau", tau, ("games",) if tau.ndim else (), same, sizes, device)
-    else:
-        tau = torch.full((), check_number(op, "tau", tau, 0.0), dtype=log_policy.dtype, device=device)
-    inputs = (log_policy, preference, log_reference, tau, step_sizes)
-    plain = (tensor.detach().contiguous() for tensor in inputs)
+        check_option(op, "opponent", opponent, OPPONENTS)
+    plain = (tensor.detach() for tensor in (*tensors.values(), tau, step_sizes))
     result: torch.Tensor = _operator(*plain, opponent, log_opponent, backend or "")
     return result

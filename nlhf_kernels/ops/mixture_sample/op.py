@@ -8,7 +8,18 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core import torch_op
-from ...core.checks import FLOATS, INTEGERS, Sizes, check_integer, check_not_empty, check_number, check_tensor
+from ...core.checks import (
+    FLOATS,
+    INTEGERS,
+    Sizes,
+    check_counter,
+    check_integer,
+    check_is_tensor,
+    check_memory,
+    check_not_empty,
+    check_number,
+    check_tensor,
+)
 from ...core.registry import Backend, Op, register
 from .settings import MixtureSettings, Number, mixture_settings
 
@@ -79,7 +90,42 @@ OP = register(
 
 def _run(logits: Sequence[torch.Tensor], settings: torch.Tensor, filtered: bool, *arguments: Any) -> Any:
     *rest, backend = arguments
+    _check_operands(logits, settings, *rest)
     return OP.resolve(backend, _describe_call(logits, filtered)).run(logits, settings, filtered, *rest)
+
+
+def _check_operands(
+    logits: Sequence[torch.Tensor],
+    settings: torch.Tensor,
+    bias: torch.Tensor | None,
+    uniforms: torch.Tensor | None,
+    seed: torch.Tensor,
+    row_ids: torch.Tensor,
+    step: torch.Tensor,
+    stream: int,
+    wanted: int,
+) -> None:
+    if not 1 <= len(logits) <= MAX_MODELS:
+        raise ValueError(f"{OP.name}: logits: expected 1 to {MAX_MODELS} models; got {len(logits)}")
+    shape, device = logits[0].shape, logits[0].device
+    if len(shape) != 2 or not shape[1]:
+        raise ValueError(f"{OP.name}: logits: expected (rows, vocabulary), at least one token; got {tuple(shape)}")
+    rows, vocabulary = shape
+    for model in logits:
+        check_memory(OP.name, "logits", model, shape, FLOATS, device, "rows")
+    sets = rows if settings.ndim and settings.shape[0] == rows else 1
+    check_memory(OP.name, "settings", settings, (sets, 4 + len(logits)), (torch.float32,), device)
+    if bias is not None:
+        expected = shape if bias.ndim == 2 else (vocabulary,)
+        check_memory(OP.name, "bias", bias, expected, (torch.float32,), device, "rows")
+    if uniforms is not None:
+        check_memory(OP.name, "uniforms", uniforms, (rows,), (torch.float64,), device)
+    else:
+        check_memory(OP.name, "row_ids", row_ids, (rows,), INTEGERS, device)
+        check_memory(OP.name, "seed", seed, (rows,) if seed.ndim else (), INTEGERS, device)
+        check_memory(OP.name, "step", step, (rows,) if step.ndim else (), INTEGERS, device)
+    check_integer(OP.name, "stream", stream, 0, 255)
+    check_integer(OP.name, "wanted", wanted, 0, (2 << len(logits)) - 1)
 
 
 def _fake(logits: Sequence[torch.Tensor], *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -242,13 +288,20 @@ def _sample(
         shape = ("rows", "vocabulary") if isinstance(bias, torch.Tensor) and bias.ndim == 2 else ("vocabulary",)
         check_tensor(op, "bias", bias, shape, (torch.float32,), sizes, first.device)
         bias = _rows_contiguous(bias)
-    packed, filtered = settings
-    if packed.shape[1] != 4 + len(logits) or packed.shape[0] not in (1, sizes["rows"]):
-        expected = f"({sizes['rows']} or 1 rows, 4 + {len(logits)} columns)"
-        raise ValueError(f"{op}: settings: expected packed for {expected}; got {tuple(packed.shape)}")
+    packed = _packed(op, settings, sizes["rows"], len(logits), first.device)
     draw = _draw(op, uniforms, counter, sizes, first.device)
     check_integer(op, "stream", stream, 0, 255)
-    return _operator(logits, packed, filtered, bias, *draw, stream, wanted, backend or "")
+    return _operator(logits, packed, settings.filtered, bias, *draw, stream, wanted, backend or "")
+
+
+def _packed(op: str, settings: MixtureSettings, rows: int, models: int, device: torch.device) -> torch.Tensor:
+    if not isinstance(settings, MixtureSettings):
+        raise TypeError(f"{op}: settings: expected MixtureSettings; got {type(settings).__name__}")
+    packed = check_tensor(op, "settings.packed", settings.packed, ("sets", "columns"), (torch.float32,), {}, device)
+    if packed.shape[1] != 4 + models or packed.shape[0] not in (1, rows):
+        expected = f"({rows} or 1 rows, 4 + {models} columns)"
+        raise ValueError(f"{op}: settings: expected packed for {expected}; got {tuple(packed.shape)}")
+    return packed.contiguous()
 
 
 def _draw(
@@ -266,19 +319,22 @@ def _draw(
         return uniforms.contiguous(), unused, unused, unused
     if seed is None or row_ids is None or step is None:
         raise ValueError(f"{op}: seed, row_ids, step: expected all three, or uniforms; got one that is None")
-    check_tensor(op, "row_ids", row_ids, ("rows",), INTEGERS, sizes, device)
-    tensors = []
-    for name, value in (("seed", seed), ("step", step)):
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = torch.full((), value, dtype=torch.int64, device=device)
-        shape = ("rows",) if isinstance(value, torch.Tensor) and value.ndim else ()
-        tensors.append(check_tensor(op, name, value, shape, INTEGERS, sizes, device).contiguous())
-    return None, tensors[0], row_ids.contiguous(), tensors[1]
+    seed, step = _as_tensor(op, "seed", seed, device), _as_tensor(op, "step", step, device)
+    check_is_tensor(op, "row_ids", row_ids)
+    check_counter(op, seed, row_ids, step, sizes, device)
+    return None, seed.contiguous(), row_ids.contiguous(), step.contiguous()
+
+
+def _as_tensor(op: str, name: str, value: Integer, device: torch.device) -> torch.Tensor:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return torch.full((), value, dtype=torch.int64, device=device)
+    check_is_tensor(op, name, value)
+    return value  # type: ignore[return-value]
 
 
 def _columns(op: str, model: torch.Tensor, vocab_size: int | None) -> torch.Tensor:
     """The columns that count, as rows of contiguous elements; the rows may lie further apart."""
-    model = model.detach()
+    model = model.detach() if model.requires_grad else model
     if vocab_size is not None:
         check_integer(op, "vocab_size", vocab_size, 1, model.shape[1])
         model = model[:, :vocab_size]
@@ -286,4 +342,4 @@ def _columns(op: str, model: torch.Tensor, vocab_size: int | None) -> torch.Tens
 
 
 def _rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix if matrix.shape[-1] <= 1 or matrix.stride(-1) == 1 else matrix.contiguous()
+    return matrix if matrix.stride()[-1] == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()

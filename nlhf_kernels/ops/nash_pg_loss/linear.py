@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from ...core import torch_op
-from ...core.checks import Sizes
+from ...core.checks import INTEGERS, Sizes, check_option, check_tensor
 from ..linear_logprobs.chunks import Chunked, Gradients, Needs
 from ..linear_logprobs.head import Head
 from ..linear_logprobs.op import INPUTS, check_linear, chunked, fake_gradients
 from ..linear_logprobs.products import scaled
 from ..logprobs.layout import IGNORED, Output, Settings, Want, real_dtype
+from ..logprobs.op import DTYPES
 from .op import OP, NashPGLoss, Scalar, as_result, check_terms
 from .sequences import Sequences, check_offset_values, layout_symbols
-from .weights import surrogate, token_weights
+from .weights import KL_MODES, surrogate, token_weights
 
 _OP = "linear_nash_pg_loss"
 #: Gradients of logits are made without the normalizer and, in float16, with this factor: p * weight / sequences would
@@ -55,7 +56,7 @@ def _run(
 ) -> tuple[torch.Tensor, ...]:
     with torch.autocast(advantage.device.type, enabled=False):
         call = chunked(inputs, OP)
-        check_offset_values(_OP, offsets.tolist(), call.kept.total)
+        _check_operands(advantage, offsets, reference_logprobs, mode, call)
         offsets = call.kept.offsets(offsets)
         boundaries = offsets.tolist()
         offsets = offsets.to(call.targets.device)
@@ -84,6 +85,20 @@ def _run(
         total = surrogate(mode, tau, weights, values[Output.POLICY], values[Output.KL])
         spread = call.kept.spread
         return total, spread(values), spread(weights), *gradients.tensors(call.kept)
+
+
+def _check_operands(
+    advantage: torch.Tensor, offsets: torch.Tensor, reference_logprobs: torch.Tensor | None, mode: str, call: Chunked
+) -> None:
+    """Those that linear_logprobs has not checked."""
+    check_option(_OP, "mode", mode, KL_MODES)
+    device = call.targets.device
+    check_tensor(_OP, "offsets", offsets, ("sequences + 1",), INTEGERS, {}, torch.device("cpu"))
+    check_offset_values(_OP, offsets.tolist(), call.kept.total)
+    check_tensor(_OP, "advantage", advantage, ("sequences",), DTYPES, {"sequences": offsets.numel() - 1}, device)
+    if reference_logprobs is not None:
+        sizes = {"tokens": call.kept.total}
+        check_tensor(_OP, "reference_logprobs", reference_logprobs, ("tokens",), DTYPES, sizes, device)
 
 
 def _score(

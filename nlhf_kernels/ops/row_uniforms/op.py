@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ...core import torch_op
-from ...core.checks import INTEGERS, Sizes, check_integer, check_tensor
+from ...core.checks import check_counter, check_integer, check_is_tensor
 from ...core.registry import Backend, Op, register
 
 _HERE = "nlhf_kernels.ops.row_uniforms"
@@ -36,13 +36,21 @@ OP = register(
 )
 
 
+def _check(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> None:
+    check_counter(OP.name, seed, row_ids, step, {}, row_ids.device)
+    check_integer(OP.name, "stream", stream, 0, 255)
+
+
 def _run(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int, backend: str) -> torch.Tensor:
-    result: torch.Tensor = OP.resolve(backend, RowUniformsProblem(row_ids.device)).run(seed, row_ids, step, stream)
+    _check(seed, row_ids, step, stream)
+    run = OP.resolve(backend, RowUniformsProblem(row_ids.device)).run
+    result: torch.Tensor = run(seed.contiguous(), row_ids.contiguous(), step.contiguous(), stream)
     return result
 
 
-def _fake(seed: torch.Tensor, row_ids: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(row_ids, dtype=torch.float64)
+def _fake(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int, backend: str) -> torch.Tensor:
+    _check(seed, row_ids, step, stream)
+    return row_ids.new_empty(row_ids.shape, dtype=torch.float64)
 
 
 _operator = torch_op.define(
@@ -64,11 +72,9 @@ def row_uniforms(
     step the low 32 bits count. stream tells independent draws for one row apart: 0 the policy's response, 1 the
     opponent's (`core.rng.Stream`), 128 to 255 are yours.
     """
-    sizes: Sizes = {}
-    check_tensor("row_uniforms", "row_ids", row_ids, ("rows",), INTEGERS, sizes)
-    for name, value in (("seed", seed), ("step", step)):
-        shape = ("rows",) if isinstance(value, torch.Tensor) and value.ndim else ()
-        check_tensor("row_uniforms", name, value, shape, INTEGERS, sizes, row_ids.device)
-    check_integer("row_uniforms", "stream", stream, 0, 255)
-    result: torch.Tensor = _operator(seed.contiguous(), row_ids.contiguous(), step.contiguous(), stream, backend or "")
+    for name, value in (("seed", seed), ("row_ids", row_ids), ("step", step)):
+        check_is_tensor(OP.name, name, value)
+    if not isinstance(stream, int):
+        check_integer(OP.name, "stream", stream, 0, 255)
+    result: torch.Tensor = _operator(seed, row_ids, step, stream, backend or "")
     return result

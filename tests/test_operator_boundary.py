@@ -1,0 +1,226 @@
+"""`torch.ops.nlhf_kernels.*` called directly: what a kernel would read wrongly is refused, by name, before it is read.
+
+Kernels read memory by address. So every operator call that the examples make is made again with one argument at a time
+changed, and must be refused or give what the oracle gives.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import nlhf_kernels
+from nlhf_kernels.core import settings
+from nlhf_kernels.core.registry import BackendUnavailable
+from tests.support.backends import DEVICE, device_of, every_rival
+from tests.test_operators import ROOMS, WITH_OPERATORS, recorded_operator_calls
+
+OPERATOR = torch.ops.nlhf_kernels
+
+
+def rearranged_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By what was changed: the same shape, laid out in memory in another way."""
+    if not tensor.ndim:
+        return {}
+    return {
+        "expanded": tensor[:1].expand(tensor.shape),
+        "every second of its storage": torch.stack([tensor, tensor], -1)[..., 0],
+        "transposed": tensor.transpose(0, -1).contiguous().transpose(0, -1),
+    }
+
+
+def changed_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Those, and what should be refused: other types and sizes."""
+    wrong = rearranged_tensors(tensor)
+    wrong |= {f"as {dtype}": tensor.to(dtype) for dtype in (torch.float16, torch.float64, torch.int32, torch.bool)}
+    wrong["without dimensions"] = tensor.reshape(-1)[:1].reshape(())
+    wrong["with another dimension"] = tensor[None]
+    for dim in range(tensor.ndim):
+        wrong[f"dimension {dim} empty"] = tensor.narrow(dim, 0, 0)
+        wrong[f"dimension {dim} one shorter"] = tensor.narrow(dim, 0, max(tensor.shape[dim] - 1, 0))
+    return wrong
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """With its strides, on storage of its own: some operators write into what they are given."""
+    storage = tensor.untyped_storage().clone()
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def outcome(function: Any, arguments: list[Any]) -> Any:
+    """What the operator gives, or what it wrote into its first argument; None: it refused."""
+    arguments = [copied(value) if isinstance(value, torch.Tensor) else value for value in arguments]
+    try:
+        result = function(*arguments)
+    except (ValueError, TypeError) as error:
+        if str(error).partition(":")[0] not in nlhf_kernels.__all__:
+            raise  # it does not say which op
+        return None
+    return arguments[0] if result is None else result
+
+
+def assert_refused_or_right(function: Any, call: list[Any], backend: str, what: str) -> None:
+    try:
+        got = outcome(function, [*call, backend])
+    except BackendUnavailable:
+        return
+    expected = outcome(function, [*call, "reference"])
+    assert (expected is None) == (got is None), what
+    if got is not None:
+        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-2, atol=1e-2, msg=what)
+
+
+def examples(op: str, device: torch.device) -> list[tuple[str, Any, Any]]:
+    """(public function, args, kwargs)."""
+    own = [(op, *make(device)) for make in importlib.import_module(f"tests.test_{op}").EXAMPLES]
+    return [*own, ("linear_nash_pg_loss", *_linear_nash(device))] if op == "nash_pg_loss" else own
+
+
+def _linear_nash(device: torch.device) -> tuple[Any, Any]:
+    """Packed sequences; the reference's log-probabilities are given."""
+    hidden = torch.randn(5, 4, device=device, requires_grad=True)
+    weight = torch.randn(7, 4, device=device, requires_grad=True)
+    arguments = hidden, weight, torch.tensor([1, 6, -100, 0, 3], device=device), torch.tensor([0.2, 0.9], device=device)
+    given = -torch.rand(5, device=device)
+    return arguments, {"tau": 0.1, "reference_logprobs": given, "cu_seqlens": torch.tensor([0, 3, 5])}
+
+
+@every_rival
+@pytest.mark.parametrize("op", WITH_OPERATORS)
+def test_a_changed_operand_is_refused_or_read_right(op, backend) -> None:
+    reasons: list[str] = []
+    few = backend == "triton" and settings.triton_interpret  # slow; and refusals are the operator's, whatever runs
+    changes = rearranged_tensors if few else changed_tensors
+    for public, args, kwargs in examples(op, device_of(backend))[: 1 if few else None]:
+        reasons = nlhf_kernels.explain(op, *args, **kwargs).reasons[backend]
+        calls = [] if reasons else recorded_operator_calls(public, args, kwargs)
+        for function, (*operands, _) in calls:
+            for index, operand in enumerate(operands):
+                if function is OPERATOR.scaled_gradient.default:
+                    continue  # PyTorch's own operations alone
+                models = operand if isinstance(operand, list) else [operand]
+                for place, part in enumerate(models):
+                    for what, changed in (changes(part) if isinstance(part, torch.Tensor) else {}).items():
+                        new = [*models[:place], changed, *models[place + 1 :]] if models is operand else changed
+                        call = [*operands[:index], new, *operands[index + 1 :]]
+                        assert_refused_or_right(function, call, backend, f"{function}: argument {index} {what}")
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+ROWS, VOCABULARY = 3, 50
+
+
+def sampler_call(**changes: Any) -> list[Any]:
+    logits = torch.randn(ROWS, VOCABULARY)
+    call = {
+        "logits": [logits, logits + 1],
+        "settings": torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.7, 0.3]]),
+        "filtered": False,
+        "bias": None,
+        "uniforms": torch.full((ROWS,), 0.5, dtype=torch.float64),
+        "seed": torch.tensor(1),
+        "row_ids": torch.arange(ROWS),
+        "step": torch.tensor(2),
+        "stream": 0,
+        "wanted": 7,
+        "backend": "",
+    }
+    return list({**call, **changes}.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": []}, "logits: expected 1 to 4 models; got 0"),
+        ({"logits": [torch.randn(ROWS, VOCABULARY)] * 64, "settings": torch.ones(1, 68)}, "1 to 4 models; got 64"),
+        ({"logits": [torch.randn(ROWS, 0)] * 2}, "logits: expected .rows, vocabulary., at least one token"),
+        (
+            {"settings": torch.ones(1, 6, dtype=torch.float16)},
+            r"settings: expected float32 \(1, 6\) on cpu; got float16",
+        ),
+        ({"settings": torch.ones(1, 6).expand(ROWS, 6)}, "settings: expected neighbouring elements"),
+        ({"settings": torch.ones(ROWS, 8)[:, :6]}, "settings: expected neighbouring elements"),
+        ({"uniforms": None, "row_ids": torch.empty(0, dtype=torch.int64)}, "row_ids: expected int64 .3,. on cpu; got"),
+        ({"uniforms": None, "stream": 256}, "stream: expected an integer in .0, 255.; got 256"),
+        ({"wanted": 8}, "wanted: expected an integer in .0, 7.; got 8"),
+    ],
+)
+def test_the_sampler_refuses(changes, message) -> None:
+    with pytest.raises(ValueError, match=f"mixture_sample: .*{message}"):
+        OPERATOR.mixture_sample(*sampler_call(**changes))
+
+
+def test_settings_of_ones_own_are_read_right_or_refused() -> None:
+    logits = torch.randn(2, ROWS, VOCABULARY)
+    options = {"seed": 1, "row_ids": torch.arange(ROWS), "step": 2}
+    packed = nlhf_kernels.mixture_settings([0.7, 0.3], device=logits.device, top_k=3).packed
+    expected = nlhf_kernels.mixture_sample(*logits, 0.3, **options, top_k=3)
+    wider = torch.cat([packed.expand(ROWS, 6), torch.full((ROWS, 2), torch.nan)], 1)
+    for own in (packed.expand(ROWS, 6), wider[:, :6], packed.double().float()):
+        tokens = nlhf_kernels.mixture_sample(
+            *logits, settings=nlhf_kernels.MixtureSettings(own, True), **options
+        ).tokens
+        assert torch.equal(tokens, expected.tokens)
+    for own, error in ((packed.half(), TypeError), (packed[0], ValueError), (packed[:, :5], ValueError)):
+        with pytest.raises(error, match="mixture_sample: settings"):
+            nlhf_kernels.mixture_sample(*logits, settings=nlhf_kernels.MixtureSettings(own, True), **options)
+    with pytest.raises(TypeError, match="mixture_sample: settings: expected MixtureSettings; got Tensor"):
+        nlhf_kernels.mixture_sample(*logits, settings=packed, **options)
+
+
+def test_decode_attention_refuses_ends_of_no_row_and_a_window_of_nothing() -> None:
+    query, cache, ends = torch.randn(2, 4, 8), torch.randn(2, 2, 5, 8), torch.tensor([5, 2])
+    call = lambda ends, window: OPERATOR.decode_attention(query, cache, cache, None, ends, 1.0, window, 0.0, None, "")  # noqa: E731
+    assert call(ends, 1).shape == query.shape
+    with pytest.raises(ValueError, match=r"decode_attention: ends: expected shape \(rows\) with rows=2; got \(0,\)"):
+        call(ends[:0], 1)
+    with pytest.raises(ValueError, match=r"decode_attention: window: expected an integer in"):
+        call(ends, -(2**63))
+
+
+def test_mirror_descent_refuses_an_opponent_that_is_not_there() -> None:
+    game = torch.zeros(1, 3), torch.full((1, 3, 3), 0.5), torch.zeros(1, 3), torch.tensor(0.1), torch.tensor([0.1])
+    with pytest.raises(ValueError, match="mirror_descent: log_opponent: expected with the opponent 'given'"):
+        OPERATOR.mirror_descent(*game, "given", None, "")
+
+
+def test_logprobs_refuses_what_needs_a_reference_or_numbers_that_are_not_there() -> None:
+    policy, targets, numbers = torch.randn(2, 5), torch.tensor([1, 2]), [1.0, 1.0, 0.0, 1.0, 0.0]
+    for wanted, reference in ((2, None), (4, None), (4, policy)):
+        with pytest.raises(ValueError, match=r"logprobs: wanted: .* need"):
+            OPERATOR.logprobs(policy, reference, targets, None, numbers, wanted, "")
+    with pytest.raises(ValueError, match="logprobs: numbers: expected"):
+        OPERATOR.logprobs(policy, None, targets, None, numbers[:3], 0, "")
+
+
+@pytest.fixture
+def default_dtype(request: pytest.FixtureRequest):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("op", ROOMS)
+@pytest.mark.parametrize("default_dtype", [torch.float64, torch.float16, torch.bfloat16], indirect=True)
+def test_the_default_dtype_changes_nothing(op, backend, default_dtype) -> None:
+    torch.set_default_dtype(torch.float32)
+    for public, args, kwargs in examples(op, DEVICE):
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad]
+        results = []
+        for dtype in (torch.float32, default_dtype):
+            torch.set_default_dtype(dtype)
+            with nlhf_kernels.use_backend(backend):
+                outputs = tree_leaves(getattr(nlhf_kernels, public)(*args, **kwargs))
+            sums = [out.double().sum() for out in outputs if isinstance(out, torch.Tensor) and out.requires_grad]
+            gradients = torch.autograd.grad(sum(sums), leaves) if sums else ()
+            results.append([*outputs, *gradients])
+        for one, other in zip(*results, strict=True):
+            if isinstance(one, torch.Tensor):
+                assert one.dtype == other.dtype
+                torch.testing.assert_close(other, one, equal_nan=True, rtol=1e-6, atol=1e-6)
