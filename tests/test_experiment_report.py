@@ -176,6 +176,18 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert message in errors[-1] and errors[-1].startswith("nlhf-kernels: error: ")
 
 
+@pytest.mark.parametrize("prompts", [3, 40])
+def test_one_prompt_to_test_on_is_said_before_any_training(prompts, tmp_path, capsys) -> None:
+    """A tenth of 3 prompts, and 40 pairs of 2 prompts: intervals need two."""
+    rows = [{"prompt": f"say {n % min(prompts, 3)}", "chosen": f"{n} it is", "rejected": "no"} for n in range(prompts)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["demo", "--preset", "tiny", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "pairs.jsonl")]
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert "expected 2 different prompts to test on, as intervals are over prompts; got 1 beside 2 to train on" in shown
+    assert "supervised policy" not in shown and not (tmp_path / "out" / "sft").exists()
+
+
 def test_a_foreign_folder_and_missing_packages_are_refused(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["demo", "--preset", "tiny", "--out", str(tmp_path)]) == 2

@@ -49,6 +49,16 @@ def test_duplicates_under_another_name_count_once(tmp_path) -> None:
     assert len(train) + len(test) == 160
 
 
+def test_one_docstring_to_test_on_is_too_few(tmp_path) -> None:
+    """Said when they are collected, not by the tournament."""
+    packages = fake_packages(tmp_path, modules=80, functions=1)
+    train, test = collect(FEW, [packages])
+    shares = sorted(share(f"test {item.module}") for item in train + test)
+    one = Collection(FEW.wanted, shares[0] + 1e-9, FEW.text_characters)
+    with pytest.raises(ValueError, match=r"2 of them to test on; got .* \(1 to test on\): install .* scikit-learn"):
+        collect(one, [packages])
+
+
 def test_too_few_docstrings_say_what_to_install(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"expected 60 .* got 0 from 0 modules .*pip install transformers.*--data"):
         collect(FEW, [tmp_path])

@@ -60,10 +60,17 @@ def make_corpus(work: Path, preset: Preset, material: Material, report: Reporter
         train, test = ([Example(pair.prompt, pair.chosen) for pair in rows] for rows in (pairs, test_pairs))
         write_rows(work / "pairs-train.jsonl", [pair._asdict() for pair in pairs])
         write_rows(work / "pairs-test.jsonl", [pair._asdict() for pair in test_pairs])
+    test = _distinct(test)
+    if len(test) < 2:  # said here, before hours of training
+        raise ValueError(
+            "experiment: --data: expected 2 different prompts to test on, as intervals are over prompts; got "
+            f"{len(test)} beside {len(_distinct(train))} to train on (more pairs, or a larger share of them: --set "
+            "test_fraction=0.5)"
+        )
     if tokenizer is None:
         tokenizer = train_tokenizer([text for row in train for text in row], preset.vocabulary)
     write_rows(work / "train.jsonl", [row._asdict() for row in train])
-    write_rows(work / "test.jsonl", [row._asdict() for row in _distinct(test)])
+    write_rows(work / "test.jsonl", [row._asdict() for row in test])
     tokenizer.save_pretrained(work / "tokenizer")
 
 

@@ -52,7 +52,7 @@ def collect(
     folders: Sequence[Path] | None = None,  # None: the standard library and all that is installed
     on_found: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[Docstring], list[Docstring]]:
-    """(train, test): distinct texts and distinct summaries, `settings.wanted` together, or an error."""
+    """(train, test): distinct texts and distinct summaries, `settings.wanted` together, two to test on; or an error."""
     modules = _modules(installed_folders() if folders is None else folders)
     seen: set[str] = set()
     found: list[Docstring] = []
@@ -68,12 +68,12 @@ def collect(
     found = found[: settings.wanted]
     test = [item for item in found if share(f"test {item.module}") < settings.test_fraction]
     train = [item for item in found if share(f"test {item.module}") >= settings.test_fraction]
-    if len(found) < settings.wanted or not test or not train:
+    if len(found) < settings.wanted or len(test) < 2 or not train:
         raise ValueError(
             f"docstrings: expected {settings.wanted} with a first line and a body in the Python packages installed "
-            f"here; got {len(found)} from {len(modules)} modules ({len(test)} to test on): install packages with "
-            "documented sources (pip install transformers scipy scikit-learn), ask for fewer, or give pairs of your "
-            "own (--data)"
+            f"here, 2 of them to test on; got {len(found)} from {len(modules)} modules ({len(test)} to test on): "
+            "install packages with documented sources (pip install transformers scipy scikit-learn), ask for fewer "
+            "(--set examples=...), or give pairs of your own (--data)"
         )
     return train, test
 
