@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
+from nlhf_kernels.core.terminal import new_console
 from nlhf_kernels.train import samples
-from nlhf_kernels.train.callbacks import Progress, speed_line
+from nlhf_kernels.train.callbacks import Progress, log_lines, speed_line
 from nlhf_kernels.train.meters import PHASES
 from tests.support.tiny_models import tiny_model
 from tests.support.training import LetterGame, counted, history, likes_e, make_trainer, single_thread  # noqa: F401
@@ -109,14 +109,26 @@ def test_the_log_says_where_time_goes(tmp_path) -> None:
         assert all(share >= 0 for share in shares) and 0.3 < sum(shares) <= 1.0
         assert entry["tokens_per_second"] > 0 and entry["skipped_updates"] == 0
     line = speed_line({"tokens_per_second": 1234.5, **{f"time/{name}": 0.25 for name in PHASES}})
-    assert line == "1234 tokens/s, rollout 25%, judge 25%, loss 25%, optimizer 25%"
+    assert line == "1234 tokens/s, 25% rollout"
 
 
-def test_the_bar_shows_the_speed(tmp_path, capsys) -> None:
+def test_logs_fit_the_terminal() -> None:
+    logs = {"loss": -1234.5678, "time/optimizer": 0.123456789, "step": 3, "note": "x" * 90} | {
+        f"metric_{n}": n / 7 for n in range(20)
+    }
+    lines = log_lines(logs, 80).splitlines()
+    assert lines[0] == "  loss -1235  time/optimizer 0.1235  step 3" and lines[1] == "  note " + "x" * 90
+    assert all(len(line) <= 80 for line in lines[2:]) and " ".join(lines).split()[-2:] == ["metric_19", "2.714"]
+
+
+def test_the_bar_shows_the_speed(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     trainer = make_trainer(tmp_path, max_steps=2, disable_tqdm=False)
     assert any(isinstance(callback, Progress) for callback in trainer.callback_handler.callbacks)
     trainer.train()
-    assert "tokens/s, rollout" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "tokens/s, " in shown and "% rollout]" in shown and "  update 2  loss " in shown
+    assert max(len(line) for part in shown.splitlines() for line in part.split("\r")) <= 80
 
 
 def test_reporting_gets_the_numbers(tmp_path) -> None:
@@ -141,7 +153,7 @@ def test_samples_are_shown_and_cannot_drive_the_terminal(tmp_path, capsys) -> No
     assert "update 1" in shown and "P(y > y')" in shown and shown.count("say") + shown.count("tell me") == 2
     (made,) = trainer.made
     made.answers[0][0] = "\x1b[31mred" + "x" * 400
-    console = Console(record=True, width=100)
+    console = new_console(record=True, width=100)
     samples.show(samples.samples_of(made, 1), 7, console)
     text = console.export_text()
     assert "\x1b" not in text and "..." in text and "update 7" in text

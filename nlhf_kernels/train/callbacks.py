@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
-
-from .meters import PHASES
 
 
 class Updates(TrainerCallback):
@@ -26,14 +26,29 @@ class Updates(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """transformers' bar, with the speed and where the time goes beside it."""
+    """transformers' bar, with the speed beside it; what is logged comes in lines as wide as the terminal."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **options: Any) -> None:
-        super().on_log(args, state, control, logs=logs, **options)  # type: ignore[no-untyped-call]
-        if self.training_bar is not None and logs and "tokens_per_second" in logs:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.training_bar is None or not logs:  # not training, or not the first process
+            return
+        shown = {name: value for name, value in logs.items() if name != "total_flos"}
+        width = shutil.get_terminal_size().columns
+        self.training_bar.write(log_lines({"update": state.global_step, **shown}, width), file=sys.stderr)
+        if "tokens_per_second" in logs:
             self.training_bar.set_postfix_str(speed_line(logs))
 
 
+def log_lines(logs: dict[str, Any], width: int) -> str:
+    """Names and numbers side by side, a pair never cut in two."""
+    lines = [""]
+    for name, value in logs.items():
+        pair = f"  {name} {f'{value:.4g}' if isinstance(value, float) else value}"
+        if lines[-1] and len(lines[-1]) + len(pair) > width:
+            lines.append("")
+        lines[-1] += pair
+    return "\n".join(lines)
+
+
 def speed_line(logs: dict[str, float]) -> str:
-    shares = (f"{name} {100 * logs[f'time/{name}']:.0f}%" for name in PHASES)
-    return f"{logs['tokens_per_second']:.0f} tokens/s, " + ", ".join(shares)
+    """Short, to fit 80 columns with the bar: the log has the shares of all phases."""
+    return f"{logs['tokens_per_second']:.0f} tokens/s, {100 * logs['time/rollout']:.0f}% rollout"

@@ -37,7 +37,7 @@ def show(samples: Samples, step: int, console: Any = None) -> None:
     """One under the other, as texts want the width of the terminal: two lines of a prompt, four of an answer."""
     console = new_console(stderr=True) if console is None else console
     label = max(map(len, samples.columns))
-    console.print(f"update {step}")
+    console.print(f"samples of update {step}")
     for row in samples.rows:
         grid = Table.grid(padding=(0, 1))
         for name, cell in zip(samples.columns, row, strict=True):
