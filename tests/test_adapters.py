@@ -142,8 +142,9 @@ def test_what_cannot_be_merged(root, adapter, tmp_path, capsys) -> None:
     ):
         assert main(["merge", *arguments, "--output", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
-    assert main(["merge", str(adapter), "--output", str(root / "base")]) == 2
-    assert "merge: --output: " in capsys.readouterr().err
+    for more in ([], ["--overwrite"]):
+        assert main(["merge", str(adapter), "--output", str(root / "base"), *more]) == 2
+        assert "merge: --output: " in capsys.readouterr().err
     tied = tiny_model("gpt2")
     with pytest.raises(ValueError, match=r"expected an adapter on weights that no other layer shares; got one on .*wt"):
         merged(peft.get_peft_model(tied, lora(target_modules=["wte"])))

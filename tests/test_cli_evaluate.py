@@ -69,7 +69,7 @@ def test_saved_policies_are_compared(saved, tmp_path, capsys) -> None:
         (
             ("--output", "nowhere/x.json"),
             ("one", "two"),
-            "evaluate: --output: expected a file in a folder that is there",
+            "expected a file in a folder that is there",
         ),
         (("--reference", "./nowhere"), ("one", "two"), "evaluate: --reference: there is no such folder"),
     ],

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_an_output_that_exists_is_refused_and_replaced_on_request(root, tmp_path
     assert not isinstance(load_preference_model(tmp_path / "out"), RewardModel)
     (tmp_path / "mine").mkdir()
     code, _, err = run(capsys, *training(root, tmp_path / "mine", "--steps", 1, "--overwrite"))
-    assert code == 2 and "expected a saved preference model; got something else" in err
+    assert code == 2 and "expected a preference model that this library wrote; got something else" in err
 
 
 @pytest.mark.parametrize("moment", ["training", "saving"])
@@ -180,8 +181,10 @@ def test_an_interrupt_leaves_nothing(root, tmp_path, capsys, monkeypatch, moment
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    place = ("training", "_backward") if moment == "training" else ("storage", "json.dumps")
-    monkeypatch.setattr(f"nlhf_kernels.preference.{place[0]}.{place[1]}", interrupt)
+    place, instead = {
+        "training": ("training._backward", interrupt), "saving": ("storage.json", SimpleNamespace(dumps=interrupt))
+    }[moment]  # fmt: skip
+    monkeypatch.setattr(f"nlhf_kernels.preference.{place}", instead)
     code, out, err = run(capsys, *training(root, tmp_path / "out", "--steps", 2))
     assert code == 130 and not out and "interrupted: nothing was written" in err
     assert list(tmp_path.iterdir()) == []
@@ -230,7 +233,7 @@ def test_bad_training_input_is_one_line(root, tmp_path, capsys, message) -> None
         (["--model", "@base", "--file", "@compare.jsonl"], "expected a folder with preference_model.json"),
         (["--model", "@nothing", "--file", "@compare.jsonl"], "--model: there is no such folder"),
         (["--model", "@broken", "--file", "@compare.jsonl"], "--model: cannot load a model from"),
-        (["--file", "@compare.jsonl", "--output", "@no/where"], "--output: expected a file in a folder that is there"),
+        (["--file", "@compare.jsonl", "--output", "@no/where"], "expected a file in a folder that is there"),
         (["--file", "@compare.jsonl", "--batch-size", "0"], "--batch-size: expected an integer"),
         (["--prompt", " ", "--first", "b", "--second", "c"], "prompt: expected some text"),
     ],

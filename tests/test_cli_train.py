@@ -85,7 +85,7 @@ def test_a_run_leaves_a_policy_that_loads(config, tmp_path, capsys) -> None:
     assert not model.lm_head.weight.equal(tiny_model("llama").lm_head.weight)
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "policy")) == 97
     assert train(path) == 2
-    assert "error: train: training.output_dir: expected a folder without checkpoints" in capsys.readouterr().err
+    assert "training.output_dir: expected a folder without an earlier run; got" in capsys.readouterr().err
     assert train(path, "--resume", "--set", "training.max_steps=3") == 0
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
 

@@ -57,7 +57,7 @@ def test_every_stage_leaves_its_part(done) -> None:
         marks(folder)
     )
     assert len([name for name in marks(folder) if name.startswith("runs/")]) == 2 * len(TINY.contestants)
-    assert not list(folder.rglob("*.unfinished")) and not list(folder.rglob("trainer"))
+    assert not list(folder.rglob("*.nlhf-*")) and not list(folder.rglob("trainer"))
     assert results["tournament"]["names"] == ["sft", *TINY.contestants]
     assert set(results["seconds"]) == set(marks(folder))
 
@@ -122,11 +122,11 @@ def test_an_interrupted_stage_is_absent_and_the_next_start_goes_on(done, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             experiment(copy, packages).run()
     assert not (copy / "runs" / "nash-md-1-seed1").exists()
-    (copy / "runs" / ".nash-md-1-seed1.killed.unfinished").mkdir()  # what kill -9 leaves
+    (copy / "runs" / ".nash-md-1-seed1.abcd1234.nlhf-unfinished").mkdir()  # what kill -9 leaves
     with one_thread():
         again = experiment(copy, packages).run()
     assert {name: mark for name, mark in marks(copy).items() if name in kept} == kept, "finished stages stay"
-    assert not list(copy.rglob("*.unfinished"))
+    assert not list(copy.rglob("*.nlhf-*"))
     assert again["tournament"] == json.loads(json.dumps(results["tournament"])), "a run made again is the same run"
 
 
@@ -153,6 +153,36 @@ def test_folders_of_others_are_refused_and_restart_clears_only_its_own(done, tmp
     made.workspace.stage("corpus", lambda work: None)
     with pytest.raises(ValueError, match=r"experiment.json: expected JSON; got .* \(--restart starts over\)"):
         experiment(own, packages, changed)
+
+
+def test_what_has_a_stages_name_but_is_none_stays_and_damage_is_named(done, tmp_path) -> None:
+    folder, packages, _ = done
+    copy = tmp_path / "out"
+    shutil.copytree(folder, copy)
+    for name in ("cycles", "runs/rlhf-seed0"):
+        (copy / name / "stage.json").rename(copy / "kept.json")
+        (copy / name / "nlhf_manifest.json").rename(copy / "manifest.json")
+        for restart in (False, True):
+            with pytest.raises(
+                FileExistsError, match=f"expected a stage of the experiment under the name .*{name}; got"
+            ):
+                experiment(copy, packages, restart=restart)
+        (copy / "kept.json").rename(copy / name / "stage.json")
+        (copy / "manifest.json").rename(copy / name / "nlhf_manifest.json")
+    (copy / "report" / "thoughts.txt").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"report: overwrite: expected only what this library wrote; got thoughts"
+    ):
+        experiment(copy, packages)
+    (copy / "report" / "thoughts.txt").unlink()
+    weights = copy / "sft" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 4
+    weights.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"sft/model/model.safetensors: expected the CRC-32 .*; without .*sft and the st"
+    ):
+        experiment(copy, packages)
 
 
 def test_a_stage_is_made_once(tmp_path) -> None:

@@ -86,6 +86,11 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch) -> Non
     (tmp_path / "run").write_bytes(before[: len(before) // 2])
     with pytest.raises(ValueError, match="checkpoint: expected a file that it wrote; got .*run"):
         train(tmp_path / "run")
+    turned = bytearray(before)
+    turned[-3] ^= 1
+    (tmp_path / "run").write_bytes(turned)
+    with pytest.raises(ValueError, match="run: expected the CRC-32 of what was written; got another: the file is dam"):
+        train(tmp_path / "run")
     for place in (tmp_path, tmp_path / "no" / "where"):
         with pytest.raises(ValueError, match="checkpoint: expected a file in a folder that is there"):
             train(place)

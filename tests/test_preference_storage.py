@@ -8,14 +8,13 @@ import shutil
 import pytest
 import torch
 
-from nlhf_kernels.core import whole
+from nlhf_kernels.core import atomic, manifest
 from nlhf_kernels.preference import (
     PairwisePreferenceModel,
     RewardModel,
     load_preference_model,
     save_preference_model,
 )
-from nlhf_kernels.preference.storage import check_output
 from tests.support.preference import TEMPLATES, comparison_model, shorter_wins
 from tests.support.tiny_models import ARCHITECTURES, one_thread, tiny_model, tiny_tokenizer
 
@@ -71,13 +70,15 @@ def test_nothing_is_overwritten_unasked(tmp_path) -> None:
     save_preference_model(second, tmp_path / "model", overwrite=True)
     assert isinstance(load_preference_model(tmp_path / "model"), RewardModel)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="expected a folder that can be made; .*file cannot be written to"):
-        check_output(tmp_path / "file" / "model", overwrite=False)
+    with pytest.raises(OSError, match="expected a folder that can be made; .*file cannot be written to"):
+        save_preference_model(first, tmp_path / "file" / "model")
     (tmp_path / "file").unlink()
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all of it")
-    with pytest.raises(FileExistsError, match="expected a saved preference model; got something else"):
+    with pytest.raises(
+        FileExistsError, match="expected a preference model that this library wrote; got something else"
+    ):
         save_preference_model(second, precious, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "precious"]
 
@@ -95,7 +96,7 @@ def test_a_save_that_fails_leaves_what_was_there(failing, error, tmp_path, monke
 
     with monkeypatch.context() as patched:
         if failing == "rename":
-            patched.setattr(whole, "_put", fail)
+            patched.setattr(atomic, "_exchange", fail)
         else:
             patched.setattr(getattr(model, failing), "save_pretrained", fail)
         for folder in ("model", "other"):
@@ -103,47 +104,6 @@ def test_a_save_that_fails_leaves_what_was_there(failing, error, tmp_path, monke
                 save_preference_model(model, tmp_path / folder, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing half-written is left"
     assert torch.equal(load_preference_model(tmp_path / "model").probabilities(*COLUMNS), before)
-
-
-def test_the_old_folder_comes_back_when_the_exchange_fails(tmp_path, monkeypatch) -> None:
-    place = tmp_path / "place"
-    with whole.whole_folder(place) as work:
-        (work / "file").write_text("old")
-    rename = type(place).rename
-
-    def refuse_the_new(self, target):
-        if self.suffix == ".unfinished":
-            raise OSError("no")
-        return rename(self, target)
-
-    monkeypatch.setattr(type(place), "rename", refuse_the_new)
-    with pytest.raises(OSError, match="no"), whole.whole_folder(place, overwrite=True) as work:
-        (work / "file").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["place"] and (place / "file").read_text() == "old"
-
-
-def test_whole_files_and_folders(tmp_path) -> None:
-    with whole.whole_folder(tmp_path / "a" / "b") as work:
-        (work / "file").write_text("x")
-        assert not (tmp_path / "a" / "b").exists()
-    (tmp_path / "plain").mkdir()
-    assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    with pytest.raises(FileExistsError, match="expected a place where nothing is yet"), whole.whole_folder(tmp_path):
-        pass
-    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
-    with whole.whole_folder(tmp_path / "link", overwrite=True) as work:
-        (work / "file").write_text("y")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "a" / "b" / "file").read_text() == "y"
-    (tmp_path / "link").unlink()
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
-    whole.write_whole(tmp_path / "text", "one")
-    whole.write_whole(tmp_path / "text", "two")
-    with pytest.raises(TypeError):
-        whole.write_whole(tmp_path / "text", 3)  # type: ignore[arg-type]
-    (tmp_path / "touched").touch()
-    assert (tmp_path / "text").read_text() == "two"
-    assert (tmp_path / "text").stat().st_mode == (tmp_path / "touched").stat().st_mode
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "plain", "text", "touched"]
 
 
 def test_what_is_not_a_whole_model_is_refused(tmp_path) -> None:
@@ -168,6 +128,7 @@ def test_what_is_not_a_whole_model_is_refused(tmp_path) -> None:
     import safetensors.torch
 
     folder = broken("fewer weights")
+    (folder / manifest.NAME).unlink()  # or it would be found damaged
     weights = safetensors.torch.load_file(folder / "body" / "model.safetensors")
     del weights["layers.1.mlp.up_proj.weight"]
     safetensors.torch.save_file(weights, folder / "body" / "model.safetensors", {"format": "pt"})

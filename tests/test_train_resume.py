@@ -1,5 +1,5 @@
 """A run that was stopped goes on as if it had not been: after kill -9, after a failing judge, within an epoch; and a
-checkpoint is there whole or not at all."""
+checkpoint is complete or absent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_after_kill_9_the_losses_are_those_of_an_uninterrupted_run(tmp_path) -> 
     killed = train_run.start(tmp_path / "killed", die_while_saving=True, **options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert list((tmp_path / "killed" / ".unfinished").iterdir()), "what was being written lies apart"
+    assert list((tmp_path / "killed").glob(".checkpoint.*.nlhf-unfinished")), "what was being written lies apart"
     whole = make_trainer(tmp_path / "whole", **options)
     whole.train()
     resumed = make_trainer(tmp_path / "killed", **options)
@@ -39,7 +39,7 @@ def test_after_kill_9_the_losses_are_those_of_an_uninterrupted_run(tmp_path) -> 
     assert same(history(whole, *LOGGED), history(resumed, *LOGGED))
     for name, value in whole.model.named_parameters():
         torch.testing.assert_close(dict(resumed.model.named_parameters())[name], value, rtol=1e-6, atol=1e-7)
-    assert not (tmp_path / "killed" / ".unfinished").exists()
+    assert not list((tmp_path / "killed").glob("*.nlhf-*")), "no leftovers, no lock"
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ def test_what_is_no_whole_checkpoint_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="expected a checkpoint in .*; got none"):
         make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-2").mkdir()
-    with pytest.raises(ValueError, match="expected a whole checkpoint that this trainer wrote; got .*checkpoint-2"):
+    with pytest.raises(ValueError, match="checkpoint-2: expected a checkpoint that this trainer wrote; it has no nlhf"):
         make_trainer(tmp_path, **RUN).train(resume_from_checkpoint=True)
     make_trainer(tmp_path / "light", **{**RUN, "max_steps": 2}, save_only_model=True).train()
-    with pytest.raises(ValueError, match=r"checkpoint-2 has no optimizer.pt, scheduler.pt"):
+    with pytest.raises(ValueError, match=r"expected all that training needs; it has no optimizer.pt, scheduler.pt"):
         make_trainer(tmp_path / "light", **RUN).train(resume_from_checkpoint=True)
 
 

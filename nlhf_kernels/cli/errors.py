@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from ..core.atomic import WriteError
 from ..core.loading import first_line
 
 DONE, FAILED, REFUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
@@ -78,6 +79,8 @@ def _end(code: int, text: str) -> int:
 def describe(error: BaseException, command: str, names: Mapping[str, str], shown: bool = False) -> tuple[int, str]:
     """Exit code and line for an exception; one of an unforeseen kind has its traceback printed, unless `shown`."""
     line = first_line(error)
+    if isinstance(error, WriteError):
+        return FAILED, f"error: {command}: {line}"
     line = line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(line):
         return FAILED, f"error: {command}: the disk is full: {line}: make room there and run the same command again"

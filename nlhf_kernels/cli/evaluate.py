@@ -18,13 +18,13 @@ import torch
 from rich import box
 from rich.table import Table
 
+from ..core.atomic import is_stdout, write_atomic
 from ..core.loading import load_model, loading, quiet
 from ..core.optional import require
 from ..core.terminal import new_console
-from ..core.whole import write_whole
 from ..data import load_prompts
 from .errors import BadInput
-from .loading import find_device, is_function, load_function
+from .loading import check_output, find_device, is_function, load_function
 
 #: Fields of the experiment's Sampling -> options.
 NAMES = {"answer_tokens": "--max-new-tokens", "prompt_tokens": "--max-prompt-length", "batch": "--batch-size"}
@@ -64,8 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..experiment import Reporter, Sampling
 
     policies = _policies(arguments.policy)
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-        raise BadInput(f"evaluate: --output: expected a file in a folder that is there; got {str(arguments.output)!r}")
+    check_output("evaluate", arguments.output)
     sampling = Sampling(
         arguments.max_new_tokens, arguments.max_prompt_length, arguments.samples, arguments.temperature, arguments.seed,
         arguments.batch_size,
@@ -74,10 +73,14 @@ def run(arguments: argparse.Namespace) -> int:
         answers, tournament = _play(arguments, policies, sampling, Reporter(new_console(stderr=True)))
     document = _document(arguments, answers, tournament)
     written = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    if arguments.output is not None:
-        write_whole(arguments.output, written)
-    saved = f"Saved: {arguments.output}\n" if arguments.output else ""
-    print(written if arguments.json else _table(document) + saved, end="")
+    if arguments.json or (arguments.output is not None and is_stdout(arguments.output)):
+        printed = written
+    else:
+        printed = _table(document)
+    if arguments.output is not None and not is_stdout(arguments.output):
+        write_atomic(arguments.output, written)
+        printed += "" if arguments.json else f"Saved: {arguments.output}\n"
+    print(printed, end="")
     return 0
 
 

@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 
+from ..core.atomic import check_file
 from .errors import BadInput
+
+
+def check_output(command: str, path: Path | None) -> None:
+    """Before the work, not after it."""
+    if path is None:
+        return
+    try:
+        check_file(path)
+    except OSError as error:
+        raise BadInput(f"{command}: --output: {error}") from error
 
 
 def find_device(command: str, name: str | None) -> torch.device:

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from ..core.adapters import is_adapter
+from ..core.atomic import atomic_folder, check_folder
 from ..core.loading import load_model, load_tokenizer, quiet
 from ..core.optional import require
 from ..core.places import locate
-from ..core.whole import refuse_existing, whole_folder
 from .errors import BadInput
 
+KIND = "merged model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="a folder or a hub name; what `nlhf-kernels train` saves with `lora`")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the whole model, which must be new")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the whole model")
+    parser.add_argument("--overwrite", action="store_true", help="replace a merged model at --output")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of its weights (default auto: the base's own)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
 
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     require("nlhf-kernels merge", ("transformers", "peft"), "train")
     try:
-        refuse_existing(arguments.output)
+        check_folder(arguments.output, KIND, overwrite=arguments.overwrite)
     except OSError as error:
         raise BadInput(f"merge: --output: {error}") from error
     if not is_adapter(locate("merge: adapter", arguments.adapter)):
@@ -38,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     tokenizer = load_tokenizer("merge: adapter", arguments.adapter, **options)
     model = load_model("merge: adapter", arguments.adapter, merge=True, dtype=arguments.dtype, **options)
-    with quiet(), whole_folder(arguments.output) as work:
+    with quiet(), atomic_folder(arguments.output, KIND, overwrite=arguments.overwrite) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
     print(f"Saved: {arguments.output}")

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import math
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
+from ..core.atomic import check_folder, is_stdout, write_atomic
 from ..core.checks import check_integer, check_number
 from ..core.loading import load_model, load_tokenizer, loading, quiet
+from ..core.lock import lock_place
 from ..core.optional import need, require
 from ..core.terminal import new_console
 from ..core.text import read_text
-from ..core.whole import write_whole
 from ..data import Comparison, Pair, load_comparisons, load_pairs, split_by_prompt
 from .errors import BadInput, option_names
-from .loading import find_device
+from .loading import check_output, find_device
 
 if TYPE_CHECKING:
     from ..preference import ComparisonModel, Evaluation, TrainingReport
@@ -121,8 +123,7 @@ def left(arguments: argparse.Namespace) -> str:
 
 
 def _train(arguments: argparse.Namespace) -> str:
-    from ..preference import train_preference_model
-    from ..preference.storage import check_output, save_preference_model
+    from ..preference.storage import KIND
 
     check_integer("prefer", "--seed", arguments.seed, 0, 2**63 - 1)
     check_number("prefer", "--test-fraction", arguments.test_fraction, 0.0, 1.0)
@@ -130,9 +131,20 @@ def _train(arguments: argparse.Namespace) -> str:
         raise BadInput("prefer: --checkpoint-every: expected with --checkpoint; got it alone")
     device = find_device("prefer", arguments.device)
     try:
-        check_output(arguments.output, overwrite=arguments.overwrite)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"prefer: --output: {str(error).removeprefix('preference: ')}") from error
+        check_folder(arguments.output, KIND, overwrite=arguments.overwrite)
+    except OSError as error:
+        raise BadInput(f"prefer: --output: {error}") from error
+    with ExitStack() as held:  # before models are loaded
+        for place in (arguments.output, arguments.checkpoint):
+            if place is not None and place.absolute().parent.is_dir():
+                held.enter_context(lock_place(place))
+        return _train_and_save(arguments, device)
+
+
+def _train_and_save(arguments: argparse.Namespace, device: torch.device) -> str:
+    from ..preference import train_preference_model
+    from ..preference.storage import save_preference_model
+
     tokenizer = load_tokenizer("prefer: --base", arguments.base, trust_remote_code=arguments.trust_remote_code)
     pairs, held_out = _pairs(arguments, tokenizer)
     settings = _settings(arguments, len(pairs))
@@ -280,8 +292,7 @@ def _score(arguments: argparse.Namespace) -> str:
         raise BadInput(
             "prefer: --chat: expected with one pair; got --file, whose rows are messages where they should be"
         )
-    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-        raise BadInput(f"prefer: --output: expected a file in a folder that is there; got {str(arguments.output)!r}")
+    check_output("prefer", arguments.output)
     model = _trained(arguments)
     if arguments.chat:
         roles = ("user", "assistant", "assistant")
@@ -301,7 +312,7 @@ def _score(arguments: argparse.Namespace) -> str:
         printed = "".join(json.dumps(row) + "\n" for row in rows)
     else:
         printed = f"P(first > second) = {probabilities[0]:.4f}\n"
-    if arguments.output is None:
+    if arguments.output is None or is_stdout(arguments.output):
         return printed
-    write_whole(arguments.output, printed)
+    write_atomic(arguments.output, printed)
     return f"Saved: {arguments.output}\n"

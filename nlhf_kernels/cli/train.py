@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.atomic import atomic_folder, check_folder
 from ..core.loading import load_model, load_tokenizer, loading, quiet
+from ..core.lock import lock_folder
+from ..core.manifest import kind_of
 from ..core.optional import need, require
-from ..core.whole import whole_folder
 from ..data import load_prompts
 from .errors import BadInput
 from .loading import load_function
 
 if TYPE_CHECKING:
-    from ..train import NashTrainer
+    from ..train import NashConfig, NashTrainer
     from ..train.run_file import JudgeSpec, RewardSpec, RunFile
 
-POLICY = "policy"
+POLICY = KIND = "policy"  # the folder's name, and what its manifest says it is
+JUDGES = ("preference_model", "reward_model")
 EXAMPLE = Path(__file__).parent.parent / "train" / "example.yaml"
 
 
@@ -53,8 +56,21 @@ def run(arguments: argparse.Namespace) -> int:
 
     arguments.option_names.update(option_names())
     plan = read_run_file(arguments.config, arguments.set)
-    trainer = build(plan)
-    arguments.output = trainer.args.output_dir
+    arguments.output = plan.training["output_dir"]
+    place = Path(arguments.output) / POLICY
+    _check_policy(plan, place, replaces=arguments.resume or plan.training.get("overwrite_output_dir", False))
+    args = plan.config()
+    if arguments.check or args.process_index:
+        return _train(arguments, plan, args, place)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with lock_folder(place.parent):  # before models are loaded
+        return _train(arguments, plan, args, place)
+
+
+def _train(arguments: argparse.Namespace, plan: RunFile, args: NashConfig, place: Path) -> int:
+    from ..train.checkpoints import found_in
+
+    trainer = build(plan, args)
     if arguments.check:
         count = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
         _say(
@@ -62,10 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"{trainer.args.algorithm}: {len(trainer.train_dataset)} prompts, {count:,} trained parameters: ready",
         )
         return 0
-    trainer.train(resume_from_checkpoint=_last_checkpoint(trainer.args.output_dir) if arguments.resume else None)
-    place = Path(trainer.args.output_dir) / POLICY
+    trainer.train(resume_from_checkpoint=bool(arguments.resume and found_in(Path(trainer.args.output_dir))))
     if trainer.is_world_process_zero():
-        with quiet(), whole_folder(place, overwrite=True) as work:
+        with quiet(), atomic_folder(place, KIND, overwrite=True) as work:
             trainer.model.save_pretrained(work)
             trainer.processing_class.save_pretrained(work)
     if trainer.eval_dataset is not None:
@@ -76,8 +91,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def left(arguments: argparse.Namespace) -> str:
-    last = None if arguments.output is None else _last_checkpoint(arguments.output)
-    return "no checkpoint was written" if last is None else f"--resume goes on from {last}"
+    from ..train.checkpoints import found_in
+
+    found = [] if arguments.output is None else found_in(Path(arguments.output))
+    return f"--resume goes on from {found[-1]}" if found else "no checkpoint was written"
 
 
 def _say(trainer: NashTrainer, text: str) -> None:
@@ -85,17 +102,39 @@ def _say(trainer: NashTrainer, text: str) -> None:
         print(text)
 
 
-def _last_checkpoint(output: str) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
+def _check_policy(plan: RunFile, place: Path, replaces: bool) -> None:
+    """Before hours of work: the policy's place is free, or a policy's to be replaced; and nothing is read from it."""
+    from ..train.checkpoints import found_in
 
-    return get_last_checkpoint(output) if Path(output).is_dir() else None  # type: ignore[no-untyped-call]
+    earlier = [place] if kind_of(place) == KIND else found_in(place.parent)
+    if earlier and not replaces:
+        raise BadInput(
+            f"train: training.output_dir: expected a folder without an earlier run; got one that holds {earlier[-1]} "
+            "(--resume goes on with its run, training.overwrite_output_dir=true starts over)"
+        )
+    check_folder(place, KIND, overwrite=replaces)
+    judges = [(f"judge.{name}", getattr(spec, name)) for spec in plan.judge or () for name in JUDGES]
+    read = [(name, getattr(plan, name)) for name in ("model", "reference_model", "tokenizer", "eval_opponent")]
+    for option, name in [*read, *judges, ("reward.reward_model", plan.reward and plan.reward.reward_model)]:
+        for folder in [] if name is None else [Path(name), *_base_of(Path(name))]:
+            if folder.resolve().is_relative_to(place.resolve()):
+                raise BadInput(
+                    f"train: {option}: expected a folder that this run does not replace; got {name}: its own policy "
+                    f"will be {place} (another output_dir keeps both)"
+                )
 
 
-def build(plan: RunFile) -> NashTrainer:
+def _base_of(adapters: Path) -> list[Path]:
+    try:
+        return [Path(json.loads((adapters / "adapter_config.json").read_text())["base_model_name_or_path"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def build(plan: RunFile, args: NashConfig) -> NashTrainer:
     """Everything that the file names, loaded."""
     from ..train import NashTrainer
 
-    args = plan.config()
     place, name = ("model", plan.model) if plan.tokenizer is None else ("tokenizer", plan.tokenizer)
     tokenizer = load_tokenizer(f"train: {place}", name, trust_remote_code=plan.trust_remote_code)
     data = plan.data

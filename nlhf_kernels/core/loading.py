@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import adapters
+from .manifest import has_manifest, verify
 from .optional import need
 from .places import locate
 
@@ -109,6 +110,7 @@ def quiet() -> Iterator[None]:
 
 
 def _load_whole(kind: str, name: str, options: dict[str, Any]) -> Any:
+    _check_undamaged(name)
     load = getattr(need("transformers", "a model"), kind).from_pretrained
     model, found = load(name, output_loading_info=True, **options)
     adapters.check_keys(type(model).__name__, found["missing_keys"], found["mismatched_keys"])
@@ -119,6 +121,7 @@ def _load_whole(kind: str, name: str, options: dict[str, Any]) -> Any:
 
 
 def _load_adapted(kind: str, name: str, trainable: bool, merge: bool, options: dict[str, Any]) -> Any:
+    _check_undamaged(name)
     where = _where(options)
     base_name = locate(f"its base, base_model_name_or_path in {adapters.CONFIG}", adapters.base_of(name, where))
     if adapters.is_adapter(base_name):
@@ -129,6 +132,12 @@ def _load_adapted(kind: str, name: str, trainable: bool, merge: bool, options: d
         raise ValueError(f"its base, {base_name!r}: {first_line(error)}") from error
     model = adapters.attach(base, name, trainable=trainable, where=where)
     return adapters.merged(model) if merge else model
+
+
+def _check_undamaged(name: str) -> None:
+    """That the files of a folder that this library wrote are what it wrote."""
+    if has_manifest(Path(name)):
+        verify(Path(name))
 
 
 def _where(options: Mapping[str, Any]) -> dict[str, Any]:

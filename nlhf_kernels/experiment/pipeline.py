@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..core import settings
+from ..core.atomic import atomic_folder
 from ..core.loading import load_model, quiet
-from ..core.whole import whole_folder
 from .answers import Answers, Sampling, answer
 from .claims import beats_rewards, by_beta, interior_beta
 from .console import Reporter
@@ -33,7 +33,7 @@ from .setting import Setting
 from .speed import measure
 from .supervised import make_policy
 from .tournament import play
-from .workspace import Workspace, read_json, write_json
+from .workspace import KIND, REPORT, Workspace, read_json, write_json
 
 FORMAT = 1
 
@@ -55,7 +55,7 @@ class Experiment:
         before = torch.get_num_threads()
         torch.set_num_threads(self.preset.threads or before)
         try:
-            with quiet():
+            with self.workspace.lock(), quiet():
                 return self._run()
         finally:
             torch.set_num_threads(before)
@@ -76,8 +76,8 @@ class Experiment:
 
     def write(self, results: dict[str, Any]) -> Path:
         """The folder with `results.json`, `report.html` and its figures; drawn anew every time."""
-        place = self.workspace.path("report")
-        with whole_folder(place, overwrite=True) as work:
+        place = self.workspace.path(REPORT)
+        with self.workspace.lock(), atomic_folder(place, KIND, overwrite=True) as work:
             write_json(work / "results.json", results)
             write_report(results, work)
         return place

@@ -1,4 +1,4 @@
-"""The experiment's folder: a stage is a folder in it, there whole or not at all, so that a killed run goes on.
+"""The experiment's folder: a stage is a folder in it, complete or absent, so that a killed run goes on.
 
 A stage that is there is not made again. `experiment.json` says what the folder belongs to: a folder with another
 experiment's stages, or with other things in it, is refused; starting over removes what is known to be ours, no more.
@@ -7,47 +7,81 @@ experiment's stages, or with other things in it, is refused; starting over remov
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..core.whole import whole_folder, write_whole
+from ..core.atomic import OWN, atomic_folder, check_folder, remove, remove_leftovers, write_atomic
+from ..core.lock import lock_folder
+from ..core.manifest import DamagedError, has_manifest, verify
 
 IDENTITY = "experiment.json"
 FACTS = "stage.json"
-RUNS = "runs"
-STAGES = ("corpus", "sft", "preferences", "preference-model", "reward-model", "cycles", RUNS, "tournament", "speed",
-          "report")  # fmt: skip
+KIND = "stage"
+RUNS, REPORT = "runs", "report"
+STAGES = ("corpus", "sft", "preferences", "preference-model", "reward-model", "cycles", "tournament", "speed", REPORT)
 
 
 class Workspace:
-    def __init__(self, folder: Path, identity: dict[str, Any], restart: bool = False) -> None:
-        self.folder = folder
-        self._claim(json.loads(json.dumps(identity)), restart)
+    """The folder of one experiment. What writes into it does so inside `with workspace.lock():`, one run at a time."""
 
-    def _claim(self, identity: dict[str, Any], restart: bool) -> None:
-        known = self.folder / IDENTITY
+    def __init__(self, folder: Path, identity: dict[str, Any], restart: bool = False) -> None:
+        self.folder, self.identity = folder, json.loads(json.dumps(identity))
+        self._refuse_others()
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.lock():
+            for parent in (folder, folder / RUNS):
+                if parent.is_dir():
+                    remove_leftovers(parent)
+            if restart:
+                self._clear()
+            self._claim()
+
+    def lock(self) -> AbstractContextManager[None]:
+        return lock_folder(self.folder)
+
+    def _refuse_others(self) -> None:
+        """A folder that is not an experiment's, and what has a stage's name but is none."""
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"experiment: --out: expected a folder; got the file {self.folder}")
-        if known.is_file() and restart:
-            self._clear()
-        elif known.is_file() and self.seconds():
-            _compare(self.folder, _read_identity(known), identity)
-        elif not known.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
+        things = [path for path in self.folder.iterdir() if OWN not in path.name] if self.folder.is_dir() else []
+        if things and not (self.folder / IDENTITY).is_file():
             raise FileExistsError(
                 f"experiment: --out: expected an empty folder, a new one or an experiment's; got {self.folder}, which "
                 "holds other things"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in [*self.folder.glob(".*.unfinished"), *(self.folder / RUNS).glob(".*.unfinished")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        write_whole(known, json.dumps(identity, indent=2) + "\n")
+        for path in self._stages():
+            if not has_manifest(path):
+                raise FileExistsError(
+                    f"experiment: --out: expected a stage of the experiment under the name {path}; got something else"
+                )
+
+    def _claim(self) -> None:
+        known = self.folder / IDENTITY
+        if known.is_file() and self.seconds():
+            _compare(self.folder, _read_identity(known), self.identity)
+        for path in self._stages():
+            try:
+                verify(path)
+            except DamagedError as error:
+                raise DamagedError(
+                    f"experiment: {error}; without {path} and the stages after it, they are made again"
+                ) from error
+        check_folder(self.folder / REPORT, KIND, overwrite=True)
+        write_atomic(known, json.dumps(self.identity, indent=2) + "\n")
+
+    def _stages(self) -> list[Path]:
+        """What is there under stages' names."""
+        runs = sorted(self.folder.glob(f"{RUNS}/[!.]*/"))
+        return [path for path in [*(self.folder / name for name in STAGES), *runs] if path.exists()]
 
     def _clear(self) -> None:
-        for name in STAGES:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for path in self._stages():
+            check_folder(path, KIND, overwrite=True)
+        for path in self._stages():
+            remove(path)
 
     def path(self, stage: str) -> Path:
         return self.folder / stage
@@ -59,7 +93,7 @@ class Workspace:
         """The stage's folder, filled by `make` where it is not there yet."""
         if not self.has(name):
             began = time.perf_counter()
-            with whole_folder(self.folder / name, overwrite=True) as work:
+            with atomic_folder(self.folder / name, KIND) as work:
                 make(work)
                 write_json(work / FACTS, {"seconds": time.perf_counter() - began})
         return self.path(name)

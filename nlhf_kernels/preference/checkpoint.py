@@ -9,17 +9,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..core.atomic import atomic_file
 from ..core.checks import check_integer
+from ..core.lock import lock_place
+from ..core.manifest import DamagedError
 from ..core.optional import need
-from ..core.whole import whole_file
 from .models import ComparisonModel, Rows
 
 FORMAT = 1
@@ -50,6 +54,9 @@ class Checkpoint:
         del identity["micro_batch"]  # may be lowered where memory ran out
         return cls(place, every, identity)
 
+    def lock(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.path is None else lock_place(self.path)
+
     def keep(self, model: ComparisonModel, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
         """Writes the file if it is time, and after the last step: what comes then may be cut off, too."""
         if self.path is None or (len(losses) % self.every and len(losses) != self.identity["steps"]):
@@ -60,8 +67,9 @@ class Checkpoint:
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = value
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        text = {"state": json.dumps({"identity": self.identity, "losses": losses})}
-        with whole_file(self.path) as work:
+        state = json.dumps({"identity": self.identity, "losses": losses})
+        text = {"state": state, "checksum": _checksum(state, tensors)}
+        with atomic_file(self.path) as work:
             need("safetensors.torch", "train_preference_model: checkpoint").save_file(tensors, work, text)
 
     def resume(self, model: ComparisonModel, optimizer: torch.optim.Optimizer) -> list[float]:
@@ -91,12 +99,18 @@ class Checkpoint:
         opened = need("safetensors", "train_preference_model: checkpoint").safe_open
         try:
             with opened(self.path, framework="pt") as file:
-                state = json.loads(file.metadata()["state"])
+                text = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state, sound = json.loads(text["state"]), text["checksum"] == _checksum(text["state"], tensors)
         except Exception as error:  # of safetensors' own kind, or of JSON's
             raise ValueError(
                 f"train_preference_model: checkpoint: expected a file that it wrote; got {self.path}: {error}"
             ) from error
+        if not sound:
+            raise DamagedError(
+                f"train_preference_model: checkpoint: {self.path}: expected the CRC-32 of what was written; got "
+                "another: the file is damaged (without it the training starts over)"
+            )
         differing = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
         if differing:
             name = differing[0]
@@ -113,6 +127,15 @@ def _digest(encoded: Sequence[Rows]) -> str:
         for row in pair:
             digest.update(array("q", [len(row), *row]).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _checksum(state: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of all that the file holds."""
+    total = zlib.crc32(state.encode())
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(name.encode(), total)
+        total = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
 
 
 def _noise(model: ComparisonModel) -> list[torch.Tensor]:

@@ -1,31 +1,33 @@
-"""A trained model as a folder: weights as safetensors, tokenizer, template; there whole or not at all.
+"""A trained model as a folder: weights as safetensors, tokenizer, template; complete or absent.
 
 preference_model.json    kind, template, max_length, overlong
 head.safetensors
 body/                    as transformers saves it
 adapter/                 as peft saves it, where there is one; beside the body, whose weights it leaves as they are
 tokenizer/
+nlhf_manifest.json       size and checksum of every file
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..core.adapters import attach, base_weights
+from ..core.atomic import atomic_folder
 from ..core.loading import check_finite, load_model, load_tokenizer, loading
+from ..core.manifest import has_manifest, verify
 from ..core.optional import need
-from ..core.whole import whole_folder
 from .models import KINDS, ComparisonModel
 from .template import Reading
 
 DESCRIPTION = "preference_model.json"
 FORMAT, ADAPTED = 1, 2  # with an adapter, which a version that knows none of them must not leave out
+KIND = "preference model"
 
 
 def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -35,9 +37,8 @@ def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwri
     not weights: after `model.to(torch.bfloat16)`, which rounds them too, a loaded model has the better ones.
     """
     weights = need("safetensors.torch", "save_preference_model")
-    check_output(folder, overwrite=overwrite)
     check_finite("save_preference_model", model)
-    with whole_folder(folder, overwrite=overwrite) as work:
+    with atomic_folder(folder, KIND, overwrite=overwrite) as work:
         _save_body(model, work)
         model.tokenizer.save_pretrained(work / "tokenizer")
         weights.save_file({"weight": model.head.weight.detach().contiguous()}, work / "head.safetensors")
@@ -50,10 +51,15 @@ def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwri
 
 
 def load_preference_model(folder: str | Path, *, device: torch.device | str = "cpu", **options: Any) -> ComparisonModel:
-    """The model as it was saved, in evaluation mode; `options` go to transformers' `from_pretrained`."""
+    """The model as it was saved, in evaluation mode; `options` go to transformers' `from_pretrained`.
+
+    Every file is compared with the manifest first: a model with a damaged weight would judge as if it were sound.
+    """
     weights = need("safetensors.torch", "load_preference_model")
     place = Path(folder).resolve()  # a relative one could be a name on the hub
     kind, reading, adapted = _describe(place)
+    if has_manifest(place):
+        verify(place)
     trust = options.get("trust_remote_code", False)
     tokenizer = load_tokenizer("preference", place / "tokenizer", trust_remote_code=trust)
     body = load_model("preference", place / "body", "AutoModel", **{"dtype": "auto", **options})
@@ -74,22 +80,6 @@ def _save_body(model: ComparisonModel, work: Path) -> None:
     body: Any = model.body
     body.get_base_model().save_pretrained(work / "body", state_dict=base_weights(body))
     body.save_pretrained(work / "adapter")
-
-
-def check_output(folder: str | Path, *, overwrite: bool) -> None:
-    """Raises where saving would be refused: to be asked before hours of training, too."""
-    place = Path(folder).absolute()
-    if not place.exists():
-        parent = next(parent for parent in place.parents if parent.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise ValueError(f"preference: {folder}: expected a folder that can be made; {parent} cannot be written to")
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"preference: {folder}: expected a folder that is not there yet; it is (overwrite=True replaces it)"
-        )
-    if not (place / DESCRIPTION).is_file():
-        raise FileExistsError(f"preference: {folder}: overwrite: expected a saved preference model; got something else")
 
 
 def _describe(place: Path) -> tuple[str, Reading, bool]:

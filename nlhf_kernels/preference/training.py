@@ -82,7 +82,7 @@ def train_preference_model(
     _encode(model, held_out)  # what is too long shows now, not after the training
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer.zero_grad()
-    with _training_mode(model), _seeded(model, settings.seed), _bar(settings.steps, progress) as show:
+    with keeper.lock(), _training_mode(model), _seeded(model, settings.seed), _bar(settings.steps, progress) as show:
         losses = keeper.resume(model, optimizer)
         batches = islice(_batches(len(encoded), settings), len(losses), settings.steps)
         for step, batch in enumerate(batches, start=len(losses)):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..core.atomic import atomic_file
 from ..core.optional import need
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -68,4 +69,5 @@ def new_figure(width: float, height: float) -> Any:
 
 def save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with atomic_file(path) as work:
+        figure.savefig(work, dpi=150, format=path.suffix[1:] or "png")

@@ -1,23 +1,27 @@
-"""Checkpoints that are whole or absent, and that belong to the run that reads them.
+"""Checkpoints that are complete or absent, and that belong to the run that reads them.
 
-transformers writes a checkpoint file by file into its place. Here it writes into `.unfinished/` and the folder is
-renamed once all is there, so a name `checkpoint-N` always stands for a whole checkpoint, for every other tool as well.
-`nash_run.json` in it says which run wrote it.
+transformers writes a checkpoint file by file into its place. Here it writes into a private folder, which gets its name
+once all of it is on disk, with a manifest of every file. So `checkpoint-N` always stands for a complete checkpoint, for
+every other tool as well. `nash_run.json` in it says which run wrote it.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import logging
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+from ..core import atomic, manifest
 
-UNFINISHED = ".unfinished"
+OP = "NashTrainer"
+KIND = "checkpoint"
 RUN = "nash_run.json"
 OPPONENT = "opponent.safetensors"
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # to go on exactly; save_only_model leaves them out
+_log = logging.getLogger(__name__)
 
 Identity = dict[str, Any]
 
@@ -30,56 +34,102 @@ def skipped_updates(checkpoint: str) -> int:
     return int(json.loads((Path(checkpoint) / RUN).read_text())["skipped_updates"])
 
 
-def clear_unfinished(output: Path) -> None:
-    """What a killed run has left half-written."""
-    shutil.rmtree(output / UNFINISHED, ignore_errors=True)
+def work_folder(output: Path) -> str:
+    """The name of a new folder in `output` that a checkpoint is written into."""
+    output.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{KIND}.", suffix=atomic.UNFINISHED, dir=output)).name
 
 
-def finish(output: Path, name: str) -> Path:
-    """Give the folder its name. One of that name, from before a resumed run came here again, makes way."""
-    final = output / name
-    if final.exists():
-        final.rename(output / UNFINISHED / f"old-{name}")
-    (output / UNFINISHED / name).rename(final)
-    clear_unfinished(output)
-    return final
+def publish(work: Path, final: Path) -> None:
+    """Give the checkpoint its name. One of that name, from before a resumed run came here again, makes way."""
+    if final.exists() and (manifest.kind_of(final) != KIND or manifest.strangers(final)):
+        _put_aside(final, "holds what this trainer did not write")
+    atomic.publish(work, final, KIND)
+
+
+def found_in(output: Path) -> list[Path]:
+    """Every checkpoint in the folder by its name, the newest last."""
+    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output.glob("checkpoint-*"))
+    found = [(int(match[1]), path) for match, path in named if match and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def rotate(latest: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beside `latest` until `limit` are left; never the best, nor what others wrote."""
+    if not limit or limit < 0:
+        return
+    mine = [path for path in found_in(latest.parent) if manifest.kind_of(path) == KIND]
+    spared = [path for path in mine if path == latest or str(path) == best]
+    removable = [path for path in mine if path not in spared]
+    for path in removable[: max(0, len(mine) - max(limit, len(spared)))]:
+        atomic.remove(path)
+
+
+def resolve(output: Path, resume: str | bool | None, overwrite: bool, identity: Identity) -> str | None:
+    """The checkpoint to go on from, if any. Refuses a folder that holds another run's checkpoints.
+
+    Of several the newest whose files are what was written; damaged ones are put aside.
+    """
+    found = found_in(output)
+    if not resume:
+        _start_over(found, overwrite)
+        return None
+    if resume is not True:
+        found = [Path(resume)]
+    if not found:
+        raise ValueError(f"{OP}: resume_from_checkpoint: expected a checkpoint in {output}; got none")
+    faults: list[tuple[Path, ValueError]] = []
+    for path in reversed(found):
+        try:
+            _check_complete(path)
+        except ValueError as error:
+            faults.append((path, error))
+            continue
+        _check_identity(path, identity)
+        for damaged, fault in faults:
+            _put_aside(damaged, str(fault))
+        return str(path)
+    newest = faults[0][1]
+    raise ValueError(f"{OP}: resume_from_checkpoint: expected a complete checkpoint; {newest}") from newest
+
+
+def _start_over(found: list[Path], overwrite: bool) -> None:
+    others = [path for path in found if not overwrite or manifest.kind_of(path) != KIND]
+    if others:
+        raise ValueError(
+            f"{OP}: output_dir: expected a folder without checkpoints; got {others[-1]} in it "
+            "(resume_from_checkpoint=True goes on from it, overwrite_output_dir=True removes those of this trainer)"
+        )
+    for path in found:
+        atomic.remove(path)
+
+
+def _check_complete(path: Path) -> None:
+    if not manifest.has_manifest(path):
+        raise ValueError(f"{path}: expected a checkpoint that this trainer wrote; it has no {manifest.NAME}")
+    manifest.verify(path)
+    missing = [name for name in (RUN, *NEEDED) if not (path / name).exists()]
+    if missing:
+        raise ValueError(f"{path}: expected all that training needs; it has no {', '.join(missing)}")
+
+
+def _check_identity(path: Path, identity: Identity) -> None:
+    known = json.loads((path / RUN).read_text())
+    for name, value in identity.items():
+        if known.get(name) != value:
+            raise ValueError(
+                f"{OP}: resume_from_checkpoint: {path} is another run's: its {name} is {known.get(name)!r}; "
+                f"this run's is {value!r}"
+            )
+
+
+def _put_aside(path: Path, why: str) -> None:
+    names = (f"{path.name}.damaged{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
+    aside = next(place for name in names if not (place := path.with_name(name)).exists())
+    path.rename(aside)
+    _log.warning("%s: put aside as %s: %s", path, aside.name, why)
 
 
 def update_of(checkpoint: str) -> int:
     """How many updates had been made."""
     return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"])
-
-
-def resolve(output: str, resume: str | bool | None, identity: Identity) -> str | None:
-    """The checkpoint to go on from, if any. Refuses a folder that holds another run's checkpoints."""
-    last = get_last_checkpoint(output) if Path(output).is_dir() else None  # type: ignore[no-untyped-call]
-    if not resume:
-        if last is not None:
-            raise ValueError(
-                f"NashTrainer: output_dir: expected a folder without checkpoints; got {last} in it "
-                "(train(resume_from_checkpoint=True) goes on from it)"
-            )
-        return None
-    chosen = last if resume is True else str(resume)
-    if chosen is None:
-        raise ValueError(f"NashTrainer: resume_from_checkpoint: expected a checkpoint in {output}; got none")
-    try:
-        known = json.loads((Path(chosen) / RUN).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"NashTrainer: resume_from_checkpoint: expected a whole checkpoint that this trainer wrote; "
-            f"got {chosen}: {error}"
-        ) from error
-    missing = [name for name in NEEDED if not (Path(chosen) / name).exists()]
-    if missing:
-        raise ValueError(
-            f"NashTrainer: resume_from_checkpoint: expected a checkpoint with all that training needs; {chosen} has no "
-            f"{', '.join(missing)}"
-        )
-    for name, value in identity.items():
-        if known.get(name) != value:
-            raise ValueError(
-                f"NashTrainer: resume_from_checkpoint: {chosen} is another run's: its {name} is "
-                f"{known.get(name)!r}; this run's is {value!r}"
-            )
-    return chosen

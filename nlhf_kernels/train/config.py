@@ -44,7 +44,7 @@ FIXED = {
     "fsdp_config": _SHARDED,
     "deepspeed": _SHARDED,
     "parallelism_config": _SHARDED,
-    "push_to_hub": "a checkpoint gets its name when it is whole; NashTrainer.push_to_hub sends the finished model",
+    "push_to_hub": "a checkpoint gets its name when it is complete; NashTrainer.push_to_hub sends the finished model",
     "hub_always_push": "nothing is pushed during training",
     "prediction_loss_only": _NO_PREDICTIONS,
     "eval_accumulation_steps": _NO_PREDICTIONS,
@@ -128,6 +128,10 @@ class NashConfig(TrainingArguments):
     eval_samples_per_prompt: int = field(default=1, metadata=_help("answers to every prompt in evaluations"))
     eval_prompts: int | None = field(
         default=None, metadata=_help("use the first so many prompts of the evaluation set; none: all")
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata=_help("start over: this trainer's checkpoints are removed, what others wrote stays"),
     )
     log_samples: int = field(default=2, metadata=_help("prompts with both answers shown at every log; 0: none"))
 

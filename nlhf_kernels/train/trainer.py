@@ -14,17 +14,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers import ProgressCallback, TrainerCallback
 
 from ..core.settings import use_backend
 from ..engine import RolloutEngine, RolloutResult, RolloutSettings
 from ..preference import Judge
-from . import checkpoints, opponents, samples
+from . import opponents, samples
 from .callbacks import Progress, Updates
 from .config import NashConfig
 from .evaluation import Evaluator
@@ -33,6 +31,7 @@ from .heads import check_head
 from .losses import Learner
 from .meters import Clock, Meters
 from .prompts import Collator, PromptDataset, check_vocabulary, special_tokens
+from .resumable import ResumableTrainer
 from .rewards import Reward
 from .schedules import value_at
 from .setup import (
@@ -46,10 +45,9 @@ from .setup import (
 )
 
 _log = logging.getLogger(__name__)
-_Trainer: Any = Trainer  # its annotations contradict what subclasses are meant to do
 
 
-class NashTrainer(_Trainer):  # type: ignore[misc]
+class NashTrainer(ResumableTrainer):
     """Trains `model` against an opponent (`args.algorithm` says which) as `judge` prefers.
 
     model             causal language model, or a peft model around one, whose adapter is trained further
@@ -278,73 +276,3 @@ class NashTrainer(_Trainer):  # type: ignore[misc]
         if isinstance(rows, Mapping):
             return {name: self.reads(f"eval_dataset[{name!r}]", part, first=first) for name, part in rows.items()}
         return None if rows is None else self.reads("eval_dataset", rows, first=first)
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        if self.train_dataset is None:
-            raise ValueError(f"{OP}: train: expected a train_dataset; got none")
-        found = checkpoints.resolve(self.args.output_dir, resume, self._identity())
-        self.skipped = 0 if found is None else checkpoints.skipped_updates(found)
-        if found is not None and self.opponent is not None:
-            opponents.load(self.opponent, Path(found) / checkpoints.OPPONENT)
-        if found is not None and 0 < self.args.max_steps <= checkpoints.update_of(found):
-            return self._as_it_ended(found)
-        return super().train(resume_from_checkpoint=found, **options)
-
-    def _as_it_ended(self, found: str) -> TrainOutput:
-        """transformers would make one update more."""
-        self._load_from_checkpoint(found)
-        self.state = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
-        _log.warning("%s: %s is the run's end, after %d updates", OP, found, self.state.global_step)
-        return TrainOutput(self.state.global_step, 0.0, {})
-
-    def _identity(self) -> checkpoints.Identity:
-        args = self.args
-        return {
-            "algorithm": args.algorithm,
-            "seed": args.seed,
-            "prompts": self.train_dataset.digest(),
-            "prompts_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "samples_per_prompt": args.samples_per_prompt,
-            "trained_parameters": sum(value.numel() for value in opponents.trained(self.model).values()),
-        }
-
-    def _keep_what_was_learned(self) -> None:
-        """A judge that fails late costs no update. Several processes fail one by one: what they have is not saved."""
-        step, saves = self.state.global_step, str(self.args.save_strategy.value) != "no"
-        if saves and step and self.args.world_size == 1:
-            if not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():
-                self._save_checkpoint(self.model, None)
-            _log.warning("%s: %d updates are safe in checkpoint-%d", OP, step, step)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        place: str = super()._get_output_dir(trial)
-        return f"{place}/{checkpoints.UNFINISHED}" if getattr(self, "_saving", False) else place
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        output, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.clear_unfinished(output)
-        self.accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self._finish(output, name)
-        self.accelerator.wait_for_everyone()
-
-    def _finish(self, output: Path, name: str) -> None:
-        work = output / checkpoints.UNFINISHED / name
-        if self.state.best_model_checkpoint == str(work):
-            self.state.best_model_checkpoint = str(output / name)
-            self.state.save_to_json(str(work / "trainer_state.json"))
-        if self.opponent is not None:
-            opponents.save(self.opponent, work / checkpoints.OPPONENT)
-        checkpoints.write_run(work, self._identity(), self.skipped)
-        checkpoints.finish(output, name)
-        rotate_checkpoints(str(output), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)

@@ -1,0 +1,130 @@
+"""transformers' Trainer, whose checkpoints are complete or absent, alone in its folder, resumed where it was.
+
+What `NashTrainer` adds to the loop is in `trainer.py`; how a checkpoint is published, found and checked, in
+`checkpoints.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from ..core import atomic
+from ..core.lock import lock_folder
+from . import checkpoints, opponents
+from .setup import OP
+
+_log = logging.getLogger(__name__)
+_Trainer: Any = Trainer  # its annotations contradict what subclasses are meant to do
+
+
+class ResumableTrainer(_Trainer):  # type: ignore[misc]
+    skipped: int  # updates whose gradients were not finite
+    opponent: opponents.Opponent | None
+    _work: str | None = None  # the folder in output_dir that a checkpoint is being written into
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        if self.train_dataset is None:
+            raise ValueError(f"{OP}: train: expected a train_dataset; got none")
+        output = Path(self.args.output_dir)
+        with ExitStack() as held:
+            found: str | None = self._on_first(lambda: self._enter(output, resume, held))
+            self.skipped = 0 if found is None else checkpoints.skipped_updates(found)
+            if found is not None and self.opponent is not None:
+                opponents.load(self.opponent, Path(found) / checkpoints.OPPONENT)
+            if found is not None and 0 < self.args.max_steps <= checkpoints.update_of(found):
+                return self._as_it_ended(found)
+            return super().train(resume_from_checkpoint=found, **options)
+
+    def _enter(self, output: Path, resume: str | bool | None, held: ExitStack) -> str | None:
+        """Hold the folder, and the checkpoint to go on from."""
+        output.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock_folder(output))
+        atomic.remove_leftovers(output)
+        return checkpoints.resolve(output, resume, self.args.overwrite_output_dir, self._identity())
+
+    def _on_first(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns on the first process, on all of them; so does an error end all of them."""
+        if self.args.world_size == 1:
+            return act()
+        from accelerate.utils import broadcast_object_list
+
+        said: list[Any] = [None, None]
+        raised: Exception | None = None
+        if self.is_world_process_zero():
+            try:
+                said[0] = act()
+            except Exception as error:
+                raised, said[1] = error, f"{type(error).__name__}: {error}"
+        broadcast_object_list(said)
+        if raised is not None:
+            raise raised
+        if said[1] is not None:
+            raise RuntimeError(f"{OP}: the first process ended: {said[1]}")
+        return said[0]
+
+    def _as_it_ended(self, found: str) -> TrainOutput:
+        """transformers would make one update more."""
+        self._load_from_checkpoint(found)
+        self.state = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
+        _log.warning("%s: %s is the run's end, after %d updates", OP, found, self.state.global_step)
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _identity(self) -> checkpoints.Identity:
+        args = self.args
+        return {
+            "algorithm": args.algorithm,
+            "seed": args.seed,
+            "prompts": self.train_dataset.digest(),
+            "prompts_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "samples_per_prompt": args.samples_per_prompt,
+            "trained_parameters": sum(value.numel() for value in opponents.trained(self.model).values()),
+        }
+
+    def _keep_what_was_learned(self) -> None:
+        """A judge that fails late costs no update. Several processes fail one by one: what they have is not saved."""
+        step, saves = self.state.global_step, str(self.args.save_strategy.value) != "no"
+        if saves and step and self.args.world_size == 1:
+            if not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():
+                self._save_checkpoint(self.model, None)
+            _log.warning("%s: %d updates are safe in checkpoint-%d", OP, step, step)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        place: str = super()._get_output_dir(trial)
+        return place if self._work is None else f"{place}/{self._work}"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        work = self._on_first(lambda: checkpoints.work_folder(output))
+        try:
+            with atomic.explaining(output / name):
+                self._work = work
+                try:
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self._work = None
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._finish(output / work / name, output / name)
+        finally:
+            if self.is_world_process_zero():
+                shutil.rmtree(output / work, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self, work: Path, final: Path) -> None:
+        if self.state.best_model_checkpoint == str(work):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(work / "trainer_state.json"))
+        if self.opponent is not None:
+            opponents.save(self.opponent, work / checkpoints.OPPONENT)
+        checkpoints.write_run(work, self._identity(), self.skipped)
+        checkpoints.publish(work, final)
+        checkpoints.rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint)
