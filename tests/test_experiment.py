@@ -24,6 +24,7 @@ from nlhf_kernels.experiment.presets import PRESETS, Preset, overridden
 from nlhf_kernels.experiment.runs import configuration
 from nlhf_kernels.experiment.supervised import answer_loss, encode_examples, new_model
 from nlhf_kernels.experiment.workspace import Workspace
+from tests.support.attention import cudnn_while_learning
 from tests.support.experiment import fake_packages
 from tests.support.tiny_models import one_thread
 
@@ -40,10 +41,11 @@ def done(tmp_path_factory) -> tuple[Path, Path, dict]:
     """A finished experiment: its folder, its sources, its results."""
     packages = fake_packages(tmp_path_factory.mktemp("packages"))
     folder = tmp_path_factory.mktemp("experiments") / "out"
-    with one_thread():
+    with one_thread(), cudnn_while_learning() as allowed:
         made = experiment(folder, packages)
         results = made.run()
         made.write(results)
+    assert allowed == {False}, "supervised, preference and policy training: cuDNN's attention may return NaN gradients"
     return folder, packages, results
 
 

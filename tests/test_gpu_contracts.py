@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import nlhf_kernels
+from nlhf_kernels.core.upstream import finite_attention_gradients
 from tests.support.mixture import logits_pair
+from tests.support.tiny_models import tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch sees")
 on_gpu = pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -93,3 +95,20 @@ def test_many_rows_pass_the_grid_limit(backend) -> None:
     result = nlhf_kernels.mixture_sample(logits, uniforms=uniforms, backend=backend)
     assert torch.equal(result.tokens.sort().values, result.tokens)
     assert result.tokens.unique().numel() == 33
+
+
+def test_attention_has_finite_gradients_where_texts_are_padded_on_the_left() -> None:
+    """192 tokens are 64 more than a multiple of 128, where cuDNN's are NaN in some versions; recomputed, too."""
+    model = tiny_model("llama", hidden=128).to("cuda", torch.bfloat16)
+    ids, mask = torch.full((2, 192), 5, device="cuda"), torch.ones(2, 192, dtype=torch.int64, device="cuda")
+    mask[1, :48] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model.config.max_position_embeddings = 192
+    for recomputed in (False, True):
+        if recomputed:
+            model.train().gradient_checkpointing_enable()
+        with finite_attention_gradients():
+            logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            logits[mask > 0].float().log_softmax(-1)[:, 7].sum().backward()
+        assert all(value.grad.isfinite().all() for value in model.parameters())
+        model.zero_grad()

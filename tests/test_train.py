@@ -14,6 +14,7 @@ import nlhf_kernels
 from nlhf_kernels.core import settings
 from nlhf_kernels.train import ALGORITHMS
 from nlhf_kernels.train import trainer as trainer_module
+from tests.support.attention import cudnn_while_learning
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 from tests.support.training import checkpoints, counted, gradients, history, likes_e, lora, make_trainer, single_thread  # noqa: F401
 
@@ -128,9 +129,11 @@ def test_architectures_are_scored_as_they_were_sampled(architecture, tmp_path) -
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path) -> None:
-    plain, recomputed = (
-        gradients(make_trainer(tmp_path / str(on), **checkpoints(on), max_steps=1)) for on in (False, True)
-    )
+    with cudnn_while_learning() as allowed:
+        plain, recomputed = (
+            gradients(make_trainer(tmp_path / str(on), **checkpoints(on), max_steps=1)) for on in (False, True)
+        )
+    assert allowed == {False}, "recomputed activations choose their kernels anew: cuDNN's gradients may be NaN"
     assert plain.keys() == recomputed.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6)

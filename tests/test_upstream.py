@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers
 
-from nlhf_kernels.core.upstream import CACHES, cache_argument
+from nlhf_kernels.core.upstream import CACHES, cache_argument, finite_attention_gradients
 from nlhf_kernels.engine.models import has_key_value_cache
 from tests.support.tiny_models import ARCHITECTURES, random_model, tiny_model
+
+MATH = [torch.nn.attention.SDPBackend.MATH]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -30,3 +32,13 @@ def test_a_cache_that_is_no_cache_of_transformers_is_not_taken_for_one() -> None
     model = random_model(config, seed=0)
     assert cache_argument(model.forward) is None
     assert not has_key_value_cache(model)
+
+
+def test_finite_attention_gradients() -> None:
+    """What it switches off comes back, after an exception too. tests/test_gpu_contracts.py shows the cause."""
+    for enabled in (True, False):
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.CUDNN_ATTENTION] if enabled else MATH):
+            with pytest.raises(KeyError), finite_attention_gradients():
+                assert not torch.backends.cuda.cudnn_sdp_enabled()
+                raise KeyError
+            assert torch.backends.cuda.cudnn_sdp_enabled() == enabled

@@ -1,4 +1,5 @@
-"""What is asked of transformers and peft beyond its documented interface, with the versions it was seen in.
+"""What is asked of transformers and peft beyond their documented interface, and what is worked around in torch, with
+the versions it was seen in.
 
 Each entry has a contract test of its own in tests/test_upstream.py, which fails by its name.
 """
@@ -6,8 +7,11 @@ Each entry has a contract test of its own in tests/test_upstream.py, which fails
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 #: What a model's forward and generate() call a Cache. transformers 5.17 to 5.23: the first, and the second in recurrent
 #: models; 5.24: the third, in all of them.
@@ -41,3 +45,19 @@ ADAPTERS_PER_TOKEN = {
 }  # fmt: skip
 #: LoRA's initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and lora_ga change them.
 INITS_BESIDE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+@contextmanager
+def finite_attention_gradients() -> Iterator[None]:
+    """Keep cuDNN out of PyTorch's attention, around a forward pass and its backward pass.
+
+    torch 2.11 to 2.13 on compute capability 9.0 (pytorch/pytorch#196678): where a mask is passed and the length is 64
+    more than a multiple of 128, cuDNN's gradient of a query is NaN if the scores of its row are low or all masked, as
+    they are where a text is padded on the left. Recomputed activations choose their kernel anew in the backward pass.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..core.loading import load_model
+from ..core.upstream import finite_attention_gradients
 from ..data import encode, encode_prompts
 from .console import Reporter
 from .corpus import Corpus, Example, Material
@@ -140,7 +141,8 @@ def train(
             callbacks=[listener(losses, advance)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
+        with finite_attention_gradients():
+            trainer.train()
     shutil.rmtree(output, ignore_errors=True)
     return losses
 

@@ -17,6 +17,7 @@ import torch
 
 from ..core.checks import check_integer, check_number
 from ..core.terminal import new_console, new_progress
+from ..core.upstream import finite_attention_gradients
 from ..data import Pair
 from .checkpoint import Checkpoint
 from .judges import PreferenceModelJudge
@@ -113,10 +114,11 @@ def _backward(model: ComparisonModel, batch: list[Rows], settings: PreferenceTra
     size = settings.micro_batch or len(batch)
     total = torch.zeros((), dtype=torch.float32, device=model.head.weight.device)
     for start in range(0, len(batch), size):
-        with torch.autocast(total.device.type, torch.bfloat16, enabled=settings.bfloat16):
-            a, b = model(batch[start : start + size])
-        loss = model.pair_losses(a.float(), b.float()).sum() / len(batch)
-        loss.backward()
+        with finite_attention_gradients():
+            with torch.autocast(total.device.type, torch.bfloat16, enabled=settings.bfloat16):
+                a, b = model(batch[start : start + size])
+            loss = model.pair_losses(a.float(), b.float()).sum() / len(batch)
+            loss.backward()
         total += loss.detach()
     return total
 

@@ -20,6 +20,7 @@ import torch
 from transformers import ProgressCallback, TrainerCallback
 
 from ..core.settings import use_backend
+from ..core.upstream import finite_attention_gradients
 from ..engine import RolloutEngine, RolloutResult, RolloutSettings
 from ..preference import Judge
 from . import opponents, samples
@@ -186,7 +187,7 @@ class NashTrainer(ResumableTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         made: Experience = inputs["made"]
-        with self.clock.phase("loss"), without_dropout(model):
+        with self.clock.phase("loss"), without_dropout(model), finite_attention_gradients():
             with self.accelerator.autocast():
                 loss = self.learner.loss(model, made, self.tau, num_items_in_batch)
             self.accelerator.backward(loss)

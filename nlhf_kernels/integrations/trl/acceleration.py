@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 
 from ...core.checks import check_option
+from ...core.upstream import finite_attention_gradients
 from ...engine import Responses, RolloutEngine, RolloutSettings, nash_md
 from ...ops import linear_nash_pg_loss
 from ...train.heads import check_head, head_of, hidden_states
@@ -102,7 +103,8 @@ class Acceleration:
             return self._of(trainer).loss(probability)
 
         def training_step(trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-            loss: torch.Tensor = step(trainer, model, inputs, num_items_in_batch)
+            with finite_attention_gradients():
+                loss: torch.Tensor = step(trainer, model, inputs, num_items_in_batch)
             # TRL divides what it reports by their number; the loss it gets is divided already
             reported: torch.Tensor = loss * trainer.args.gradient_accumulation_steps
             return reported
