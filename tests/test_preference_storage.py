@@ -112,7 +112,8 @@ def test_what_is_not_a_whole_model_is_refused(tmp_path) -> None:
     save_preference_model(comparison_model(), tmp_path / "model")
 
     def broken(name: str):
-        return shutil.copytree(tmp_path / "model", tmp_path / name)
+        """A copy without the manifest, which would find it damaged."""
+        return shutil.copytree(tmp_path / "model", tmp_path / name, ignore=shutil.ignore_patterns(manifest.NAME))
 
     for change, message in (
         ({"format": 3}, "expected format 1 or 2"),
@@ -128,7 +129,6 @@ def test_what_is_not_a_whole_model_is_refused(tmp_path) -> None:
     import safetensors.torch
 
     folder = broken("fewer weights")
-    (folder / manifest.NAME).unlink()  # or it would be found damaged
     weights = safetensors.torch.load_file(folder / "body" / "model.safetensors")
     del weights["layers.1.mlp.up_proj.weight"]
     safetensors.torch.save_file(weights, folder / "body" / "model.safetensors", {"format": "pt"})
