@@ -169,6 +169,7 @@ def takes_decode_attention(model: Any, read: Callable[[], int]) -> bool:
         return False
     if model.config._attn_implementation not in REPLACED:
         return False
+    ignoring = model.config._attn_implementation == "sdpa"  # Gemma 2's soft cap, until transformers made it eager's
     told: list[int | None] = []
     masked: list[int | None] = []
 
@@ -179,6 +180,8 @@ def takes_decode_attention(model: Any, read: Callable[[], int]) -> bool:
     ) -> tuple[torch.Tensor, None]:
         told.append(named.get("sliding_window"))
         own_masks.extend([] if attention_mask is None else [attention_mask])
+        if ignoring and (named.get("softcap") is not None or named.get("s_aux") is not None):
+            raise ValueError(f"{NAME}: expected what the model's own attention takes; got a soft cap or sinks")
         return nlhf_decode_attention(module, query, key, value, attention_mask, *arguments, **named)
 
     def mask(*arguments: Any, **named: Any) -> torch.Tensor | None:
