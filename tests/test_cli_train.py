@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -105,11 +106,73 @@ def test_judges(judge, config, capsys) -> None:
     assert "Saved: " in capsys.readouterr().out
 
 
-def test_rlhf_and_a_reference_of_its_own(config, capsys) -> None:
+def test_rlhf_and_a_reference_of_its_own(config, tmp_path, capsys) -> None:
     for reward in ({"function": "judge.py:long"}, {"reward_model": "reward"}):
         path = config(judge=None, reward=reward, reference_model="other", training={"algorithm": "rlhf"})
         assert train(path, "--check") == 0
         assert "rlhf: 16 prompts, " in capsys.readouterr().out
+        assert not any((tmp_path / "run").glob("*")), "a check leaves nothing"
+
+
+def test_a_check_says_what_a_run_takes(config, tmp_path, capsys) -> None:
+    data = {"train": "prompts.jsonl", "evaluation": "prompts.jsonl"}
+    training = {"max_steps": 600, "eval_strategy": "steps", "eval_steps": 100, "save_steps": 10, "save_total_limit": 3}
+    path = config(data=data, training=training)
+    assert train(path, "--check", "--set", "training.beta=0.25") == 0
+    shown, hint = capsys.readouterr()
+    assert re.search(r"^an update: [\d.]+ seconds; 600 of them$", shown, re.M)
+    assert re.search(r"^an evaluation: [\d.]+ seconds; 6 of them$", shown, re.M)
+    assert re.search(r"^memory: [\d.]+ [GM]iB, \d+ % of [\d.]+ GiB$", shown, re.M)
+    weights = sum(value.numel() for value in tiny_model("llama").parameters())
+    three = 3 * 4 * (3 * weights) / 2**10  # weights, two moments
+    (disk,) = re.findall(r"^disk: (\d+) KiB, 3 checkpoints of \d+ KiB$", shown, re.M)
+    assert float(disk) == pytest.approx(three, rel=0.01)
+    assert shown.endswith("ready\n") and "{" not in shown
+    assert f"Next: nlhf-kernels train --config {path} --set training.beta=0.25\n" in hint
+
+
+def test_the_longest_prompts_are_what_is_tried(config, tmp_path, monkeypatch, capsys) -> None:
+    rows = [{"prompt": "a" * length} for length in range(1, 21)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "asked.py").write_text(
+        "asked = []\ndef judge(prompts, first, second):\n"
+        "    open(__file__ + '.txt', 'a').write(' '.join(str(len(p)) for p in prompts) + '\\n')\n"
+        "    return [0.5] * len(prompts)\n"
+    )
+    judge = {"function": f"{tmp_path / 'asked.py'}:judge"}
+    path = config(data={"train": str(tmp_path / "long.jsonl")}, judge=judge, training={"num_train_epochs": 2,
+                  "max_steps": -1})  # fmt: skip
+    assert train(path, "--check") == 0
+    assert "; 10 of them" in capsys.readouterr().out, "2 epochs of 20 prompts, 4 at once"
+    asked = (tmp_path / "asked.py.txt").read_text().splitlines()
+    assert [sorted(map(int, line.split())) for line in asked] == [[17, 18, 19, 20]] * 2
+
+
+def test_a_stop_is_not_reported_as_finished(config, tmp_path, monkeypatch, capsys) -> None:
+    """Whatever tells transformers' loop to stop, as its handler of signals does."""
+    from nlhf_kernels.train.callbacks import Updates
+
+    def stop(self, args, state, control, **_):
+        control.should_training_stop = control.should_save = True
+
+    monkeypatch.setattr(Updates, "on_step_end", stop)
+    assert train(config(training={"max_steps": 3})) != 0
+    out, err = capsys.readouterr()
+    assert "Saved" not in out and not (tmp_path / "run" / "policy").exists()
+    assert "stopped after 1 of 3 updates, which is not the run's end: --resume goes on from " in err
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+
+
+def test_what_to_do_next_is_shown(config, tmp_path, capsys) -> None:
+    path = config(lora={"r": 2, "target_modules": ["q_proj"]}, training={"max_steps": 1})
+    assert train(path) == 0
+    policy = tmp_path / "run" / "policy"
+    (first, *others) = [line.strip() for line in capsys.readouterr().err.splitlines() if "nlhf-kernels " in line]
+    assert first == f"Next: nlhf-kernels sample --policy {policy} --text --prompt ..."
+    compared = f"--policy before=model --policy after={policy} --judge judge.py:likes_e --data prompts.jsonl"
+    assert others == [f"nlhf-kernels evaluate {compared}", f"nlhf-kernels merge {policy} --output {policy}-merged"]
+    for line in (first.removeprefix("Next: "), *others):
+        assert main([*shlex.split(line)[1:], "--device", "cpu"] if "merge" not in line else shlex.split(line)[1:]) == 0
 
 
 @pytest.mark.parametrize(

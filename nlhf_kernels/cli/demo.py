@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..core.optional import require
 from ..core.terminal import new_console
-from .loading import find_device
+from .loading import find_device, show_next
 
 if TYPE_CHECKING:
     from ..experiment.presets import Preset
@@ -49,7 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
     report = Reporter(new_console(stderr=True))
     experiment = Experiment(arguments.out, preset, material, device, report, arguments.restart)
     results = experiment.run()
-    _show(results, experiment.write(results))
+    folder = experiment.write(results)
+    _show(results, folder)
+    if arguments.data is None:
+        own = ["--data", "pairs.jsonl", "--model", "OWNER/NAME", "--out", "runs/mine"]
+        show_next(["nlhf-kernels", "demo", *own])
     return 0
 
 

@@ -1,10 +1,12 @@
-"""What subcommands share: the device by name, and functions (a judge, a reward) by module:name or file.py:name."""
+"""What subcommands share: devices by name, what to do next, functions (a judge, a reward) by name."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 from ..core.atomic import check_file
+from ..core.terminal import new_console
 from .errors import BadInput
 
 
@@ -32,6 +35,14 @@ def find_device(command: str, name: str | None) -> torch.device:
         return torch.empty(0, dtype=torch.uint8, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build of PyTorch that is asked for CUDA
         raise BadInput(f"{command}: --device: expected a device PyTorch can use here; got {name!r}") from error
+
+
+def show_next(*commands: Sequence[str]) -> None:
+    """On stderr, what to do with what a command has made: whole commands, to be copied."""
+    console = new_console(stderr=True)
+    for number, words in enumerate(commands):
+        line = " ".join(word if word in (">", "...") else shlex.quote(word) for word in words)
+        console.print(f"{'     ' if number else 'Next:'} {line}", soft_wrap=True)
 
 
 def is_function(name: str) -> bool:

@@ -16,6 +16,7 @@ from ..core.loading import load_model, load_tokenizer, quiet
 from ..core.optional import require
 from ..core.places import locate
 from .errors import BadInput
+from .loading import show_next
 
 KIND = "merged model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,4 +45,5 @@ def run(arguments: argparse.Namespace) -> int:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
     print(f"Saved: {arguments.output}")
+    show_next(["nlhf-kernels", "sample", "--policy", str(arguments.output), "--text", "--prompt", "..."])
     return 0

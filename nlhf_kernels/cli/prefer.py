@@ -27,7 +27,7 @@ from ..core.terminal import new_console
 from ..core.text import read_text
 from ..data import Comparison, Pair, load_comparisons, load_pairs, split_by_prompt
 from .errors import BadInput, option_names
-from .loading import check_output, find_device
+from .loading import check_output, find_device, show_next
 
 if TYPE_CHECKING:
     from ..preference import ComparisonModel, Evaluation, TrainingReport
@@ -232,6 +232,13 @@ def _report(arguments: argparse.Namespace, report: TrainingReport, pairs: int) -
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
     trained = f"{pairs} pairs, {len(report.losses)} steps, last loss {report.losses[-1]:.4f}\n"
     measured = "" if evaluation is None else f"held out: {_described(evaluation)}"
+    key = "preference_model" if arguments.kind == "pairwise" else "reward_model"
+    show_next(
+        ["nlhf-kernels", "prefer", "score", "--model", str(arguments.output), "--prompt", "...", "--first", "...",
+         "--second", "..."],
+        ["nlhf-kernels", "train", "--example", ">", "run.yaml"],
+        ["nlhf-kernels", "train", "--config", "run.yaml", "--set", f"judge={json.dumps({key: str(arguments.output)})}"],
+    )  # fmt: skip
     return f"{trained}{measured}Saved: {arguments.output}\n"
 
 

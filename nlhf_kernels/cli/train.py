@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ..core.manifest import kind_of
 from ..core.optional import need, require
 from ..data import load_prompts
 from .errors import BadInput
-from .loading import load_function
+from .loading import load_function, show_next
 
 if TYPE_CHECKING:
     from ..train import NashConfig, NashTrainer
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--keys", action="store_true", help="print every key a run may have, as docs/configuration.md")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="training.beta=0.25, say")
     parser.add_argument("--resume", action="store_true", help="go on from output_dir's last checkpoint, if it has one")
-    parser.add_argument("--check", action="store_true", help="load and check everything, but do not train")
+    parser.add_argument(
+        "--check", action="store_true", help="load everything, try two updates, print time and memory; nothing is kept"
+    )
     parser.set_defaults(output=None)  # the run's output_dir, once it is known
 
 
@@ -72,13 +75,11 @@ def _train(arguments: argparse.Namespace, plan: RunFile, args: NashConfig, place
 
     trainer = build(plan, args)
     if arguments.check:
-        count = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
-        _say(
-            trainer,
-            f"{trainer.args.algorithm}: {len(trainer.train_dataset)} prompts, {count:,} trained parameters: ready",
-        )
-        return 0
+        return _check(arguments, trainer)
     trainer.train(resume_from_checkpoint=bool(arguments.resume and found_in(Path(trainer.args.output_dir))))
+    if trainer.state.global_step < trainer.state.max_steps:  # a callback's wish, a signal that transformers handles
+        done = f"{trainer.state.global_step} of {trainer.state.max_steps} updates"
+        raise RuntimeError(f"stopped after {done}, which is not the run's end: {left(arguments)}")
     if trainer.is_world_process_zero():
         with quiet(), atomic_folder(place, KIND, overwrite=True) as work:
             trainer.model.save_pretrained(work)
@@ -87,7 +88,33 @@ def _train(arguments: argparse.Namespace, plan: RunFile, args: NashConfig, place
         found = {name: value for name, value in trainer.evaluate().items() if name != "epoch"}
         _say(trainer, json.dumps(found, indent=2))
     _say(trainer, f"Saved: {place}")
+    if trainer.is_world_process_zero():
+        show_next(*_next(plan, str(place)))
     return 0
+
+
+def _check(arguments: argparse.Namespace, trainer: NashTrainer) -> int:
+    from ..train.estimate import describe, estimate
+
+    count = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
+    _say(trainer, f"{trainer.args.algorithm}: {len(trainer.train_dataset)} prompts, {count:,} trained parameters")
+    _say(trainer, "\n".join([*describe(estimate(trainer)), "ready"]))
+    if trainer.is_world_process_zero():
+        changes = [word for change in arguments.set for word in ("--set", change)]
+        show_next(["nlhf-kernels", "train", "--config", str(arguments.config), *changes])
+    return 0
+
+
+def _next(plan: RunFile, policy: str) -> Iterator[list[str]]:
+    program = "nlhf-kernels"
+    yield [program, "sample", "--policy", policy, "--text", "--prompt", "..."]
+    judges = [spec.function or spec.preference_model or spec.reward_model for spec in plan.judge or ()]
+    if judges and judges[0] is not None:
+        rivals = ["--policy", f"before={plan.reference_model or plan.model}", "--policy", f"after={policy}"]
+        data = ["--data", plan.data.evaluation or plan.data.train]
+        yield [program, "evaluate", *rivals, "--judge", judges[0], *data]
+    if plan.lora is not None:
+        yield [program, "merge", policy, "--output", f"{policy}-merged"]
 
 
 def left(arguments: argparse.Namespace) -> str:

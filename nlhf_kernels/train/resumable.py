@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..core import atomic
+from ..core.loading import quiet
 from ..core.lock import lock_folder
 from . import checkpoints, opponents
 from .setup import OP
@@ -108,7 +109,8 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
             with atomic.explaining(output / name):
                 self._work = work
                 try:
-                    super()._save_checkpoint(model, trial)
+                    with quiet():  # its bars would cross the training's
+                        super()._save_checkpoint(model, trial)
                 finally:
                     self._work = None
                 self.accelerator.wait_for_everyone()

@@ -1,0 +1,169 @@
+"""What a run will take: two updates made as training makes them, on the longest prompts, and thrown away.
+
+So the figures are upper ones, of the real models, judge and settings; what would fail in the first update (memory, a
+judge) fails here. The trainer is of no further use: its weights have moved.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback
+
+from .callbacks import Updates
+from .prompts import PromptDataset
+
+UNMEASURED = ("logging_strategy", "eval_strategy", "save_strategy")
+
+
+class Estimate(NamedTuple):
+    updates: int
+    update_seconds: float
+    evaluations: int
+    evaluation_seconds: float  # of all evaluation prompts
+    memory: int  # bytes at the peak: the device's, or the process's on a CPU
+    device_memory: int  # bytes there are
+    checkpoint: int  # bytes of one
+    checkpoints: int  # that lie on the disk at once
+
+    @property
+    def seconds(self) -> float:
+        return self.updates * self.update_seconds + self.evaluations * self.evaluation_seconds
+
+
+def estimate(trainer: Any) -> Estimate:
+    """Of a `NashTrainer` that has not trained yet. Asks the judge about the pairs of two updates."""
+    args, device = trainer.args, trainer.args.device
+    updates = _updates(trainer)
+    parts = trainer.evaluation_prompts
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = _train(trainer)
+    evaluation = 0.0
+    for part in [] if parts is None else parts.values() if isinstance(parts, Mapping) else [parts]:
+        evaluation += _evaluate(trainer, part)
+    if device.type == "cuda":
+        memory, there = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    saves = _count(args.save_strategy, args.save_steps, updates, args.num_train_epochs)
+    return Estimate(
+        updates,
+        seconds,
+        _count(args.eval_strategy, args.eval_steps or args.logging_steps, updates, args.num_train_epochs),
+        evaluation,
+        memory,
+        there,
+        _checkpoint_bytes(trainer),
+        min(saves, args.save_total_limit or saves),
+    )
+
+
+def describe(found: Estimate) -> list[str]:
+    share = f"{100 * found.memory / found.device_memory:.0f} % of {_size(found.device_memory)}"
+    lines = [f"an update: {_time(found.update_seconds)}; {found.updates} of them"]
+    if found.evaluations:
+        lines.append(f"an evaluation: {_time(found.evaluation_seconds)}; {found.evaluations} of them")
+    lines += [
+        f"all: {_time(found.seconds)} at most, as measured with the longest prompts",
+        f"memory: {_size(found.memory)}, {share}",
+    ]
+    if found.checkpoints:
+        each = f"{found.checkpoints} checkpoints of {_size(found.checkpoint)}"
+        lines.append(f"disk: {_size(found.checkpoint * found.checkpoints)}, {each}")
+    return lines
+
+
+class _Times(TrainerCallback):
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def _train(trainer: Any) -> float:
+    """Seconds of the second of two updates: kernels are compiled and the optimizer has its state by then."""
+    args, times = copy.copy(trainer.args), _Times()
+    args.max_steps, args.load_best_model_at_end, args.eval_on_start, args.logging_first_step = 2, False, False, False
+    for name in UNMEASURED:
+        setattr(args, name, type(getattr(args, name))("no"))
+    kept = (DefaultFlowCallback, Updates)
+    callbacks = trainer.callback_handler.callbacks
+    trainer.callback_handler.callbacks = [each for each in callbacks if isinstance(each, kept)]
+    trainer.add_callback(times)
+    whole, trainer.train_dataset = trainer.train_dataset, _longest(trainer.train_dataset, _prompts_per_update(args))
+    before, trainer.args = trainer.args, args
+    try:
+        Trainer.train(trainer)  # not the trainer's own, which looks into output_dir
+    finally:
+        trainer.train_dataset, trainer.args, trainer.callback_handler.callbacks = whole, before, callbacks
+    first, second = times.ends
+    return second - first
+
+
+def _evaluate(trainer: Any, prompts: PromptDataset) -> float:
+    """Seconds of all prompts, from one batch of the longest."""
+    size = int(trainer.args.per_device_eval_batch_size * trainer.args.world_size)
+    began = time.perf_counter()
+    trainer.judged(_longest(prompts, size), "estimate")
+    return (time.perf_counter() - began) * math.ceil(len(prompts) / size)
+
+
+def _longest(prompts: PromptDataset, count: int) -> PromptDataset:
+    chosen = copy.copy(prompts)
+    chosen.prompts = sorted(prompts.prompts, key=lambda prompt: -len(prompt.ids))[:count]
+    return chosen
+
+
+def _prompts_per_update(args: Any) -> int:
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def _updates(trainer: Any) -> int:
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    an_epoch: int = max(1, math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps))
+    epochs: float = trainer.args.num_train_epochs
+    return math.ceil(epochs * an_epoch)
+
+
+def _count(strategy: Any, steps: float, updates: int, epochs: float) -> int:
+    """How often something happens that happens every so many steps (or a share of them), or every epoch."""
+    name = str(getattr(strategy, "value", strategy))
+    if name == "no":
+        return 0
+    if name == "epoch":
+        return math.ceil(epochs)
+    every = steps if steps >= 1 else max(1, math.ceil(updates * steps))
+    return int(updates / every)
+
+
+def _checkpoint_bytes(trainer: Any) -> int:
+    """The weights that are saved, and the optimizer's state."""
+    trained = [value for value in trainer.model.parameters() if value.requires_grad]
+    saved = trained if hasattr(trainer.model, "peft_config") else list(trainer.model.parameters())
+    state = [value for each in trainer.optimizer.state.values() for value in each.values()]
+    return sum(int(value.nbytes) for value in [*saved, *state] if isinstance(value, torch.Tensor))
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 2**10:.0f} KiB"
