@@ -3,13 +3,14 @@
 The harness of `benchmarks.run` is made for ops, with one call and one truth. A rollout is a loop over models, and its
 rivals draw with random numbers of their own; so this runner gates on log-probabilities (against a full forward pass)
 and shares the harness's timing, results and tables. A time is that of all steps, prompts included; no row ends early.
+What the engine needs for prompts and first token, and for each token after it, are rows of their own.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,31 +23,35 @@ from rich.console import Console
 
 from benchmarks.harness.case import Shape
 from benchmarks.harness.results import Accuracy, Floor, ResultRow, RowKey, Speedup
-from benchmarks.harness.rounds import build_parser, run_rounds
+from benchmarks.harness.rounds import build_parser, check_rivals, run_rounds
 from benchmarks.harness.runner import RunContext
 from benchmarks.harness.timing import Action, Timing, TimingPlan, time_calls
+from benchmarks.targets import headline_shapes
 from nlhf_kernels.core.upstream import cache_argument
 
 BETA = 0.3
-VARIANT = "engine, sdpa"  # without decode_attention
+SDPA, COMPILED = "engine, sdpa", "engine, compiled"  # without decode_attention; torch.compile for the models' steps
+FIRST, STEP = ": the first token", ": a token step"
 ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.3}  # nats, of a log-probability
 _SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
-_LARGE = {"width": 896, "layers": 24, "vocabulary": 151_936}
+_HALF_B = {"width": 896, "layers": 24, "vocabulary": 151_936, "mlp": 4864, "heads": 14, "kv_heads": 2, "tied": 1}
+_7B = {"width": 3584, "layers": 28, "vocabulary": 152_064, "mlp": 18_944, "heads": 28, "kv_heads": 4, "tied": 0}
 SHAPES = {
     "tiny": [Shape({"prompts": 2, "prompt": 6, "new": 5, "width": 32, "layers": 2, "vocabulary": 101})],
     "standard": [
         *(Shape({"prompts": 4, "prompt": 64, "new": new, **_SMALL}, devices=("cpu",)) for new in (32, 128)),
         *(
-            Shape({"prompts": prompts, "prompt": 128, "new": 64, **_LARGE}, "bfloat16", devices=("cuda",))
-            for prompts in (1, 16, 64)
+            Shape({"prompts": prompts, "prompt": 128, "new": 96, **sizes}, "bfloat16", devices=("cuda",))
+            for prompts, sizes in ((16, _HALF_B), (16, _7B), (1, _HALF_B), (64, _HALF_B))
         ),
     ],
 }
+SHAPES["headline"] = headline_shapes("rollout", SHAPES["standard"])
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two Llamas of random weights, and prompts of one length each half padded away for every second row."""
+    """Two models of random weights, and prompts of one length, of which every second has a quarter padded away."""
 
     policy: Any
     reference: Any
@@ -56,19 +61,24 @@ class Pair:
 
 
 def make(shape: Shape, device: torch.device) -> Pair:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
     sizes = {name: int(value) for name, value in shape.sizes.items()}
-    config = LlamaConfig(
-        vocab_size=sizes["vocabulary"],
-        hidden_size=sizes["width"],
-        intermediate_size=sizes["width"] * 8 // 3,
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=max(1, sizes["width"] // 64),
-        max_position_embeddings=sizes["prompt"] + sizes["new"],
-    )
+    options: dict[str, Any] = {
+        "vocab_size": sizes["vocabulary"],
+        "hidden_size": sizes["width"],
+        "intermediate_size": sizes.get("mlp", sizes["width"] * 8 // 3),
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes.get("heads", max(1, sizes["width"] // 64)),
+        "max_position_embeddings": sizes["prompt"] + sizes["new"],
+    }
+    if "kv_heads" in sizes:
+        config = Qwen2Config(**options, num_key_value_heads=sizes["kv_heads"], tie_word_embeddings=bool(sizes["tied"]))
+    else:
+        config = LlamaConfig(**options)
     torch.manual_seed(7)
-    policy, reference = (LlamaForCausalLM(config).to(device, shape.torch_dtype).eval() for _ in range(2))
+    with torch.device(device):  # drawn where they are needed: the CPU takes minutes for billions of weights
+        policy, reference = (AutoModelForCausalLM.from_config(config, dtype=shape.torch_dtype).eval() for _ in range(2))
     ids = torch.randint(3, sizes["vocabulary"], (sizes["prompts"], sizes["prompt"]), device=device)
     mask = torch.ones_like(ids)
     mask[1::2, : sizes["prompt"] // 4] = 0
@@ -138,12 +148,13 @@ def trl_way(pair: Pair) -> None:
         text, mask = torch.cat([text, token], 1), torch.cat([mask, mask[:, -1:]], 1)
 
 
-def engine_call(pair: Pair, attention: str | None = None) -> Callable[[], Any]:
+def engine_calls(pair: Pair, **options: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A whole rollout, and one of a single token."""
     from nlhf_kernels import RolloutEngine, RolloutSettings, nash_md
 
-    engine = RolloutEngine(pair.policy, pair.reference, attention=attention)
-    settings = RolloutSettings(max_new_tokens=pair.new, seed=1, end_ids=())
-    return partial(engine.rollout, pair.ids, pair.mask, nash_md(BETA), settings)
+    engine = RolloutEngine(pair.policy, pair.reference, **options)
+    whole, first = (RolloutSettings(max_new_tokens=new, seed=1, end_ids=()) for new in (pair.new, 1))
+    return tuple(partial(engine.rollout, pair.ids, pair.mask, nash_md(BETA), each) for each in (whole, first))
 
 
 @torch.no_grad()
@@ -162,46 +173,63 @@ def largest_error(pair: Pair, result: Any) -> float:
 
 
 def floor(pair: Pair, context: RunContext) -> tuple[float, float]:
-    """Bytes of both models' weights, read once a token step (an embedding table is not read whole), and the time."""
+    """Bytes of both models' weights, read once in a token step, and the time of that. An embedding table is read whole
+    only where it is the head too."""
     weights = 0
     for model in (pair.policy, pair.reference):
-        table = model.get_input_embeddings().weight
-        weights += sum(p.numel() * p.element_size() for p in model.parameters() if p is not table)
-    moved = float(weights * pair.new)
-    return moved, 1e6 * moved / context.ceilings.copy_bytes_per_s
+        head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        weights += sum(p.numel() * p.element_size() for p in model.parameters() if p is head or p is not table)
+    return float(weights), 1e6 * weights / context.ceilings.copy_bytes_per_s
 
 
-def run_shape(shape: Shape, context: RunContext, plan: TimingPlan) -> list[ResultRow]:
+RIVALS = {
+    "eager": batched,
+    "y, then y'": one_after_the_other,
+    "generate per model": generate_per_model,
+    "TRL 1.13's way, transcribed": trl_way,
+}
+
+
+def run_shape(
+    shape: Shape, context: RunContext, plan: TimingPlan, wanted: Sequence[str] | None = None
+) -> list[ResultRow]:
     device = context.settings.device
     pair = make(shape, device)
-    engine = engine_call(pair)
-    error = largest_error(pair, engine())
+    options: dict[str, dict[str, Any]] = {"engine": {}, SDPA: {"attention": "sdpa"}}
+    if device.type == "cuda":
+        options[COMPILED] = {"compile": True}
+    engines = {name: engine_calls(pair, **given) for name, given in options.items()}
+    error = largest_error(pair, engines["engine"][0]())
     good = error <= ALLOWED_ERROR[shape.dtype]
-    calls = {"engine": engine, VARIANT: engine_call(pair, "sdpa")} if good else {}
-    rivals = {"eager": batched, "y, then y'": one_after_the_other, "generate per model": generate_per_model}
-    rivals["TRL 1.13's way, transcribed"] = trl_way
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, (whole, first) in engines.items() if good else ():
+        calls |= {name: whole, name + FIRST: first}
+    rivals = {name: function for name, function in RIVALS.items() if wanted is None or name in wanted}
     calls |= {name: partial(function, pair) for name, function in rivals.items()}
     actions = {name: Action(lambda: None, lambda _, call=call: call()) for name, call in calls.items()}
     timings = time_calls(actions, device, plan)
-    moved, floor_us = floor(pair, context)
+    for name in engines:
+        if isinstance(whole := timings.get(name), Timing) and isinstance(first := timings[name + FIRST], Timing):
+            timings[name + STEP] = per_step(whole, first, pair.new - 1)
+    weights, floor_us = floor(pair, context)
     rows = []
-    for name in ("engine", VARIANT, *rivals):
-        timing = timings.get(name)
-        ours = name in ("engine", VARIANT)
-        key = RowKey("rollout", shape.label, shape.dtype, "forward", name, device.type, context.threads)
-        timed, eager = isinstance(timing, Timing), timings["eager"]
-        status = "ok" if timed else "red" if timing is None else "failed"
+    for name in (*engines, *(name + part for name in engines for part in (FIRST, STEP)), *rivals):
+        timing, part, ours = timings.get(name), name.endswith((FIRST, STEP)), name.startswith("engine")
+        if part and not isinstance(timing, Timing):
+            continue
+        timed, steps = isinstance(timing, Timing), 1 if part else pair.new
+        eager = None if part else timings.get("eager")
         rows.append(
             ResultRow(
-                key=key,
-                kind="variant" if name == VARIANT else "backend" if ours else "baseline",
-                status=status,
+                key=RowKey("rollout", shape.label, shape.dtype, "forward", name, device.type, context.threads),
+                kind="part" if part else "backend" if name == "engine" else "variant" if ours else "baseline",
+                status="ok" if timed else "red" if timing is None else "failed",
                 run=context.facts,
                 reasons=() if timed else (f"log-probabilities off by {error:.2g}" if ours else str(timing),),
                 chosen=name == "engine",
-                accuracy=Accuracy(error, ALLOWED_ERROR[shape.dtype]) if ours else None,
+                accuracy=Accuracy(error, ALLOWED_ERROR[shape.dtype]) if name == "engine" else None,
                 timing=timing if timed else None,
-                floor=Floor(moved, 0.0, floor_us, "bandwidth", 100 * floor_us / timing.median_us) if timed else None,
+                floor=_floor(weights * steps, floor_us * steps, timing) if timed and not name.endswith(FIRST) else None,
                 speedup=Speedup(eager.median_us / timing.median_us, None)
                 if timed and isinstance(eager, Timing)
                 else None,
@@ -210,10 +238,20 @@ def run_shape(shape: Shape, context: RunContext, plan: TimingPlan) -> list[Resul
     return rows
 
 
+def per_step(whole: Timing, first: Timing, steps: int) -> Timing:
+    """What a token after the first costs: the rest of a rollout, divided."""
+    shorter = {name: (getattr(whole, name) - first.median_us) / steps for name in ("median_us", "p20_us", "p80_us")}
+    return replace(whole, **shorter)
+
+
+def _floor(moved: float, floor_us: float, timing: Timing) -> Floor:
+    return Floor(moved, 0.0, floor_us, "bandwidth", 100 * floor_us / timing.median_us)
+
+
 def print_rates(shape: Shape, rows: Sequence[ResultRow], console: Console) -> None:
     new, tokens = int(shape.sizes["new"]), 2 * int(shape.sizes["prompts"]) * int(shape.sizes["new"])
     for row in rows:
-        if row.timing is not None:
+        if row.timing is not None and row.kind != "part":
             seconds = row.timing.median_us / 1e6
             rate = f"{1e3 * seconds / new:9.2f} ms a token step {tokens / seconds:12.0f} tokens/s"
             console.print(f"  {row.key.implementation:<28} {rate}", highlight=False)
@@ -221,7 +259,8 @@ def print_rates(shape: Shape, rows: Sequence[ResultRow], console: Console) -> No
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser("rollout", __doc__).parse_args(argv)
-    rows = run_rounds("rollout", arguments, SHAPES, run_shape, print_rates)
+    check_rivals("rollout", arguments.rival, RIVALS)
+    rows = run_rounds("rollout", arguments, SHAPES, partial(run_shape, wanted=arguments.rival), print_rates)
     return 0 if all(row.status == "ok" for row in rows) else 1
 
 

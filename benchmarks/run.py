@@ -15,23 +15,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.cases import all_cases
-from benchmarks.harness.case import PRESETS, Case
+from benchmarks.harness.case import PRESETS, Case, name_and_value
 from benchmarks.harness.compare import compare, machine_differences
 from benchmarks.harness.library import BACKENDS
 from benchmarks.harness.plots import write_plots
 from benchmarks.harness.report import print_comparison, print_results
-from benchmarks.harness.results import ResultRow, append_rows, read_rows
-from benchmarks.harness.runner import Job, RunContext, Settings, open_run, run_job, select_jobs
+from benchmarks.harness.results import ResultRow, append_rows, measured_shapes, read_rows
+from benchmarks.harness.runner import Job, RunContext, Settings, open_run, run_facts, run_job, select_jobs
+from benchmarks.targets import headline_modes
 
 LOG_WIDTH = 120
 BAD_STATUSES = ("red", "failed")
-
-
-def _size(text: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not (name and separator and value):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, such as games=1024 or dtype=float32; got {text!r}")
-    return name, value
+PRESET_HELP = "tiny: a smoke test, hot caches; headline: the standard shapes of benchmarks/targets.py, briefly"
 
 
 def _threads(text: str) -> int:
@@ -45,12 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="name the cases and their shapes, run nothing")
     parser.add_argument("--case", nargs="+", metavar="NAME", default=[], help="cases to run (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--preset", choices=PRESETS, default="standard", help="tiny: a smoke test, hot caches")
-    parser.add_argument("--shape", nargs="+", type=_size, metavar="NAME=VALUE", default=[], help="only these sizes")
+    parser.add_argument("--preset", choices=PRESETS, default="standard", help=PRESET_HELP)
+    parser.add_argument(
+        "--shape", nargs="+", type=name_and_value, metavar="NAME=VALUE", default=[], help="only these sizes"
+    )
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=[], help="default: all that can run")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a while)")
     parser.add_argument("--threads", type=_threads, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
+    parser.add_argument("--resume", action="store_true", help="leave out what --out holds of this commit and preset")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two result files")
     parser.add_argument("--fail-above", type=float, default=1.10, metavar="RATIO", help="of new to old; default 1.10")
     parser.add_argument("--plot", type=Path, metavar="RESULTS", help="draw a result file")
@@ -117,10 +115,16 @@ def run_benchmarks(arguments: argparse.Namespace, cases: Sequence[Case], console
     settings = Settings(
         device, arguments.preset, tuple(arguments.backend), dict(arguments.shape), not arguments.no_compile
     )
-    jobs = select_jobs(cases, settings)
+    jobs = select_jobs(cases, settings, headline_modes())
     if not jobs:
         console.print(f"no shape of {', '.join(case.name for case in cases)} matches; --list shows all")
         return 2
+    if arguments.resume:
+        measured = measured_shapes(arguments.out, run_facts(device, settings.preset, {}))
+        jobs = [job for job in jobs if (job.case.name, *job.shape.identity) not in measured]
+        if not jobs:
+            console.print(f"everything has been measured: {arguments.out}", soft_wrap=True)
+            return 0
     threads_before = torch.get_num_threads()
     try:
         if arguments.threads:
@@ -140,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console(width=LOG_WIDTH)  # rich takes 80 columns for a pipe, which would cut the tables
     if arguments.fail_above < 1.0:
         parser.error(f"--fail-above: expected a ratio of at least 1, got {arguments.fail_above}")
+    if arguments.resume and arguments.out is None:
+        parser.error("--resume: expected --out, whose rows are left out; got none")
     try:
         if arguments.compare:
             old, new = arguments.compare

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from rich.console import Console
 from benchmarks.harness.case import Shape
 from benchmarks.harness.memory import METHODS, peak_bytes
 from benchmarks.harness.results import Accuracy, Memory, ResultRow, RowKey, Speedup
-from benchmarks.harness.rounds import build_parser, run_rounds
+from benchmarks.harness.rounds import build_parser, check_rivals, run_rounds
 from benchmarks.harness.runner import RunContext
 from benchmarks.harness.timing import Action, Timing, TimingPlan, summarise, time_calls
 from benchmarks.rivals import trl
+from benchmarks.targets import headline_shapes
 
 BETA, TAU = 0.125, 0.01
 OURS, REFERENCE, TRL = "NashTrainer", "NashTrainer, reference kernels", "TRL 1.13.0"
+RIVALS = (REFERENCE, TRL)
 ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 5e-2}  # of the gradient, relative to its norm
 _SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
 _LARGE = {"width": 896, "layers": 24, "vocabulary": 151_936}
@@ -42,6 +45,7 @@ SHAPES = {
         *(Shape({"prompts": 16, "prompt": 128, "new": n, **_LARGE}, "bfloat16", devices=("cuda",)) for n in (64, 256)),
     ],
 }
+SHAPES["headline"] = headline_shapes("train_step", SHAPES["standard"])
 
 
 @dataclass
@@ -184,15 +188,17 @@ def gradient_error(rival: Rival) -> float:
     return (wrong / right) ** 0.5
 
 
-def run_shape(shape: Shape, context: RunContext, plan: TimingPlan) -> list[ResultRow]:
-    device = context.settings.device
+def run_shape(
+    shape: Shape, context: RunContext, plan: TimingPlan, wanted: Sequence[str] | None = None
+) -> list[ResultRow]:
+    device, wanted = context.settings.device, RIVALS if wanted is None else wanted
     with tempfile.TemporaryDirectory() as folder:
-        rivals: dict[str, Rival | str] = {
-            OURS: nash_rival(f"{folder}/1", shape, device, None),
-            REFERENCE: nash_rival(f"{folder}/2", shape, device, "reference"),
-        }
-        missing = trl.why_not()
-        rivals[TRL] = trl_rival(f"{folder}/3", shape, device) if missing is None else missing
+        rivals: dict[str, Rival | str] = {OURS: nash_rival(f"{folder}/1", shape, device, None)}
+        if REFERENCE in wanted:
+            rivals[REFERENCE] = nash_rival(f"{folder}/2", shape, device, "reference")
+        if TRL in wanted:
+            missing = trl.why_not()
+            rivals[TRL] = trl_rival(f"{folder}/3", shape, device) if missing is None else missing
         allowed, accuracy = ALLOWED_ERROR[shape.dtype], {}
         for name, rival in rivals.items():
             if isinstance(rival, Rival) and name != TRL:
@@ -263,7 +269,8 @@ def print_phases(shape: Shape, rows: Sequence[ResultRow], console: Console) -> N
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser("train_step", __doc__).parse_args(argv)
-    rows = run_rounds("train_step", arguments, SHAPES, run_shape, print_phases)
+    check_rivals("train_step", arguments.rival, RIVALS)
+    rows = run_rounds("train_step", arguments, SHAPES, partial(run_shape, wanted=arguments.rival), print_phases)
     return 0 if all(row.status in ("ok", "unavailable") for row in rows) else 1
 
 

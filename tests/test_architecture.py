@@ -155,6 +155,12 @@ def test_rooms_are_complete(op) -> None:
     assert (ROOT / "benchmarks" / "cases" / f"{op.name}.py").exists()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_gpu_*.py")), ids=_name)
+def test_tests_of_the_gpu_are_marked(path) -> None:
+    """They are found by their files' names, and run by their mark."""
+    assert re.search(r"^pytestmark = pytest\.mark\.gpu$", path.read_text(), re.M)
+
+
 def test_native_folders_are_rooms() -> None:
     folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()} - {"common"}
     assert folders <= {op.name for op in ops()}

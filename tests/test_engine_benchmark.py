@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
+import torch
+
 from benchmarks import rollout
+from benchmarks.harness.case import Shape
 from benchmarks.harness.results import read_rows
 from tests.support.tiny_models import one_thread
 
@@ -11,11 +17,46 @@ def test_every_rival_has_a_time(tmp_path, capsys) -> None:
     out = tmp_path / "rows.jsonl"
     with one_thread():
         assert rollout.main(["--preset", "tiny", "--device", "cpu", "--out", str(out)]) == 0
-    rows = read_rows(out)
-    assert [row.key.implementation for row in rows][:3] == ["engine", "engine, sdpa", "eager"] and len(rows) == 6
+    every = read_rows(out)
+    rows = [row for row in every if row.kind != "part"]
+    assert [row.key.implementation for row in rows] == ["engine", "engine, sdpa", *rollout.RIVALS]
     assert all(row.timing is not None and row.speedup is not None for row in rows)
     assert rows[0].accuracy.error < rows[0].accuracy.allowed
     assert "tokens/s" in capsys.readouterr().out
+    first, step = (
+        next(row for row in every if row.key.implementation == f"engine{part}")
+        for part in (rollout.FIRST, rollout.STEP)
+    )
+    whole = first.timing.median_us + (5 - 1) * step.timing.median_us
+    assert whole == pytest.approx(rows[0].timing.median_us), "a rollout is its first token and the steps after it"
+    assert step.floor.bytes * 5 == rows[0].floor.bytes and first.floor is None
+
+
+def test_rivals_and_shapes_are_chosen(tmp_path, capsys) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = ["--preset", "tiny", "--device", "cpu", "--out", str(out), "--rival", "eager"]
+    with one_thread():
+        assert rollout.main([*command, "--shape", "width=32"]) == 0
+    assert [row.key.implementation for row in read_rows(out) if row.kind == "baseline"] == ["eager"]
+    assert rollout.main([*command, "--shape", "width=33"]) == 0, "no such shape"
+    assert "nothing is left to measure" in capsys.readouterr().out
+    for arguments, message in (
+        (["--rival", "trl"], "--rival: expected some of eager,"),
+        (["--resume"], "expected --out"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            rollout.main(["--preset", "tiny", "--device", "cpu", *arguments])
+
+
+def test_a_head_that_is_the_embedding_table_is_read_whole() -> None:
+    """A table is looked up, a head is multiplied: tied, it is one matrix and counts once."""
+    sizes = {"prompts": 1, "prompt": 2, "new": 2, "width": 32, "layers": 1, "vocabulary": 101, "mlp": 32, "heads": 2}
+    rate = SimpleNamespace(ceilings=SimpleNamespace(copy_bytes_per_s=1e9))
+    tied, apart = (
+        rollout.floor(rollout.make(Shape({**sizes, "kv_heads": 1, "tied": tied}), torch.device("cpu")), rate)[0]
+        for tied in (1, 0)
+    )
+    assert tied == apart > 2 * 4 * 32 * 101
 
 
 def test_wrong_logprobs_are_red_and_have_no_time(monkeypatch, capsys) -> None:

@@ -7,10 +7,11 @@ import torch
 
 import nlhf_kernels
 from nlhf_kernels.core.upstream import finite_attention_gradients
+from tests.support.gpu import nothing_waits
 from tests.support.mixture import logits_pair
 from tests.support.tiny_models import tiny_model
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch sees")
+pytestmark = pytest.mark.gpu
 on_gpu = pytest.mark.parametrize("backend", ["triton", "cuda"])
 
 
@@ -73,17 +74,13 @@ def test_nothing_waits_for_the_device(backend) -> None:
     step_sizes = torch.full((3,), 0.1, device="cuda")
     nlhf_kernels.mirror_descent(*game, tau=0.1, step_sizes=step_sizes, backend=backend)
     policy, other = logits_pair(4, 100, "cuda")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         draw()
         beta = torch.linspace(0, 1, 4, device="cuda")
         drawn = nlhf_kernels.mixture_sample(
             policy, other, beta, seed=1, row_ids=torch.arange(4, device="cuda"), step=2, top_p=0.8, backend=backend
         )
         nlhf_kernels.mirror_descent(*game, tau=0.1, step_sizes=step_sizes, backend=backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert drawn.ok.all()
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
 import pytest
 import torch
 
+from benchmarks.harness.case import Shape
+from benchmarks.rollout import make
 from nlhf_kernels.engine import RolloutEngine, nash_md
-from tests.support.engine import settings, tiny_pair, worst_error
+from tests.support.engine import settings, tiny, tiny_pair, worst_error
+from tests.support.gpu import nothing_waits
 from tests.support.tiny_models import BETA, padded, prompts
+from tests.test_engine_shared import adapted
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
@@ -21,15 +28,55 @@ def _batch(rows) -> dict:
     return {name: value.cuda() for name, value in padded(rows).items()}
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mistral", "gemma3", "bloom"])
-def test_captured_steps_say_what_full_forward_passes_say(architecture, models) -> None:
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3", "mistral", "gemma3", "bloom"])
+def test_captured_steps_say_what_eager_steps_and_full_forward_passes_say(architecture, models) -> None:
     policy, reference = models(architecture)
     rows = prompts()
     engine = RolloutEngine(policy, reference, bucket=8)
     result = engine.rollout(**_batch(rows), players=nash_md(BETA), settings=settings(12))
     assert result.notes == () and len(engine.graphs.recorded) == 2
+    eager = RolloutEngine(policy, reference, graphs=False)
+    for responses, plain, beta in zip(
+        result, eager.rollout(**_batch(rows), players=nash_md(BETA), settings=settings(12)), (0.0, BETA), strict=True
+    ):
+        assert torch.equal(responses.tokens, plain.tokens)
+        for got in (responses, plain):
+            assert worst_error(got, policy, reference, [row.cuda() for row in rows], beta) < 1e-3
+
+
+def test_compiled_steps_say_what_full_forward_passes_say(models) -> None:
+    policy, reference = models("llama")
+    rows = prompts()
+    engine = RolloutEngine(policy, reference, compile=True, bucket=32)
+    result = engine.rollout(**_batch(rows), players=nash_md(BETA), settings=settings(12))
+    assert result.notes == () and len(engine.graphs.recorded) == 1
     for responses, beta in zip(result, (0.0, BETA), strict=True):
         assert worst_error(responses, policy, reference, [row.cuda() for row in rows], beta) < 1e-3
+
+
+def test_adapter_and_base_in_one_captured_pass() -> None:
+    base = tiny("llama").cuda()
+    policy = adapted(tiny("llama")).cuda()
+    engine, rows = RolloutEngine(policy), prompts()
+    result = engine.rollout(**_batch(rows), players=nash_md(BETA, samples=2), settings=settings(12))
+    assert engine.ensemble.one_pass and engine.graphs.recorded and result.notes == ()
+    merged = copy.deepcopy(policy).merge_and_unload()
+    for responses, beta in zip(result, (0.0, BETA), strict=True):
+        assert worst_error(responses, merged, base, [row.cuda() for row in rows], beta, samples=2) < 1e-3
+    assert (result[0].policy_logprobs - result[0].reference_logprobs).abs().max() > 0.1, "the adapter matters"
+
+
+def test_rows_that_have_ended_leave_captured_steps(models) -> None:
+    policy, reference = models("llama")
+    rows = _batch(prompts((1, 6, 9, 3, 5)))
+    engine = RolloutEngine(policy, reference, bucket=32)
+    free = engine.rollout(**rows, players=nash_md(BETA), settings=settings(30))
+    ends = [int(free[0].tokens[0, 2]), int(free[0].tokens[1, 9])]
+    asked = {**rows, "players": nash_md(BETA), "settings": settings(30, end_ids=ends)}
+    result, eager = engine.rollout(**asked), RolloutEngine(policy, reference, graphs=False).rollout(**asked)
+    assert result.row_steps < 10 * result.steps and len(engine.graphs.recorded) > 1, "graphs of several row counts"
+    for first, second in zip(result, eager, strict=True):
+        assert torch.equal(first.tokens, second.tokens) and torch.equal(first.lengths, second.lengths)
 
 
 def test_captured_steps_advance_their_noise_and_agree_with_eager_ones(models) -> None:
@@ -58,12 +105,27 @@ def test_no_step_waits_for_the_device(models) -> None:
 
     def watched(*arguments) -> None:
         watched_steps.append(None)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             rollout_step(*arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     engine.graphs.run = watched
     result = engine.rollout(**request)
     assert len(watched_steps) == 29 and all(responses.ok.all() for responses in result)
+
+
+def test_memory_is_what_was_planned() -> None:
+    """Two models with a real vocabulary. Beyond the plan there are activations, and what a graph keeps of them."""
+    pair = make(Shape({"prompts": 16, "prompt": 128, "new": 128, "width": 256, "layers": 2, "vocabulary": 151_936},
+                      "bfloat16"), torch.device("cuda"))  # fmt: skip
+    engine, asked = RolloutEngine(pair.policy, pair.reference), settings(pair.new)
+    plan = engine.memory_plan(16, 128, nash_md(BETA), asked)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    result = engine.rollout(pair.ids, pair.mask, nash_md(BETA), asked)
+    held = torch.cuda.memory_allocated() - before
+    assert result.steps == pair.new
+    assert 0.5 * plan.total < held < 1.5 * plan.total + (64 << 20), f"held {held}; {plan}"
+    engine.release()
+    del result
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 16 << 20, "given back"

@@ -15,7 +15,7 @@ from nlhf_kernels.preference import (
 )
 from tests.support.preference import comparison_model, shorter_wins
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 KINDS = pytest.mark.parametrize("kind", [PairwisePreferenceModel, RewardModel], ids=lambda kind: kind.KIND)
 COLUMNS = tuple(list(column) for column in zip(*shorter_wins(30), strict=True))
 

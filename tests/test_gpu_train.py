@@ -7,9 +7,11 @@ import torch
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
+from benchmarks import train_step
+from benchmarks.harness.case import Shape
 from tests.support.training import history, lora, make_trainer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 RUN = {"use_cpu": False, "max_steps": 6, "learning_rate": 1e-3, "tau": 0.1, "adam_epsilon": 1e-3}
 
 
@@ -25,6 +27,15 @@ def test_kernels_and_reference_learn_the_same(adapters, tmp_path) -> None:
         curves.append(torch.tensor(history(trainer, "loss", "kl", "preference")))
     assert torch.allclose(curves[0], curves[1], rtol=2e-2, atol=2e-3)
     assert curves[1][-1, 1] != 0, "rollouts play with the weights of now"
+
+
+@pytest.mark.parametrize(
+    ("width", "vocabulary", "dtype"), [(896, 151_936, "bfloat16"), (576, 49_155, "float32")], ids=["bf16", "fp32"]
+)
+def test_an_update_is_plain_autograds(width, vocabulary, dtype, tmp_path) -> None:
+    sizes = {"prompts": 4, "prompt": 32, "new": 32, "width": width, "layers": 2, "vocabulary": vocabulary}
+    rival = train_step.nash_rival(str(tmp_path), Shape(sizes, dtype), torch.device("cuda"), None)
+    assert train_step.gradient_error(rival) < train_step.ALLOWED_ERROR[dtype]
 
 
 @pytest.mark.parametrize("algorithm", ["nash-md", "nash-ema", "nash-mp", "ipo-md"])

@@ -104,6 +104,7 @@ CASE = Case(
             *_standard(1024, 64, "float64"),
             *_standard(256, 128, "float32"),
             *_standard(4096, 16, "float32"),
+            Shape({"games": 8, "actions": 2048, "steps": 100}, "float32", devices=("cuda",)),
         ],
     },
     make=make,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,11 @@ from .check import Check, accuracy_check
 
 MODES = ("forward", "backward", "full", "overhead")
 GRADIENT_MODES = ("backward", "full")
-PRESETS = ("tiny", "standard", "growth")
-NEEDED_PRESETS = ("tiny", "standard")  # growth, time and memory against one size at a time, is for some cases
+NEEDED_PRESETS = ("tiny", "standard")
+STATED_PRESETS = (*NEEDED_PRESETS, "growth")  # growth, time and memory against one size at a time, is for some cases
+PRESETS = (*STATED_PRESETS, "headline")  # the standard shapes that `benchmarks/targets.py` names
 
+Wanted = Mapping[tuple[str, str, str], tuple[str, ...]]  # case, shape's label, dtype -> modes
 Function = Callable[..., Any]  # called with the inputs' args and kwargs, as the library's function is
 
 
@@ -37,10 +40,23 @@ class Shape:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What a results file knows it by."""
+        return self.label, self.dtype
+
     def matches(self, wanted: Mapping[str, str]) -> bool:
         """Whether every wanted name=value is met; `dtype` counts as a name."""
         facts = {"dtype": self.dtype, **{name: str(value) for name, value in self.sizes.items()}}
         return all(facts.get(name) == value for name, value in wanted.items())
+
+
+def name_and_value(text: str) -> tuple[str, str]:
+    """An argument of --shape."""
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise ArgumentTypeError(f"expected NAME=VALUE, such as games=1024 or dtype=float32; got {text!r}")
+    return name, value
 
 
 @dataclass(frozen=True)
@@ -135,8 +151,8 @@ class Case:
         used = set(self.modes).union(*(shape.modes for shapes in self.shapes.values() for shape in shapes))
         if used - set(MODES):
             raise ValueError(f"case {self.name}: modes: expected some of {MODES}, got {sorted(used - set(MODES))}")
-        if not set(NEEDED_PRESETS) <= set(self.shapes) <= set(PRESETS):
-            expected = f"{NEEDED_PRESETS} of the presets {PRESETS}"
+        if not set(NEEDED_PRESETS) <= set(self.shapes) <= set(STATED_PRESETS):
+            expected = f"{NEEDED_PRESETS} of the presets {STATED_PRESETS}"
             raise ValueError(f"case {self.name}: shapes: expected {expected}, got {sorted(self.shapes)}")
         if used & set(GRADIENT_MODES) and not self.gradients_of:
             raise ValueError(f"case {self.name}: gradients_of: expected arguments, for {GRADIENT_MODES} are measured")

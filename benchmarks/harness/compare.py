@@ -56,7 +56,7 @@ def compare(old: Sequence[ResultRow], new: Sequence[ResultRow], fail_above: floa
     """Every row that either file measured, the bad ones first."""
     if not fail_above >= 1.0:
         raise ValueError(f"compare: --fail-above: expected a ratio of at least 1, got {fail_above}")
-    before, after = latest(old), latest(new)
+    before, after = (latest(row for row in rows if row.kind != "stage") for rows in (old, new))
     keys = list(dict.fromkeys([*before, *after]))
     changes = [_change(key, before.get(key), after.get(key), fail_above) for key in keys]
     return sorted((change for change in changes if change is not None), key=lambda change: not change.is_bad)

@@ -18,6 +18,7 @@ from .timing import MIB, Action, Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+COMMIT_VARIABLE = "NLHF_BENCHMARK_COMMIT"
 DEFAULT_CACHE_BYTES = 64 * MIB
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -107,8 +108,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def source_state() -> tuple[str | None, bool | None]:
-    """Commit, and whether the tree differs from it (results aside); None, None outside a repository."""
-    commit = _git("rev-parse", "HEAD")
+    """Commit, and whether the tree differs from it (results aside). Outside a repository, in a copy on a machine with a
+    GPU say, the commit that the environment names, and whether it differs is unknown."""
+    commit = _git("rev-parse", "HEAD") if (ROOT / ".git").exists() else None
+    if commit is None:
+        return os.environ.get(COMMIT_VARIABLE) or None, None
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return commit, None if changes is None else bool(changes)
 

@@ -78,7 +78,7 @@ class RunFacts:
 @dataclass(frozen=True)
 class ResultRow:
     key: RowKey
-    kind: str  # backend, variant, part, baseline, compiled; case where the case itself broke
+    kind: str  # backend, variant, part, baseline, compiled; case where the case itself broke; stage of benchmarks.gpu
     status: str  # one of STATUSES; a time is there only where it is "ok"
     run: RunFacts
     reasons: tuple[str, ...] = ()
@@ -126,6 +126,22 @@ def read_rows(path: Path) -> list[ResultRow]:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path.name}, line {number}: {type(error).__name__}: {error}") from error
     return rows
+
+
+def same_code(one: RunFacts, other: RunFacts) -> bool:
+    """Whether two runs measured the same code on the same machine. Changes that no commit holds make it unknown."""
+    known = one.commit is not None and not one.dirty and not other.dirty
+    return known and (one.commit, one.machine, one.versions) == (other.commit, other.machine, other.versions)
+
+
+def measured_shapes(path: Path | None, facts: RunFacts) -> set[tuple[str, str, str]]:
+    """Case, shape and dtype of what a file holds of the same code, preset and machine."""
+    rows = read_rows(path) if path is not None and path.exists() else []
+    return {
+        (row.key.case, row.key.shape, row.key.dtype)
+        for row in rows
+        if row.run.preset == facts.preset and same_code(row.run, facts)
+    }
 
 
 def latest(rows: Iterable[ResultRow]) -> dict[RowKey, ResultRow]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .case import PRESETS, Shape
+from .case import PRESETS, Shape, name_and_value
 from .report import print_results
-from .results import ResultRow, append_rows
-from .runner import Job, RunContext, Settings, open_run
+from .results import ResultRow, append_rows, measured_shapes
+from .runner import Job, RunContext, Settings, open_run, run_facts
 from .timing import TimingPlan
 
 RunShape = Callable[[Shape, RunContext, TimingPlan], list[ResultRow]]
@@ -26,9 +26,16 @@ def build_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of all rivals in turn (default 5)")
-    parser.add_argument("--new", type=int, help="only shapes of this many new tokens")
+    parser.add_argument("--shape", nargs="+", type=name_and_value, metavar="NAME=VALUE", default=[], help="only these")
+    parser.add_argument("--rival", nargs="+", metavar="NAME", help="only these beside ours (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
+    parser.add_argument("--resume", action="store_true", help="leave out what --out holds of this commit and preset")
     return parser
+
+
+def check_rivals(name: str, wanted: Sequence[str] | None, known: Iterable[str]) -> None:
+    if unknown := set(wanted or ()) - set(known):
+        raise SystemExit(f"benchmarks.{name}: --rival: expected some of {', '.join(known)}; got {', '.join(unknown)}")
 
 
 def run_rounds(
@@ -38,16 +45,24 @@ def run_rounds(
     run_shape: RunShape,
     show: Callable[[Shape, list[ResultRow], Console], Any],
 ) -> list[ResultRow]:
-    """Every shape of the preset that fits the device, shown as it is done; then the table, and the file."""
+    """Every shape of the preset that fits the device, shown and kept as it is done; then the table."""
     console = Console(width=120)
+    if arguments.resume and arguments.out is None:
+        raise SystemExit(f"benchmarks.{name}: --resume: expected --out, whose rows are left out; got none")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    measured = measured_shapes(arguments.out, run_facts(device, arguments.preset, {})) if arguments.resume else set()
     shapes = [
         shape
         for shape in presets.get(arguments.preset, ())
-        if device.type in shape.devices and arguments.new in (None, shape.sizes["new"])
+        if device.type in shape.devices
+        and shape.matches(dict(arguments.shape))
+        and (name, *shape.identity) not in measured
     ]
+    if not shapes:
+        console.print(f"{name}: nothing is left to measure here at preset {arguments.preset}")
+        return []
     case = SimpleNamespace(name=name)
     context = open_run(Settings(device, arguments.preset), [Job(case, shape) for shape in shapes])
     repeats = 1 if arguments.preset == "tiny" else arguments.repeats
@@ -57,7 +72,7 @@ def run_rounds(
         made = run_shape(shape, context, plan)
         show(shape, made, console)
         rows += made
-    if arguments.out is not None:
-        append_rows(arguments.out, rows)
+        if arguments.out is not None:
+            append_rows(arguments.out, made)
     print_results([row for row in rows if row.kind != "part"], console)
     return rows

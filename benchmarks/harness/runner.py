@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from typing import Any
 
 import torch
 
-from .case import Case, Shape
+from .case import Case, Shape, Wanted
 from .gate import Verdict, judge_all, short_reason
 from .implementations import COMPILED, collect
 from .machine import Ceilings, machine_facts, measure_ceilings, source_state, versions, without_paths
@@ -48,31 +49,39 @@ class RunContext:
     threads: int
 
 
-def select_jobs(cases: Sequence[Case], settings: Settings) -> list[Job]:
-    wanted = settings.shape_filter or {}
-    return [
-        Job(case, shape)
-        for case in cases
-        for shape in case.shapes.get(settings.preset, ())
-        if settings.device.type in shape.devices and shape.matches(wanted)
-    ]
+def select_jobs(cases: Sequence[Case], settings: Settings, headlines: Wanted) -> list[Job]:
+    """`headlines`: what the preset of this name is made of."""
+    chosen = settings.shape_filter or {}
+    jobs = []
+    for case in cases:
+        for shape in case.shapes.get("standard" if settings.preset == "headline" else settings.preset, ()):
+            modes = headlines.get((case.name, *shape.identity), ())
+            if settings.device.type in shape.devices and shape.matches(chosen):
+                if settings.preset != "headline":
+                    jobs.append(Job(case, shape))
+                elif modes:
+                    jobs.append(Job(case, replace(shape, modes=modes)))
+    return jobs
+
+
+def run_facts(device: torch.device, preset: str, ceilings: Mapping[str, Any]) -> RunFacts:
+    commit, dirty = source_state()
+    return RunFacts(
+        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        preset=preset,
+        commit=commit,
+        dirty=dirty,
+        machine=machine_facts(device),
+        versions=versions(),
+        ceilings=dict(ceilings),
+    )
 
 
 def open_run(settings: Settings, jobs: Sequence[Job]) -> RunContext:
     device, preset = settings.device, settings.preset
     ceilings = measure_ceilings(device, {job.shape.dtype for job in jobs}, preset)
-    machine = machine_facts(device)
-    commit, dirty = source_state()
-    facts = RunFacts(
-        timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        preset=preset,
-        commit=commit,
-        dirty=dirty,
-        machine=machine,
-        versions=versions(),
-        ceilings=asdict(ceilings),
-    )
-    plan = plan_for(preset, machine["last_level_cache_bytes"], device)
+    facts = run_facts(device, preset, asdict(ceilings))
+    plan = plan_for(preset, facts.machine["last_level_cache_bytes"], device)
     return RunContext(settings, plan, ceilings, facts, torch.get_num_threads())
 
 

@@ -59,7 +59,8 @@ def plan_for(preset: str, last_level_cache_bytes: int, device: torch.device) -> 
     # On a GPU 256 MiB also outlast the launch of one kernel, so that the launch hides behind the flush as it
     # hides behind earlier work in a real program; launches beyond that stay visible.
     flush = max(256 * MIB, 4 * last_level_cache_bytes) if device.type == "cuda" else last_level_cache_bytes * 5 // 4
-    budget_s = 2.0 if preset == "growth" else 4.0  # many shapes, and a curve forgives a rough point
+    # growth: many shapes, and a curve forgives a rough point; headline: minutes of a GPU must do for all of them
+    budget_s = {"growth": 2.0, "headline": 0.4}.get(preset, 4.0)
     return TimingPlan(budget_s=budget_s, min_repeats=5, max_repeats=200, warmups=3, batch_s=0.005, flush_bytes=flush)
 
 

@@ -1,0 +1,186 @@
+"""Everything that needs a GPU, in as many minutes as there are, the most telling first.
+
+Build for this card, the tests that only a GPU can pass, the rows that matter most, rollouts, updates of training,
+sanitizers, then all other shapes. Results are appended as they come; at the same commit, on the same machine, a second
+run goes on where the first stopped. The end is a table: ours, the best rival, their ratio, the share of the floor, the
+target, and whether it is met.
+
+It runs in the active environment: PyTorch with CUDA, Triton, nvcc, pybind11, pytest and better pytest-xdist. Rivals
+take part where they are installed: flashinfer-python, liger-kernel, cut-cross-entropy, trl==1.13.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a script: the package is found one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.harness.machine import COMMIT_VARIABLE, ROOT
+from benchmarks.harness.results import ResultRow, RowKey, RunFacts, append_rows, read_rows, same_code
+from benchmarks.harness.runner import run_facts
+from benchmarks.harness.stages import Outcome, Stage, run_stages
+from benchmarks.harness.timing import summarise
+from benchmarks.targets import HEADLINES, headlines_of, table
+
+CASE, KIND = "gpu", "stage"  # of the rows that say how a stage went
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+WORKERS = 8  # of the tests: more of them compile the same kernels at the same time
+MAX_LINES = 60
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=-ra")  # without pytest-timeout its option is unknown
+
+
+def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
+    """In the order of their worth; the shares are seconds of nine minutes."""
+    tiny = preset == "tiny"
+    no_gpu = "" if device.type == "cuda" else f"needs a GPU; got --device {device.type}"
+    no_more = "preset tiny has no more shapes" if tiny else ""
+
+    def benchmark(name: str, preset: str, *options: str) -> tuple[str, ...]:
+        chosen = ("--preset", "tiny") if tiny else ("--preset", preset, *options)
+        return (sys.executable, "-m", f"benchmarks.{name}", "--device", device.type, "--out", str(out), "--resume",
+                *chosen)  # fmt: skip
+
+    def rollout(width: int) -> tuple[str, ...]:
+        return benchmark("rollout", "headline", "--rival", "eager", "--repeats", "2", "--shape", f"width={width}")
+
+    def update(new: int) -> tuple[str, ...]:
+        return benchmark("train_step", "headline", "--repeats", "2", "--shape", f"new={new}")
+
+    few = ("--no-compile", "--case", "mixture_sample", "mirror_descent")
+    headlines = (*benchmark("run", "headline", "--no-compile"), *(few if tiny else ()))
+    sweeps = tuple(benchmark(name, "standard") for name in ("run", "rollout", "train_step"))
+    return [
+        _build(device, no_gpu),
+        Stage("tests", 130, (_tests(),)),
+        Stage("headlines", 110, (headlines,)),
+        Stage("rollout", 100, (rollout(896),) if tiny else (rollout(896), rollout(3584))),
+        Stage("train_step", 70, (update(64),) if tiny else (update(64), update(256))),
+        Stage("sanitizers", 20, tuple(map(_sanitizer, TOOLS)), missing=no_gpu or _no_program("compute-sanitizer")),
+        Stage("sweeps", 20, sweeps, missing=no_more),
+        Stage("growth", 10, (benchmark("run", "growth", "--no-compile"),), missing=no_more),
+    ]
+
+
+def _build(device: torch.device, no_gpu: str) -> Stage:
+    """For this card alone: every other architecture costs as much again."""
+    architecture = "" if no_gpu else "{}{}".format(*torch.cuda.get_device_capability(device))
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    return Stage("build", 80, (command,), {"CUDAARCHS": architecture}, missing=no_gpu)
+
+
+def _tests() -> tuple[str, ...]:
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu_*.py"))
+    workers = ("-n", str(WORKERS)) if importlib.util.find_spec("xdist") else ()
+    return (*PYTEST, "-m", "gpu", *workers, *files)
+
+
+def _sanitizer(tool: str) -> tuple[str, ...]:
+    """On small problems: the tools slow kernels down a hundredfold."""
+    small = "cuda and not large and not two_to and not tail and not often"
+    rooms = (f"tests/test_{room}.py" for room in ("mirror_descent", "row_uniforms", "mixture_sample"))
+    return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST, "-x", *rooms, "-k", small)
+
+
+def _no_program(name: str) -> str:
+    return "" if shutil.which(name) else f"no {name} found"
+
+
+def done_before(rows: Sequence[ResultRow], facts: RunFacts) -> dict[str, Outcome]:
+    """Stages that a run of this code, preset and machine has finished. What was built has to be there, too."""
+    done = {}
+    for row in rows:
+        if row.kind == KIND and row.run.preset == facts.preset and same_code(row.run, facts) and row.timing is not None:
+            done[row.key.implementation] = Outcome("ok", row.timing.median_us / 1e6)
+    if not list((ROOT / "nlhf_kernels").glob("_cuda*.so")):
+        done.pop("build", None)
+    return done
+
+
+def stage_row(stage: Stage, outcome: Outcome, facts: RunFacts, device: torch.device) -> ResultRow:
+    """Its time where it was finished, else the reasons."""
+    key = RowKey(CASE, "", "", KIND, stage.name, device.type, torch.get_num_threads())
+    timing = summarise([1e6 * outcome.seconds], 0) if outcome.status == "ok" else None
+    return ResultRow(key, KIND, outcome.status, facts, outcome.reasons, timing=timing)
+
+
+def closing_lines(rows: Sequence[ResultRow], outcomes: dict[str, Outcome], facts: RunFacts, log: Path) -> list[str]:
+    """Everything that there is to say, in MAX_LINES at most."""
+    headlines = headlines_of(rows, facts.preset) if facts.preset == "tiny" else HEADLINES
+    where = (
+        f"{facts.machine['gpu'] or facts.machine['cpu']}, torch {facts.versions['torch']}, commit "
+        f"{(facts.commit or 'unknown')[:10]}{'+changes' if facts.dirty else ''}; log: {log.name}"
+    )
+    ends = [f"{name:<12}{outcome}" for name, outcome in outcomes.items()]
+    return [*table(rows, headlines)[: MAX_LINES - len(ends) - 1], *ends, where]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--minutes", type=_minutes, default=9.0, help="for all of it (default 9)")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--preset", choices=("tiny", "standard"), default="standard", help="tiny: a smoke test")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="default: benchmarks/results/CARD.jsonl")
+    parser.add_argument("--commit", type=_commit, help="of the sources, where they are a copy without .git")
+    return parser
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of minutes above 0; got {text!r}")
+    return value
+
+
+def _commit(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{7,40}", text):
+        raise argparse.ArgumentTypeError(f"expected 7 to 40 hexadecimal digits; got {text!r}")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected cpu, for PyTorch sees no GPU here; got cuda")
+    if arguments.commit:
+        os.environ[COMMIT_VARIABLE] = arguments.commit  # every stage is a process of its own
+    facts = run_facts(device, arguments.preset, {})
+    card = re.sub(r"\W+", "-", facts.machine["gpu"] or "cpu").lower()
+    out = (arguments.out or ROOT / "benchmarks" / "results" / f"{card}.jsonl").resolve()
+    stages = make_stages(device, arguments.preset, out)
+    names = [stage.name for stage in stages]
+    if unknown := set(arguments.stages or ()) - set(names):
+        parser.error(f"--stages: expected some of {', '.join(names)}; got {', '.join(sorted(unknown))}")
+    stages = [stage for stage in stages if arguments.stages is None or stage.name in arguments.stages]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = out.with_suffix(".log")
+
+    def tell(stage: Stage, outcome: Outcome) -> None:
+        if outcome.status != "done":
+            append_rows(out, [stage_row(stage, outcome, facts, device)])
+        print(f"{stage.name:<12}{outcome}", flush=True)
+
+    rows = read_rows(out) if out.exists() else []
+    outcomes = run_stages(stages, 60 * arguments.minutes, log, done_before(rows, facts), tell)
+    now = [row for row in read_rows(out) if same_code(row.run, facts) or row.run.timestamp >= facts.timestamp]
+    print("", *closing_lines(now, outcomes, facts, log), sep="\n")
+    return 1 if any(outcome.status == "failed" for outcome in outcomes.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

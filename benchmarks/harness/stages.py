@@ -1,0 +1,121 @@
+"""Stages of a run that has so many minutes: each gets a share of the time that is left, each command its own process.
+
+What a stage leaves of its share goes to those after it. A command that outlasts its time is ended with everything that
+it started; what it has written by then stays.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from .machine import ROOT, without_paths
+
+GRACE_S = 5.0  # from asking a command to end to ending it
+MAX_REASON = 160
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    share: float  # of the time, beside the shares of the stages that follow
+    commands: tuple[tuple[str, ...], ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    missing: str = ""  # why it cannot run here; empty: it can
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: str  # ok, failed, unavailable; done: an earlier run did it
+    seconds: float = 0.0
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.seconds:.0f} s{': ' if self.reasons else ''}{'; '.join(self.reasons)}"
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    seconds: float,
+    log: Path,
+    done: Mapping[str, Outcome],
+    tell: Callable[[Stage, Outcome], None],
+) -> dict[str, Outcome]:
+    """`done`: by an earlier run, left out. `tell` is called after each stage: an interrupted run is not lost."""
+    deadline = time.monotonic() + seconds
+    outcomes = {}
+    with log.open("ab") as file:
+        for index, stage in enumerate(stages):
+            if stage.name in done:
+                outcome = Outcome("done", done[stage.name].seconds)
+            elif stage.missing:
+                outcome = Outcome("unavailable", 0.0, (stage.missing,))
+            else:
+                later = [each for each in stages[index:] if each.name not in done and not each.missing]
+                left = deadline - time.monotonic()
+                outcome = run_stage(stage, left * stage.share / sum(each.share for each in later), file)
+            outcomes[stage.name] = outcome
+            tell(stage, outcome)
+    return outcomes
+
+
+def run_stage(stage: Stage, seconds: float, log: IO[bytes]) -> Outcome:
+    """Its commands one after the other, whatever became of those before."""
+    start, reasons = time.monotonic(), []
+    for index, command in enumerate(stage.commands):
+        left = (seconds - (time.monotonic() - start)) / (len(stage.commands) - index)
+        if reason := run_command(command, left, stage.environment, log):
+            number = f" ({index + 1} of {len(stage.commands)})" if len(stage.commands) > 1 else ""
+            reasons.append(without_paths(f"{program(command)}{number}: {reason}")[:MAX_REASON])
+    return Outcome("failed" if reasons else "ok", time.monotonic() - start, tuple(reasons))
+
+
+def program(command: Sequence[str]) -> str:
+    """The module that Python runs, or the program."""
+    return command[2] if command[1:2] == ("-m",) else Path(command[0]).name
+
+
+def run_command(command: Sequence[str], seconds: float, environment: Mapping[str, str], log: IO[bytes]) -> str:
+    """Why it failed; empty where it did not. Its output goes to the log."""
+    if seconds <= 0:
+        return "no time left"
+    log.write(f"\n== {' '.join(command)} ({seconds:.0f} s)\n".encode())
+    log.flush()
+    begin = log.tell()
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment},
+        start_new_session=True,  # a group of its own, workers and all, that can be ended
+    )  # fmt: skip
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return f"ended after {seconds:.0f} s, its share of the time"
+    finally:
+        end(process)
+    return "" if code == 0 else f"exit code {code}: {last_line(Path(log.name), begin)}"
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """The process and all it started: first asked, then made."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(GRACE_S)
+        except (ProcessLookupError, PermissionError):
+            break  # nothing of the group is left
+        except subprocess.TimeoutExpired:
+            continue
+    process.poll()
+
+
+def last_line(log: Path, begin: int) -> str:
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "no output")

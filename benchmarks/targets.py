@@ -1,0 +1,251 @@
+"""What is to be reached on a GPU: the rows that matter most, with a target where one is set, and the table of them.
+
+Targets in microseconds are an H200's, whose memory copies 4.27 TB/s; on a card of another bandwidth those that the
+bandwidth bounds are scaled by what this card was measured to copy. Ratios hold on every card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .harness.case import Shape, Wanted
+from .harness.compare import RIVALS
+from .harness.report import format_bytes, format_ratio, format_us, three_digits
+from .harness.results import ResultRow
+
+H200_COPY_BYTES_PER_S = 4.27e12
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Target:
+    """`kind` us: at most `value` microseconds. times: at most `value` times the row called `of`. faster: at least
+    `value` times as fast as the best rival. floor: at least `value` percent of the floor. memory: at most `value` times
+    the best rival's peak."""
+
+    kind: str
+    value: float
+    of: str = ""
+
+
+@dataclass(frozen=True)
+class Headline:
+    name: str
+    case: str
+    shape: str
+    dtype: str
+    mode: str
+    target: Target | None = None
+    ours: str = ""  # the end of our implementation's name; "": what `auto` takes
+
+
+def _us(value: float) -> Target:
+    return Target("us", value)
+
+
+def _sampler(rows: int, vocabulary: int, target: Target | None, dtype: str = "bfloat16", filters: str = "") -> Headline:
+    what = f"sample {rows} x {vocabulary}{' fp32' if dtype == 'float32' else ''}{' ' + filters if filters else ''}"
+    shape = f"rows={rows} vocabulary={vocabulary}{' ' + filters if filters else ''}"
+    return Headline(what, "mixture_sample", shape, dtype, "forward", target)
+
+
+def _linear(name: str, case: str, sizes: str, target: Target | None = None, mode: str = "full") -> Headline:
+    return Headline(name, case, f"tokens=8192 length=512 {sizes}", "bfloat16", mode, target)
+
+
+_64, _7B, _HALF = "sample 64 x 128256", "hidden=4096 vocabulary=128256", "hidden=896 vocabulary=151936"
+_LOGITS = "tokens=8192 length=512 vocabulary=128256 models="
+ROLLOUT_HALF = "prompts=16 prompt=128 new=96 width=896 layers=24 vocabulary=151936 mlp=4864 heads=14 kv_heads=2 tied=1"
+ROLLOUT_7B = "prompts=16 prompt=128 new=96 width=3584 layers=28 vocabulary=152064 mlp=18944 heads=28 kv_heads=4 tied=0"
+_UPDATE = "prompts=16 prompt=128 new={} width=896 layers=24 vocabulary=151936"
+
+
+def _rollout(name: str, shape: str, ours: str, target: Target | None) -> Headline:
+    return Headline(name, "rollout", shape, "bfloat16", "forward", target, ours)
+
+
+def _update(new: int, target: Target | None, name: str = "an update of training") -> Headline:
+    shape = _UPDATE.format(new)
+    return Headline(f"{name}, {new} new tokens", "train_step", shape, "bfloat16", "full", target, "NashTrainer")
+
+
+HEADLINES = (
+    _sampler(1, 128_256, _us(6)),
+    _sampler(16, 128_256, _us(8)),
+    _sampler(64, 128_256, _us(12)),
+    _sampler(64, 151_936, _us(24), "float32"),
+    _sampler(256, 151_936, _us(45)),
+    _sampler(64, 128_256, Target("times", 2.2, _64), filters="top_k=50 top_p=0.9"),
+    _sampler(64, 128_256, Target("times", 2.2, _64), filters="min_p=0.1"),
+    _sampler(24, 49_152, None),
+    _sampler(24, 49_155, Target("times", 1.3, "sample 24 x 49152")),  # rows that are not 16-byte aligned
+    Headline("log-probabilities of two models", "logprobs", f"{_LOGITS}policy+reference", "bfloat16", "forward",
+             Target("floor", 95)),
+    Headline("the same with gradient", "logprobs", f"{_LOGITS}policy+reference", "bfloat16", "full",
+             Target("floor", 95)),
+    Headline("the same in place", "logprobs", f"{_LOGITS}policy+reference", "bfloat16", "full", Target("floor", 95),
+             ", in place"),
+    Headline("the same with KL", "logprobs", f"{_LOGITS}policy+reference+kl", "bfloat16", "full", Target("floor", 95)),
+    _linear("log-probabilities from hidden, 7B", "linear_logprobs", _7B),
+    _linear("Nash-MD loss from hidden, 7B", "nash_pg_loss", _7B, _us(52_000)),
+    _linear("Nash-MD loss from hidden, 0.5B", "nash_pg_loss", _HALF, _us(17_000)),
+    _linear("the same with the exact KL", "nash_pg_loss", f"{_HALF} kl=exact",
+            Target("times", 1.05, "Nash-MD loss from hidden, 0.5B")),
+    _linear("preference loss from hidden, 0.5B", "preference_loss", _HALF),
+    Headline("attention of a step, 0.5B", "decode_attention", "rows=32 heads=14 kv_heads=2 positions=192 dim=64",
+             "bfloat16", "forward"),
+    Headline("attention of a step, 7B", "decode_attention", "rows=32 heads=28 kv_heads=4 positions=192 dim=128",
+             "bfloat16", "forward"),
+    Headline("100 steps, 1024 games x 64", "mirror_descent", "games=1024 actions=64 steps=100", "float32", "forward"),
+    Headline("the same, float64", "mirror_descent", "games=1024 actions=64 steps=100", "float64", "forward"),
+    Headline("100 steps, 8 games x 2048", "mirror_descent", "games=8 actions=2048 steps=100", "float32", "forward",
+             _us(4_500)),
+    Headline("2**20 uniform numbers", "row_uniforms", "rows=1048576", "float64", "forward"),
+    _rollout("token step, 0.5B", ROLLOUT_HALF, "engine: a token step", _us(2_000)),
+    _rollout("token step, 0.5B, compiled", ROLLOUT_HALF, "engine, compiled: a token step", _us(1_250)),
+    _rollout("prompts and first token, 0.5B, compiled", ROLLOUT_HALF, "engine, compiled: the first token", _us(25_000)),
+    _rollout("rollout of 96 tokens, 0.5B", ROLLOUT_HALF, "engine", None),
+    _rollout("token step, 7B", ROLLOUT_7B, "engine: a token step", _us(9_300)),
+    _rollout("token step, 7B, compiled", ROLLOUT_7B, "engine, compiled: a token step", _us(7_800)),
+    _rollout("rollout of 96 tokens, 7B", ROLLOUT_7B, "engine", None),
+    _update(64, Target("faster", 12)),
+    _update(256, Target("faster", 20)),
+    _update(64, Target("memory", 0.5), "memory of an update"),
+)  # fmt: skip
+
+
+def headline_modes() -> Wanted:
+    """What the preset headline measures: (case, shape, dtype) -> modes."""
+    wanted: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    for each in HEADLINES:
+        key = (each.case, each.shape, each.dtype)
+        wanted[key] = tuple(dict.fromkeys((*wanted.get(key, ()), each.mode)))
+    return wanted
+
+
+def headline_shapes(case: str, shapes: Iterable[Shape]) -> list[Shape]:
+    """Of a benchmark that is no case: those of its shapes that are named here."""
+    return [shape for shape in shapes if (case, *shape.identity) in headline_modes()]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A headline as it was measured: our row, the rivals' of the same run."""
+
+    headline: Headline
+    ours: ResultRow | None
+    rival: ResultRow | None  # the fastest
+    other: ResultRow | None  # a backend of ours that was faster than what `auto` takes
+
+    @property
+    def speedup(self) -> float | None:
+        return _median(self.rival) / _median(self.ours) if self.rival and self.ours else None
+
+
+def line_of(headline: Headline, rows: Sequence[ResultRow]) -> Line:
+    """From the latest run that has a time of ours; rivals of another run say nothing about this one."""
+    same = [
+        row for row in rows
+        if (row.key.case, row.key.shape, row.key.dtype, row.key.mode)
+        == (headline.case, headline.shape, headline.dtype, headline.mode) and row.timing is not None
+    ]  # fmt: skip
+    ours = [row for row in same if _is_ours(row, headline)]
+    if not ours:
+        return Line(headline, None, None, None)
+    run = max((row.run for row in ours), key=lambda run: run.timestamp)
+    same = [row for row in same if row.run == run]
+    mine = min((row for row in ours if row.run == run), key=_median)
+    rivals = [row for row in same if row.kind in RIVALS] if mine.kind != "part" else []
+    others = [row for row in same if row.kind == "backend" and mine.chosen and _median(row) < _median(mine)]
+    return Line(headline, mine, min(rivals, key=_median, default=None), min(others, key=_median, default=None))
+
+
+def _is_ours(row: ResultRow, headline: Headline) -> bool:
+    if row.kind in RIVALS:
+        return False
+    if headline.ours.startswith(","):  # a variant of every backend
+        return row.key.implementation.endswith(headline.ours)
+    return row.key.implementation == headline.ours if headline.ours else row.chosen
+
+
+def _median(row: ResultRow | None) -> float:
+    assert row is not None and row.timing is not None
+    return row.timing.median_us
+
+
+def judged(line: Line, lines: Mapping[str, Line]) -> tuple[str, bool | None]:
+    """The target as text, and whether it is met; None where that cannot be said."""
+    target, ours = line.headline.target, line.ours
+    if target is None:
+        return MISSING, None
+    if target.kind == "faster":
+        return f"{target.value:g}x rival", None if line.speedup is None else line.speedup >= target.value
+    if target.kind == "floor":
+        share = ours.floor.percent if ours is not None and ours.floor is not None else None
+        return f"{target.value:g} % floor", None if share is None else share >= target.value
+    if target.kind == "memory":
+        peaks = [row.memory.peak_bytes for row in (ours, line.rival) if row is not None and row.memory is not None]
+        return f"{target.value:g}x rival", None if len(peaks) < 2 else peaks[0] <= target.value * peaks[1]
+    if target.kind == "times":
+        base = lines[target.of].ours
+        if base is None or ours is None:
+            return f"{target.value:g}x {target.of}", None
+        allowed = target.value * _median(base)
+        return format_us(allowed), _median(ours) <= allowed
+    allowed = target.value * (_bandwidth_scale(ours) if ours is not None else 1.0)
+    return format_us(allowed), None if ours is None else _median(ours) <= allowed
+
+
+def _bandwidth_scale(row: ResultRow) -> float:
+    """How much longer than an H200 this card takes for the same bytes; 1 for what products bound."""
+    bound = row.floor.bound_by if row.floor is not None else "bandwidth"
+    return H200_COPY_BYTES_PER_S / row.run.ceilings["copy_bytes_per_s"] if bound == "bandwidth" else 1.0
+
+
+def headlines_of(rows: Sequence[ResultRow], preset: str) -> list[Headline]:
+    """Of a preset that has none: each row of what `auto` takes, without a target."""
+    keys = dict.fromkeys(row.key for row in rows if row.chosen and row.run.preset == preset)
+    return [
+        Headline(f"{key.case} {key.mode} {key.dtype} {key.shape}", key.case, key.shape, key.dtype, key.mode)
+        for key in keys
+    ]
+
+
+def table(rows: Sequence[ResultRow], headlines: Iterable[Headline] = HEADLINES) -> list[str]:
+    """A line for each headline: name, ours, best rival, ratio, share of the floor, target, met or not."""
+    lines = {each.name: line_of(each, rows) for each in headlines}
+    columns = [("what", "ours", "best rival", "ratio", "floor", "target", "met")]
+    columns += [_cells(line, *judged(line, lines)) for line in lines.values()]
+    return [_aligned(cells) for cells in columns]
+
+
+def _cells(line: Line, target: str, met: bool | None) -> tuple[str, ...]:
+    verdict = MISSING if met is None else "yes" if met else "NO"
+    ours, rival = line.ours, line.rival
+    if ours is None:
+        return line.headline.name, MISSING, MISSING, MISSING, MISSING, target, verdict
+    if line.other is not None:
+        verdict += f" ({line.other.key.implementation}: {format_us(_median(line.other))})"
+    if line.headline.target is not None and line.headline.target.kind == "memory":
+        mine, theirs = (None if row is None or row.memory is None else row.memory.peak_bytes for row in (ours, rival))
+        ratio = mine / theirs if mine and theirs else None
+        sizes = format_bytes(mine), format_bytes(theirs), format_ratio(ratio)
+        return line.headline.name, *sizes, MISSING, target, verdict
+    return (
+        line.headline.name,
+        f"{format_us(_median(ours))} {ours.key.implementation.partition(':')[0]}",
+        MISSING if rival is None else f"{format_us(_median(rival))} {rival.key.implementation}",
+        format_ratio(line.speedup),
+        MISSING if ours.floor is None else f"{three_digits(ours.floor.percent)} %",
+        target,
+        verdict,
+    )
+
+
+_WIDTHS = (42, 24, 26, 7, 7, 12)
+
+
+def _aligned(cells: Sequence[str]) -> str:
+    """In 140 columns; what does not fit is cut."""
+    return " ".join([*(cell[:width].ljust(width) for cell, width in zip(cells, _WIDTHS, strict=False)), cells[-1]])

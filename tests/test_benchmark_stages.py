@@ -1,0 +1,293 @@
+"""`benchmarks.gpu`: shares of time, processes of their own, going on where a run stopped, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, run, targets
+from benchmarks.cases import all_cases
+from benchmarks.harness import machine, results, runner, stages
+from benchmarks.harness.results import Floor, ResultRow, RowKey, RunFacts, append_rows, read_rows
+from benchmarks.harness.timing import Timing
+from benchmarks.rollout import SHAPES as ROLLOUTS
+from benchmarks.train_step import SHAPES as UPDATES
+
+ROOT = Path(__file__).resolve().parent.parent
+FACTS = RunFacts("2026-01-02T00:00:00+00:00", "standard", "c0ffee1", False, {"gpu": "a card", "cpu": "c"},
+                 {"torch": "2"}, {"copy_bytes_per_s": targets.H200_COPY_BYTES_PER_S / 2})  # fmt: skip
+
+
+def python(code: str) -> tuple[str, ...]:
+    return sys.executable, "-c", code
+
+
+def outcomes_of(*chosen: stages.Stage, seconds: float = 60, done=(), log: Path) -> dict[str, stages.Outcome]:
+    before = {name: stages.Outcome("ok", 1.0) for name in done}
+    return stages.run_stages(chosen, seconds, log, before, lambda stage, outcome: None)
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_runs_and_a_failure_costs_only_itself(tmp_path) -> None:
+    log = tmp_path / "log"
+    mark = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"
+    failing = python("print('reading'); raise SystemExit('the disk is full')")
+    found = outcomes_of(
+        stages.Stage("first", 1, (failing, python(mark))),
+        stages.Stage("absent", 1, (python(mark),), missing="no such card"),
+        stages.Stage("before", 1, (python(mark),)),
+        stages.Stage("second", 1, (python(f"import os; os.environ['WHERE']; {mark}"),), {"WHERE": "here"}),
+        done=("before",), log=log,
+    )  # fmt: skip
+    assert [each.status for each in found.values()] == ["failed", "unavailable", "done", "ok"]
+    assert (tmp_path / "ran").read_text() == "xx"
+    assert found["first"].reasons[0].endswith("(1 of 2): exit code 1: the disk is full")
+    assert found["absent"].reasons == ("no such card",)
+    assert "reading" in log.read_text()
+
+
+def test_a_stage_ends_with_its_share_and_all_that_it_started(tmp_path) -> None:
+    child = f"import time, os; open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    start = time.monotonic()
+    found = outcomes_of(
+        stages.Stage("slow", 1, (python(parent),)), stages.Stage("quick", 1, (python("pass"),)),
+        seconds=6, log=tmp_path / "log",
+    )  # fmt: skip
+    assert found["slow"].status == "failed" and "ended after 3 s, its share of the time" in found["slow"].reasons[0]
+    assert found["quick"].status == "ok" and time.monotonic() - start < 15
+    number = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{number}").exists() and "zombie" not in Path(f"/proc/{number}/status").read_text():
+        assert time.monotonic() < deadline, "the child goes on"
+        time.sleep(0.1)
+
+
+def test_time_that_is_left_goes_to_those_after(tmp_path, monkeypatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(stages, "run_stage", lambda stage, seconds, log: given.append(seconds) or stages.Outcome("ok"))
+    shares = {"a": 1, "b": 1, "done": 5, "absent": 5, "c": 2}
+    made = [stages.Stage(name, share, missing="no" if name == "absent" else "") for name, share in shares.items()]
+    outcomes_of(*made, seconds=100, done=("done",), log=tmp_path / "log")
+    assert given == pytest.approx([25, 100 / 3, 100], abs=0.5)
+
+
+def test_without_time_nothing_is_started(tmp_path) -> None:
+    found = outcomes_of(stages.Stage("late", 1, (python("raise SystemExit(1)"),)), seconds=-1, log=tmp_path / "log")
+    assert found["late"].reasons[0].endswith("no time left")
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def committed(monkeypatch) -> dict[str, tuple]:
+    """The sources' state, to be set: a commit, and whether the tree differs."""
+    state = {"is": ("c0ffee1", False)}
+    monkeypatch.setattr(runner, "source_state", lambda: state["is"])
+    return state
+
+
+def test_what_a_commit_has_is_not_run_again(committed, tmp_path, monkeypatch, capsys) -> None:
+    counter, out = tmp_path / "count", tmp_path / "rows.jsonl"
+    made = [
+        stages.Stage("good", 1, (python(f"open({str(counter)!r}, 'a').write('g')"),)),
+        stages.Stage("bad", 1, (python(f"open({str(counter)!r}, 'a').write('b'); raise SystemExit(3)"),)),
+    ]
+    monkeypatch.setattr(gpu, "make_stages", lambda *_: made)
+    command = ["--device", "cpu", "--out", str(out), "--minutes", "0.5"]
+    assert gpu.main(command) == 1 and counter.read_text() == "gb"
+    assert gpu.main(command) == 1 and counter.read_text() == "gbb", "what failed is tried again"
+    assert "good        done" in capsys.readouterr().out
+    for state in (("c0ffee2", False), ("c0ffee1", True), (None, None)):
+        committed["is"] = state
+        before = counter.read_text()
+        gpu.main([*command, "--stages", "good"])
+        assert counter.read_text() == before + "g", f"{state} is other code, or unknown code"
+    assert [row.key.implementation for row in read_rows(out)][:3] == ["good", "bad", "bad"]
+
+
+def test_a_benchmark_leaves_out_what_it_has_measured(committed, tmp_path, capsys) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = ["--case", "mirror_descent", "--preset", "tiny", "--device", "cpu", "--no-compile", "--resume"]
+    command += ["--out", str(out)]
+    assert run.main([*command, "--shape", "dtype=float32"]) == 0
+    first = read_rows(out)
+    assert run.main(command) == 0
+    second = read_rows(out)[len(first) :]
+    assert second and {row.key.dtype for row in second} == {"float64"}
+    assert run.main(command) == 0 and len(read_rows(out)) == len(first) + len(second)
+    assert "everything has been measured" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(["--resume"])
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
+    assert machine.source_state() == (None, None)
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "c0ffee1")
+    assert machine.source_state() == ("c0ffee1", None)
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_headline_is_a_shape_that_a_benchmark_measures() -> None:
+    standard = {(name, *shape.identity): case.modes_at(shape)
+                for name, case in all_cases().items() for shape in case.shapes["standard"]}  # fmt: skip
+    standard |= {("rollout", *shape.identity): ("forward",) for shape in ROLLOUTS["standard"]}
+    standard |= {("train_step", *shape.identity): ("full",) for shape in UPDATES["standard"]}
+    for key, modes in targets.headline_modes().items():
+        assert set(modes) <= set(standard.get(key, ())), key
+    assert {key[0] for key in targets.headline_modes()} == {*all_cases(), "rollout", "train_step"}, "every case"
+    names = [headline.name for headline in targets.HEADLINES]
+    assert len(set(names)) == len(names)
+    assert {each.target.of for each in targets.HEADLINES if each.target and each.target.of} <= set(names)
+    assert len(ROLLOUTS["headline"]) == 2 and len(UPDATES["headline"]) == 2
+
+
+def test_the_headline_preset_is_made_of_them() -> None:
+    settings = runner.Settings(torch.device("cuda"), "headline")
+    jobs = runner.select_jobs(list(all_cases().values()), settings, targets.headline_modes())
+    made = {(job.case.name, *job.shape.identity): job.case.modes_at(job.shape) for job in jobs}
+    assert made == {key: modes for key, modes in targets.headline_modes().items() if key[0] in all_cases()}
+
+
+def row(headline: targets.Headline, implementation: str, us: float, kind: str = "backend", **more) -> ResultRow:
+    key = RowKey(headline.case, headline.shape, headline.dtype, headline.mode, implementation, "cuda", 8)
+    floor = Floor(1.0, 0.0, us / 2, more.pop("bound_by", "bandwidth"), more.pop("percent", 50.0))
+    timing = Timing(us, us, us, 3, "cold", 1)
+    return replace(ResultRow(key, kind, "ok", FACTS, timing=timing, floor=floor), **more)
+
+
+def table_row(rows: list[ResultRow], headline: targets.Headline) -> str:
+    others = [each for each in targets.HEADLINES if each.name != headline.name]
+    lines = targets.table(rows, [headline, *others])
+    return lines[1]
+
+
+def test_a_line_says_ours_the_best_rival_and_whether_the_target_is_met() -> None:
+    one = targets.HEADLINES[0]
+    assert one.target == targets.Target("us", 6)
+    rows = [
+        row(one, "cuda", 11.0, chosen=True),
+        row(one, "triton", 8.0),
+        row(one, "eager", 200.0, "baseline"),
+        row(one, "torch.compile", 100.0, "compiled"),
+        row(one, "flashinfer, pre-mixed", 1.0, "part"),
+    ]
+    line = table_row(rows, one)
+    assert re.split(r"\s{2,}", line)[:2] == ["sample 1 x 128256", "11 us cuda"]
+    assert "100 us torch.compile" in line and "9.09x" in line and "50 %" in line
+    assert " 12 us " in line and line.endswith("yes (triton: 8 us)"), "half an H200's bandwidth, twice its time"
+    assert "NO" in table_row([row(one, "cuda", 13.0, chosen=True)], one)
+    assert "NO" in table_row([row(one, "cuda", 7.0, chosen=True, bound_by="matmul")], one), "products do not scale"
+    assert re.split(r"\s{2,}", table_row([], one))[1:3] == ["-", "-"]
+
+
+def test_targets_that_are_ratios() -> None:
+    by_kind = {each.target.kind: each for each in targets.HEADLINES if each.target is not None}
+    base = next(each for each in targets.HEADLINES if each.name == by_kind["times"].target.of)
+    value = by_kind["times"].target.value
+    for us, verdict in ((100 * value - 1, "yes"), (100 * value + 1, "NO")):
+        rows = [row(base, "cuda", 100.0, chosen=True), row(by_kind["times"], "cuda", us, chosen=True)]
+        assert table_row(rows, by_kind["times"]).endswith(verdict)
+    for share, verdict in ((96.0, "yes"), (90.0, "NO")):
+        rows = [row(by_kind["floor"], "triton", 5.0, chosen=True, percent=share)]
+        assert table_row(rows, by_kind["floor"]).endswith(verdict)
+    for kind, good, bad in (("faster", 2000.0, 300.0), ("memory", 100, 30)):
+        each = by_kind[kind]
+        for size, verdict in ((good, "yes"), (bad, "NO")):
+            ours = row(each, "NashTrainer", 50.0, memory=results.Memory(40, "counted"))
+            rival = row(each, "TRL 1.13.0", size, "baseline", memory=results.Memory(int(size), "counted"))
+            assert table_row([ours, rival], each).endswith(verdict), kind
+
+
+def test_rivals_of_another_run_say_nothing() -> None:
+    one = targets.HEADLINES[0]
+    old = replace(FACTS, timestamp="2026-01-01T00:00:00+00:00")
+    rows = [row(one, "eager", 50.0, "baseline", run=old), row(one, "cuda", 99.0, chosen=True, run=old),
+            row(one, "cuda", 5.0, chosen=True)]  # fmt: skip
+    assert re.split(r"\s{2,}", table_row(rows, one))[1:4] == ["5 us cuda", "-", "-"]
+
+
+def test_the_end_fits_sixty_lines(tmp_path) -> None:
+    made = gpu.make_stages(torch.device("cpu"), "standard", tmp_path / "rows.jsonl")
+    ends = {stage.name: stages.Outcome("failed", 1.0, ("because",)) for stage in made}
+    facts = replace(FACTS, machine={"gpu": "a card", "cpu": "c"})
+    lines = gpu.closing_lines([], ends, facts, tmp_path / "log")
+    assert len(targets.HEADLINES) + 1 + len(ends) + 1 == len(lines) <= gpu.MAX_LINES
+    many = [row(replace(targets.HEADLINES[0], shape=f"n={n}"), "cuda", 1.0, chosen=True) for n in range(99)]
+    many = [replace(each, run=replace(FACTS, preset="tiny")) for each in many]
+    assert len(gpu.closing_lines(many, ends, replace(facts, preset="tiny"), tmp_path / "log")) == gpu.MAX_LINES
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_all_of_it_runs_tiny_on_a_cpu(tmp_path) -> None:
+    """The commands are the GPU's but for the preset; half a minute, for each is a process of its own."""
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--preset", "tiny", "--device", "cpu", "--out", str(out)]
+    command += ["--minutes", "9", "--commit", "c0ffee1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr + out.with_suffix(".log").read_text()
+    written = read_rows(out)
+    assert {row.key.case for row in written} >= {"gpu", "mixture_sample", "mirror_descent", "rollout"}
+    ends = {row.key.implementation: row for row in written if row.kind == "stage"}
+    assert {name: end.status for name, end in ends.items()} == {
+        "build": "unavailable", "tests": "ok", "headlines": "ok", "rollout": "ok", "train_step": "ok",
+        "sanitizers": "unavailable", "sweeps": "unavailable", "growth": "unavailable",
+    }  # fmt: skip
+    assert all(json.loads(line) for line in out.read_text().splitlines())
+    lines = done.stdout.splitlines()
+    assert len(lines[lines.index("") + 1 :]) <= gpu.MAX_LINES
+    assert any(line.startswith("mirror_descent forward float32") and " eager " in line for line in lines)
+    assert str(tmp_path) not in out.read_text() and os.uname().nodename not in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes: expected a number of minutes above 0; got '0'"),
+        (["--minutes", "ten"], "expected a number of minutes above 0; got 'ten'"),
+        (["--commit", "main"], "--commit: expected 7 to 40 hexadecimal digits; got 'main'"),
+        (["--stages", "benches"], "--stages: expected some of build, tests, headlines"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--device", "cpu", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_missing_gpu_is_said(capsys) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cuda"])
+    assert "--device: expected cpu, for PyTorch sees no GPU here; got cuda" in capsys.readouterr().err
+
+
+def test_stages_are_no_part_of_a_comparison(tmp_path, capsys) -> None:
+    """One that took longer is no kernel that got slower."""
+    stage = gpu.stage_row(stages.Stage("tests", 1), stages.Outcome("ok", 1.0), FACTS, torch.device("cpu"))
+    slower = replace(stage, timing=replace(stage.timing, median_us=9e9))
+    paths = [tmp_path / "old.jsonl", tmp_path / "new.jsonl"]
+    for path, each in zip(paths, (stage, slower), strict=True):
+        append_rows(path, [each])
+    assert run.main(["--compare", *map(str, paths)]) == 0
+    assert "0 rows compared" in capsys.readouterr().out
