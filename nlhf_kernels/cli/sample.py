@@ -175,8 +175,7 @@ def _generate(arguments: argparse.Namespace) -> list[Sample]:
             ids = torch.arange(start, start + len(batch), dtype=torch.int64, device=device)
             player = Player(0.0 if arguments.beta is None else arguments.beta, row_ids=ids)
             (result,) = engine.rollout(*_padded(batch, pad, device), (player,), settings, Hooks(streamer=streamer))
-            if not result.ok.all():
-                raise BadInput("sample: expected finite logits; got NaN or infinity from the policy or the reference")
+            result.check_finite("sample")
             for row in range(len(batch)):
                 prompt, index = divmod(start + row, arguments.num_samples)
                 samples.append(_sample(tokenizer, prompts[prompt][0], index, result, row))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.atomic import atomic_folder, check_folder
-from ..core.loading import load_model, load_tokenizer, loading, quiet
+from ..core.loading import check_finite, load_model, load_tokenizer, loading, quiet
 from ..core.lock import lock_folder
 from ..core.manifest import kind_of
 from ..core.optional import need, require
@@ -80,6 +80,7 @@ def _train(arguments: argparse.Namespace, plan: RunFile, args: NashConfig, place
     if trainer.state.global_step < trainer.state.max_steps:  # a callback's wish, a signal that transformers handles
         done = f"{trainer.state.global_step} of {trainer.state.max_steps} updates"
         raise RuntimeError(f"stopped after {done}, which is not the run's end: {left(arguments)}")
+    check_finite(f"train: {place} is not written", trainer.model)
     if trainer.is_world_process_zero():
         with quiet(), atomic_folder(place, KIND, overwrite=True) as work:
             trainer.model.save_pretrained(work)

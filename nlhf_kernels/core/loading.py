@@ -78,12 +78,17 @@ def loading(place: str, name: str | Path, load: Callable[[str], Loaded], what: s
         raise ValueError(f"{place}: cannot load a {what} from {str(name)!r}: {first_line(error)}") from error
 
 
-@torch.no_grad()
 def check_finite(place: str, model: torch.nn.Module, where: str = "") -> None:
     """A model whose weights are not finite answers with nonsense that looks like text."""
-    for name, value in model.named_parameters():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ValueError(f"{place}: expected finite weights; got NaN or infinity in {name}{where}")
+    if (name := not_finite(model)) is not None:
+        raise ValueError(f"{place}: expected finite weights; got NaN or infinity in {name}{where}")
+
+
+@torch.no_grad()
+def not_finite(model: torch.nn.Module) -> str | None:
+    """The first weight with a NaN or an infinity."""
+    weights = ((name, value) for name, value in model.named_parameters() if value.is_floating_point())
+    return next((name for name, value in weights if not bool(value.isfinite().all())), None)
 
 
 def first_line(error: BaseException) -> str:

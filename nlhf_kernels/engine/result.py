@@ -30,6 +30,14 @@ class Responses:
     mixture_logprobs: torch.Tensor | None  # (R, T) float32, of what was drawn from: after temperature and filters
     ok: torch.Tensor  # (R,) bool; False: at some step the logits were no distribution (NaN), the token there is 0
 
+    def check_finite(self, op: str) -> None:
+        """Raise where a token comes from logits that were no distribution: it would pass for an answer."""
+        wrong = int((~self.ok).sum())
+        if wrong:
+            raise FloatingPointError(
+                f"{op}: expected finite logits; got NaN or infinity in {wrong} of {len(self.ok)} answers"
+            )
+
     @property
     def finish_reasons(self) -> list[str]:
         return [Finish(reason).name.lower() for reason in self.finish.tolist()]

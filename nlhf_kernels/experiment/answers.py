@@ -86,6 +86,7 @@ def answer(
         ids = torch.arange(start, start + len(chosen), dtype=torch.int64, device=engine.device)
         player = Player(0.0, Stream.USER, sampling.samples, ids)
         (responses,) = engine.rollout(batch["input_ids"], batch["attention_mask"], [player], settings)
+        responses.check_finite("answers")
         parts.append(_read(responses, tokenizer, sampling.samples))
         advance(start + len(chosen))
     kl = [part.kl for part in parts if part.kl is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -56,6 +57,29 @@ FIXED = {
     "do_predict": "the engine and `nlhf-kernels sample` answer prompts",
 }
 SAMPLING = ("random", "sequential")  # orders of the training data
+#: Numbers of TrainingArguments, which it takes as they come: name -> lowest value, and whether that one is left out.
+_NUMBERS = {
+    "learning_rate": (0.0, False),
+    "weight_decay": (0.0, False),
+    "adam_beta1": (0.0, False),
+    "adam_beta2": (0.0, False),
+    "adam_epsilon": (0.0, True),
+    "max_grad_norm": (0.0, False),
+    "num_train_epochs": (0.0, True),
+    "warmup_steps": (0.0, False),
+    "logging_steps": (0.0, True),
+    "eval_steps": (0.0, True),
+    "save_steps": (0.0, True),
+    "eval_delay": (0.0, False),
+}
+_COUNTS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_steps": -1,
+    "save_total_limit": 1,
+    "dataloader_num_workers": 0,
+}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -145,6 +169,7 @@ class NashConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_option(OP, "algorithm", self.algorithm, tuple(ALGORITHMS))
         self._check_numbers()
+        self._check_inherited()
         self._check_unused()
         self._check_fixed()
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -183,6 +208,21 @@ class NashConfig(TrainingArguments):
 
         if self.kl == "exact" and self.plan.opponent == "snapshot":
             raise ValueError(f"{OP}: kl: {self.algorithm} has two references and needs to_go or sequence; got 'exact'")
+
+    def _check_inherited(self) -> None:
+        """Infinity and NaN would end in weights that are not finite, after hours that look like training."""
+        for name, (low, open_low) in _NUMBERS.items():
+            if (value := getattr(self, name)) is not None:
+                check_number(OP, name, value, low, open_low=open_low)
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{OP}: {name}: expected a number below 1; got {getattr(self, name)}")
+        for name, lowest in _COUNTS.items():
+            if (value := getattr(self, name)) is not None:
+                check_integer(OP, name, value, lowest, 2**31 - 1)
+        for entry in fields(self):  # what is nested, as in lr_scheduler_kwargs, or added by another version
+            if (wrong := _not_finite(getattr(self, entry.name))) is not None:
+                raise ValueError(f"{OP}: {entry.name}: expected finite numbers; got {wrong}")
 
     def _check_unused(self) -> None:
         """What the chosen algorithm would not look at must be as it was: an option accepted is an option used."""
@@ -234,6 +274,13 @@ class NashConfig(TrainingArguments):
             if callable(values[name]):
                 values[name] = f"{values[name].__module__}.{values[name].__qualname__}"
         return values
+
+
+def _not_finite(value: Any) -> float | None:
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return next((wrong for part in parts if (wrong := _not_finite(part)) is not None), None)
 
 
 def defaults() -> dict[str, Any]:

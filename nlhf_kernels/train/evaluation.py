@@ -87,7 +87,10 @@ class Evaluator:
         return Player(beta, Stream.USER + stream, self.config.eval_samples_per_prompt, batch["index"])
 
     def _answer(self, rollout: Rollout, batch: dict[str, Any], players: list[Player]) -> list[Responses]:
-        return list(rollout(batch["input_ids"], batch["attention_mask"], players, self.settings))
+        found = list(rollout(batch["input_ids"], batch["attention_mask"], players, self.settings))
+        for responses in found:
+            responses.check_finite("NashTrainer: evaluate")
+        return found
 
     def _reference(self, batch: dict[str, Any], key: tuple[str, int]) -> list[str]:
         return self._keep("reference", key, self.rollout, batch, self._player(1, batch, beta=1.0))

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..core import atomic
-from ..core.loading import quiet
+from ..core.loading import check_finite, quiet
 from ..core.lock import lock_folder
 from . import checkpoints, opponents
 from .setup import OP
@@ -97,6 +97,10 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
             if not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():
                 self._save_checkpoint(self.model, None)
             _log.warning("%s: %d updates are safe in checkpoint-%d", OP, step, step)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        check_finite(f"{OP}: update {self.state.global_step}: the model is not saved", self.model)
+        super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
         place: str = super()._get_output_dir(trial)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from ..core.adapters import new_adapter
+from ..core.checks import check_number
+from ..core.loading import check_finite
 from ..core.optional import need
 from ..engine.models import evaluating, twin
 from ..engine.peft_models import is_adapted
@@ -51,7 +53,7 @@ def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> t
     if getattr(model, "_hf_peft_config_loaded", False):  # no way to tell its base from it
         raise ValueError(
             f"{OP}: model: expected peft's own model around an adapter and its base; got an adapter that transformers "
-            "has put into the base (peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True) loads it)"
+            "has put into the base (peft's AutoPeftModelForCausalLM loads it, with is_trainable=True)"
         )
     if reference is model:
         raise ValueError(f"{OP}: reference_model: expected another model than the trained one; got the same object")
@@ -62,6 +64,9 @@ def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> t
     elif reference is None:
         reference = copy.deepcopy(model)
     _check_weights(model)
+    for name, checked in (("model", model), ("reference_model", reference)):
+        if checked is not None:
+            check_finite(f"{OP}: {name}", checked)
     return model, reference
 
 
@@ -99,6 +104,8 @@ def _adapted(model: Any, peft_config: Any, seed: int) -> Any:
         raise ValueError(f"{OP}: peft_config: expected with a model without adapters; got one that has some")
     if not isinstance(peft_config, need("peft", f"{OP}: peft_config").PeftConfig):
         raise TypeError(f"{OP}: peft_config: expected a peft.PeftConfig; got {type(peft_config).__name__}")
+    if (alpha := getattr(peft_config, "lora_alpha", None)) is not None:
+        check_number(OP, "peft_config: lora_alpha", alpha, 0.0, open_low=True)
     rates = {name: value for name, value in vars(peft_config).items() if name.endswith("dropout") and value}
     if rates:
         peft_config = copy.copy(peft_config)

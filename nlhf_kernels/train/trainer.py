@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
+from ..core.loading import check_finite, not_finite
 from ..core.settings import use_backend
 from ..core.upstream import finite_attention_gradients
 from ..engine import RolloutEngine, RolloutResult, RolloutSettings
@@ -125,6 +126,8 @@ class NashTrainer(ResumableTrainer):
         for part in (reference, eval_opponent):
             if part is not None:
                 part.requires_grad_(False).eval().to(**place)
+        if eval_opponent is not None:
+            check_finite(f"{OP}: eval_opponent", eval_opponent)
         broadcast_weights(self.model, reference, eval_opponent)  # before opponents are copied from them
         self.played = opponents.Played(self.model, dtype)
         self.opponent, anchor = opponent_of(self.model, dtype, args)
@@ -206,7 +209,11 @@ class NashTrainer(ResumableTrainer):
         gradients = [value.grad for value in self.model.parameters() if value.grad is not None]
         if not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
             return
-        what = f"{OP}: update {self.state.global_step}: expected finite gradients; got NaN or infinity"
+        update = f"{OP}: update {self.state.global_step}"
+        if (name := not_finite(self.model)) is not None:  # then no later update would be another
+            hint = "a lower learning_rate, and on from the last checkpoint"
+            raise FloatingPointError(f"{update}: expected finite weights; got NaN or infinity in {name} ({hint})")
+        what = f"{update}: expected finite gradients; got NaN or infinity"
         if self.args.nonfinite == "stop":
             raise FloatingPointError(what)
         _log.warning("%s; the update is skipped", what)
