@@ -46,8 +46,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) stream_rows(const _
     const int end = (tile + 1) * job.tile_elements();
     for (int first = end - job.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
       float z[kPerLane];
-      read_step<true>(row, first, z, [&](int m, const float (&values)[kPerLane]) { models[m].add(values); });
-      mixture.add(z);
+      read_step<true>(row, first, z, [&](int m, const float (&values)[kPerLane], float highest) {
+        models[m].add(values, highest);
+      });
+      mixture.add(z, highest_of(z));
     }
 #pragma unroll
     for (int m = 0; m < kModels; ++m) {
@@ -198,16 +200,26 @@ template <Storage kStorage, int kModels>
 __device__ __noinline__ void finish_filtered(const Job& job, int64_t index) {
   __shared__ FinishScratch s;
   const RowState& state = job.states[index];
-  const float threshold = settle_threshold<kStorage, kModels>(job, index);
-  const Draw draw{uniform_of(job.p, index), state.top, threshold, false};
-  const double* kept = job.kept + index * job.plan.tiles;
-  const unsigned long long* kept_candidates = job.kept_candidates + index * job.plan.tiles;
-  const FixedPoint fixed = fixed_point(static_cast<int>(job.p.vocabulary));
-  const double total = choose_tile(job.plan.tiles, draw.uniform, [&](int t) {
-    return __ldcg(kept + t) + fixed.mass(__ldcg(kept_candidates + t));
-  }, s);
+  const float threshold = settle_threshold<kStorage, kModels>(job, index);  // ends with a barrier
+  const Draw draw{state.top, threshold, false};
+  if (threadIdx.x < kWarpSize) {
+    const double* kept = job.kept + index * job.plan.tiles;
+    const unsigned long long* kept_candidates = job.kept_candidates + index * job.plan.tiles;
+    const FixedPoint fixed = fixed_point(static_cast<int>(job.p.vocabulary));
+    const double uniform = uniform_of(job.p, index);
+    const double total = choose_tile(job.plan.tiles, tiles_a_lane(job.plan.tiles), uniform, [&](int t) {
+      return __ldcg(kept + t) + fixed.mass(__ldcg(kept_candidates + t));
+    }, s.tile, s.fraction);
+    if (threadIdx.x == 0) s.normalisers[job.p.models] = {std::log(total), state.top};
+  }
+  if (threadIdx.x < static_cast<unsigned>(job.p.models)) s.normalisers[threadIdx.x] = state.normalisers[threadIdx.x];
+  __syncthreads();
   const Row<kStorage, kModels> row = open_row<kStorage, kModels>(job.p, index);
-  draw_and_write(job, row, index, draw, state.top, total, state.normalisers, s);
+  if (s.tile >= 0) {
+    draw_in_tile(job, row, draw, s);
+  } else if (threadIdx.x == 0) {
+    write_row(row, false, 0, 0.0f, draw, s.normalisers);
+  }
 }
 
 template <Storage kStorage, int kModels>

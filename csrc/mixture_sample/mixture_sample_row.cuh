@@ -2,9 +2,13 @@
 //
 // A warp takes a row in steps of 512 elements, 16 a lane, whatever the dtype: 16-byte loads that coalesce, all of them
 // issued before the first is used. Which lane owns which element depends on the dtypes alone, so that sums come out the
-// same, bit for bit, however a row is aligned. Products and sums are rounded one by one, as the oracle's are, with
-// intrinsics that the compiler may not fuse: filters compare values of z, two of which may be equal in one rounding and
-// not in another, and every pass over a row must see the same.
+// same, bit for bit, however a row is aligned.
+//
+// z comes in one of two roundings, the row's for all passes over it:
+//   exact    rows with filters, and greedy ones, compare values of z, two of which may be equal in one rounding and not
+//            in another. Products and sums are rounded one by one, as the oracle's are, with intrinsics that the
+//            compiler may not fuse.
+//   folded   rows that are only drawn from: the temperature is in the weights, and z a fused multiply-add a model.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -79,16 +83,17 @@ struct Row {
   }
   __device__ __forceinline__ const float* bias() const { return p.bias + index * p.bias_stride; }
 
-  static constexpr int kWanted = 8, kAligned = 16, kGreedy = 30, kDivides = 31;
+  static constexpr int kWanted = 8, kAligned = 16, kFolded = 29, kGreedy = 30, kDivides = 31;
   __device__ __forceinline__ bool is_used(int m) const { return flags >> m & 1; }  // its weight is not 0: part of z
   __device__ __forceinline__ bool is_wanted(int m) const { return flags >> (kWanted + m) & 1; }  // its log-probability
   // The row starts so that whole chunks may be loaded; kModels asks for the bias.
   __device__ __forceinline__ bool is_aligned(int m) const { return flags >> (kAligned + m) & 1; }
+  __device__ __forceinline__ bool is_folded() const { return flags >> kFolded & 1; }
   __device__ __forceinline__ bool is_greedy() const { return flags >> kGreedy & 1; }
   __device__ __forceinline__ bool divides() const { return flags >> kDivides & 1; }
 
-  // Mixed logits over the temperature. Where filters compare values, rounded as a division is (Markstein's theorem: one
-  // step from the product with a correctly rounded inverse); elsewhere the product will do.
+  // Mixed logits over the temperature, for exact rows. Where filters compare values, rounded as a division is
+  // (Markstein's theorem: one step from the product with a correctly rounded inverse); elsewhere the product will do.
   template <int kCount>
   __device__ __forceinline__ void divide(float (&z)[kCount]) const {
     if (!divides()) {
@@ -109,6 +114,12 @@ NLHF_DEVICE bool is_multiple(const void* address, unsigned bytes) {
   return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
 }
 
+// weight * factor as a normal number: an overflow would make 0 * inf of a logit of 0, an underflow 0 * -inf of a mask.
+NLHF_DEVICE float folded_weight(float weight, float factor) {
+  const float size = std::fmin(std::fmax(std::fabs(weight) * factor, FLT_MIN), FLT_MAX);
+  return std::copysign(size, weight);
+}
+
 template <Storage kStorage, int kModels>
 NLHF_DEVICE Row<kStorage, kModels> open_row(const MixtureSample& p, int64_t index) {
   using RowType = Row<kStorage, kModels>;
@@ -120,13 +131,20 @@ NLHF_DEVICE Row<kStorage, kModels> open_row(const MixtureSample& p, int64_t inde
     row.temperature = settings[kTemperature];
     row.inverse = 1.0f / row.temperature;
     if (row.inverse > FLT_MAX) row.inverse = FLT_MAX;  // 0 * inf is NaN
-    if (p.filtered && row.temperature != 1.0f) row.flags |= 1u << RowType::kDivides;
+    if (!p.filtered) {
+      row.flags |= 1u << RowType::kFolded;
+    } else if (row.temperature != 1.0f) {
+      row.flags |= 1u << RowType::kDivides;
+    }
   }
   row.flags |= (p.wanted & ((1u << p.models) - 1)) << RowType::kWanted;
 #pragma unroll
   for (int m = 0; m < kModels; ++m) {
     row.weights[m] = m < p.models ? settings[kWeights + m] : 0.0f;
-    if (row.weights[m] != 0.0f) row.flags |= 1u << m;
+    if (row.weights[m] != 0.0f) {
+      row.flags |= 1u << m;
+      if (row.is_folded()) row.weights[m] = folded_weight(row.weights[m], row.inverse);
+    }
     const Logits& logits = p.logits[m];
     const unsigned bytes = logits.dtype == Float::f32 ? 4 : 2;
     row.data[m] = static_cast<const unsigned char*>(logits.data) + index * logits.row_stride * bytes;
@@ -172,7 +190,25 @@ NLHF_DEVICE void load_elements(const Model& model, int first, int vocabulary, Sl
   }
 }
 
-template <Storage kStorage>
+// 16 bytes from any address that is a multiple of 2: of the two aligned blocks they lie in, shifted together. How far
+// is the row's, the same for all its lanes and chunks.
+NLHF_DEVICE uint4 load_across(const unsigned char* address) {
+  const unsigned skew = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(address) % 16);
+  const auto* blocks = reinterpret_cast<const uint4*>(address - skew);
+  const uint4 low = __ldg(blocks), high = __ldg(blocks + 1);
+  uint32_t word[5];
+  switch (skew / 4) {
+    case 0: word[0] = low.x, word[1] = low.y, word[2] = low.z, word[3] = low.w, word[4] = high.x; break;
+    case 1: word[0] = low.y, word[1] = low.z, word[2] = low.w, word[3] = high.x, word[4] = high.y; break;
+    case 2: word[0] = low.z, word[1] = low.w, word[2] = high.x, word[3] = high.y, word[4] = high.z; break;
+    default: word[0] = low.w, word[1] = high.x, word[2] = high.y, word[3] = high.z, word[4] = high.w; break;
+  }
+  const unsigned bits = skew % 4 * 8;
+  return {__funnelshift_r(word[0], word[1], bits), __funnelshift_r(word[1], word[2], bits),
+          __funnelshift_r(word[2], word[3], bits), __funnelshift_r(word[3], word[4], bits)};
+}
+
+template <Storage kStorage, bool kAcross>
 NLHF_DEVICE void load_chunks(const Model& model, int first, Slice<kStorage>& slice) {
   using S = Slice<kStorage>;
   const bool narrow = kStorage == Storage::mixed && model.dtype != Float::f32;  // 8 bytes a chunk
@@ -180,8 +216,8 @@ NLHF_DEVICE void load_chunks(const Model& model, int first, Slice<kStorage>& sli
   for (int c = 0; c < S::kChunks; ++c) {
     const int index = first + slice.offset(c * S::kWidth);
     if (!narrow) {
-      const auto* data = reinterpret_cast<const uint4*>(model.data + int64_t{index} * (16 / S::kWidth));
-      const uint4 chunk = __ldg(data);
+      const unsigned char* data = model.data + int64_t{index} * (16 / S::kWidth);
+      const uint4 chunk = kAcross ? load_across(data) : __ldg(reinterpret_cast<const uint4*>(data));
       slice.word[4 * c] = chunk.x, slice.word[4 * c + 1] = chunk.y;
       slice.word[4 * c + 2] = chunk.z, slice.word[4 * c + 3] = chunk.w;
     } else {
@@ -198,33 +234,86 @@ NLHF_DEVICE void load_chunks(const Model& model, int first, Slice<kStorage>& sli
 
 template <Storage kStorage, int kModels>
 NLHF_DEVICE void load_slice(const Row<kStorage, kModels>& row, int m, int first, Slice<kStorage>& slice) {
+  // A chunk's last block ends within the row as long as the row goes on behind the step.
+  constexpr bool kMayCross = kStorage != Storage::mixed;
   if (row.is_aligned(m) && first + kStep <= row.vocabulary()) {
-    load_chunks(row.model(m), first, slice);
+    load_chunks<kStorage, false>(row.model(m), first, slice);
+  } else if (kMayCross && first + kStep + Slice<kStorage>::kWidth <= row.vocabulary()) {
+    load_chunks<kStorage, kMayCross>(row.model(m), first, slice);
   } else {
     load_elements(row.model(m), first, row.vocabulary(), slice);
   }
 }
 
+// z + factor * bias; the factor is 1 in exact rows, where the product changes nothing.
 template <Storage kStorage>
-NLHF_DEVICE void add_bias(const float* bias, bool aligned, int first, int vocabulary, float (&z)[kPerLane]) {
+NLHF_DEVICE void add_bias(const float* bias, bool aligned, float factor, int first, int vocabulary,
+                          float (&z)[kPerLane]) {
   using S = Slice<kStorage>;
   if (aligned && first + kStep <= vocabulary) {
 #pragma unroll
     for (int i = 0; i < kPerLane; i += 4) {
       const float4 four = __ldg(reinterpret_cast<const float4*>(bias + first + S::offset(i)));
-      z[i] += four.x, z[i + 1] += four.y, z[i + 2] += four.z, z[i + 3] += four.w;
+      z[i] = __fmaf_rn(factor, four.x, z[i]), z[i + 1] = __fmaf_rn(factor, four.y, z[i + 1]);
+      z[i + 2] = __fmaf_rn(factor, four.z, z[i + 2]), z[i + 3] = __fmaf_rn(factor, four.w, z[i + 3]);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int index = first + S::offset(i);
-      if (index < vocabulary) z[i] += __ldg(bias + index);
+      if (index < vocabulary) z[i] = __fmaf_rn(factor, __ldg(bias + index), z[i]);
     }
   }
 }
 
+// Of two pairs of halves, the larger of each; NaN loses against any number.
+template <Storage kStorage>
+NLHF_DEVICE uint32_t larger_halves(uint32_t a, uint32_t b) {
+  uint32_t larger = 0;
+#if defined(__CUDACC__)
+  if constexpr (kStorage == Storage::bf16) {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  } else {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  }
+#else
+  for (unsigned half = 0; half < 32; half += 16) {
+    const uint32_t bits_a = a >> half & 0xFFFFu, bits_b = b >> half & 0xFFFFu;
+    const float x = kStorage == Storage::bf16 ? bf16_to_float(bits_a) : f16_to_float(bits_a);
+    const float y = kStorage == Storage::bf16 ? bf16_to_float(bits_b) : f16_to_float(bits_b);
+    larger |= (std::fmax(x, y) == x ? bits_a : bits_b) << half;
+  }
+#endif
+  return larger;
+}
+
+// The largest of the lane's elements of a step; NaN loses against any number.
+NLHF_DEVICE float highest_of(const float (&values)[kPerLane]) {
+  float highest = values[0];
+#pragma unroll
+  for (int i = 1; i < kPerLane; ++i) highest = std::fmax(highest, values[i]);
+  return highest;
+}
+
+// The same, halves two at a time.
+template <Storage kStorage>
+NLHF_DEVICE float highest_of(const Slice<kStorage>& slice, const float (&values)[kPerLane]) {
+  if constexpr (Slice<kStorage>::kPacked) {
+    uint32_t best = slice.word[0];
+#pragma unroll
+    for (int i = 1; i < Slice<kStorage>::kWords; ++i) {
+      best = larger_halves<kStorage>(best, slice.word[i]);
+    }
+    Slice<kStorage> pair;
+    pair.word[0] = best;
+    return std::fmax(element(pair, 0), element(pair, 1));
+  } else {
+    return highest_of(values);
+  }
+}
+
 // z of the lane's elements of a step, equation (1); -inf outside the row. A model of weight 0 takes no part: 0 * -inf
-// is NaN. With kWithWanted, visit(m, values) sees the elements of each model whose log-probability is wanted.
+// is NaN. With kWithWanted, visit(m, values, largest of them) sees each model whose log-probability is wanted.
 template <bool kWithWanted, Storage kStorage, int kModels, typename Visit>
 NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (&z)[kPerLane], Visit visit) {
   // Four 16-byte loads on their way before the first is used: of both models, or of one at a time where that is enough.
@@ -245,13 +334,21 @@ NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) values[i] = element(slice, i);
     if (row.is_used(m)) {
+      if (row.is_folded()) {
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) z[i] = add_product(m == 0, z[i], row.weights[m], values[i]);
+        for (int i = 0; i < kPerLane; ++i) z[i] = __fmaf_rn(row.weights[m], values[i], m == 0 ? 0.0f : z[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) z[i] = add_product(m == 0, z[i], row.weights[m], values[i]);
+      }
     }
-    if (kWithWanted && row.is_wanted(m)) visit(m, values);
+    if (kWithWanted && row.is_wanted(m)) visit(m, values, highest_of(slice, values));
   }
-  if (row.p.bias != nullptr) add_bias<kStorage>(row.bias(), row.is_aligned(kModels), first, row.vocabulary(), z);
-  row.divide(z);
+  if (row.p.bias != nullptr) {
+    const float factor = row.is_folded() ? row.inverse : 1.0f;
+    add_bias<kStorage>(row.bias(), row.is_aligned(kModels), factor, first, row.vocabulary(), z);
+  }
+  if (!row.is_folded()) row.divide(z);
   if (first + kStep > row.vocabulary()) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -263,10 +360,10 @@ NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (
 // The same for passes that need nothing but z.
 template <Storage kStorage, int kModels>
 NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (&z)[kPerLane]) {
-  read_step<false>(row, first, z, [](int, const float (&)[kPerLane]) {});
+  read_step<false>(row, first, z, [](int, const float (&)[kPerLane], float) {});
 }
 
-// z of kCount neighbours from `first` on, bit for bit as read_step computes it; -inf from `end` on.
+// z of kCount neighbours of an exact row from `first` on, bit for bit as read_step computes it; -inf from `end` on.
 template <int kCount, Storage kStorage, int kModels>
 NLHF_DEVICE void read_run(const Row<kStorage, kModels>& row, int first, int end, float (&z)[kCount]) {
 #pragma unroll
