@@ -31,6 +31,32 @@ NLHF_DEVICE Place place_of(const Plan& plan) {
   return {static_cast<int>(blockIdx.x / parts), part, first, end < plan.tiles ? end : plan.tiles};
 }
 
+// The sums of the block's tiles, a warp a tile.
+template <Pass kPass, Storage kStorage, int kModels>
+NLHF_DEVICE void sum_tiles(const Job& job, const Row<kStorage, kModels>& row, const Place& place) {
+  constexpr bool kAll = kPass == Pass::plain_all_wanted, kNone = kPass == Pass::plain_none_wanted;
+  const int lane = threadIdx.x % kWarpSize;
+  for (int tile = place.first_tile + threadIdx.x / kWarpSize; tile < place.end_tile; tile += kWarps) {
+    LogSum mixture, models[kModels];
+    const int end = (tile + 1) * job.tile_elements();
+    for (int first = end - job.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
+      float z[kPerLane];
+      read_step<kPass>(row, first, z, [&](int m, const float (&values)[kPerLane], float highest) {
+        models[m].add(values, highest);
+      });
+      mixture.add(z, highest_of(z));
+    }
+#pragma unroll
+    for (int m = 0; m < kModels; ++m) {
+      if (kNone || !(kAll || row.is_wanted(m))) continue;
+      const float2 sum = models[m].over_warp();
+      if (lane == 0) job.tile_sums(place.row, m)[tile] = sum;
+    }
+    const float2 sum = mixture.over_warp();
+    if (lane == 0) job.tile_sums(place.row, job.p.models)[tile] = sum;
+  }
+}
+
 template <Storage kStorage, int kModels>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) stream_rows(const __grid_constant__ Job job) {
   __shared__ bool is_last;
@@ -40,25 +66,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) stream_rows(const _
     unsigned* bins = job.bins + int64_t{place.row} * kBins;
     for (int i = place.part * kThreads + threadIdx.x; i < kBins; i += job.plan.parts * kThreads) bins[i] = 0;
   }
-  const int lane = threadIdx.x % kWarpSize;
-  for (int tile = place.first_tile + threadIdx.x / kWarpSize; tile < place.end_tile; tile += kWarps) {
-    LogSum mixture, models[kModels];
-    const int end = (tile + 1) * job.tile_elements();
-    for (int first = end - job.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
-      float z[kPerLane];
-      read_step<true>(row, first, z, [&](int m, const float (&values)[kPerLane], float highest) {
-        models[m].add(values, highest);
-      });
-      mixture.add(z, highest_of(z));
-    }
-#pragma unroll
-    for (int m = 0; m < kModels; ++m) {
-      if (!row.is_wanted(m)) continue;
-      const float2 sum = models[m].over_warp();
-      if (lane == 0) job.tile_sums(place.row, m)[tile] = sum;
-    }
-    const float2 sum = mixture.over_warp();
-    if (lane == 0) job.tile_sums(place.row, job.p.models)[tile] = sum;
+  switch (pass_over(row)) {
+    case Pass::plain_all_wanted: sum_tiles<Pass::plain_all_wanted>(job, row, place); break;
+    case Pass::plain_none_wanted: sum_tiles<Pass::plain_none_wanted>(job, row, place); break;
+    default: sum_tiles<Pass::general>(job, row, place);
   }
   if (!last_of_row(job.counters + int64_t{place.row} * kCounters + kStreamed, job.plan.parts, &is_last)) return;
   finish_streaming<kStorage, kModels>(job, place.row);

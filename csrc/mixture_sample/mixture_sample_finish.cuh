@@ -76,10 +76,7 @@ NLHF_DEVICE void normalise(const TileSums& sums, int tiles, Normaliser& result) 
   for (int t = run.first; t < run.end; ++t) top = std::fmax(top, sums(t).x);
   top = warp_max(top);
   double mass = 0;
-  for (int t = run.first; t < run.end; ++t) {
-    const float2 sum = sums(t);
-    mass += sum.y * exp_below(sum.x, top);
-  }
+  for (int t = run.first; t < run.end; ++t) mass += mass_below(sums(t), top);
   mass = warp_sum(mass);
   if (threadIdx.x % kWarpSize == 0) result = {std::log(mass), top};  // NaN where the series is no distribution
 }
@@ -262,7 +259,7 @@ NLHF_DEVICE void choose_from_sums(const Job& job, const RowType& row, const Tile
   const double total = choose_tile(job.plan.tiles, sums.run, greedy ? 0.0 : s.uniform, [&](int t) {
     const float2 sum = sums(t);
     if (greedy) return static_cast<double>(sum.x == top);
-    return static_cast<double>(sum.y * exp_below(sum.x, top));
+    return static_cast<double>(mass_below(sum, top));
   }, s.tile, s.fraction);
   __syncwarp();  // the chosen tile is written
   if (lane != 0) return;

@@ -174,28 +174,12 @@ NLHF_DEVICE float load_element(const Model& model, int index, int vocabulary) {
   return f16_to_float(load_bits<uint16_t>(model, index, vocabulary, kMinusInfinityF16));
 }
 
-// Element by element: where a chunk would cross the row's end, or where the row's start is not aligned.
-template <Storage kStorage>
-NLHF_DEVICE void load_elements(const Model& model, int first, int vocabulary, Slice<kStorage>& slice) {
-#pragma unroll
-  for (int i = 0; i < Slice<kStorage>::kWords; ++i) {
-    if (Slice<kStorage>::kPacked) {
-      const uint32_t outside = kStorage == Storage::bf16 ? kMinusInfinityBf16 : kMinusInfinityF16;
-      const int index = first + slice.offset(2 * i);
-      slice.word[i] = load_bits<uint16_t>(model, index, vocabulary, outside) |
-                      load_bits<uint16_t>(model, index + 1, vocabulary, outside) << 16;
-    } else {
-      slice.word[i] = __float_as_uint(load_element<kStorage>(model, first + slice.offset(i), vocabulary));
-    }
-  }
-}
-
-// 16 bytes from any address that is a multiple of 2: of the two aligned blocks they lie in, shifted together. How far
-// is the row's, the same for all its lanes and chunks.
-NLHF_DEVICE uint4 load_across(const unsigned char* address) {
-  const unsigned skew = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(address) % 16);
+// 16 bytes from an address that is a multiple of 2, of which the first `inside` count: of the aligned blocks that hold
+// any of those, shifted together. How far to shift is the row's, the same for all its lanes and chunks.
+NLHF_DEVICE uint4 load_across(const unsigned char* address, int inside) {
+  const int skew = static_cast<int>(reinterpret_cast<std::uintptr_t>(address) % 16);
   const auto* blocks = reinterpret_cast<const uint4*>(address - skew);
-  const uint4 low = __ldg(blocks), high = __ldg(blocks + 1);
+  const uint4 low = __ldg(blocks), high = __ldg(blocks + (skew + inside > 16));
   uint32_t word[5];
   switch (skew / 4) {
     case 0: word[0] = low.x, word[1] = low.y, word[2] = low.z, word[3] = low.w, word[4] = high.x; break;
@@ -208,40 +192,73 @@ NLHF_DEVICE uint4 load_across(const unsigned char* address) {
           __funnelshift_r(word[2], word[3], bits), __funnelshift_r(word[3], word[4], bits)};
 }
 
-template <Storage kStorage, bool kAcross>
-NLHF_DEVICE void load_chunks(const Model& model, int first, Slice<kStorage>& slice) {
+// A word of a chunk, with -inf for what lies outside the row; `inside` elements of the chunk lie in it.
+template <Storage kStorage>
+NLHF_DEVICE uint32_t masked(uint32_t word, int j, int inside) {
+  if (!Slice<kStorage>::kPacked) return inside > j ? word : kMinusInfinity32;
+  const uint32_t outside = kStorage == Storage::bf16 ? kMinusInfinityBf16 : kMinusInfinityF16;
+  const uint32_t high = inside > 2 * j + 1 ? word & 0xFFFF0000u : outside << 16;
+  return high | (inside > 2 * j ? word & 0xFFFFu : outside);
+}
+
+// Whole blocks of 16 bytes, also where the row ends within one: memory is handed out in larger blocks than that.
+template <bool kAligned, Storage kStorage>
+NLHF_DEVICE void load_chunks(const Model& model, int first, int vocabulary, Slice<kStorage>& slice) {
   using S = Slice<kStorage>;
-  const bool narrow = kStorage == Storage::mixed && model.dtype != Float::f32;  // 8 bytes a chunk
+  constexpr int kBytes = 16 / S::kWidth;  // of an element
+  const bool whole = first + kStep <= vocabulary;
+#pragma unroll
+  for (int c = 0; c < S::kChunks; ++c) {
+    const int index = first + slice.offset(c * S::kWidth), inside = vocabulary - index;
+    const unsigned char* data = model.data + int64_t{index} * kBytes;
+    uint4 chunk{};
+    if (whole || inside > 0) {
+      chunk = kAligned ? __ldg(reinterpret_cast<const uint4*>(data)) : load_across(data, whole ? 16 : inside * kBytes);
+    }
+    slice.word[4 * c] = chunk.x, slice.word[4 * c + 1] = chunk.y;
+    slice.word[4 * c + 2] = chunk.z, slice.word[4 * c + 3] = chunk.w;
+    if (whole) continue;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) slice.word[4 * c + j] = masked<kStorage>(slice.word[4 * c + j], j, inside);
+  }
+}
+
+// Of a model whose dtype is known at run time only, converted to float.
+NLHF_DEVICE void load_mixed(const Model& model, bool aligned, int first, int vocabulary,
+                            Slice<Storage::mixed>& slice) {
+  using S = Slice<Storage::mixed>;
+  const bool in_chunks = aligned && first + kStep <= vocabulary;
 #pragma unroll
   for (int c = 0; c < S::kChunks; ++c) {
     const int index = first + slice.offset(c * S::kWidth);
-    if (!narrow) {
-      const unsigned char* data = model.data + int64_t{index} * (16 / S::kWidth);
-      const uint4 chunk = kAcross ? load_across(data) : __ldg(reinterpret_cast<const uint4*>(data));
-      slice.word[4 * c] = chunk.x, slice.word[4 * c + 1] = chunk.y;
-      slice.word[4 * c + 2] = chunk.z, slice.word[4 * c + 3] = chunk.w;
-    } else {
+    uint32_t word[4];
+    if (in_chunks && model.dtype == Float::f32) {
+      const uint4 chunk = __ldg(reinterpret_cast<const uint4*>(model.data + int64_t{index} * 4));
+      word[0] = chunk.x, word[1] = chunk.y, word[2] = chunk.z, word[3] = chunk.w;
+    } else if (in_chunks) {
       const uint2 chunk = __ldg(reinterpret_cast<const uint2*>(model.data + int64_t{index} * 2));
       const uint32_t bits[4] = {chunk.x & 0xFFFFu, chunk.x >> 16, chunk.y & 0xFFFFu, chunk.y >> 16};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float value = model.dtype == Float::bf16 ? bf16_to_float(bits[j]) : f16_to_float(bits[j]);
-        slice.word[(4 * c + j) % S::kWords] = __float_as_uint(value);
+        word[j] = __float_as_uint(model.dtype == Float::bf16 ? bf16_to_float(bits[j]) : f16_to_float(bits[j]));
       }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) word[j] = __float_as_uint(load_element<Storage::mixed>(model, index + j, vocabulary));
     }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) slice.word[4 * c + j] = word[j];
   }
 }
 
 template <Storage kStorage, int kModels>
 NLHF_DEVICE void load_slice(const Row<kStorage, kModels>& row, int m, int first, Slice<kStorage>& slice) {
-  // A chunk's last block ends within the row as long as the row goes on behind the step.
-  constexpr bool kMayCross = kStorage != Storage::mixed;
-  if (row.is_aligned(m) && first + kStep <= row.vocabulary()) {
-    load_chunks<kStorage, false>(row.model(m), first, slice);
-  } else if (kMayCross && first + kStep + Slice<kStorage>::kWidth <= row.vocabulary()) {
-    load_chunks<kStorage, kMayCross>(row.model(m), first, slice);
+  if constexpr (kStorage == Storage::mixed) {
+    load_mixed(row.model(m), row.is_aligned(m), first, row.vocabulary(), slice);
+  } else if (row.is_aligned(m)) {
+    load_chunks<true>(row.model(m), first, row.vocabulary(), slice);
   } else {
-    load_elements(row.model(m), first, row.vocabulary(), slice);
+    load_chunks<false>(row.model(m), first, row.vocabulary(), slice);
   }
 }
 
@@ -312,29 +329,48 @@ NLHF_DEVICE float highest_of(const Slice<kStorage>& slice, const float (&values)
   }
 }
 
+// What a pass does with a row. Nearly all rows are plain: folded, without a bias, every model part of z, and of the
+// models' log-probabilities all or none wanted; for these nothing is asked in the loop, so that a logit is unpacked once.
+enum class Pass { general, z_alone, plain_all_wanted, plain_none_wanted };
+
+template <Storage kStorage, int kModels>
+NLHF_DEVICE Pass pass_over(const Row<kStorage, kModels>& row) {
+  constexpr unsigned kAll = (1u << kModels) - 1;
+  const bool plain = row.is_folded() && row.p.bias == nullptr && (row.flags & kAll) == kAll;
+  const unsigned wanted = row.flags >> Row<kStorage, kModels>::kWanted & kAll;
+  if (!plain || (wanted != kAll && wanted != 0)) return Pass::general;
+  return wanted ? Pass::plain_all_wanted : Pass::plain_none_wanted;
+}
+
 // z of the lane's elements of a step, equation (1); -inf outside the row. A model of weight 0 takes no part: 0 * -inf
-// is NaN. With kWithWanted, visit(m, values, largest of them) sees each model whose log-probability is wanted.
-template <bool kWithWanted, Storage kStorage, int kModels, typename Visit>
+// is NaN. visit(m, values, largest of them) sees each model whose log-probability is wanted, but in Pass::z_alone.
+template <Pass kPass, Storage kStorage, int kModels, typename Visit>
 NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (&z)[kPerLane], Visit visit) {
+  constexpr bool kPlain = kPass == Pass::plain_all_wanted || kPass == Pass::plain_none_wanted;
+  const bool folded = kPlain || row.is_folded();
+  const auto is_used = [&](int m) { return kPlain || row.is_used(m); };
+  const auto is_visited = [&](int m) {
+    return kPass == Pass::plain_all_wanted || (kPass == Pass::general && row.is_wanted(m));
+  };
   // Four 16-byte loads on their way before the first is used: of both models, or of one at a time where that is enough.
   constexpr bool kTogether = Slice<kStorage>::kPacked && kModels <= 2;
   Slice<kStorage> slices[kTogether ? kModels : 1];
 #pragma unroll
   for (int m = 0; kTogether && m < kModels; ++m) {
-    if (row.is_used(m) || (kWithWanted && row.is_wanted(m))) load_slice(row, m, first, slices[m]);
+    if (is_used(m) || is_visited(m)) load_slice(row, m, first, slices[m]);
   }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) z[i] = 0.0f;
 #pragma unroll
   for (int m = 0; m < kModels; ++m) {
-    if (!row.is_used(m) && !(kWithWanted && row.is_wanted(m))) continue;
+    if (!is_used(m) && !is_visited(m)) continue;
     Slice<kStorage>& slice = slices[kTogether ? m : 0];
     if (!kTogether) load_slice(row, m, first, slice);
     float values[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) values[i] = element(slice, i);
-    if (row.is_used(m)) {
-      if (row.is_folded()) {
+    if (is_used(m)) {
+      if (folded) {
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) z[i] = __fmaf_rn(row.weights[m], values[i], m == 0 ? 0.0f : z[i]);
       } else {
@@ -342,13 +378,13 @@ NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (
         for (int i = 0; i < kPerLane; ++i) z[i] = add_product(m == 0, z[i], row.weights[m], values[i]);
       }
     }
-    if (kWithWanted && row.is_wanted(m)) visit(m, values, highest_of(slice, values));
+    if (is_visited(m)) visit(m, values, highest_of(slice, values));
   }
-  if (row.p.bias != nullptr) {
-    const float factor = row.is_folded() ? row.inverse : 1.0f;
+  if (!kPlain && row.p.bias != nullptr) {
+    const float factor = folded ? row.inverse : 1.0f;
     add_bias<kStorage>(row.bias(), row.is_aligned(kModels), factor, first, row.vocabulary(), z);
   }
-  if (!row.is_folded()) row.divide(z);
+  if (!folded) row.divide(z);
   if (first + kStep > row.vocabulary()) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -360,7 +396,7 @@ NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (
 // The same for passes that need nothing but z.
 template <Storage kStorage, int kModels>
 NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (&z)[kPerLane]) {
-  read_step<false>(row, first, z, [](int, const float (&)[kPerLane], float) {});
+  read_step<Pass::z_alone>(row, first, z, [](int, const float (&)[kPerLane], float) {});
 }
 
 // z of kCount neighbours of an exact row from `first` on, bit for bit as read_step computes it; -inf from `end` on.

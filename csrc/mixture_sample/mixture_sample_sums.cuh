@@ -56,6 +56,9 @@ struct LogSum {
   }
 };
 
+// A stored sum's mass in units of e^top. NaN stays NaN.
+NLHF_DEVICE float mass_below(float2 sum, float top) { return sum.y * exp_below(sum.x, top); }
+
 // Sum of `value` over the threads before the calling one; `total` over all. One barrier inside; `scratch` (a value a
 // warp) may be reused only after a further one.
 template <typename T>
