@@ -12,7 +12,8 @@
 //                 finds the exact thresholds in the list, then chooses a tile and walks it as above. A list that
 //                 overflows (thousands of equal values) is replaced by the row itself: slower, as exact.
 //
-// The counters that tell a block that it is its row's last are zeroed on the stream before, so launches share nothing.
+// The counters that tell a block that it is its row's last are left at 0, as they must be found. A caller who keeps
+// them from call to call saves zeroing them; without, they are part of the workspace and zeroed on the stream before.
 #include "mixture_sample_finish.cuh"
 
 namespace nlhf {
@@ -226,6 +227,7 @@ __device__ __noinline__ void finish_filtered(const Job& job, int64_t index) {
   if (threadIdx.x < static_cast<unsigned>(job.p.models)) s.normalisers[threadIdx.x] = state.normalisers[threadIdx.x];
   __syncthreads();
   const Row<kStorage, kModels> row = open_row<kStorage, kModels>(job.p, index);
+  if (threadIdx.x == 0) job.counters[index * kCounters + kCandidates] = 0;
   if (s.tile >= 0) {
     draw_in_tile(job, row, draw, s);
   } else if (threadIdx.x == 0) {
@@ -297,7 +299,9 @@ int64_t mixture_sample_workspace(int64_t rows, int64_t vocabulary, int models, b
   return lay_out(job, rows, vocabulary, models, filtered, steps_of(vocabulary), nullptr);  // as many tiles as can be
 }
 
-int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* cuda_stream) {
+int64_t mixture_sample_counters(int64_t rows) { return rows * kCounters * static_cast<int64_t>(sizeof(unsigned)); }
+
+int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* counters, void* cuda_stream) {
   if (problem.rows == 0) return cudaSuccess;
   DeviceLimits limits;
   cudaError_t error = device_limits(&limits);
@@ -310,8 +314,10 @@ int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* cud
   job.plan = make_plan(problem.rows, problem.vocabulary, limits.multiprocessors);
   if (problem.rows * job.plan.parts > INT32_MAX) return cudaErrorInvalidValue;
   lay_out(job, problem.rows, problem.vocabulary, problem.models, problem.filtered, job.plan.tiles, workspace);
-  if (problem.filtered || job.plan.parts > 1) {
-    const size_t bytes = problem.rows * kCounters * sizeof(unsigned);
+  if (counters != nullptr) {
+    job.counters = static_cast<unsigned*>(counters);
+  } else if (problem.filtered || job.plan.parts > 1) {
+    const size_t bytes = mixture_sample_counters(problem.rows);
     error = cudaMemsetAsync(job.counters, 0, bytes, static_cast<cudaStream_t>(cuda_stream));
     if (error != cudaSuccess) return error;
   }
