@@ -67,10 +67,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) stream_rows(const _
     unsigned* bins = job.bins + int64_t{place.row} * kBins;
     for (int i = place.part * kThreads + threadIdx.x; i < kBins; i += job.plan.parts * kThreads) bins[i] = 0;
   }
-  switch (pass_over(row)) {
-    case Pass::plain_all_wanted: sum_tiles<Pass::plain_all_wanted>(job, row, place); break;
-    case Pass::plain_none_wanted: sum_tiles<Pass::plain_none_wanted>(job, row, place); break;
-    default: sum_tiles<Pass::general>(job, row, place);
+  constexpr bool kMayBePlain = kModels <= 2 && kStorage != Storage::mixed;  // the rest is not worth compiling thrice
+  const Pass pass = kMayBePlain ? pass_over(row) : Pass::general;
+  if (kMayBePlain && pass == Pass::plain_all_wanted) {
+    sum_tiles<kMayBePlain ? Pass::plain_all_wanted : Pass::general>(job, row, place);
+  } else if (kMayBePlain && pass == Pass::plain_none_wanted) {
+    sum_tiles<kMayBePlain ? Pass::plain_none_wanted : Pass::general>(job, row, place);
+  } else {
+    sum_tiles<Pass::general>(job, row, place);
   }
   if (!last_of_row(job.counters + int64_t{place.row} * kCounters + kStreamed, job.plan.parts, &is_last)) return;
   finish_streaming<kStorage, kModels>(job, place.row);
