@@ -73,12 +73,15 @@ def test_fewer_pairs_at_once_may_go_on(tmp_path, monkeypatch) -> None:
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch) -> None:
     cut_off(tmp_path / "run", monkeypatch, 4)
     before = (tmp_path / "run").read_bytes()
-    other = dataclasses.replace(SETTINGS, learning_rate=2e-3)
+    other, moved = dataclasses.replace(SETTINGS, learning_rate=2e-3), comparison_model(architecture="gpt2")
+    with torch.no_grad():
+        next(moved.body.parameters()).add_(1e-3)
     for message, arguments in (
         ("a checkpoint of this training; its learning_rate is 0.001, here 0.002", {"settings": other}),
         (".* its tokens of the pairs is '.*', here '", {"pairs": PAIRS[::-1]}),
         (".* its kind is 'pairwise', here 'reward'", {"model": comparison_model(RewardModel, "gpt2")}),
-        ("the weights of this model", {"model": comparison_model(architecture="llama")}),
+        (".* its start is '.*', here '", {"model": comparison_model(architecture="llama")}),
+        (".* its start is '.*', here '", {"model": moved}),
     ):
         with pytest.raises(ValueError, match=f"checkpoint: .*run: expected {message}"):
             train(tmp_path / "run", **arguments)

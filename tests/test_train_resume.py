@@ -3,6 +3,7 @@ checkpoint is complete or absent."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 
@@ -12,7 +13,9 @@ import torch
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from nlhf_kernels.preference import JudgeError
-from nlhf_kernels.train import NashConfig
+from nlhf_kernels.train import NashConfig, opponents
+from nlhf_kernels.train.config import FIXED, own_fields
+from nlhf_kernels.train.identity import NEUTRAL, fields_of_a_run
 from tests.support import train_run
 from tests.support.tiny_models import tiny_model
 from tests.support.training import history, likes_e, lora, make_trainer, single_thread  # noqa: F401
@@ -104,15 +107,71 @@ def test_checkpoints_are_named_by_the_run_that_wrote_them(tmp_path) -> None:
         ({"train_dataset": [{"prompt": "another"}] * 16}, "prompts"),
         ({"per_device_train_batch_size": 2}, "prompts_per_update"),
         ({"model": "wider"}, "trained_parameters"),
+        ({"model": "other"}, "start"),
+        ({"model": "other"}, "reference"),
+        ({"reference_model": "other"}, "reference"),
+        ({"judge": lambda prompts, first, second: [0.5] * len(prompts)}, "judge"),
+        ({"beta": 0.25}, "beta"),
+        ({"tau": 0.02}, "tau"),
+        ({"kl": "sequence"}, "kl"),
+        ({"temperature": 0.9}, "temperature"),
+        ({"max_new_tokens": 5}, "max_new_tokens"),
+        ({"baseline": "batch"}, "baseline"),
+        ({"max_grad_norm": 0.5}, "max_grad_norm"),
+        ({"learning_rate": 2e-2}, "learning_rate"),
+        ({"bf16": True}, "bf16"),
     ],
 )
 def test_another_runs_checkpoint_is_refused(changed, name, tmp_path) -> None:
     make_trainer(tmp_path, **{**RUN, "max_steps": 2}).train()
     with pytest.raises(ValueError, match=r"output_dir: expected a folder without checkpoints; got .*checkpoint-2"):
         make_trainer(tmp_path, **RUN).train()
-    changed = {**changed, "model": tiny_model("llama", hidden=48)} if "model" in changed else changed
-    with pytest.raises(ValueError, match=rf"checkpoint-2 is another run's: its {name} is "):
+    models = {"wider": tiny_model("llama", hidden=48), "other": tiny_model("llama", seed=7)}
+    changed = {key: models[value] if "model" in key else value for key, value in changed.items()}
+    with pytest.raises(ValueError, match=rf"checkpoint-2 is another run's: .*its {name} is "):
         make_trainer(tmp_path, **{**RUN, **changed}).train(resume_from_checkpoint=True)
+
+
+def test_every_field_is_known_to_change_a_run_or_not_to() -> None:
+    own = {field.name for field in own_fields()} - set(FIXED)
+    assert own == (set(fields_of_a_run()) | set(NEUTRAL)) & own and not set(fields_of_a_run()) & set(NEUTRAL)
+    known = {field.name for field in dataclasses.fields(NashConfig)}
+    assert set(fields_of_a_run()) | set(NEUTRAL) <= known
+
+
+def test_differences_that_are_asked_for(tmp_path, caplog) -> None:
+    make_trainer(tmp_path, **{**RUN, "max_steps": 2}).train()
+    changed = {**RUN, "tau": 0.5, "seed": 6}
+    with pytest.raises(
+        ValueError, match=r"its tau is 0.01, this run's is 0.5; .*\(resume_changes=\['seed', 'tau'\] goes"
+    ):
+        make_trainer(tmp_path, **changed).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"another run's: its seed is 5, this run's is 6"):
+        make_trainer(tmp_path, **changed, resume_changes=["tau"]).train(resume_from_checkpoint=True)
+    resumed = make_trainer(tmp_path, **changed, resume_changes=["tau", "seed"])
+    resumed.train(resume_from_checkpoint=True)
+    assert "as asked for, not the same run: its tau is 0.01, this run's is 0.5" in caplog.text
+    assert [tau for (tau,) in history(resumed, "tau")] == [0.01] * 2 + [0.5] * 4
+    for name, why in (
+        ("learning_rate", "which the checkpoint holds the state of"),
+        ("taus", "which is nothing of a run"),
+    ):
+        with pytest.raises(ValueError, match=rf"resume_changes: expected some of .*; got '{name}', {why}"):
+            make_trainer(tmp_path, **changed, resume_changes=[name]).train(resume_from_checkpoint=True)
+
+
+def test_adapters_are_part_of_a_run_and_their_first_values_are_not(tmp_path) -> None:
+    make_trainer(tmp_path, peft_config=lora(), **{**RUN, "max_steps": 2}).train()
+    with pytest.raises(ValueError, match=r"another run's: its adapters is .*'lora_alpha': 8.*'lora_alpha': 16"):
+        make_trainer(tmp_path, peft_config=lora(lora_alpha=16), **RUN).train(resume_from_checkpoint=True)
+    other = make_trainer(tmp_path, model=tiny_model("llama", seed=7), peft_config=lora(), **RUN)
+    with pytest.raises(ValueError, match=r"another run's: its start is "):
+        other.train(resume_from_checkpoint=True)
+    again = make_trainer(tmp_path, peft_config=lora(), **{**RUN, "max_steps": 3})
+    with torch.no_grad():
+        for parameter in opponents.trained(again.model).values():
+            parameter.add_(1.0)
+    again.train(resume_from_checkpoint=True)
 
 
 def test_what_is_no_whole_checkpoint_is_refused(tmp_path) -> None:

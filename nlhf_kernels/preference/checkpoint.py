@@ -21,6 +21,7 @@ import torch
 
 from ..core.atomic import atomic_file
 from ..core.checks import check_integer
+from ..core.identity import adapter_settings, as_json, start_digest
 from ..core.lock import lock_place
 from ..core.manifest import DamagedError
 from ..core.optional import need
@@ -52,7 +53,8 @@ class Checkpoint:
         identity = {"format": FORMAT, "kind": model.KIND, **dataclasses.asdict(model.reading)}
         identity |= dataclasses.asdict(settings) | {"tokens of the pairs": _digest(encoded)}
         del identity["micro_batch"]  # may be lowered where memory ran out
-        return cls(place, every, identity)
+        identity |= {"start": start_digest(model, model.adapted), "adapters": adapter_settings(model.body)}
+        return cls(place, every, as_json(identity))
 
     def lock(self) -> AbstractContextManager[None]:
         return nullcontext() if self.path is None else lock_place(self.path)
@@ -78,9 +80,6 @@ class Checkpoint:
             return []
         state, tensors = self._read()
         known = dict(model.named_parameters())
-        there = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("weight/")}
-        if there != {f"weight/{name}": parameter.shape for name, parameter in known.items()}:
-            raise ValueError(f"train_preference_model: checkpoint: {self.path}: expected the weights of this model")
         noise = [tensors.pop(name) for name in sorted(tensors) if name.startswith("noise/")]
         with torch.no_grad():
             for name, tensor in tensors.items():

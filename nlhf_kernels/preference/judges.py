@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from ..core.checks import check_integer, check_number
+from ..core.identity import describe
 from ..core.text import shown
 from .models import ComparisonModel, RewardModel
 
@@ -59,6 +60,10 @@ class CheckedJudge:
 
     judge: Judge
     name: str
+
+    @property
+    def identity(self) -> str:
+        return describe(self.judge)
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
         batch = Batch.of(prompts, first, second)
@@ -113,6 +118,10 @@ class PreferenceModelJudge:
     def __post_init__(self) -> None:
         check_integer("PreferenceModelJudge", "batch_size", self.batch_size, 1, 10**6)
 
+    @property
+    def identity(self) -> str:
+        return describe(self.model)
+
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
         return self.model.probabilities(prompts, first, second, self.batch_size)
 
@@ -126,6 +135,10 @@ class RewardJudge:
 
     def __post_init__(self) -> None:
         check_number("RewardJudge", "scale", self.scale, 0.0, open_low=True)
+
+    @property
+    def identity(self) -> str:
+        return f"sigmoid of differences / {self.scale} of {describe(self.rewards)}"
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
         score = self.rewards.rewards if isinstance(self.rewards, RewardModel) else self.rewards
@@ -162,6 +175,10 @@ class AverageJudge:
             raise ValueError("AverageJudge: weights: expected one above 0; got none")
         members = tuple((checked(j), w / sum(weights)) for j, w in zip(self.judges, weights, strict=True))
         object.__setattr__(self, "_members", members)
+
+    @property
+    def identity(self) -> str:
+        return " + ".join(f"{weight:g} {describe(judge)}" for judge, weight in self._members)
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
         opinions = [weight * judge(prompts, first, second) for judge, weight in self._members]

@@ -25,6 +25,7 @@ from torch.nn.functional import softplus
 
 from ..core.adapters import new_adapter
 from ..core.checks import check_integer
+from ..core.identity import digest, weights_digest
 from ..core.loading import HUB, load_model, load_tokenizer
 from ..core.optional import need
 from .template import Reader, Reading
@@ -105,6 +106,11 @@ class ComparisonModel(torch.nn.Module):
     @property
     def tokenizer(self) -> Any:
         return self.reader.tokenizer
+
+    @property
+    def identity(self) -> str:
+        """What it answers with, as a text to compare: kind, template, weights."""
+        return f"{self.KIND} {digest(repr(self.reading))} {weights_digest(self.named_parameters())}"
 
     @property
     def reading(self) -> Reading:

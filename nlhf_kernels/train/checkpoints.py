@@ -11,19 +11,17 @@ import json
 import logging
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..core import atomic, manifest
+from .identity import HELD, OP, Identity, check_changes, differences
 
-OP = "NashTrainer"
 KIND = "checkpoint"
 RUN = "nash_run.json"
 OPPONENT = "opponent.safetensors"
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # to go on exactly; save_only_model leaves them out
 _log = logging.getLogger(__name__)
-
-Identity = dict[str, Any]
 
 
 def write_run(folder: Path, identity: Identity, skipped: int) -> None:
@@ -65,10 +63,13 @@ def rotate(latest: Path, limit: int | None, best: str | None) -> None:
         atomic.remove(path)
 
 
-def resolve(output: Path, resume: str | bool | None, overwrite: bool, identity: Identity) -> str | None:
+def resolve(
+    output: Path, resume: str | bool | None, overwrite: bool, identity: Identity, changes: Sequence[str] = ()
+) -> str | None:
     """The checkpoint to go on from, if any. Refuses a folder that holds another run's checkpoints.
 
-    Of several the newest whose files are what was written; damaged ones are put aside.
+    Of several the newest whose files are what was written; damaged ones are put aside. `changes` are what may differ
+    from the run that wrote it.
     """
     found = found_in(output)
     if not resume:
@@ -85,7 +86,7 @@ def resolve(output: Path, resume: str | bool | None, overwrite: bool, identity: 
         except ValueError as error:
             faults.append((path, error))
             continue
-        _check_identity(path, identity)
+        _check_identity(path, identity, changes)
         for damaged, fault in faults:
             _put_aside(damaged, str(fault))
         return str(path)
@@ -113,14 +114,16 @@ def _check_complete(path: Path) -> None:
         raise ValueError(f"{path}: expected all that training needs; it has no {', '.join(missing)}")
 
 
-def _check_identity(path: Path, identity: Identity) -> None:
-    known = json.loads((path / RUN).read_text())
-    for name, value in identity.items():
-        if known.get(name) != value:
-            raise ValueError(
-                f"{OP}: resume_from_checkpoint: {path} is another run's: its {name} is {known.get(name)!r}; "
-                f"this run's is {value!r}"
-            )
+def _check_identity(path: Path, identity: Identity, changes: Sequence[str]) -> None:
+    check_changes(changes, identity)
+    found = differences(json.loads((path / RUN).read_text()), identity)
+    wrong = [text for name, text in found.items() if name not in changes]
+    if wrong:
+        asked = sorted(found.keys() - set(HELD))
+        way = f" (resume_changes={asked} goes on with this run's)" if len(asked) == len(found) else ""
+        raise ValueError(f"{OP}: resume_from_checkpoint: {path} is another run's: {'; '.join(wrong)}{way}")
+    for name in found:
+        _log.warning("%s: %s: as asked for, not the same run: %s", OP, path, found[name])
 
 
 def _put_aside(path: Path, why: str) -> None:

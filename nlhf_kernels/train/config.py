@@ -157,6 +157,12 @@ class NashConfig(TrainingArguments):
         default=False,
         metadata=_help("start over: this trainer's checkpoints are removed, what others wrote stays"),
     )
+    resume_changes: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "what may differ from the run that is resumed: tau or judge, say; other differences are refused"
+        ),
+    )
     log_samples: int = field(default=2, metadata=_help("prompts with both answers shown at every log; 0: none"))
 
     remove_unused_columns: bool = field(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from ..core.identity import digest
 from ..data import encode_prompts, load_prompts
 
 _log = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ class PromptDataset(torch.utils.data.Dataset[Prompt]):
         return self.prompts[index]
 
     def digest(self) -> str:
-        """Of all tokens, in order: whether a run goes on with the prompts it began with."""
-        return hashlib.sha256(repr([prompt.ids for prompt in self.prompts]).encode()).hexdigest()[:16]
+        """Of all texts and tokens, in order: whether a run goes on with the prompts it began with."""
+        return digest(repr([(prompt.text, prompt.ids) for prompt in self.prompts]))
 
 
 class Collator:

@@ -20,6 +20,7 @@ from ..core import atomic
 from ..core.loading import check_finite, quiet
 from ..core.lock import lock_folder
 from . import checkpoints, opponents
+from .identity import Identity, identity_of
 from .setup import OP
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ _Trainer: Any = Trainer  # its annotations contradict what subclasses are meant 
 class ResumableTrainer(_Trainer):  # type: ignore[misc]
     skipped: int  # updates whose gradients were not finite
     opponent: opponents.Opponent | None
+    identity: Identity | None = None  # as of the start; None where nothing is saved or resumed
     _work: str | None = None  # the folder in output_dir that a checkpoint is being written into
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
@@ -38,6 +40,7 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
         output = Path(self.args.output_dir)
         with ExitStack() as held:
             found: str | None = self._on_first(lambda: self._enter(output, resume, held))
+            self._identify(resume)  # on processes that save beside the first
             self.skipped = 0 if found is None else checkpoints.skipped_updates(found)
             if found is not None and self.opponent is not None:
                 opponents.load(self.opponent, Path(found) / checkpoints.OPPONENT)
@@ -50,7 +53,18 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
         output.mkdir(parents=True, exist_ok=True)
         held.enter_context(lock_folder(output))
         atomic.remove_leftovers(output)
-        return checkpoints.resolve(output, resume, self.args.overwrite_output_dir, self._identity())
+        self._identify(resume)
+        changes = self.args.resume_changes or ()
+        return checkpoints.resolve(output, resume, self.args.overwrite_output_dir, self.identity or {}, changes)
+
+    def _identify(self, resume: str | bool | None) -> None:
+        """Once, before weights are changed."""
+        if self.identity is None and self.args.should_save and (resume or self._saves):
+            self.identity = identity_of(self)
+
+    @property
+    def _saves(self) -> bool:
+        return str(self.args.save_strategy.value) != "no"
 
     def _on_first(self, act: Callable[[], Any]) -> Any:
         """What `act` returns on the first process, on all of them; so does an error end all of them."""
@@ -79,21 +93,10 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
         _log.warning("%s: %s is the run's end, after %d updates", OP, found, self.state.global_step)
         return TrainOutput(self.state.global_step, 0.0, {})
 
-    def _identity(self) -> checkpoints.Identity:
-        args = self.args
-        return {
-            "algorithm": args.algorithm,
-            "seed": args.seed,
-            "prompts": self.train_dataset.digest(),
-            "prompts_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "samples_per_prompt": args.samples_per_prompt,
-            "trained_parameters": sum(value.numel() for value in opponents.trained(self.model).values()),
-        }
-
     def _keep_what_was_learned(self) -> None:
         """A judge that fails late costs no update. Several processes fail one by one: what they have is not saved."""
-        step, saves = self.state.global_step, str(self.args.save_strategy.value) != "no"
-        if saves and step and self.args.world_size == 1:
+        step = self.state.global_step
+        if self._saves and step and self.args.world_size == 1:
             if not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():
                 self._save_checkpoint(self.model, None)
             _log.warning("%s: %d updates are safe in checkpoint-%d", OP, step, step)
@@ -131,6 +134,6 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
             self.state.save_to_json(str(work / "trainer_state.json"))
         if self.opponent is not None:
             opponents.save(self.opponent, work / checkpoints.OPPONENT)
-        checkpoints.write_run(work, self._identity(), self.skipped)
+        checkpoints.write_run(work, self.identity or {}, self.skipped)
         checkpoints.publish(work, final)
         checkpoints.rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint)

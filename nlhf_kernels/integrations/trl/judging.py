@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core.checks import check_number
+from ...core.identity import describe
 from ...core.loading import load_model, load_tokenizer
 from ...data import encode_prompts
 from ...preference import AverageJudge, Judge, PairwisePreferenceModel, PreferenceModelJudge, RewardModel
@@ -35,6 +36,11 @@ class RewardDifference:
     weights: tuple[float, ...]
     penalty: float = 0.0
     unended: torch.Tensor | None = None  # (B, 2) bool; None: not known, nothing is taken off
+
+    @property
+    def identity(self) -> str:
+        parts = zip(self.weights, self.rewards, strict=True)
+        return " + ".join(f"{weight:g} {describe(reward)}" for weight, reward in parts) + f" - {self.penalty:g}"
 
     def __call__(self, prompts: Texts, first: Texts, second: Texts) -> torch.Tensor:
         difference = self._sum(prompts, first) - self._sum(prompts, second)
@@ -76,6 +82,7 @@ class FunctionReward:
                 )
         every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.takes = None if every else frozenset(parameters)
+        self.identity = describe(function)
         rows.will_ask(self.takes)
 
     def __call__(self, prompts: Texts, answers: Texts) -> list[Any]:
@@ -95,6 +102,7 @@ class ModelReward:
 
     def __init__(self, model: Any, tokenizer: Any, rows: Rows, batch_size: int) -> None:
         self.model, self.tokenizer, self.rows, self.batch_size = model.eval(), tokenizer, rows, batch_size
+        self.identity = describe(model)
         self.__qualname__ = type(model).__name__
         body, score = getattr(model, getattr(model, "base_model_prefix", ""), None), getattr(model, "score", None)
         if body is None or getattr(score, "out_features", None) != 1:

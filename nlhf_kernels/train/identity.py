@@ -1,0 +1,76 @@
+"""What makes a run this run: everything that changes its result, to be compared with the checkpoint it resumes from.
+
+Settings go by their values, models by digests of their weights, judges and rewards by name and source, prompts by a
+digest. What only changes speed, logs or the moment of saving is left out, and so is how long the run is to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..core.identity import adapter_settings, as_json, describe, start_digest, weights_digest
+from ..engine.peft_models import is_adapted
+from . import opponents
+from .config import FIXED, defaults, own_fields
+
+OP = "NashTrainer"
+Identity = dict[str, Any]
+#: Fields of NashConfig that do not change what is learned.
+NEUTRAL = (
+    "backend", "compile_rollouts", "eval_temperature", "eval_samples_per_prompt", "eval_prompts", "log_samples",
+    "nonfinite", "overwrite_output_dir", "resume_changes",
+)  # fmt: skip
+#: Fields of transformers' TrainingArguments that do.
+OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
+TRAINING = (
+    "bf16", "data_seed", "dataloader_drop_last", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm",
+    "train_sampling_strategy", "seed", "warmup_steps",
+)  # fmt: skip
+#: What a checkpoint holds the state of, so that a resumed run could not do it another way.
+HELD = ("algorithm", "trained_parameters", "adapters", *OPTIMIZER)
+
+
+def fields_of_a_run() -> tuple[str, ...]:
+    """Of NashConfig: those that change what is learned."""
+    own = (entry.name for entry in own_fields())
+    return (*(name for name in own if name not in NEUTRAL and name not in FIXED), *OPTIMIZER, *TRAINING)
+
+
+def identity_of(trainer: Any) -> Identity:
+    """Before the first update: weights are those of the start."""
+    args, model, reference = trainer.args, trainer.model, trainer.learner.reference
+    settings = args.to_dict()
+    found = {name: settings.get(name) for name in fields_of_a_run()}
+    found |= {name: describe(value) for name in ("beta", "tau") if callable(value := getattr(args, name))}
+    found |= {
+        "prompts": trainer.train_dataset.digest(),
+        "prompts_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "trained_parameters": sum(value.numel() for value in opponents.trained(model).values()),
+        "start": start_digest(model, adapted=is_adapted(model)),
+        "reference": "the base" if reference is None else weights_digest(reference.named_parameters()),
+        args.plan.judged_by: describe(trainer.collect.judge),
+        "adapters": adapter_settings(model),
+    }
+    identity: Identity = as_json(found)
+    return identity
+
+
+def differences(known: Identity, identity: Identity) -> dict[str, str]:
+    """name -> what differs, the checkpoint's before this run's."""
+    usual = defaults()
+    before = {name: known.get(name, usual.get(name)) for name in identity}
+    return {
+        name: f"its {name} is {before[name]!r}, this run's is {value!r}"
+        for name, value in identity.items()
+        if before[name] != value
+    }
+
+
+def check_changes(changes: Sequence[str], identity: Identity) -> None:
+    """That `resume_changes` names what can differ."""
+    for name in changes:
+        if name in HELD or name not in identity:
+            possible = ", ".join(sorted(identity.keys() - set(HELD)))
+            why = "which the checkpoint holds the state of" if name in HELD else "which is nothing of a run"
+            raise ValueError(f"{OP}: resume_changes: expected some of {possible}; got {name!r}, {why}")
