@@ -46,6 +46,13 @@ ROOMS_CALL = {
     "nash_pg_loss": {"logprobs", "linear_logprobs"},
     "preference_loss": {"logprobs", "linear_logprobs", "nash_pg_loss"},
 }
+#: Functions of torch whose result takes the default dtype or device where none is named.
+ALLOCATING = {
+    *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"),
+    *("ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices"),
+    *("triu_indices", "zeros"),
+}
+MODULES = {"Embedding", "LayerNorm", "Linear", "RMSNorm"}  # of torch.nn, which allocate their parameters
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 60, 120
 
 PYTHON = [path for folder in ("nlhf_kernels", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -113,6 +120,29 @@ def test_functions_are_short(path) -> None:
             kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
             lines = (node.end_lineno or 0) - node.lineno + 1
             assert lines <= (MAX_KERNEL if kernel else MAX_FUNCTION), f"{node.name}: {lines} lines"
+
+
+def allocation(node: ast.AST) -> str | None:
+    """The dotted name of an allocating call of PyTorch."""
+    if not isinstance(node, ast.Call):
+        return None
+    name = ast.unparse(node.func)
+    plain = name.startswith("torch.") and name.removeprefix("torch.") in ALLOCATING
+    return name if plain or (name.startswith("torch.nn.") and name.removeprefix("torch.nn.") in MODULES) else None
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=_name)
+def test_every_allocation_names_its_dtype_and_device(path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if (name := allocation(node)) is not None:
+            named = {keyword.arg for keyword in node.keywords}
+            missing = {"dtype", "device"} - named
+            assert not missing, f"{path.name}:{node.lineno}: {name} without {' and '.join(sorted(missing))}"
+        forbidden = isinstance(node, ast.ImportFrom) and node.module == "torch"
+        names = {alias.name for alias in node.names} if forbidden else set()
+        assert not names & ALLOCATING, (
+            f"{path.name}:{node.lineno}: say torch.{names & ALLOCATING}, which this test sees"
+        )
 
 
 def test_environment_is_read_in_one_file() -> None:

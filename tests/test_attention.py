@@ -14,8 +14,7 @@ import nlhf_kernels
 from nlhf_kernels import decode_attention
 from nlhf_kernels.core.upstream import cache_argument
 from nlhf_kernels.engine import Player, RolloutEngine, attention, nash_md
-from nlhf_kernels.engine.models import inspect_model
-from tests.support.engine import settings, tiny, tiny_pair, worst_error
+from tests.support.engine import settings, tiny_pair, worst_error
 from tests.support.tiny_models import BETA, one_thread, padded, prompts, random_model, tiny_model
 
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "mistral")
@@ -296,25 +295,6 @@ def test_a_model_that_attends_by_itself_keeps_its_own_attention(architecture, ke
     policy, reference = tiny_pair(architecture)
     RolloutEngine(policy, reference).rollout(**padded(prompts((1, 6))), players=nash_md(BETA), settings=settings(3))
     assert kernel_calls == []
-
-
-def test_a_layer_that_hides_its_window_from_the_attention_is_found(monkeypatch) -> None:
-    """A window in the mask alone would be lost with the mask."""
-    policy = tiny("mistral")
-    assert inspect_model("policy", policy, True).decode_attention
-    layer = type(policy.model.layers[0].self_attn)
-    forward = layer.forward
-
-    def hiding(self, *args, **kwargs):
-        window, self.sliding_window = getattr(self, "sliding_window", None), None
-        self.config.sliding_window, before = None, self.config.sliding_window
-        try:
-            return forward(self, *args, **kwargs)
-        finally:
-            self.config.sliding_window, self.sliding_window = before, window
-
-    monkeypatch.setattr(layer, "forward", hiding)
-    assert not inspect_model("policy", policy, True).decode_attention
 
 
 def test_a_layer_that_makes_a_mask_of_its_own_is_found(kernel_calls) -> None:

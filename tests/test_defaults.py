@@ -6,10 +6,8 @@ the model's would put them elsewhere. The default device here is meta, on which 
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,39 +20,6 @@ from nlhf_kernels.engine import Hooks, Player, RolloutEngine, nash_md
 from tests.support.engine import settings, tiny_pair
 from tests.support.tiny_models import BETA, one_thread, padded, prompts
 from tests.test_operators import backward, examples
-
-PACKAGE = Path(nlhf_kernels.__file__).parent
-
-#: Functions of torch whose result takes the default dtype or device where none is named.
-ALLOCATING = {
-    *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"),
-    *("ones", "rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices"),
-    *("triu_indices", "zeros"),
-}
-MODULES = {"Embedding", "LayerNorm", "Linear", "RMSNorm"}  # of torch.nn, which allocate their parameters
-
-
-def allocation(node: ast.AST) -> str | None:
-    """The dotted name of an allocating call of PyTorch."""
-    if not isinstance(node, ast.Call):
-        return None
-    name = ast.unparse(node.func)
-    plain = name.startswith("torch.") and name.removeprefix("torch.") in ALLOCATING
-    return name if plain or (name.startswith("torch.nn.") and name.removeprefix("torch.nn.") in MODULES) else None
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_every_allocation_names_its_dtype_and_device(path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if (name := allocation(node)) is not None:
-            named = {keyword.arg for keyword in node.keywords}
-            missing = {"dtype", "device"} - named
-            assert not missing, f"{path.name}:{node.lineno}: {name} without {' and '.join(sorted(missing))}"
-        forbidden = isinstance(node, ast.ImportFrom) and node.module == "torch"
-        names = {alias.name for alias in node.names} if forbidden else set()
-        assert not names & ALLOCATING, (
-            f"{path.name}:{node.lineno}: say torch.{names & ALLOCATING}, which this test sees"
-        )
 
 
 @contextmanager

@@ -196,10 +196,10 @@ def test_a_rollout_within_a_rollout_is_refused() -> None:
 def test_cost_is_linear_in_length() -> None:
     """Every step reads one token a row, whatever came before."""
     policy, reference = tiny_pair("llama")
-    read = []
+    engine, read = RolloutEngine(policy, reference), []
     reference.register_forward_pre_hook(lambda m, a, k: read.append(k["input_ids"].numel()), with_kwargs=True)
-    rollout(RolloutEngine(policy, reference), prompts(), 30)
-    assert read == [1, 1, 27, *[6] * 29]  # two looks at construction, the prompts, the steps
+    rollout(engine, prompts(), 30)
+    assert read == [27, *[6] * 29]  # the prompts, the steps
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_padding_that_moves_tokens_is_refused(use_cache) -> None:
     sizes |= {"encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "max_position_embeddings": 128}
     policy = random_model(transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **sizes), seed=1)
     engine = RolloutEngine(policy, use_cache=use_cache)
-    with pytest.raises(ValueError, match="moves the tokens of the policy, BartForCausalLM, to other positions"):
+    with pytest.raises(ValueError, match="got padding: the policy, BartForCausalLM, gives other logits after it"):
         rollout(engine, prompts((3, 9)), players=(Player(),))
     rows = prompts((9, 9))
     (responses,) = rollout(engine, rows, players=(Player(),))
@@ -312,9 +312,9 @@ def test_a_rotation_that_turns_at_a_length_has_texts_on_one_side_of_it() -> None
     config = transformers.Phi3Config(vocab_size=VOCABULARY, hidden_size=32, pad_token_id=0, **sizes, **options)
     policy = random_model(config, seed=1)
     engine = RolloutEngine(policy)
-    for lengths in ((1, 6, 10), (17, 30)):
+    for lengths in ((1, 6, 11), (17, 30)):  # the last of 11 + 6 tokens is never read
         rows = prompts(lengths)
         assert worst_error(rollout(engine, rows, players=(Player(),))[0], policy, None, rows, 0.0) < 5e-5
-    for lengths in ((1, 30), (9, 11)):
+    for lengths in ((1, 30), (9, 12)):
         with pytest.raises(ValueError, match="within 16 tokens, or all prompts beyond"):
             rollout(engine, prompts(lengths), players=(Player(),))

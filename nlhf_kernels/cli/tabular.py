@@ -44,9 +44,7 @@ class Outcome(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--game", choices=GAMES, default="cyclic", metavar="NAME", help=f"{', '.join(GAMES)} (default cyclic)"
-    )
+    source.add_argument("--game", choices=GAMES, default="cyclic", help="a built-in game (default cyclic)")
     source.add_argument("--file", type=Path, help="preference matrix: .csv, .json or .npy, P[a][b] = P(a > b)")
     parser.add_argument("--reference", help="comma-separated probabilities (default uniform)")
     parser.add_argument("--start", help="comma-separated probabilities to start from (default: leaning to the first)")
@@ -140,7 +138,7 @@ def _play(
     )
     start = _probabilities("--start", arguments.start, game.actions)
     if start is None:
-        start = torch.linspace(2, 0, game.actions, dtype=torch.float64).softmax(-1)
+        start = torch.linspace(2, 0, game.actions, dtype=torch.float64, device="cpu").softmax(-1)
     outcomes = {}
     with new_progress(new_console(stderr=True)) as progress:
         for entry, (name, options) in algorithms.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,9 +77,7 @@ def nlhf_decode_attention(
 ) -> tuple[torch.Tensor, None]:  # (B, T, Hq, Dv)
     """transformers' attention function: see the file's docstring for which call goes where."""
     window = current_decode_window()
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    if window is not None and attention_mask is None and causal and _is_decoding(query.shape[2]):
+    if window is not None and _takes_kernel(module, query, attention_mask, kwargs):
         if kwargs.get("position_bias") is not None:
             raise ValueError(f"{NAME}: position_bias: expected none in a decode_window; got one")
         out = decode_attention(
@@ -94,6 +92,15 @@ def nlhf_decode_attention(
         **kwargs,
     )  # fmt: skip
     return out, None
+
+
+def _takes_kernel(
+    module: torch.nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None, named: dict[str, Any]
+) -> bool:
+    """`named`: the further arguments of the attention function."""
+    causal = named.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    return attention_mask is None and bool(causal) and _is_decoding(query.shape[2])
 
 
 def _plain_attention(
@@ -158,41 +165,71 @@ def _configs(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def takes_decode_attention(model: Any, read: Callable[[], int]) -> bool:
-    """Whether this model decodes right under NAME. `read` reads one token and says how many layers kept keys.
+class _Call(NamedTuple):
+    """One call of the attention function in a step."""
 
-    Each of those must have come to the attention function, as a layer that attends by itself would miss the mask that
-    is not made; and without a mask of its own making, which it would make of the missing one; and the windows of the
-    masks must be those that the function is told, for the same reason.
+    mask: torch.Tensor | None
+    window: int | None  # as the function is told
+    by_kernel: bool
+
+
+def takes_decode_attention(model: Any, step: Callable[[], tuple[int, int, int]]) -> bool:
+    """Whether this model decodes right under NAME, as far as masks tell.
+
+    `step` takes one step of one token past every window, and returns how many layers kept keys, and the range of slots
+    that may be seen. Each of those layers must come to the attention function, without a mask of its own making, and
+    take the kernel there: a layer that attends by itself, or in both directions, would miss the mask that is not made.
+    And the masks that the model makes under sdpa must be the ranges that the kernel reads.
     """
     if not getattr(model, "_supports_attention_backend", False) or model.dtype not in FLOATS:
         return False
     if model.config._attn_implementation not in REPLACED:
         return False
-    ignoring = model.config._attn_implementation == "sdpa"  # Gemma 2's soft cap, until transformers made it eager's
-    told: list[int | None] = []
-    masked: list[int | None] = []
+    try:
+        (layers, start, end), ours = _calls(model, step, nlhf_decode_mask)
+        _, own = _calls(model, step, _every_mask)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model does with a cache that is not its own
+        return False
+    if not layers == len(ours) == len(own) or not all(call.by_kernel for call in ours):
+        return False
+    slots = torch.arange(end, dtype=torch.int64, device=model.device)
+    for call, masked in zip(ours, own, strict=True):
+        seen = slots >= max(start, 0 if call.window is None else end - call.window)
+        if masked.mask is None or masked.mask.dtype != torch.bool or not torch.equal(masked.mask.flatten(), seen):
+            return False
+    return True
 
-    own_masks: list[torch.Tensor] = []
+
+def _every_mask(*arguments: Any, **named: Any) -> torch.Tensor | None:
+    """The mask that sdpa takes, made where sdpa could do without one as well."""
+    mask: torch.Tensor | None = sdpa_mask(
+        *arguments, **{**named, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    )
+    return mask
+
+
+def _calls(
+    model: Any, step: Callable[[], tuple[int, int, int]], mask: Callable[..., torch.Tensor | None]
+) -> tuple[tuple[int, int, int], list[_Call]]:
+    """What `step` returns, and its calls of an attention function that computes nothing."""
+    calls: list[_Call] = []
+    # Gemma 2's soft cap, until transformers made its attention eager by default.
+    ignored = ("softcap", "s_aux") if model.config._attn_implementation == "sdpa" else ()
 
     def attention(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *arguments: Any, **named: Any
-    ) -> tuple[torch.Tensor, None]:
-        told.append(named.get("sliding_window"))
-        own_masks.extend([] if attention_mask is None else [attention_mask])
-        if ignoring and (named.get("softcap") is not None or named.get("s_aux") is not None):
-            raise ValueError(f"{NAME}: expected what the model's own attention takes; got a soft cap or sinks")
-        return nlhf_decode_attention(module, query, key, value, attention_mask, *arguments, **named)
-
-    def mask(*arguments: Any, **named: Any) -> torch.Tensor | None:
-        masked.append(named.get("local_size"))
-        return nlhf_decode_mask(*arguments, **named)
+        module: Any, query: torch.Tensor, key: Any, value: torch.Tensor, attention_mask: torch.Tensor | None,
+        *_: Any, **named: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        alien = [name for name in ("position_bias", *ignored) if named.get(name) is not None]
+        by_kernel = _takes_kernel(module, query, attention_mask, named) and not alien
+        calls.append(_Call(attention_mask, named.get("sliding_window"), by_kernel))
+        batch, heads, length = query.shape[:3]
+        return query.new_zeros(batch, length, heads, value.shape[-1]), None
 
     AttentionInterface.register(_PROBE, attention)
     AttentionMaskInterface.register(_PROBE, mask)
     one = torch.ones(1, dtype=torch.int64, device=model.device)
-    try:
-        with torch.no_grad(), attending([model], _PROBE), decode_window(None, one):
-            return read() == len(told) and set(told) == set(masked) and not own_masks
-    except (TypeError, ValueError):  # keys and queries of two dtypes; a bias on positions, which no range expresses
-        return False
+    with torch.no_grad(), attending([model], _PROBE), decode_window(None, one):
+        return step(), calls

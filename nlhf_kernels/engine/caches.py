@@ -59,6 +59,24 @@ class ProbeLayer(_Layer):  # type: ignore[no-untyped-call]
         return 0
 
 
+class FarLayer(ProbeLayer):  # type: ignore[no-untyped-call]
+    """Claims to hold `seen` tokens, and gives the new one in the place of each."""
+
+    def __init__(self, seen: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = seen
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        super().update(key_states, value_states)
+        return tuple(new.expand(-1, -1, self.seen + 1, -1) for new in (key_states, value_states))
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.seen + _query_length(query_length), 0
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.seen
+
+
 class StaticRows(_Layer):
     """(rows, heads, length, dim) of keys and of values. What a step reads is a view, never a copy."""
 

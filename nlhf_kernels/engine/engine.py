@@ -72,6 +72,8 @@ class RolloutEngine:
         if recorder is None and compile:
             recorder = Unrecorded()
         self.graphs = None if recorder is None else Graphs(recorder, bucket)
+        if self.graphs is not None:
+            self.ensemble.stand(bucket)
         self._space: Workspace | None = None
         self._capacity: tuple[dict[str, int], int, int, tuple[str, ...]] | None = None
         self._busy = Lock()
@@ -135,6 +137,7 @@ class RolloutEngine:
         for player in players:
             weights(self.op, player, len(prompts.ids), self.device)
             row_ids(self.op, player, len(prompts.ids), self.device)
+        self.ensemble.check_padding(prompts, settings.max_new_tokens)
         self.ensemble.check_ids(prompts.ids)
         self.ensemble.check_adapters()
         shortest, longest = (int(length) for length in torch.aminmax(prompts.mask.sum(1)))

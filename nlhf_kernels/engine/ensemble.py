@@ -17,8 +17,9 @@ from .heads import weights_first
 from .models import evaluating, in_turn, inspect_model, rotations, twin
 from .one_pass import why_not_one_pass, why_one_pass_differs
 from .peft_models import adapted_layers, adapter_state, check_base, is_adapted
+from .probes import examine, why_not_standing
 from .readers import CachedReader, Reader, WholeTextReader
-from .request import Player
+from .request import Player, Prompts
 from .shared_weights import BaseReader, SharedReader
 
 _log = logging.getLogger(__name__)
@@ -54,15 +55,24 @@ class Ensemble:
         if attention is not None:
             for model in models.values():
                 model.set_attn_implementation(attention)
-        self.facts = {role: inspect_model(role, model, use_cache, op) for role, model in models.items()}
-        by_kernel = [facts.model for facts in self.facts.values() if facts.decode_attention]
-        self.by_kernel = by_kernel if attention is None else []
+        self.facts = {
+            role: examine(inspect_model(role, model, use_cache, op), attention is None, op)
+            for role, model in models.items()
+        }
+        self.not_standing: dict[str, str] = {}  # models that a cache longer than the text misleads, and how
+        self.by_kernel = [facts.model for facts in self.facts.values() if facts.decode_attention]
         self.mixes = reference is not None or self.shares_base
         self.device = self.facts["policy"].device
         self._check_together()
         self.vocabulary = self._common_vocabulary(vocab_size)
         self.one_pass = self.shares_base and self._may_share(use_cache)
         self.forwards = self._compiled() if compiled else {}
+
+    def stand(self, slots: int) -> None:
+        """Look whether steps may have standing shapes, over caches whose length is a multiple of `slots`."""
+        for role, facts in self.facts.items():
+            if (reason := why_not_standing(facts, slots)) is not None:
+                self.not_standing[role] = reason
 
     def _compiled(self) -> dict[str, Any]:
         """What steps call in a model's place. Prompts are read by the model itself: each has a length of its own."""
@@ -164,6 +174,17 @@ class Ensemble:
             parts[f"{role} cache"] = facts.cache_bytes(count, length) if facts.cached else count * length * 8
         return parts
 
+    def check_padding(self, prompts: Prompts, new_tokens: int) -> None:
+        for role, facts in self.facts.items() if prompts.padded else ():
+            who = f"{self.op}: attention_mask: expected prompts of one length; got padding: the {role}, {facts.name},"
+            if facts.padding is not None:
+                raise ValueError(f"{who} {facts.padding}")
+            if facts.counted_slots is not None and prompts.width + new_tokens > facts.counted_slots:
+                raise ValueError(
+                    f"{who} counts it as text in batches of {facts.counted_slots} tokens and more "
+                    f"(attn_temperature_tuning); got {prompts.width} + {new_tokens} tokens"
+                )
+
     def check_room(self, longest: int, new_tokens: int, shortest: int | None = None) -> None:
         """`longest`, `shortest`: tokens of such a prompt. The last new token is never read."""
         for role, facts in self.facts.items():
@@ -172,7 +193,7 @@ class Ensemble:
                     f"{self.op}: max_new_tokens: expected prompt and response within the {role}'s {facts.positions} "
                     f"positions; got {longest} + {new_tokens} tokens"
                 )
-            if facts.turns is not None and shortest is not None and shortest <= facts.turns < longest + new_tokens:
+            if facts.turns is not None and shortest is not None and shortest <= facts.turns < longest + new_tokens - 1:
                 raise ValueError(
                     f"{self.op}: input_ids: expected all texts within {facts.turns} tokens, or all prompts beyond: the "
                     f"{role} rotates longer texts otherwise, what it has cached of them included (longrope); got "
@@ -214,6 +235,8 @@ class Ensemble:
             if getattr(facts.model.config, "_attn_implementation", None) not in CAPTURED_ATTENTION:
                 name = getattr(facts.model.config, "_attn_implementation", None)
                 reasons.append(f"the {role}'s attention, {name}, may look at values on the host")
+            if role in self.not_standing:
+                reasons.append(f"the {role}, {facts.name}, {self.not_standing[role]}")
             if _rotates_on_host(facts.model):
                 reasons.append(f"the {role} looks at positions on the host, to rotate by them (dynamic)")
             if _routes_on_host(facts.model):

@@ -19,7 +19,6 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..core.upstream import cache_argument
-from .attention import takes_decode_attention
 from .caches import LayerShape, ProbeLayer
 from .peft_models import check_served
 
@@ -45,8 +44,10 @@ class ModelFacts:
     dtype: torch.dtype
     device: torch.device
     positions: int | None  # the longest text it can place; None: no limit known
-    decode_attention: bool  # whether its steps may take the kernel of that name
     turns: int | None  # texts longer than this are rotated otherwise, from their first token on (longrope)
+    counted_slots: int | None  # from this many on, padding is counted as text by the queries (Llama 4)
+    padding: str | None = None  # what is wrong with padded prompts, as the end of a sentence; None: nothing
+    decode_attention: bool = False  # whether its steps may take the kernel of that name
 
     @property
     def cached(self) -> bool:
@@ -76,14 +77,11 @@ def inspect_model(role: str, model: Any, use_cache: bool, op: str = OP) -> Model
             "(use_cache=False reads the whole text every step)"
         )
     layers, logits = _probe(inner, parameter.device, accepted, use_cache)
+    _check_logits(role, inner, logits, op)
     if use_cache and not any(layers):
         raise ValueError(
             f"{op}: {role}: expected a model that writes keys and values; {type(inner).__name__} wrote none"
         )
-
-    def layers_read() -> int:
-        again, _ = _probe(inner, parameter.device, accepted, use_cache)
-        return sum(layer is not None for layer in again)
 
     text = config.get_text_config(decoder=True)
     return ModelFacts(
@@ -95,10 +93,26 @@ def inspect_model(role: str, model: Any, use_cache: bool, op: str = OP) -> Model
         vocabulary=logits.shape[-1],
         dtype=parameter.dtype,
         device=logits.device if parameter.device.type == "meta" else parameter.device,
-        positions=getattr(text, "max_position_embeddings", None),
-        decode_attention=use_cache and parameter.device.type != "meta" and takes_decode_attention(inner, layers_read),
+        positions=_positions(text),
         turns=_rotation_turns(text),
+        counted_slots=_counted_slots(text),
     )
+
+
+def _check_logits(role: str, model: Any, logits: Any, op: str) -> None:
+    """One row and one token were read. A classifier of tokens has logits, too, but no output embeddings."""
+    shape = None if logits is None else tuple(logits.shape)
+    if shape is None:
+        got = "has no head that gives logits"
+    elif len(shape) != 3 or shape[:2] != (1, 1):
+        got = f"gives logits of shape {shape} for one token, not (1, 1, vocabulary)"
+    elif model.get_output_embeddings() is None and shape[2] < getattr(
+        model.config.get_text_config(decoder=True), "vocab_size", 0
+    ):
+        got = f"gives {shape[2]} logits a token, fewer than its vocabulary has"
+    else:
+        return
+    raise TypeError(f"{op}: {role}: expected a causal language model; {type(model).__name__} {got}")
 
 
 def has_key_value_cache(model: Any) -> bool:
@@ -115,6 +129,19 @@ def rotations(config: Any) -> list[Any]:
     """A text model's settings of rotary positions: one, or one for each type of layers."""
     given = getattr(config, "rope_parameters", None) or {}
     return [given] if "rope_type" in given else [part for part in given.values() if isinstance(part, Mapping)]
+
+
+def _positions(config: Any) -> int | None:
+    """The bound of a table of positions, or of what a model was trained for. XLNet says -1 for no bound."""
+    bounds = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return next((bound for bound in bounds if isinstance(bound, int) and bound > 0), None)
+
+
+def _counted_slots(config: Any) -> int | None:
+    """Llama 4 scales queries by how many slots its cache has filled, padding among them, in steps of `floor_scale`."""
+    without_rotation = not all(getattr(config, "no_rope_layers", None) or (0,))
+    scales = getattr(config, "attn_temperature_tuning", False) and without_rotation
+    return getattr(config, "floor_scale", None) if scales else None
 
 
 def _rotation_turns(config: Any) -> int | None:
@@ -157,8 +184,8 @@ def plainly(device: torch.device) -> Iterator[None]:
 
 def _probe(
     model: Any, device: torch.device, accepted: frozenset[str], use_cache: bool
-) -> tuple[tuple[LayerShape | None, ...], torch.Tensor]:
-    """One token read: what every layer stored, and the logits."""
+) -> tuple[tuple[LayerShape | None, ...], Any]:
+    """One token read: what every layer stored, and the logits, if there are any."""
     token = torch.zeros(1, 1, dtype=torch.int64, device="cpu" if device.type == "meta" else device)
     cache = Cache(layer_class_to_replicate=ProbeLayer)
     inputs: dict[str, Any] = {"input_ids": token, "attention_mask": torch.ones_like(token), "use_cache": use_cache}
@@ -166,7 +193,7 @@ def _probe(
         inputs[name] = cache
     with plainly(token.device), evaluating(model):
         outputs = model(**{name: value for name, value in inputs.items() if name in accepted}, return_dict=True)
-    return tuple(getattr(layer, "shape", None) for layer in cache.layers), outputs.logits
+    return tuple(getattr(layer, "shape", None) for layer in cache.layers), getattr(outputs, "logits", None)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Protocol
-from weakref import WeakSet
 
 import torch
 
@@ -19,10 +18,6 @@ from .models import ModelFacts
 from .request import Prompts
 
 OP = "rollout"
-PADDING_TOLERANCE = 0.01  # what rounding may do to a logit, relative; padding that is read moves it far more
-MOVED = 0.1  # of what logits differ among themselves; rounding moves them less, another place in the text more
-_LEAVES_PADDING_OUT: WeakSet[torch.nn.Module] = WeakSet()  # models seen to
-_PLACES_TOKENS: WeakSet[torch.nn.Module] = WeakSet()  # models without position ids, seen to count from the first token
 Span = tuple[int, int]  # of the rollout's rows
 
 
@@ -58,26 +53,9 @@ def prompt_positions(prompts: Prompts) -> torch.Tensor:
     return (prompts.mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def check_places(facts: ModelFacts, prompts: Prompts) -> None:
-    """A model that takes no position ids must find them by the mask, or need none. The most padded prompt with its
-    padding and without tells, the first time such a model sees any."""
-    if not prompts.padded or "position_ids" in facts.accepted or facts.model in _PLACES_TOKENS:
-        return
-    lengths = prompts.mask.sum(1)
-    row, length = int(lengths.argmin()), int(lengths.min())
-    ids, mask = prompts.ids[row : row + 1], prompts.mask[row : row + 1]
-    padded = call(facts, input_ids=ids, attention_mask=mask).float()
-    alone = call(facts, input_ids=ids[:, -length:]).float()
-    if (padded - alone).abs().mean() > MOVED * (alone - alone.mean()).abs().mean():
-        raise ValueError(
-            f"{OP}: attention_mask: expected prompts of one length; got padding, which moves the tokens of the "
-            f"{facts.role}, {facts.name}, to other positions"
-        )
-    _PLACES_TOKENS.add(facts.model)
-
-
 class CachedReader:
-    """A model with key/value caches. `forward`: what steps call in the model's place, a compiled one."""
+    """A model with key/value caches. `forward`: what steps of standing shapes call in the model's place, a compiled
+    one."""
 
     def __init__(self, facts: ModelFacts, rows: int, length: int, clock: Clock, forward: Any = None) -> None:
         self.facts, self.names, self.span, self.forward = facts, (facts.role,), (0, 0), forward
@@ -86,7 +64,6 @@ class CachedReader:
     def start(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
         self.span = spans[self.facts.role]
         fan_out = fan_out[slice(*self.span)]
-        check_places(self.facts, prompts)
         self.cache.start(fan_out)
         logits = call(
             self.facts,
@@ -104,7 +81,7 @@ class CachedReader:
         with decode_window(None if starts is None else starts[rows], ends[rows]):
             logits = call(
                 self.facts,
-                self.forward,
+                self.forward if clock.static else None,  # shapes that grow would be compiled anew for every step
                 input_ids=tokens[rows, None],
                 attention_mask=None if mask is None else mask[rows],
                 position_ids=clock.positions[rows],
@@ -129,9 +106,6 @@ class WholeTextReader:
         self.span = spans[self.facts.role]
         fan_out = fan_out[slice(*self.span)]
         self.text[: len(fan_out), : prompts.width] = prompts.ids[fan_out]
-        if prompts.padded and self.facts.model not in _LEAVES_PADDING_OUT:
-            self._check_padding(prompts)
-        check_places(self.facts, prompts)
         return {self.facts.role: self._read(prompts.ids, prompts.mask if prompts.padded else None)[fan_out]}
 
     def step(self, tokens: torch.Tensor, clock: Clock) -> dict[str, torch.Tensor]:
@@ -147,21 +121,7 @@ class WholeTextReader:
         self.span = spans[self.facts.role]
 
     def _read(self, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-        inputs: dict[str, Any] = {} if positions is None else {"position_ids": positions}
-        return call(self.facts, input_ids=text, attention_mask=mask, **inputs)
-
-    def _check_padding(self, prompts: Prompts) -> None:
-        """Some recurrent models take an attention mask and read the padding all the same. Two prompts that differ only
-        in padding tell, the first time a model sees any."""
-        ids, mask = prompts.ids, prompts.mask
-        highest = ids.max()
-        other = torch.where(mask == 0, torch.where(ids == highest, 0, highest), ids)
-        one, two = self._read(ids, mask).float(), self._read(other, mask).float()
-        read = "attention_mask" not in self.facts.accepted
-        if read or ((one - two).abs() > PADDING_TOLERANCE * one.abs().clamp(min=1.0)).any():
-            raise ValueError(
-                f"{OP}: attention_mask: expected prompts of one length; got padding, which the {self.facts.role}, "
-                f"{self.facts.name}, does not leave out"
-            )
-        _LEAVES_PADDING_OUT.add(self.facts.model)
+        """With a mask where nothing is masked, too: XLM would take tokens of its padding's id for padding."""
+        mask = torch.ones_like(text) if mask is None else mask
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        return call(self.facts, input_ids=text, attention_mask=mask, position_ids=positions, use_cache=False)

@@ -17,7 +17,7 @@ from .clock import Clock
 from .models import ModelFacts
 from .one_pass import adapter_on_first_rows
 from .peft_models import adapted_layers, adapters_off
-from .readers import Reader, Span, call, check_places, prompt_positions
+from .readers import Reader, Span, call, prompt_positions
 from .request import Prompts
 
 
@@ -35,7 +35,6 @@ class SharedReader:
     def start(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
         self._take(spans)
         self.layers = adapted_layers(self.facts.model)
-        check_places(self.facts, prompts)
         count = len(prompts.ids)
         policy, reference = (fan_out[slice(*self.spans[name])] for name in self.names)
         self.cache.start(torch.cat([policy, reference + count]))

@@ -76,7 +76,7 @@ def _matrix(places: Sequence[str], rows: Sequence[Any], names: list[str] | None)
         for cell in row:
             if not _is_number(cell) or not math.isfinite(float(cell)):
                 raise ValueError(f"{place}: expected numbers; got {'nothing (null)' if cell is None else shown(cell)}")
-    matrix = torch.tensor([[float(cell) for cell in row] for row in rows], dtype=torch.float64)
+    matrix = torch.tensor([[float(cell) for cell in row] for row in rows], dtype=torch.float64, device="cpu")
     return matrix, names or [str(index) for index in range(len(rows))]
 
 

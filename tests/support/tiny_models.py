@@ -39,11 +39,11 @@ def tiny_model(architecture: str = "gpt2", seed: int = 0, hidden: int = 32) -> t
     return random_model(ARCHITECTURES[architecture](hidden), seed)
 
 
-def random_model(config: transformers.PretrainedConfig, seed: int) -> torch.nn.Module:
-    """Weights large enough that the next token depends on all that came before it."""
+def random_model(config: transformers.PretrainedConfig, seed: int, kind: type | None = None) -> torch.nn.Module:
+    """Weights large enough that the next token depends on all that came before it. `kind`: the model's class."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config) if kind is None else kind._from_config(config)
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "A_log" not in name:
                 torch.nn.init.normal_(parameter, std=0.4 if "embed" in name or "wte" in name else 0.25)
@@ -52,12 +52,13 @@ def random_model(config: transformers.PretrainedConfig, seed: int) -> torch.nn.M
 
 @torch.no_grad()
 def teacher_forced(model: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (T, V), float64, of what follows each prefix: one forward pass, no padding and no cache."""
+    """Log-probabilities (T, V), float64, of what follows each prefix: one forward pass, no padding and no cache. The
+    last token is not read, as in a rollout."""
     exact = copy.deepcopy(model).double().eval()
     if any(hasattr(exact.config, name) for name in ("num_local_experts", "num_experts")):
         exact.set_experts_implementation("eager")  # the grouped matrix product knows no float64
-    logits = exact(torch.cat([prompt, tokens])[None], use_cache=False).logits[0]
-    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+    logits = exact(torch.cat([prompt, tokens[:-1]])[None], use_cache=False).logits[0]
+    return logits[len(prompt) - 1 :].log_softmax(-1)
 
 
 def tiny_tokenizer(chat: bool = False, first: str = " ") -> transformers.PreTrainedTokenizerFast:
