@@ -56,13 +56,15 @@ void mirror_descent(bool is_double, std::uintptr_t log_policy, std::uintptr_t pr
   require_success("mirror_descent", status);
 }
 
-// Takes what mixture_sample_problem takes, then the workspace's address and the stream.
+// Takes what mixture_sample_problem takes, then the addresses of workspace and counters and the stream.
 template <typename... Fields>
 auto mixture_sample(nlhf::MixtureSample (*problem_of)(Fields...)) {
-  return [problem_of](Fields... fields, std::uintptr_t workspace, std::uintptr_t cuda_stream) {
+  return [problem_of](Fields... fields, std::uintptr_t workspace, std::uintptr_t counters,
+                      std::uintptr_t cuda_stream) {
     const nlhf::MixtureSample problem = problem_of(fields...);  // reads Python objects, so before the lock is released
     const py::gil_scoped_release unlocked;
-    const int status = nlhf::mixture_sample_cuda(problem, pointer<void>(workspace), pointer<void>(cuda_stream));
+    const int status = nlhf::mixture_sample_cuda(problem, pointer<void>(workspace), pointer<void>(counters),
+                                                 pointer<void>(cuda_stream));
     require_success("mixture_sample", status);
   };
 }
@@ -90,6 +92,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("row_uniforms", &row_uniforms, Unlocked());
   module.def("mirror_descent", &mirror_descent, Unlocked());
   module.def("mixture_sample_workspace", &nlhf::mixture_sample_workspace);
+  module.def("mixture_sample_counters", &nlhf::mixture_sample_counters);
   module.def("mixture_sample", mixture_sample(&nlhf::mixture_sample_problem));
   module.def("build_info", &build_info);
   module.def("driver_version", &driver_version);

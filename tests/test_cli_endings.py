@@ -36,9 +36,21 @@ def test_help_lists_commands_and_exit_codes(capsys) -> None:
     for name in COMMANDS:
         assert f"\n    {name} " in shown
     for code, meaning in errors.CODES.items():
-        assert f"\n  {code:<4}{meaning}" in shown
+        assert f" {code} {meaning} " in f"{' '.join(shown.split())} "
     documented = (ROOT / "docs" / "command_line.md").read_text()
     assert all(f"| {code} | {meaning} |" in documented for code, meaning in errors.CODES.items())
+
+
+COMMAND_LINES = [[], *([name] for name in COMMANDS), *(["prefer", action] for action in ("train", "evaluate", "score"))]
+
+
+@pytest.mark.parametrize("words", COMMAND_LINES, ids=" ".join)
+def test_help_fits_80_columns(words, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and max(map(len, lines)) <= 80
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
@@ -104,6 +116,8 @@ def test_arguments_of_the_library_are_named_as_options(capsys) -> None:
         "data: data.jsonl, line 3: expected": "error: data: data.jsonl, line 3: expected\n",
         "x: it is there (overwrite=True replaces it)": "error: x: it is there (--overwrite replaces it)\n",
         "x: train(overwrite=True) replaces it": "error: x: --overwrite replaces it\n",
+        "x: a (max_length=128) b (data='c') d": "error: x: a (--max-length 128) b (--data c) d\n",
+        "x: other=True, --set max_length=8, a.data='c'": "error: x: other=True, --set --max-length 8, a.data='c'\n",
         "x: " + "long" * 1000: "error: x: " + ("long" * 1000)[:1497] + "...\n",
     }.items():
         assert ending(ValueError(text), capsys, names)[1] == f"nlhf-kernels: {expected}"

@@ -197,7 +197,7 @@ WRONG = {
     "prefer: --base: there is no such folder": {"--base": "@nothing"},
     "expected tokenizer files; got a folder without": {"--base": "@weights_only"},
     "--template: expected {prompt}, {first}, {second}": {"--template": "@reward.txt"},
-    "--template: expected a text file in UTF-8": {"--template": "@nothing"},
+    "nothing: there is no such file": {"--template": "@nothing"},
     "prefer: --max-length: expected at most 128": {"--max-length": "1000"},
     "--batch-size: expected an integer": {"--batch-size": "0"},
     "prefer: --steps: expected an integer": {"--steps": "0"},
@@ -206,7 +206,7 @@ WRONG = {
     "--seed: expected an integer": {"--seed": "-1"},
     "--test-fraction: expected a finite number": {"--test-fraction": "1.5"},
     "expected prompts for both sides": {"--test-fraction": "1"},
-    "texts are too long": {"--max-length": "20", "--data": "@long.jsonl", "--test-fraction": "0"},
+    "(--max-length 20); got": {"--max-length": "20", "--data": "@long.jsonl", "--test-fraction": "0"},
     "--device: expected a device": {"--device": "abacus"},
 }
 

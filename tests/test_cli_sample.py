@@ -209,7 +209,7 @@ BAD = {
     "too long": ({"--prompt": "a" * 127}, "expected prompt and new tokens within 128 positions of GPT2LMHeadModel"),
     "no prompt": ({"--prompt": None}, "--prompt: expected at least one, or --prompts-file; got none"),
     "empty prompt": ({"--prompt": ""}, "--prompt: expected at least one token; got none in ''"),
-    "no file": ({"--prompts-file": "/no/file"}, "--prompts-file: expected a text file in UTF-8; got"),
+    "no file": ({"--prompts-file": "/no/file"}, "--prompts-file: /no/file: there is no such file"),
     "no template": ({"--policy": "@reference", "--chat": True}, "--chat: expected a tokenizer with a chat template"),
     "nan weights": ({"--reference": "@broken"}, "--reference: expected finite weights; got NaN"),
 }

@@ -219,7 +219,7 @@ def test_what_is_wrong_is_one_line(changes, message, config, capsys) -> None:
 def test_files_that_are_no_run(tmp_path, capsys) -> None:
     path = tmp_path / "run.yaml"
     for text, message in (
-        (None, "expected a text file in UTF-8; got"),
+        (None, "run.yaml: there is no such file"),
         ("- a\n", "expected keys and values; got list"),
         ("model: [", "expected YAML: "),
         ("model: a\nmodel: b\n", "'model' is there twice"),

@@ -14,6 +14,7 @@ import torch
 
 import nlhf_kernels
 from nlhf_kernels.core import capabilities
+from nlhf_kernels.core import native as core_native
 from nlhf_kernels.ops.mixture_sample import native, reference
 from nlhf_kernels.ops.mixture_sample.op import OP
 from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
@@ -134,7 +135,7 @@ def test_the_workspace_needs_no_zeros_and_suffices(emulation, device, dtypes, op
             unused = torch.empty(0, dtype=torch.int64)
             wanted = (2 << len(logits)) - 1
             rest = (packed, filtered, None, uniforms, unused, unused, unused, 0, wanted)
-            emulation.module.mixture_sample(*native._arguments(outputs, logits, *rest), workspace.data_ptr(), 0)
+            emulation.module.mixture_sample(*native._arguments(outputs, logits, *rest), workspace.data_ptr(), 0, 0)
             assert (workspace[size:] == poison).all()
             results.append(outputs)
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -193,7 +194,58 @@ def test_candidates_in_reach_of_a_filter_are_those_of_the_oracle() -> None:
     torch.testing.assert_close(total, expected, rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 50, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("device", [ROOMY, CRAMPED])
+def test_counters_serve_one_call_after_the_other(emulation, monkeypatch, options, device) -> None:
+    """They are zeroed once and every call leaves them so; rows of faults and of few or many blocks included."""
+    emulation.library.emulation_set_device(device)
+    kept = core_native.Counters()
+    monkeypatch.setattr(native, "_counters", kept)
+    for rows, vocabulary in ((3, 9001), (1, 100), (3, 9001), (5, 5000)):
+        logits, uniforms = logits_pair(rows, vocabulary, "cpu"), uniforms_for(rows, "cpu")
+        logits[0][0, 7] = math.nan
+        result = sample(logits, uniforms, **options)
+        assert not result.ok[0]
+        good = [model[1:] for model in logits]
+        assert_right(sample(good, uniforms[1:], **options), *good, 0.3, uniforms[1:], **options)
+        assert not any(bool(counters.any()) for counters in kept._by_stream.values())
+
+
+def test_captured_calls_have_counters_of_their_own(monkeypatch) -> None:
+    here, capturing = torch.device("cpu"), [True]
+    monkeypatch.setattr(core_native, "is_capturing", lambda device: capturing[0])
+    kept = core_native.Counters()
+    assert kept.address(here, 1, 64) == 0, "no reserve yet: the call zeroes its own"
+    capturing[0] = False
+    eager = kept.address(here, 1, 64)
+    assert kept.address(here, 1, 64) == eager != kept.address(here, 2, 64)
+    assert kept.address(here, 1, 2**16) != eager, "more rows, more counters"
+    capturing[0] = True
+    first, second = kept.address(here, 1, 64), kept.address(here, 1, 64)
+    assert second == first + 64 and first != eager
+    assert kept.address(here, 1, kept.RESERVE) == 0, "beyond the reserve"
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("vocabulary", [515, 520, 1031, 2049])
+def test_rows_that_begin_anywhere_and_end_anywhere(dtype, vocabulary) -> None:
+    """Every offset within 16 bytes: blocks are loaded whole and shifted, with the same sums to the last bit."""
+    policy, other = logits_pair(1, vocabulary, "cpu", (dtype, dtype))
+    uniforms = uniforms_for(1, "cpu")
+    expected = sample((policy, other), uniforms)
+    assert_right(expected, policy, other, 0.3, uniforms)
+    for offset in range(1, 16 // dtype.itemsize):
+        moved = []
+        for model in (policy, other):
+            room = torch.full((1, vocabulary + 32), math.nan, dtype=dtype)
+            room[:, offset : offset + vocabulary] = model
+            moved.append(room[:, offset : offset + vocabulary])
+        result = sample(moved, uniforms)
+        for after, before in zip(result, expected, strict=True):
+            assert torch.equal(after, before), offset
+
+
 def test_too_long_a_row_is_an_error(emulation) -> None:
     models = ((0, 0, 2**31),)
     with pytest.raises(RuntimeError, match=r"mixture_sample: CUDA error 1 \(invalid argument\)"):
-        emulation.module.mixture_sample(models, 0, 0, False, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2**31, 0, 0, 0, 0, 0, 0)
+        emulation.module.mixture_sample(models, 0, 0, False, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2**31, 0, 0, 0, 0, 0, 0, 0)

@@ -49,6 +49,9 @@ NLHF_DECLARE_CPU(mixture_sample, MixtureSample)
 
 // Bytes of device memory that a launch needs beside its outputs.
 int64_t mixture_sample_workspace(int64_t rows, int64_t vocabulary, int models, bool filtered);
-int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* cuda_stream);  // a cudaError_t
+// Bytes of the counters that calls on one stream may share: zeroed once, every call leaves them so.
+int64_t mixture_sample_counters(int64_t rows);
+// `counters` null: they are part of the workspace, and zeroed first. Returns a cudaError_t.
+int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* counters, void* cuda_stream);
 
 }  // namespace nlhf

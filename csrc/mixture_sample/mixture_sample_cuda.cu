@@ -12,7 +12,8 @@
 //                 finds the exact thresholds in the list, then chooses a tile and walks it as above. A list that
 //                 overflows (thousands of equal values) is replaced by the row itself: slower, as exact.
 //
-// The counters that tell a block that it is its row's last are zeroed on the stream before, so launches share nothing.
+// The counters that tell a block that it is its row's last are left at 0, as they must be found. A caller who keeps
+// them from call to call saves zeroing them; without, they are part of the workspace and zeroed on the stream before.
 #include "mixture_sample_finish.cuh"
 
 namespace nlhf {
@@ -31,6 +32,32 @@ NLHF_DEVICE Place place_of(const Plan& plan) {
   return {static_cast<int>(blockIdx.x / parts), part, first, end < plan.tiles ? end : plan.tiles};
 }
 
+// The sums of the block's tiles, a warp a tile.
+template <Pass kPass, Storage kStorage, int kModels>
+NLHF_DEVICE void sum_tiles(const Job& job, const Row<kStorage, kModels>& row, const Place& place) {
+  constexpr bool kAll = kPass == Pass::plain_all_wanted, kNone = kPass == Pass::plain_none_wanted;
+  const int lane = threadIdx.x % kWarpSize;
+  for (int tile = place.first_tile + threadIdx.x / kWarpSize; tile < place.end_tile; tile += kWarps) {
+    LogSum mixture, models[kModels];
+    const int end = (tile + 1) * job.tile_elements();
+    for (int first = end - job.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
+      float z[kPerLane];
+      read_step<kPass>(row, first, z, [&](int m, const float (&values)[kPerLane], float highest) {
+        models[m].add(values, highest);
+      });
+      mixture.add(z, highest_of(z));
+    }
+#pragma unroll
+    for (int m = 0; m < kModels; ++m) {
+      if (kNone || !(kAll || row.is_wanted(m))) continue;
+      const float2 sum = models[m].over_warp();
+      if (lane == 0) job.tile_sums(place.row, m)[tile] = sum;
+    }
+    const float2 sum = mixture.over_warp();
+    if (lane == 0) job.tile_sums(place.row, job.p.models)[tile] = sum;
+  }
+}
+
 template <Storage kStorage, int kModels>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) stream_rows(const __grid_constant__ Job job) {
   __shared__ bool is_last;
@@ -40,23 +67,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) stream_rows(const _
     unsigned* bins = job.bins + int64_t{place.row} * kBins;
     for (int i = place.part * kThreads + threadIdx.x; i < kBins; i += job.plan.parts * kThreads) bins[i] = 0;
   }
-  const int lane = threadIdx.x % kWarpSize;
-  for (int tile = place.first_tile + threadIdx.x / kWarpSize; tile < place.end_tile; tile += kWarps) {
-    LogSum mixture, models[kModels];
-    const int end = (tile + 1) * job.tile_elements();
-    for (int first = end - job.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
-      float z[kPerLane];
-      read_step<true>(row, first, z, [&](int m, const float (&values)[kPerLane]) { models[m].add(values); });
-      mixture.add(z);
-    }
-#pragma unroll
-    for (int m = 0; m < kModels; ++m) {
-      if (!row.is_wanted(m)) continue;
-      const float2 sum = models[m].over_warp();
-      if (lane == 0) job.tile_sums(place.row, m)[tile] = sum;
-    }
-    const float2 sum = mixture.over_warp();
-    if (lane == 0) job.tile_sums(place.row, job.p.models)[tile] = sum;
+  constexpr bool kMayBePlain = kModels <= 2 && kStorage != Storage::mixed;  // the rest is not worth compiling thrice
+  const Pass pass = kMayBePlain ? pass_over(row) : Pass::general;
+  if (kMayBePlain && pass == Pass::plain_all_wanted) {
+    sum_tiles<kMayBePlain ? Pass::plain_all_wanted : Pass::general>(job, row, place);
+  } else if (kMayBePlain && pass == Pass::plain_none_wanted) {
+    sum_tiles<kMayBePlain ? Pass::plain_none_wanted : Pass::general>(job, row, place);
+  } else {
+    sum_tiles<Pass::general>(job, row, place);
   }
   if (!last_of_row(job.counters + int64_t{place.row} * kCounters + kStreamed, job.plan.parts, &is_last)) return;
   finish_streaming<kStorage, kModels>(job, place.row);
@@ -198,16 +216,27 @@ template <Storage kStorage, int kModels>
 __device__ __noinline__ void finish_filtered(const Job& job, int64_t index) {
   __shared__ FinishScratch s;
   const RowState& state = job.states[index];
-  const float threshold = settle_threshold<kStorage, kModels>(job, index);
-  const Draw draw{uniform_of(job.p, index), state.top, threshold, false};
-  const double* kept = job.kept + index * job.plan.tiles;
-  const unsigned long long* kept_candidates = job.kept_candidates + index * job.plan.tiles;
-  const FixedPoint fixed = fixed_point(static_cast<int>(job.p.vocabulary));
-  const double total = choose_tile(job.plan.tiles, draw.uniform, [&](int t) {
-    return __ldcg(kept + t) + fixed.mass(__ldcg(kept_candidates + t));
-  }, s);
+  const float threshold = settle_threshold<kStorage, kModels>(job, index);  // ends with a barrier
+  const Draw draw{state.top, threshold, false};
+  if (threadIdx.x < kWarpSize) {
+    const double* kept = job.kept + index * job.plan.tiles;
+    const unsigned long long* kept_candidates = job.kept_candidates + index * job.plan.tiles;
+    const FixedPoint fixed = fixed_point(static_cast<int>(job.p.vocabulary));
+    const double uniform = uniform_of(job.p, index);
+    const double total = choose_tile(job.plan.tiles, tiles_a_lane(job.plan.tiles), uniform, [&](int t) {
+      return __ldcg(kept + t) + fixed.mass(__ldcg(kept_candidates + t));
+    }, s.tile, s.fraction);
+    if (threadIdx.x == 0) s.normalisers[job.p.models] = {std::log(total), state.top};
+  }
+  if (threadIdx.x < static_cast<unsigned>(job.p.models)) s.normalisers[threadIdx.x] = state.normalisers[threadIdx.x];
+  __syncthreads();
   const Row<kStorage, kModels> row = open_row<kStorage, kModels>(job.p, index);
-  draw_and_write(job, row, index, draw, state.top, total, state.normalisers, s);
+  if (threadIdx.x == 0) job.counters[index * kCounters + kCandidates] = 0;
+  if (s.tile >= 0) {
+    draw_in_tile(job, row, draw, s);
+  } else if (threadIdx.x == 0) {
+    write_row(row, false, 0, 0.0f, draw, s.normalisers);
+  }
 }
 
 template <Storage kStorage, int kModels>
@@ -274,7 +303,9 @@ int64_t mixture_sample_workspace(int64_t rows, int64_t vocabulary, int models, b
   return lay_out(job, rows, vocabulary, models, filtered, steps_of(vocabulary), nullptr);  // as many tiles as can be
 }
 
-int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* cuda_stream) {
+int64_t mixture_sample_counters(int64_t rows) { return rows * kCounters * static_cast<int64_t>(sizeof(unsigned)); }
+
+int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* counters, void* cuda_stream) {
   if (problem.rows == 0) return cudaSuccess;
   DeviceLimits limits;
   cudaError_t error = device_limits(&limits);
@@ -287,8 +318,10 @@ int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* cud
   job.plan = make_plan(problem.rows, problem.vocabulary, limits.multiprocessors);
   if (problem.rows * job.plan.parts > INT32_MAX) return cudaErrorInvalidValue;
   lay_out(job, problem.rows, problem.vocabulary, problem.models, problem.filtered, job.plan.tiles, workspace);
-  if (problem.filtered || job.plan.parts > 1) {
-    const size_t bytes = problem.rows * kCounters * sizeof(unsigned);
+  if (counters != nullptr) {
+    job.counters = static_cast<unsigned*>(counters);
+  } else if (problem.filtered || job.plan.parts > 1) {
+    const size_t bytes = mixture_sample_counters(problem.rows);
     error = cudaMemsetAsync(job.counters, 0, bytes, static_cast<cudaStream_t>(cuda_stream));
     if (error != cudaSuccess) return error;
   }

@@ -51,7 +51,7 @@ enum Counter : int { kStreamed, kCounted, kGathered, kCandidates, kCounters };
 struct Job {
   MixtureSample p;
   Plan plan;
-  unsigned* counters;           // (rows, kCounters), zeroed before the first kernel
+  unsigned* counters;           // (rows, kCounters), all 0 between calls
   float2* sums;                 // (rows, models + 1, tiles) top and mass, the mixture last
   RowState* states;             // (rows); from here on only with filters
   unsigned* bins;               // (rows, kBins), zeroed by the first kernel
@@ -131,15 +131,24 @@ inline Plan make_plan(int64_t rows, int64_t vocabulary, int multiprocessors) {
   return best;
 }
 
+// Counts up to `last` and from there to 0 again, so that a counter is left as it was found; returns the count before.
+// What the thread's block wrote is seen by whoever counts after it.
+NLHF_DEVICE unsigned count_in(unsigned* counter, unsigned last) {
+#if defined(__CUDACC__)
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(__cvta_generic_to_global(counter)), "r"(last) : "memory");
+  return before;
+#else
+  return atomicInc(counter, last);
+#endif
+}
+
 // Whether the calling block is the last of its row's `parts` to come here; then it sees what the others wrote before.
 NLHF_DEVICE bool last_of_row(unsigned* arrived, int parts, bool* shared) {
   __syncthreads();
   if (parts == 1) return true;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    *shared = atomicAdd(arrived, 1u) + 1 == static_cast<unsigned>(parts);
-    __threadfence();
-  }
+  const unsigned last = static_cast<unsigned>(parts) - 1;
+  if (threadIdx.x == 0) *shared = count_in(arrived, last) == last;
   __syncthreads();
   return *shared;
 }

@@ -31,7 +31,8 @@ LONGEST = 1500  # characters of an error's line
 _FULL = re.compile(r"No space left|StorageFull|Disk quota|PytorchStreamWriter failed writing", re.I)
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.I)
 _DAMAGED = {"EOFError", "UnpicklingError", "SafetensorError", "BadZipFile"}  # by name: some packages may be missing
-_PYTHON = re.compile(r"(?:\btrain\()?\b(\w+)=True\b\)?")  # how Python says what an option says here
+_CALL = re.compile(r"\btrain\((\w+=True)\)")
+_ARGUMENT = re.compile(r"(?<![\w.-])(?P<name>[a-z_]+)=(?P<value>'[^' ]*'|True\b|\d+\b)")  # as Python says it
 _SUBJECT = re.compile(r"(?P<operation>\w+(?: \w+)?): (?P<name>\w+)(?P<rest>\b.*)", re.S)
 
 
@@ -108,7 +109,15 @@ def with_options(message: str, command: str, names: Mapping[str, str]) -> str:
         message = f"{command}: {names[subject['name']]}{subject['rest']}"
     if message.startswith("--"):
         message = f"{command}: {message}"
-    return _PYTHON.sub(lambda match: names.get(match[1], match[0]), message)
+    return _ARGUMENT.sub(lambda match: _as_option(match, names), _CALL.sub(r"\1", message))
+
+
+def _as_option(match: re.Match[str], names: Mapping[str, str]) -> str:
+    """name=True -> --name, name='value' -> --name value; a key of a run file keeps its =."""
+    name, value = names.get(match["name"]), match["value"].strip("'")
+    if name is None:
+        return match[0]
+    return f"{name}={value}" if not name.startswith("--") else name if value == "True" else f"{name} {value}"
 
 
 def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:

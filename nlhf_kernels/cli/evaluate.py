@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--policy", action="append", required=True, metavar="[NAME=]MODEL", help="a folder or a hub name; two or more"
+        "--policy",
+        action="append",
+        required=True,
+        metavar="MODEL",
+        help="a folder or a hub name, or NAME=MODEL; two or more",
     )
     parser.add_argument(
         "--judge",
@@ -189,7 +193,8 @@ def _table(document: dict[str, Any]) -> str:
         for number, policy in enumerate(document["policies"], start=1):
             kl = f", KL {policy['kl']:.2f}±{1.96 * policy['kl_error']:.2f}" if "kl" in policy else ""
             console.print(f"{number} {policy['name']}: {policy['tokens']:.1f} tokens an answer{kl}")
-        console.print(f"{document['prompts']} prompts, {document['samples']} answers to each")
+        answers = "an answer" if document["samples"] == 1 else f"{document['samples']} answers"
+        console.print(f"{document['prompts']} prompts, {answers} to each")
         for cycle in document["cycles"]:
             console.print(f"a cycle: {' > '.join([*cycle, cycle[0]])}")
     return capture.get()

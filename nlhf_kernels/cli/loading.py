@@ -1,11 +1,14 @@
-"""What subcommands share: devices by name, what to do next, functions (a judge, a reward) by name."""
+"""What subcommands share: help that fits the terminal, devices and functions by name, what to do next."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
+import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +29,19 @@ def check_output(command: str, path: Path | None) -> None:
         check_file(path)
     except OSError as error:
         raise BadInput(f"{command}: --output: {error}") from error
+
+
+class Help(argparse.HelpFormatter):
+    """Fills every paragraph of a description to the terminal's width; a line that is indented stays a line."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = []
+        for paragraph in text.strip().split("\n\n"):
+            head, *items = re.split(r"\n(?= )", paragraph)
+            lines = [textwrap.fill(" ".join(head.split()), width)]
+            lines += [textwrap.fill(item, width, subsequent_indent=" " * 6) for item in items]
+            paragraphs.append("\n".join(lines))
+        return "\n\n".join(paragraphs)
 
 
 def find_device(command: str, name: str | None) -> torch.device:

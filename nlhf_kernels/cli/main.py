@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import __version__
 from . import demo, errors, evaluate, info, merge, prefer, sample, tabular, train
+from .loading import Help
 
 COMMANDS = {
     "info": info,
@@ -46,16 +47,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="nlhf-kernels",
         description="Nash Learning from Human Feedback at kernel speed.",
         epilog="exit codes:\n" + "".join(f"  {code:<4}{meaning}\n" for code, meaning in errors.CODES.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=f"nlhf-kernels {__version__}")
     parser.add_argument("--traceback", action="store_true", help="with an error, show where in the code it arose")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands (each has --help)")
     for name, module in COMMANDS.items():
         help_line = (module.__doc__ or "").partition(": ")[2].partition(".")[0]
-        subparser = commands.add_parser(
-            name, help=help_line, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        subparser = commands.add_parser(name, help=help_line, description=module.__doc__, formatter_class=Help)
         module.add_arguments(subparser)
         names = errors.option_names(subparser) | getattr(module, "NAMES", {})
         subparser.set_defaults(option_names=names)

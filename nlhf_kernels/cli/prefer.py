@@ -27,7 +27,7 @@ from ..core.terminal import new_console
 from ..core.text import read_text
 from ..data import Comparison, Pair, load_comparisons, load_pairs, split_by_prompt
 from .errors import BadInput, option_names
-from .loading import check_output, find_device, show_next
+from .loading import Help, check_output, find_device, show_next
 
 if TYPE_CHECKING:
     from ..preference import ComparisonModel, Evaluation, TrainingReport
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("evaluate", "measure a trained model on pairs of which one response was preferred", _add_evaluate),
         ("score", "print P(first > second | prompt) of one pair or of a file of them", _add_score),
     ):
-        action = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        action = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", formatter_class=Help)
         add(action)
         action.set_defaults(option_names=option_names(action))
 
@@ -50,8 +50,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--data", required=True, help=".jsonl, .json, .csv; with datasets .parquet, a folder, a hub name")
     data.add_argument("--split", help="part of a hub data set (default train)")
     held_out = data.add_mutually_exclusive_group()
-    held_out.add_argument("--held-out", help="pairs to measure on (default: --test-fraction of the prompts)")
-    held_out.add_argument("--test-fraction", type=float, default=0.1, help="0 holds none out (default 0.1)")
+    held_out.add_argument(
+        "--held-out", metavar="PAIRS", help="pairs to measure on (default: --test-fraction of the prompts)"
+    )
+    held_out.add_argument(
+        "--test-fraction", metavar="SHARE", type=float, default=0.1, help="0 holds none out (default 0.1)"
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--base", required=True, help="causal language model: a folder or a hub name, safetensors only")
     model.add_argument("--kind", choices=("pairwise", "reward"), default="pairwise", help="(default pairwise)")
@@ -216,7 +220,7 @@ def _template(path: Path) -> str:
     try:
         return read_text(path)
     except ValueError as error:
-        raise BadInput(f"prefer: --template: {error}") from error
+        raise BadInput(f"prefer: --template: {path}: {error}") from error
 
 
 def _report(arguments: argparse.Namespace, report: TrainingReport, pairs: int) -> str:

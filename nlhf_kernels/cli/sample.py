@@ -131,7 +131,7 @@ def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[tuple[str, s
         try:
             texts += [line for line in read_text(path).splitlines() if line.strip()]
         except ValueError as error:
-            raise BadInput(f"sample: --prompts-file: {error}") from error
+            raise BadInput(f"sample: --prompts-file: {path}: {error}") from error
     if not texts and not prompts:
         raise BadInput("sample: --prompt: expected at least one, or --prompts-file; got none")
     if arguments.chat and not tokenizer.chat_template:

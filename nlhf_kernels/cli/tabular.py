@@ -44,7 +44,9 @@ class Outcome(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--game", choices=GAMES, default="cyclic", help="a built-in game (default cyclic)")
+    source.add_argument(
+        "--game", choices=GAMES, default="cyclic", metavar="NAME", help=f"{', '.join(GAMES)} (default cyclic)"
+    )
     source.add_argument("--file", type=Path, help="preference matrix: .csv, .json or .npy, P[a][b] = P(a > b)")
     parser.add_argument("--reference", help="comma-separated probabilities (default uniform)")
     parser.add_argument("--start", help="comma-separated probabilities to start from (default: leaning to the first)")

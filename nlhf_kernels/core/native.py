@@ -1,8 +1,9 @@
-"""What a call into `_cuda` needs from PyTorch: the current stream and the right current device."""
+"""What a call into `_cuda` needs from PyTorch: the current stream, the right current device, counters at 0."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 
 import torch
 
@@ -10,6 +11,53 @@ import torch
 def cuda_stream(device: torch.device) -> int:
     """PyTorch's current stream on `device`, as the address the launchers take."""
     return torch.cuda.current_stream(device).cuda_stream
+
+
+class Counters:
+    """Device integers that kernels find at 0 and leave at 0, so that no call has to zero them.
+
+    Calls on one stream share a set. A captured call has one of its own, for as long as the process lives: its graph may
+    be replayed beside anything. Those come from one reserve a device, made by the first call outside a capture; without
+    a reserve, or beyond its end, a call has no counters and zeroes some of its own.
+    """
+
+    RESERVE = 2**20  # bytes a device: 16 a row of the sampler and captured call
+
+    def __init__(self) -> None:
+        self._by_stream: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._reserves: dict[torch.device, list[torch.Tensor]] = {}  # what is left, in one piece
+        self._lock = Lock()
+
+    def address(self, device: torch.device, stream: int, size: int) -> int:
+        """Return the address of `size` bytes of zeros for a call on `stream`; 0 where there are none."""
+        with self._lock:
+            if is_capturing(device):
+                return self._from_reserve(device, size)
+            counters = self._by_stream.get((device, stream))
+            if counters is None or counters.numel() < size:
+                self._reserves.setdefault(device, [zeroed_bytes(self.RESERVE, device)])
+                counters = self._by_stream[device, stream] = zeroed_bytes(max(size, 4096), device)
+            return counters.data_ptr()
+
+    def _from_reserve(self, device: torch.device, size: int) -> int:
+        reserve = self._reserves.get(device)
+        if reserve is None or reserve[0].numel() < size:
+            return 0
+        counters, reserve[0] = reserve[0][:size], reserve[0][size:]
+        return counters.data_ptr()
+
+
+def zeroed_bytes(size: int, device: torch.device) -> torch.Tensor:
+    """Return zeros that every stream sees as such from now on."""
+    zeros = torch.zeros(size, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return zeros
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether the current stream of `device` is recording a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

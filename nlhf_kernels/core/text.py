@@ -24,8 +24,13 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without the byte-order mark that spreadsheets put before it."""
     try:
         return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected a text file in UTF-8; got {error}") from error
+    except FileNotFoundError:
+        raise ValueError("there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"expected a text file; {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"expected a text file in UTF-8; got the byte 0x{byte:02x} at {error.start}") from error
 
 
 def parse_json(text: str) -> Any:

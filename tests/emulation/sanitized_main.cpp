@@ -55,8 +55,10 @@ int run_games(int64_t games, int64_t actions, int64_t iterations, bool opponent_
 // ties. The second model is bfloat16 where `mixed`.
 int run_sampler(int64_t rows, int64_t vocabulary, bool filtered, bool mixed) {
   std::mt19937 random(2);
-  std::vector<float> policy(rows * vocabulary), reference(rows * vocabulary), logprobs(3 * rows);
-  std::vector<uint16_t> narrow(rows * vocabulary);
+  // Logits are read in blocks of 16 bytes, of which the last may end behind the tensor.
+  const int64_t logits = (rows * vocabulary + 7) / 8 * 8;
+  std::vector<float> policy(logits), reference(logits), logprobs(3 * rows);
+  std::vector<uint16_t> narrow(logits);
   for (float& logit : policy) logit = static_cast<float>(random() % 40) / 4;
   for (float& logit : reference) logit = static_cast<float>(random() % 40) / 4;
   for (uint16_t& logit : narrow) logit = static_cast<uint16_t>(0x3F80 + random() % 64);
@@ -74,7 +76,7 @@ int run_sampler(int64_t rows, int64_t vocabulary, bool filtered, bool mixed) {
   problem.bias = bias.data(), problem.uniforms = uniforms.data();
   problem.rows = rows, problem.vocabulary = vocabulary, problem.wanted = 7;
   problem.tokens = tokens.data(), problem.logprobs = logprobs.data(), problem.ok = ok.get();
-  const int status = nlhf::mixture_sample_cuda(problem, workspace.data(), nullptr);
+  const int status = nlhf::mixture_sample_cuda(problem, workspace.data(), nullptr, nullptr);
   if (status != 0) return status;
   for (int64_t row = 0; row < rows; ++row) {
     if (!ok[row] || tokens[row] < 0 || tokens[row] >= vocabulary || !(logprobs[2 * rows + row] <= 0)) return -1;

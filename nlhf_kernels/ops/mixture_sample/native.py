@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ...core import capabilities
-from ...core.native import cuda_stream, on_device
+from ...core.native import Counters, cuda_stream, on_device
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, logprobs, ok
 
+_counters = Counters()
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum class Float of mixture_sample.h
 
 
@@ -78,5 +79,7 @@ def mixture_sample_cuda(logits: Sequence[torch.Tensor], settings: torch.Tensor, 
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     arguments = _arguments(outputs, logits, settings, filtered, *rest)
     with on_device(device):
-        module.mixture_sample(*arguments, workspace.data_ptr(), cuda_stream(device))
+        stream = cuda_stream(device)
+        counters = _counters.address(device, stream, module.mixture_sample_counters(rows))
+        module.mixture_sample(*arguments, workspace.data_ptr(), counters, stream)
     return outputs
