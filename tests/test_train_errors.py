@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
@@ -14,7 +16,6 @@ from transformers import TrainingArguments
 from nlhf_kernels.preference import JudgeError
 from nlhf_kernels.train import NashConfig, NashTrainer
 from nlhf_kernels.train.config import FIXED, defaults, own_fields
-from nlhf_kernels.train.heads import check_head
 from tests.support.tiny_models import ARCHITECTURES, random_model, tiny_model, tiny_tokenizer
 from tests.support.training import PROMPTS, likes_e, lora, make_trainer, single_thread  # noqa: F401
 
@@ -44,6 +45,20 @@ def spread():
     return model
 
 
+def other_task(task: str):
+    return getattr(transformers, f"AutoModelFor{task}").from_config(ARCHITECTURES["llama"](32))
+
+
+def masked():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=97, **sizes))
+
+
+def translator():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 1, "num_heads": 4}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=97, **sizes))
+
+
 def no_end():
     model = tiny_model("llama")
     model.generation_config.eos_token_id = None
@@ -66,7 +81,12 @@ def no_end():
         (no_end(), r"processing_class: expected a tokenizer with an end token; got one without"),
         ({"reference_model": other_vocabulary()}, r"NashTrainer: .*reference.*97.*101|.*101.*97"),
         ({"model": "gpt2"}, r"model: expected a causal language model; got str"),
-        ({"model": tiny_model("gpt2", hidden=32).transformer}, r"model: expected one linear output layer"),
+        ({"model": tiny_model("gpt2").transformer}, r"model: expected a causal language model, with an output layer "
+         r"over the vocabulary; got a GPT2Model"),
+        ({"model": masked()}, r"NashTrainer: model: expected a model whose past lies in .* BertForMaskedLM"),
+        ({"model": other_task("SequenceClassification")}, r"model: expected a causal .*got a LlamaForSequenceClassif"),
+        ({"model": other_task("TokenClassification")}, r"model: expected a causal .*got a LlamaForTokenClassification"),
+        ({"model": translator()}, r"model: expected a causal language model.*got a T5ForConditionalGeneration"),
         ({"judge": None}, r"judge: expected one, for nash-md; got None"),
         ({"judge": "gpt-4"}, r"judge: expected a callable; got str"),
         ({"algorithm": "rlhf"}, r"reward: expected one, for rlhf; got None"),
@@ -84,6 +104,19 @@ def test_bad_input_is_refused(given, message, tmp_path) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         make_trainer(tmp_path, **given)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_weights_of_few_bits_is_warned_of(dtype, tmp_path) -> None:
+    """Steps smaller than their rounding vanish, and training looks as if it had converged."""
+    with pytest.warns(
+        UserWarning, match=r"NashTrainer: model: expected float32 weights, since steps smaller than 1/\d+ "
+    ):
+        make_trainer(tmp_path, model=tiny_model("llama").to(dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make_trainer(tmp_path, model=tiny_model("llama"), bf16=True)
+        make_trainer(tmp_path, model=tiny_model("llama").to(dtype), peft_config=lora())
 
 
 def test_the_reference_must_be_another_model(tmp_path) -> None:
@@ -185,22 +218,6 @@ def test_every_option_is_looked_at() -> None:
     assert {"algorithm", "beta", "tau", "kl"} <= {field.name for field in own_fields()}
     assert all(field.metadata["help"] for field in own_fields())
     assert defaults()["remove_unused_columns"] is False
-
-
-@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "llama"])
-def test_heads_are_proven_on_the_model_itself(architecture) -> None:
-    model = tiny_model(architecture)
-    assert check_head(model, "model") == 97
-    forward = model.forward
-
-    def scaled(*args, **options):
-        found = forward(*args, **options)
-        found.logits = 1.5 * found.logits
-        return found
-
-    model.forward = scaled
-    with pytest.raises(ValueError, match=r"model: expected logits = cap tanh\(scale \(W h \+ b\) / cap\)"):
-        check_head(model, "model")
 
 
 def test_prompts_that_may_have_been_cut_are_counted(tmp_path, caplog) -> None:

@@ -2,8 +2,8 @@
 
 The losses want what goes into the output layer, not what comes out: (rows, tokens, vocabulary) logits are what costs.
 Replacing the output layer's forward works for every architecture, under adapters, checkpointing and wrappers alike.
-What the model does with its logits afterwards (scaling, soft caps) is read off its configuration, and proven once, on
-random hidden states, by comparing with the logits the model itself gives.
+What the model does with its logits afterwards (a scale, a soft cap) is found and proven once, on random hidden states,
+by comparing with the logits the model itself gives.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ..ops import Head
 
 OP = "NashTrainer"
+_scales: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # of models whose heads have been proven
 
 
 def unwrapped(model: Any) -> Any:
@@ -68,11 +70,10 @@ def _forward_of(module: Any, forward: Any) -> Iterator[None]:
 def head_of(model: Any) -> Head:
     """The output layer as the losses take it: weight, bias, scale, soft cap. Its tensors are the model's own."""
     inner = unwrapped(model)
-    layer, config = inner.get_output_embeddings(), inner.config.get_text_config(decoder=True)
-    scale = getattr(config, "logit_scale", None)
-    if scale is None:
-        scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, layer.bias, float(scale), float(getattr(config, "final_logit_softcapping", None) or 0.0))
+    if inner not in _scales:
+        check_head(inner, "model")
+    layer = inner.get_output_embeddings()
+    return Head(layer.weight, layer.bias, _scales[inner], _cap(inner))
 
 
 @torch.no_grad()
@@ -80,28 +81,61 @@ def check_head(model: Any, name: str) -> int:
     """That `head_of` gives the logits which the model gives. Returns the width of the vocabulary."""
     inner = unwrapped(model)
     layer = getattr(inner, "get_output_embeddings", lambda: None)()
+    if layer is None or getattr(inner.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{OP}: {name}: expected a causal language model, with an output layer over the vocabulary; got a "
+            f"{type(inner).__name__}"
+        )
     if type(layer) is not torch.nn.Linear or not layer.weight.is_floating_point():
         raise ValueError(
             f"{OP}: {name}: expected one linear output layer, with no adapter on it, whose logits the losses can "
             f"compute in pieces; got {type(layer).__name__}"
         )
-    width = layer.weight.shape[0]
+    given, products = _probed(inner, layer)
+    cap = _cap(inner)
+    for scale in _candidates(inner, given, products):
+        computed = scale * products
+        if cap:
+            computed = cap * torch.tanh(computed / cap)
+        allowed = 64 * torch.finfo(layer.weight.dtype).eps * max(float(computed.abs().max()), 1e-6)
+        if given.shape == computed.shape and bool(((given - computed).abs() <= allowed).all()):
+            _scales[inner] = scale
+            return int(layer.weight.shape[0])
+    raise ValueError(
+        f"{OP}: {name}: expected logits = cap tanh(scale (W h + b) / cap), with one scale and the configuration's cap; "
+        f"{type(inner).__name__} does something else with them"
+    )
+
+
+def _probed(inner: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # each (2, V) float32
+    """The model's logits, and the output layer's products, from random states of two sizes in front of that layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        states = torch.randn(1, 1, layer.in_features, dtype=torch.float32, device="cpu").to(layer.weight)
-        states = 8 * states / layer.weight.norm(dim=1).mean().clamp(min=1e-3)  # logits of a size where caps show
-    token = torch.zeros(1, 1, dtype=torch.int64, device=layer.weight.device)
+        states = torch.randn(1, 2, layer.in_features, dtype=torch.float32, device="cpu").to(layer.weight)
+    states = 8 * states / layer.weight.norm(dim=1).mean().clamp(min=1e-3)  # logits of a size where caps show
+    states[:, 1] *= 0.25  # what depends on the states' size is no scale
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=layer.weight.device)
     original = layer.forward
-    with _forward_of(layer, lambda _: original(states)):
-        given = inner(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False).logits.flatten().float()
-    head = head_of(inner)
-    computed = head.scale * original(states).flatten().float()
-    if head.softcap:
-        computed = head.softcap * torch.tanh(computed / head.softcap)
-    allowed = 64 * torch.finfo(layer.weight.dtype).eps * max(float(computed.abs().max()), 1e-6)
-    if given.shape != computed.shape or not bool(((given - computed).abs() <= allowed).all()):
-        raise ValueError(
-            f"{OP}: {name}: expected logits = cap tanh(scale (W h + b) / cap), with scale and cap from the "
-            f"configuration; {type(inner).__name__} does something else with them"
-        )
-    return width
+    with torch.autocast(states.device.type, enabled=False), _forward_of(layer, lambda _: original(states)):
+        outputs = inner(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        return outputs.logits[0].float(), original(states)[0].float()
+
+
+def _candidates(inner: Any, given: torch.Tensor, products: torch.Tensor) -> Iterator[float]:
+    """Scales that may be it. A configuration names one that some models apply to the states, not to the logits."""
+    config = _text(inner)
+    if isinstance(scale := getattr(config, "logit_scale", None), int | float):
+        yield float(scale)
+    if isinstance(divisor := getattr(config, "logits_scaling", None), int | float) and divisor:
+        yield 1 / divisor
+    yield 1.0
+    if given.shape == products.shape:
+        yield float((given.double() * products.double()).sum() / products.double().square().sum())
+
+
+def _cap(inner: Any) -> float:
+    return float(getattr(_text(inner), "final_logit_softcapping", None) or 0.0)
+
+
+def _text(inner: Any) -> Any:
+    return inner.config.get_text_config(decoder=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +78,14 @@ def _check_weights(model: torch.nn.Module) -> None:
     for name, value in model.named_parameters():
         if not value.is_floating_point():
             raise ValueError(f"{OP}: model: expected weights that are not quantised; got {value.dtype} in {name}")
+    low = next((value.dtype for value in opponents.trained(model).values() if value.dtype.itemsize < 4), None)
+    if low is not None:
+        warnings.warn(
+            f"{OP}: model: expected float32 weights, since steps smaller than 1/{round(2 / torch.finfo(low).eps)} of a "
+            f"weight vanish in {str(low).removeprefix('torch.')} (bf16=True has the products in bfloat16; adapters are "
+            "trained in float32)",
+            stacklevel=4,
+        )
     devices = sorted({str(value.device) for value in model.parameters()})
     if len(devices) > 1:
         raise ValueError(f"{OP}: model: expected the whole model on one device; got it on {', '.join(devices)}")
@@ -127,6 +136,18 @@ def _check_base_stays(model: Any) -> None:
             f"{OP}: reference_model: expected one, as the model trains {moved[0]} beside its adapters, and its base "
             "would not stay what it was; got None"
         )
+
+
+@contextmanager
+def naming_arguments() -> Iterator[None]:
+    """The engine's errors name its own arguments; this trainer calls them otherwise."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        for role, argument in {"policy": "model", "reference": "reference_model"}.items():
+            text = text.replace(f"{OP}: {role}: ", f"{OP}: {argument}: ")
+        raise type(error)(text) from error
 
 
 def opponent_of(model: Any, dtype: torch.dtype | None, args: NashConfig) -> tuple[opponents.Opponent | None, Any]:

@@ -41,6 +41,7 @@ from .setup import (
     broadcast_weights,
     check_judges,
     check_processes,
+    naming_arguments,
     opponent_of,
     with_reference,
     without_dropout,
@@ -133,7 +134,8 @@ class NashTrainer(ResumableTrainer):
         self.opponent, anchor = opponent_of(self.model, dtype, args)
         beside = None if self.opponent is None else self.opponent.played
         compiled = args.compile_rollouts
-        self.engine = RolloutEngine(self.played.model, reference, opponent=beside, compile=compiled, op=OP)
+        with naming_arguments():
+            self.engine = RolloutEngine(self.played.model, reference, opponent=beside, compile=compiled, op=OP)
         self.saved = None
         if eval_opponent is not None:
             self.saved = RolloutEngine(eval_opponent, compile=compiled, op=f"{OP}: eval_opponent")
