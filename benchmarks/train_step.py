@@ -1,9 +1,12 @@
 """One update of training, side by side: NashTrainer, the same trainer on the reference kernels, TRL 1.13.0.
 
 An update is everything from a batch of prompts to moved weights: answers of both players, judgements, loss, gradients,
-optimizer. Models, prompts, lengths and optimizer are the same; judge and reward cost nothing; TRL keeps its other
-defaults, gradient checkpointing among them. Rivals take turns, update by update. Gate: the gradient of an update equals
-that of plain PyTorch on the same answers. The speed-up is over TRL. Phases are rows of their own.
+optimizer. Models, prompts, lengths and optimizer are the same; bfloat16 is autocast around float32 weights, as it is by
+default in TRL. Judge and reward cost nothing. TRL keeps its other defaults, gradient checkpointing among them.
+
+Rivals have a process each, so one that dies costs its own row, and take turns, update by update. Gates: the gradient of
+our update equals that of plain PyTorch on the same answers, and all weights are finite in the end. The speed-up is over
+TRL. Phases are rows of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import copy
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,16 +29,17 @@ from rich.console import Console
 
 from benchmarks.harness.case import Shape
 from benchmarks.harness.memory import METHODS, peak_bytes
+from benchmarks.harness.processes import Remote, RemoteError
 from benchmarks.harness.results import Accuracy, Memory, ResultRow, RowKey, Speedup
 from benchmarks.harness.rounds import build_parser, check_rivals, run_rounds
 from benchmarks.harness.runner import RunContext
-from benchmarks.harness.timing import Action, Timing, TimingPlan, summarise, time_calls
+from benchmarks.harness.timing import Action, Timing, TimingPlan, summarise, synchronise, time_calls
 from benchmarks.rivals import trl
 from benchmarks.targets import headline_shapes
+from nlhf_kernels.core.upstream import finite_attention_gradients
 
 BETA, TAU = 0.125, 0.01
 OURS, REFERENCE, TRL = "NashTrainer", "NashTrainer, reference kernels", "TRL 1.13.0"
-RIVALS = (REFERENCE, TRL)
 ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 5e-2}  # of the gradient, relative to its norm
 _SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
 _LARGE = {"width": 896, "layers": 24, "vocabulary": 151_936}
@@ -55,6 +60,7 @@ class Rival:
     trainer: Any
     batch: Any
     phases: Callable[[], dict[str, float]]  # seconds of the last update
+    gate: Callable[[Rival], float] | None = None  # the error of the gradient of an update
     seen: dict[str, list[float]] = field(default_factory=dict)
 
     def update(self) -> None:
@@ -74,12 +80,26 @@ class Rival:
         trainer.state.global_step += 1
         trainer.control = handler.on_step_end(trainer.args, trainer.state, trainer.control)
 
+    # ---- what the benchmark asks for, from its own process -----------------------------------------------------------
+
+    def error(self) -> float | None:
+        return None if self.gate is None else self.gate(self)
+
     def run(self) -> None:
         self.update()
-        if self.trainer.args.device.type == "cuda":
-            torch.cuda.synchronize(self.trainer.args.device)
+        synchronise(self.trainer.args.device)
         for name, seconds in self.phases().items():
             self.seen.setdefault(name, []).append(seconds)
+
+    def finished(self, updates: int) -> dict[str, list[float]]:
+        """The seconds of the phases of the last updates. Raise where weights are not finite."""
+        wrong = [name for name, value in self.trainer.model.named_parameters() if not bool(value.isfinite().all())]
+        if wrong:
+            raise FloatingPointError(f"after {self.trainer.state.global_step} updates {wrong[0]} is not finite")
+        return {name: seconds[-updates:] for name, seconds in self.seen.items()}
+
+    def peak(self) -> int:
+        return peak_bytes(Action(lambda: None, lambda _: self.run()), self.trainer.args.device)
 
 
 def make_model(shape: Shape) -> Any:
@@ -94,7 +114,7 @@ def make_model(shape: Shape) -> Any:
         pad_token_id=0, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(7)
-    return Qwen2ForCausalLM(config).to(shape.torch_dtype)
+    return Qwen2ForCausalLM(config)
 
 
 def make_tokenizer(vocabulary: int) -> Any:
@@ -123,8 +143,8 @@ def options_for(shape: Shape, device: torch.device) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": int(shape.sizes["prompts"]), "learning_rate": 1e-6, "max_steps": 1,
         "lr_scheduler_type": "constant", "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
-        "disable_tqdm": True, "use_cpu": device.type == "cpu", "bf16": False, "dataloader_pin_memory": False,
-        "optim": "adamw_torch_fused", "seed": 3,
+        "disable_tqdm": True, "use_cpu": device.type == "cpu", "bf16": shape.dtype == "bfloat16",
+        "dataloader_pin_memory": False, "optim": "adamw_torch_fused", "seed": 3,
     }  # fmt: skip
 
 
@@ -150,7 +170,7 @@ def nash_rival(folder: str, shape: Shape, device: torch.device, backend: str | N
         trainer.clock.start()
         return seconds
 
-    return Rival(trainer, next(iter(trainer.get_train_dataloader())), phases)
+    return Rival(trainer, next(iter(trainer.get_train_dataloader())), phases, gradient_error)
 
 
 def trl_rival(folder: str, shape: Shape, device: torch.device) -> Rival:
@@ -175,7 +195,8 @@ def gradient_error(rival: Rival) -> float:
     trainer.model.zero_grad()
     width, counts = made.targets.shape[1], made.targets >= 0
     positions = (made.attention_mask.cumsum(1) - 1).clamp(min=0)
-    logits = trainer.model(made.input_ids, attention_mask=made.attention_mask, position_ids=positions).logits
+    with trainer.accelerator.autocast(), finite_attention_gradients():
+        logits = trainer.model(made.input_ids, attention_mask=made.attention_mask, position_ids=positions).logits
     scored = logits[:, -width - 1 : -1].float().log_softmax(-1)
     chosen = scored.gather(-1, made.targets.clamp(min=0)[..., None])[..., 0] * counts
     ratio = (chosen.detach() - made.reference_logprobs) * counts
@@ -188,42 +209,86 @@ def gradient_error(rival: Rival) -> float:
     return (wrong / right) ** 0.5
 
 
+MAKERS: dict[str, Callable[[str, Shape, torch.device], Rival]] = {
+    OURS: partial(nash_rival, backend=None),
+    REFERENCE: partial(nash_rival, backend="reference"),
+    TRL: trl_rival,
+}
+RIVALS = tuple(name for name in MAKERS if name != OURS)
+
+
+@dataclass
+class Entry:
+    """A rival in its process, and what is found out about it."""
+
+    name: str
+    process: Remote
+    status: str = "ok"
+    reason: str = ""
+    accuracy: Accuracy | None = None
+    timing: Timing | None = None
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    peak: int | None = None
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What it returns; None where the rival is out, or is out by this."""
+        try:
+            return function(*arguments) if self.status == "ok" else None
+        except RemoteError as error:
+            self.out(error)
+
+    def out(self, error: Exception) -> None:
+        absent = self.name == TRL and isinstance(error, RemoteError) and "ImportError" in error.kinds
+        self.status, self.reason, self.timing = "unavailable" if absent else "failed", str(error), None
+
+
+def start(threads: int, make: Callable[..., Rival], *arguments: Any) -> Rival:
+    torch.set_num_threads(threads)
+    return make(*arguments)
+
+
 def run_shape(
     shape: Shape, context: RunContext, plan: TimingPlan, wanted: Sequence[str] | None = None
 ) -> list[ResultRow]:
-    device, wanted = context.settings.device, RIVALS if wanted is None else wanted
-    with tempfile.TemporaryDirectory() as folder:
-        rivals: dict[str, Rival | str] = {OURS: nash_rival(f"{folder}/1", shape, device, None)}
-        if REFERENCE in wanted:
-            rivals[REFERENCE] = nash_rival(f"{folder}/2", shape, device, "reference")
-        if TRL in wanted:
-            missing = trl.why_not()
-            rivals[TRL] = trl_rival(f"{folder}/3", shape, device) if missing is None else missing
-        allowed, accuracy = ALLOWED_ERROR[shape.dtype], {}
-        for name, rival in rivals.items():
-            if isinstance(rival, Rival) and name != TRL:
-                accuracy[name] = Accuracy(gradient_error(rival), allowed)
-        green = {
-            name: rival
-            for name, rival in rivals.items()
-            if isinstance(rival, Rival) and (name not in accuracy or (accuracy[name].error or 0) <= allowed)
-        }
-        actions = {name: Action(lambda: None, lambda _, rival=rival: rival.run()) for name, rival in green.items()}
-        timings = time_calls(actions, device, plan)
-        last = -plan.max_repeats  # warm-ups came before
-        phases = {name: {part: s[last:] for part, s in rival.seen.items()} for name, rival in green.items()}
-        memory = {name: peak_bytes(action, device) for name, action in actions.items()}
+    device, allowed = context.settings.device, ALLOWED_ERROR[shape.dtype]
+    makers = {name: make for name, make in MAKERS.items() if name == OURS or wanted is None or name in wanted}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
+        entries = [
+            Entry(
+                name, processes.enter_context(Remote(start, context.threads, make, f"{folder}/{name}", shape, device))
+            )
+            for name, make in makers.items()
+        ]
+        for entry in entries:
+            entry.ask(entry.process.wait)
+        for entry in entries:
+            error = entry.ask(entry.process.call, "error")
+            if error is not None:
+                entry.accuracy = Accuracy(error, allowed)
+                if not error <= allowed:
+                    entry.status, entry.reason = "red", f"gradient off by {error:.2g}"
+        _time([entry for entry in entries if entry.status == "ok"], plan)
+    trl_timing = next((entry.timing for entry in entries if entry.name == TRL), None)
     rows: list[ResultRow] = []
-    for name, rival in rivals.items():
-        reason = rival if isinstance(rival, str) else ""
-        timing = timings.get(name)
-        if name in accuracy and name not in green:
-            reason = f"gradient off by {accuracy[name].error:.2g}"
-        elif name in green and not isinstance(timing, Timing):
-            reason = str(timing)
-        rows.append(_row(context, shape, name, reason, timing, timings.get(TRL), accuracy.get(name), memory.get(name)))
-        rows += [_part(context, shape, f"{name}: {part}", seconds) for part, seconds in phases.get(name, {}).items()]
+    for entry in entries:
+        rows.append(_row(context, shape, entry, trl_timing))
+        rows += [_part(context, shape, f"{entry.name}: {part}", seconds) for part, seconds in entry.phases.items()]
     return rows
+
+
+def _time(entries: Sequence[Entry], plan: TimingPlan) -> None:
+    actions = {
+        entry.name: Action(lambda: None, lambda _, process=entry.process: process.call("run")) for entry in entries
+    }
+    timings = time_calls(actions, torch.device("cpu"), plan)  # an update ends when its device has
+    for entry in entries:
+        timing = timings[entry.name]
+        if isinstance(timing, Exception):
+            entry.out(timing)
+            continue
+        entry.timing = timing
+        entry.phases = entry.ask(entry.process.call, "finished", timing.repeats) or {}
+        entry.peak = entry.ask(entry.process.call, "peak")
 
 
 def _key(context: RunContext, shape: Shape, name: str) -> RowKey:
@@ -231,23 +296,20 @@ def _key(context: RunContext, shape: Shape, name: str) -> RowKey:
     return RowKey("train_step", shape.label, shape.dtype, "full", name, device, context.threads)
 
 
-def _row(
-    context: RunContext, shape: Shape, name: str, reason: str, timing: Any, rival: Any, accuracy: Any, peak: int | None
-) -> ResultRow:
-    timed = isinstance(timing, Timing)
-    status = "ok" if timed else "unavailable" if name == TRL else "red" if reason.startswith("gradient") else "failed"
-    ratio = rival.median_us / timing.median_us if timed and isinstance(rival, Timing) else None
+def _row(context: RunContext, shape: Shape, entry: Entry, trl_timing: Timing | None) -> ResultRow:
+    timing, method = entry.timing, METHODS[context.settings.device.type]
+    ratio = trl_timing.median_us / timing.median_us if timing is not None and trl_timing is not None else None
     return ResultRow(
-        key=_key(context, shape, name),
-        kind="baseline" if name == TRL else "backend",
-        status=status,
+        key=_key(context, shape, entry.name),
+        kind="baseline" if entry.name == TRL else "backend",
+        status=entry.status,
         run=context.facts,
-        reasons=(reason,) if reason else (),
-        chosen=name == OURS,
-        accuracy=accuracy,
-        timing=timing if timed else None,
-        memory=Memory(peak, METHODS[context.settings.device.type]) if timed and peak is not None else None,
-        speedup=Speedup(ratio, None) if timed else None,
+        reasons=(entry.reason,) if entry.reason else (),
+        chosen=entry.name == OURS,
+        accuracy=entry.accuracy,
+        timing=timing,
+        memory=Memory(entry.peak, method) if timing is not None and entry.peak is not None else None,
+        speedup=Speedup(ratio, None) if timing is not None else None,
     )
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import partial
+
 import pytest
+import torch
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from benchmarks import train_step
-from benchmarks.harness.results import read_rows
-from benchmarks.rivals import trl
+from benchmarks.harness.case import Shape
+from benchmarks.harness.processes import Remote, RemoteError
+from benchmarks.harness.results import Speedup, read_rows
+from benchmarks.harness.runner import Settings, open_run
+from benchmarks.harness.timing import TimingPlan
+from tests.support import rivals
 from tests.support.training import single_thread  # noqa: F401
 
 TINY = ["--preset", "tiny", "--device", "cpu"]
@@ -24,14 +32,56 @@ def test_every_rival_has_a_time_or_a_reason(tmp_path, capsys) -> None:
         assert row.accuracy.error < row.accuracy.allowed
         for phase in ("rollout", "judge", "loss", "optimizer"):
             assert rows[f"{name}: {phase}"].kind == "part"
-    missing = trl.why_not()
-    assert rows[train_step.TRL].status == ("ok" if missing is None else "unavailable")
-    assert missing is None or rows[train_step.TRL].reasons == (missing,)
+    theirs = rows[train_step.TRL]
+    if importlib.util.find_spec("trl") is None:
+        assert theirs.status == "unavailable" and theirs.reasons == ("ImportError: expected TRL 1.13; found none",)
+    else:
+        assert theirs.status == "ok" and theirs.timing.median_us > 0 and rows[f"{theirs.key.implementation}: rollout"]
     assert "s an update" in capsys.readouterr().out
 
 
-def test_a_wrong_gradient_is_red_and_has_no_time(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(train_step, "gradient_error", lambda rival: 0.5)
-    monkeypatch.setattr(trl, "why_not", lambda: "not today")
-    assert train_step.main(TINY) == 1
-    assert "gradient off by 0.5" in capsys.readouterr().out
+def test_a_rival_that_fails_costs_its_own_row(monkeypatch) -> None:
+    wanted = {
+        "wrong": ("red", "gradient off by 0.5"),
+        "nan": ("red", "gradient off by nan"),
+        "killed": ("failed", "its process ended with SIGKILL"),
+        "assert": ("failed", "RuntimeError: CUDA error: device-side assert triggered and more"),
+        "weights": ("failed", "FloatingPointError: after 3 updates lm_head.weight is not finite"),
+        "absent": ("failed", "ModuleNotFoundError: No module named 'requests'"),
+        train_step.TRL: ("unavailable", "ModuleNotFoundError: No module named 'requests'"),
+    }
+    faults = {train_step.OURS: "", **{name: name for name in wanted}, train_step.TRL: "absent"}
+    monkeypatch.setattr(train_step, "MAKERS", {name: partial(rivals.make, fault) for name, fault in faults.items()})
+    monkeypatch.setattr(train_step, "start", rivals.start)
+    context = open_run(Settings(torch.device("cpu"), "tiny"), [])
+    plan = TimingPlan(budget_s=0.0, min_repeats=2, max_repeats=2, warmups=1, batch_s=0.0, flush_bytes=0)
+    ours, part, *others = train_step.run_shape(train_step.SHAPES["tiny"][0], context, plan)
+    assert ours.status == "ok" and ours.timing.repeats == 2 and ours.speedup == Speedup(None, None)
+    assert part.key.implementation == f"{train_step.OURS}: loss" and part.timing.median_us == pytest.approx(1000)
+    assert {row.key.implementation: (row.status, *row.reasons) for row in others} == wanted
+    assert all(row.timing is None and row.memory is None for row in others)
+
+
+def test_an_object_in_another_process_answers_until_it_ends() -> None:
+    with Remote(rivals.make, "killed") as remote:
+        remote.wait()
+        assert remote.call("finished", 2) == {"loss": [1e-3, 1e-3]} and remote.call("run") is None
+        with pytest.raises(RemoteError, match="AttributeError: 'Rival' object has no attribute 'walk'") as caught:
+            remote.call("walk")
+        assert "Exception" in caught.value.kinds
+        for _ in range(2):
+            with pytest.raises(RemoteError, match="its process ended with SIGKILL"):
+                remote.call("run")
+
+
+def test_bfloat16_is_autocast_around_float32_weights(tmp_path) -> None:
+    sizes = {"prompts": 4, "prompt": 16, "new": 8, "width": 64, "layers": 2, "vocabulary": 1000}
+    rival = train_step.nash_rival(str(tmp_path), Shape(sizes, "bfloat16"), torch.device("cpu"), None)
+    assert {value.dtype for value in rival.trainer.model.parameters()} == {torch.float32}
+    assert rival.trainer.played.dtype == torch.bfloat16
+    assert train_step.gradient_error(rival) < train_step.ALLOWED_ERROR["bfloat16"]
+    rival.run()
+    assert rival.finished(1)["loss"]
+    next(rival.trainer.model.parameters()).data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="after 2 updates model.embed_tokens.weight is not finite"):
+        rival.finished(1)

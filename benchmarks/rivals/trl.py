@@ -1,10 +1,12 @@
 """TRL's NashMDTrainer as it is in its last release that had it, on models that are given; for `benchmarks.train_step`.
 
-Its reward model is a stub that costs nothing. Lengths are forced: no end token before the last.
+Its reward model costs nothing, and has opinions: without any, all gradients are zeros. Lengths are forced: no end token
+before the last.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -17,35 +19,35 @@ import torch
 PHASES = {"_generate_completions": "rollout", "_compute_rewards": "judge", "_compute_logprobs": "scoring"}
 
 
-def why_not() -> str | None:
-    """Why TRL cannot take part; None where it can."""
-    try:
-        found = version("trl")
-        from trl.experimental.nash_md import NashMDTrainer  # noqa: F401
-    except (PackageNotFoundError, ImportError) as error:
-        return f"TRL 1.13.0 is not there: {str(error).splitlines()[0]}"
-    return None if found.startswith("1.13.") else f"TRL 1.13.0 was asked for; got {found}"
-
-
-class NoReward(torch.nn.Module):
-    """What TRL's get_reward wants of a reward model, at no cost."""
+class Reward(torch.nn.Module):
+    """What TRL's get_reward wants of a reward model, at no cost: 1 where the last token is odd, 0 where it is even."""
 
     base_model_prefix = "body"
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(_name_or_path="no-reward")
+        self.config = SimpleNamespace(_name_or_path="reward")
         self.score = torch.nn.Identity()
 
     def body(self, input_ids: torch.Tensor, **_: Any) -> Any:
-        return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 1, device=input_ids.device))
+        return SimpleNamespace(last_hidden_state=(input_ids % 2)[..., None].float())
 
 
 def make_trainer(
     folder: str, policy: Any, reference: Any, tokenizer: Any, prompts: list[str], new: int, beta: float, tau: float,
     **options: Any,
 ) -> tuple[Any, dict[str, float]]:  # fmt: skip
-    """The trainer, and the seconds of the update that was made last, by phase."""
+    """The trainer, and the seconds of the update that was made last, by phase. Changes settings of its process."""
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        found = "none"
+    if not found.startswith("1.13."):
+        raise ImportError(f"expected TRL 1.13; found {found}")
+    os.environ.setdefault("CI", "1")  # TRL reports its trainers to its makers otherwise
+    # On an H100 or H200, where the length is 64 more than a multiple of 128, cuDNN's gradients are NaN for padded rows,
+    # and the next rollout fails in torch.multinomial (nlhf_kernels/core/upstream.py).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     from datasets import Dataset
     from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
 
@@ -56,7 +58,7 @@ def make_trainer(
     trainer = NashMDTrainer(
         policy,
         ref_model=reference,
-        reward_funcs=NoReward(),
+        reward_funcs=Reward(),
         args=args,
         train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
         processing_class=tokenizer,

@@ -1,0 +1,89 @@
+"""Objects in processes of their own, so that what ends one of them (a device-side assert, memory that runs out) ends no
+other, and says why."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class RemoteError(RuntimeError):
+    """What an object in another process raised, or how its process ended."""
+
+    def __init__(self, kinds: Sequence[str], reason: str) -> None:
+        super().__init__(reason)
+        self.kinds = (
+            kinds  # names of the exception's type and of those it is derived from; none where the process ended
+        )
+
+
+class Remote:
+    """The object that `make(*arguments)` returns, in a new process. Both must be picklable.
+
+    It is made while the caller goes on; `wait()` until it is there. Leaving a `with` block ends the process.
+    """
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the end of the process ends the pipe
+
+    def wait(self) -> None:
+        self._answer()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the object's method returns. Raise RemoteError where it raises, or where its process ends."""
+        try:
+            self._pipe.send((method, arguments))
+        except OSError:
+            raise self._ended() from None
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            kinds, value = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._ended() from None
+        if kinds:
+            raise RemoteError(kinds, value)
+        return value
+
+    def _ended(self) -> RemoteError:
+        self._process.join()
+        code = self._process.exitcode or 0
+        return RemoteError((), f"its process ended with {signal.Signals(-code).name if code < 0 else f'code {code}'}")
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """In the new process: make the object, then answer calls with ((), value) or (exception's types, reason)."""
+
+    def answer(function: Callable[[], Any]) -> None:
+        try:
+            reply: tuple[Sequence[str], Any] = (), function()
+        except Exception as error:
+            from .gate import short_reason  # and PyTorch with it: here, so that objects without it start at once
+
+            reply = [kind.__name__ for kind in type(error).__mro__], short_reason(error)
+        pipe.send(reply)
+
+    made: list[Any] = []
+    answer(lambda: made.append(make(*arguments)))
+    while made:
+        try:
+            method, given = pipe.recv()
+        except EOFError:
+            return
+        answer(lambda method=method, given=given: getattr(made[0], method)(*given))

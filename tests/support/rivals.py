@@ -1,0 +1,43 @@
+"""Rivals of a benchmark that end in every way; made in processes of their own, so they import little."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+
+class Rival:
+    """Fine in every way, if `fault` is none."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.runs = fault, 0
+        if fault == "absent":
+            raise ModuleNotFoundError("No module named 'requests'")
+
+    def error(self) -> float | None:
+        return 0.5 if self.fault == "wrong" else float("nan") if self.fault == "nan" else 1e-6
+
+    def run(self) -> None:
+        self.runs += 1
+        if self.fault == "killed" and self.runs == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "assert":
+            raise RuntimeError("CUDA error: device-side assert triggered\nand more")
+
+    def finished(self, updates: int) -> dict[str, list[float]]:
+        if self.fault == "weights":
+            raise FloatingPointError("after 3 updates lm_head.weight is not finite")
+        return {"loss": [1e-3] * updates}
+
+    def peak(self) -> int:
+        return 1
+
+
+def make(fault: str, *_: Any) -> Rival:
+    return Rival(fault)
+
+
+def start(threads: int, make: Any, *arguments: Any) -> Rival:
+    """`train_step.start` without PyTorch."""
+    return make(*arguments)
