@@ -145,6 +145,34 @@ def test_every_allocation_names_its_dtype_and_device(path) -> None:
         )
 
 
+def _private_names(tree: ast.AST) -> set[str]:
+    """Attributes that begin with an underscore, of anything but `self` and `cls`, by name or in getattr's words."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+            names.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            names.update(one.value for one in node.args[1:2] if isinstance(one, ast.Constant))
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
+def test_private_names_of_other_libraries_stand_in_upstream() -> None:
+    """Where a contract test fails by that name as soon as it is another one."""
+    own = {"_fields", "_replace", "_asdict", "_actions"}  # of named tuples and of argparse
+    sources = [path for path in PYTHON if path.is_relative_to(PACKAGE) or path.is_relative_to(ROOT / "benchmarks")]
+    trees = {path: ast.parse(path.read_text()) for path in sources}
+    for node in (node for tree in trees.values() for node in ast.walk(tree)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Name)):
+            own.add(node.id if isinstance(node, ast.Name) else node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            own.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            own.update(alias.name for alias in node.names if node.level)
+    for path, tree in trees.items():
+        foreign = set() if path.name == "upstream.py" else _private_names(tree) - own
+        assert not foreign, f"{_name(path)}: {sorted(foreign)}"
+
+
 def test_environment_is_read_in_one_file() -> None:
     readers = [
         _name(path)

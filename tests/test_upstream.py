@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import inspect
+import sys
+import types
+
 import pytest
 import torch
 import transformers
 
+from nlhf_kernels.core import upstream
 from nlhf_kernels.core.upstream import CACHES, cache_argument, finite_attention_gradients
+from nlhf_kernels.engine.caches import ProbeLayer
 from nlhf_kernels.engine.models import has_key_value_cache
 from tests.support.tiny_models import ARCHITECTURES, random_model, tiny_model
 
 MATH = [torch.nn.attention.SDPBackend.MATH]
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+def test_viewed() -> None:
+    leaf = torch.zeros(4, 3)
+    assert upstream.viewed(leaf) is leaf
+    assert upstream.viewed(leaf[1:].T) is leaf
+    assert upstream.viewed(leaf.detach()) is not leaf, "detached views share memory and remember nothing"
+
+
+def test_uncompiled() -> None:
+    model = tiny_model("llama")
+    assert upstream.uncompiled(torch.compile(model)) is model
+    assert upstream.uncompiled(model) is model
+
+
+def test_finite_attention_gradients() -> None:
+    """What it switches off comes back, after an exception too. tests/test_gpu_contracts.py shows the cause."""
+    for enabled in (True, False):
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.CUDNN_ATTENTION] if enabled else MATH):
+            with pytest.raises(KeyError), finite_attention_gradients():
+                assert not torch.backends.cuda.cudnn_sdp_enabled()
+                raise KeyError
+            assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+
+
+# ---- transformers: models --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -34,11 +70,138 @@ def test_a_cache_that_is_no_cache_of_transformers_is_not_taken_for_one() -> None
     assert not has_key_value_cache(model)
 
 
-def test_finite_attention_gradients() -> None:
-    """What it switches off comes back, after an exception too. tests/test_gpu_contracts.py shows the cause."""
-    for enabled in (True, False):
-        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.CUDNN_ATTENTION] if enabled else MATH):
-            with pytest.raises(KeyError), finite_attention_gradients():
-                assert not torch.backends.cuda.cudnn_sdp_enabled()
-                raise KeyError
-            assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+def test_attention_name() -> None:
+    """A name that is set there, without any check, is the one by which the next forward attends."""
+    model, ids = tiny_model("llama"), torch.ones(1, 3, dtype=torch.int64)
+    assert upstream.names_attention(model.config) and not upstream.names_attention(object())
+    assert upstream.attention_name(model.config) == "sdpa"
+    calls = []
+
+    def attend(module, query, *arguments, **named):
+        calls.append(query.shape)
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("counted", attend)
+    upstream.set_attention_name(model.config, "counted")
+    model(ids)
+    assert upstream.attention_name(model.config) == "counted" and len(calls) == 2
+    assert upstream.attention_name(object()) is None
+
+
+def test_experts_name() -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = random_model(transformers.MixtralConfig(vocab_size=97, intermediate_size=8, **shape), seed=0)
+    model.set_experts_implementation("batched_mm")
+    assert upstream.experts_name(model.config) == "batched_mm"
+    assert upstream.experts_name(object()) is None
+
+
+def test_hands_attention_over() -> None:
+    """ALiBi's models attend by themselves, and say nothing or no."""
+    assert upstream.hands_attention_over(tiny_model("llama"))
+    assert not upstream.hands_attention_over(tiny_model("bloom"))
+
+
+def test_keeps_recurrent_state() -> None:
+    assert upstream.keeps_recurrent_state(tiny_model("mamba"))
+    assert not upstream.keeps_recurrent_state(tiny_model("llama"))
+
+
+def test_is_mask_within_window() -> None:
+    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+    assert upstream.is_mask_within_window(sliding_window_causal_mask_function(4))
+    assert not upstream.is_mask_within_window(causal_mask_function)
+
+
+def test_has_injected_adapter() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    assert not upstream.has_injected_adapter(model)
+    assert model._hf_peft_config_loaded is False, "it is False by that name, not for want of it"
+    try:
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    except ValueError as error:
+        pytest.skip(str(error))  # 5.24 asks for a peft that is newer than the pinned one
+    assert upstream.has_injected_adapter(model)
+
+
+# ---- transformers: generate() and the Trainer ------------------------------------------------------------------------
+
+
+def test_dropped_by_generate() -> None:
+    model, seen = tiny_model("gpt2"), []
+
+    def decode(model, input_ids, **_):
+        seen.append(upstream.dropped_by_generate(inspect.currentframe().f_back))
+        return input_ids
+
+    streamer = types.SimpleNamespace(put=lambda ids: None, end=lambda: None)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    model.generate(ids, custom_generate=decode, streamer=streamer, max_new_tokens=2)
+    model.generate(ids, custom_generate=decode, max_new_tokens=2)
+    assert seen == [{"streamer": streamer}, {}]
+    assert "assistant_model" in inspect.unwrap(transformers.GenerationMixin.generate).__code__.co_varnames
+    assert upstream.dropped_by_generate(inspect.currentframe()) == upstream.dropped_by_generate(None) == {}
+
+
+@pytest.mark.parametrize("name", upstream.TRAINER_METHODS)
+def test_trainer_methods(name) -> None:
+    method = getattr(transformers.Trainer, name)
+    assert tuple(inspect.signature(method).parameters) == upstream.TRAINER_METHODS[name]
+
+
+def test_wandb_of(monkeypatch) -> None:
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "wandb", module := types.ModuleType("wandb"))
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    assert upstream.wandb_of(integration_utils.WandbCallback()) is module
+
+
+def test_cache_layers() -> None:
+    """What transformers asks of a layer of a cache is there in ours (engine/caches.py)."""
+    assert not ProbeLayer.__abstractmethods__
+    cache = transformers.Cache(layer_class_to_replicate=ProbeLayer)
+    tiny_model("llama")(torch.ones(1, 3, dtype=torch.int64), **{cache_argument(tiny_model("llama").forward): cache})
+    assert [layer.shape.heads for layer in cache.layers] == [2, 2]
+
+
+# ---- peft ------------------------------------------------------------------------------------------------------------
+
+
+def test_plain_lora_layers() -> None:
+    """Their forward is the sum that engine/one_pass.py writes for a part of the rows."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    (layer, _) = (one for one in model.modules() if type(one) in upstream.plain_lora_layers())
+    assert not layer.merged and not layer.disable_adapters and not layer.lora_variant
+    (name,) = layer.active_adapters
+    x = torch.randn(3, 32)
+    expected = layer.base_layer(x) + layer.lora_B[name](layer.lora_A[name](x)) * layer.scaling[name]
+    torch.testing.assert_close(layer(x), expected)
+    with model.disable_adapter():
+        assert layer.disable_adapters
+        torch.testing.assert_close(layer(x), layer.base_layer(x))
+
+
+def test_adapters_per_token() -> None:
+    """tests/test_engine_adapters.py decodes with each kind."""
+    peft = pytest.importorskip("peft")
+    assert {kind.value for kind in peft.PeftType} > {"LORA", "ADALORA", "IA3", "XLORA", "POLY", "ADAPTION_PROMPT"}
+    assert upstream.ADAPTERS_PER_TOKEN.isdisjoint({"XLORA", "POLY", "LILY", "ADAPTION_PROMPT", "SHADOW"})
+    assert peft.LoraConfig().peft_type.value in upstream.ADAPTERS_PER_TOKEN
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica", "pissa", "olora"])
+def test_inits_beside_base(init) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    before = weight.detach().clone()
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init))
+    layer = model.model.layers[0].self_attn.q_proj
+    assert torch.equal(layer.base_layer.weight, before) == (init in upstream.INITS_BESIDE_BASE)

@@ -58,7 +58,7 @@ def _peak_on_cpu(action: Action) -> int:
     del result
     # The flat list of events: torch.profiler's own tables attribute allocations to operators and lose the order.
     recorded: Any = profiler.profiler
-    cpu = torch._C._autograd.DeviceType.CPU
+    cpu = torch.autograd.DeviceType.CPU
     events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     on_cpu = [event for event in events if event.device_type() == cpu]
     return peak_of_changes(event.nbytes() for event in sorted(on_cpu, key=lambda event: event.start_ns()))

@@ -50,8 +50,7 @@ def attach(base: Any, name: str, *, trainable: bool, where: Mapping[str, Any] = 
     configuration = _configuration(name, where)
     configuration.inference_mode = not trainable
     model = new_adapter(base, configuration, seed=0)
-    mapping = getattr(base, "_checkpoint_conversion_mapping", None) or {}
-    found = model.load_adapter(name, NAME, is_trainable=trainable, key_mapping=mapping, **where)
+    found = model.load_adapter(name, NAME, is_trainable=trainable, **where)
     check_keys(f"the adapter on {type(base).__name__}", found.missing_keys, found.unexpected_keys)
     return model
 

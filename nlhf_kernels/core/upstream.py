@@ -1,7 +1,8 @@
-"""What is asked of transformers and peft beyond their documented interface, and what is worked around in torch, with
-the versions it was seen in.
+"""What is asked of torch, transformers and peft beyond their documented interface, and what is worked around in torch.
 
-Each entry has a contract test of its own in tests/test_upstream.py, which fails by its name.
+As it is in torch 2.6 to 2.13, transformers 5.17 to 5.24 and peft 0.14 to 0.21, unless said otherwise. Each entry has a
+contract test of its own in tests/test_upstream.py, which fails by its name. What is asked of TRL stands in
+integrations/trl/upstream.py.
 """
 
 from __future__ import annotations
@@ -9,42 +10,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 
-#: What a model's forward and generate() call a Cache. transformers 5.17 to 5.23: the first, and the second in recurrent
-#: models; 5.24: the third, in all of them.
-CACHES = ("past_key_values", "cache_params", "cache")
+# ---- torch -----------------------------------------------------------------------------------------------------------
 
 
-def cache_argument(forward: Callable[..., Any]) -> str | None:
-    """Return the name of the argument by which `forward` takes a Cache of transformers, or None.
-
-    XLM and Flaubert take a `cache` that is a dict, in all of transformers 5.17 to 5.24.
-    """
-    parameters = inspect.signature(forward).parameters
-    names = [name for name in CACHES if name in parameters and "dict" not in str(parameters[name].annotation)]
-    return names[0] if names else None
+def viewed(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor whose memory a view shows, and any other tensor itself."""
+    return tensor if tensor._base is None else tensor._base
 
 
-def plain_lora_layers() -> tuple[type, ...]:
-    """Return peft's layers whose forward is their base layer's plus `lora_B(lora_A(x)) * scaling` (0.14 to 0.21)."""
-    from peft.tuners import lora
-
-    names = ("Linear", "Linear8bitLt", "Linear4bit")  # the last two where bitsandbytes is installed
-    return tuple(getattr(lora, name) for name in names if hasattr(lora, name))
-
-
-#: peft's kinds of adapters that act within layers, on every token by itself (0.14 to 0.21). X-LoRA, Poly, Shadow and
-#: adaption prompts do something in between layers; Lily takes a mean over all tokens of a batch.
-ADAPTERS_PER_TOKEN = {
-    "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
-    "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA",
-    "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
-}  # fmt: skip
-#: LoRA's initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and lora_ga change them.
-INITS_BESIDE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+def uncompiled(model: Any) -> Any:
+    """Return the model inside what torch.compile made of it, whose forward names its arguments."""
+    return getattr(model, "_orig_mod", model)
 
 
 @contextmanager
@@ -61,3 +42,102 @@ def finite_attention_gradients() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+# ---- transformers: models --------------------------------------------------------------------------------------------
+
+#: What a model's forward and generate() call a Cache. transformers 5.17 to 5.23: the first, and the second in recurrent
+#: models; 5.24: the third, in all of them.
+CACHES = ("past_key_values", "cache_params", "cache")
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """Return the name of the argument by which `forward` takes a Cache of transformers, or None.
+
+    XLM and Flaubert take a `cache` that is a dict, in all versions.
+    """
+    parameters = inspect.signature(forward).parameters
+    names = [name for name in CACHES if name in parameters and "dict" not in str(parameters[name].annotation)]
+    return names[0] if names else None
+
+
+def attention_name(config: Any) -> str | None:
+    """Return the attention implementation that a configuration names; its models look it up in every forward."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return name
+
+
+def names_attention(config: Any) -> bool:
+    """Return whether a configuration can name one; that of a part that never attends may name none."""
+    return hasattr(config, "_attn_implementation")
+
+
+def set_attention_name(config: Any, name: str | None) -> None:
+    """Name another, without the checks of `set_attn_implementation`, which a name that was there before has passed."""
+    config._attn_implementation = name
+
+
+def experts_name(config: Any) -> str | None:
+    """Return the implementation of mixtures of experts that a configuration names."""
+    name: str | None = getattr(config, "_experts_implementation", None)
+    return name
+
+
+def hands_attention_over(model: Any) -> bool:
+    """Return whether a model says that its layers attend through AttentionInterface."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def keeps_recurrent_state(model: Any) -> bool:
+    """Return whether a model says that its past is more than keys and values."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def is_mask_within_window(mask_function: Callable[..., Any]) -> bool:
+    """Return whether a mask function is one of which several must hold, as those of sliding windows are."""
+    return mask_function.__name__ == "and_mask"
+
+
+def has_injected_adapter(model: Any) -> bool:
+    """Return whether `add_adapter` or `load_adapter` of transformers has put an adapter into a model of its own."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+# ---- transformers: generate() and the Trainer ------------------------------------------------------------------------
+
+
+def dropped_by_generate(caller: FrameType | None) -> dict[str, Any]:
+    """Return, by a look at generate()'s frame, what it hands to no custom function; nothing for another caller."""
+    given = caller.f_locals if caller is not None and caller.f_code.co_name == "generate" else {}
+    return {name: given[name] for name in ("streamer", "assistant_model") if given.get(name) is not None}
+
+
+#: Methods of Trainer that NashTrainer overrides, and their arguments.
+TRAINER_METHODS = {"_get_output_dir": ("self", "trial"), "_save_checkpoint": ("self", "model", "trial")}
+
+
+def wandb_of(callback: Any) -> Any:
+    """Return the wandb module that a WandbCallback reports to; None where there is none."""
+    return callback._wandb
+
+
+# ---- peft ------------------------------------------------------------------------------------------------------------
+
+
+def plain_lora_layers() -> tuple[type, ...]:
+    """Return peft's layers whose forward is their base layer's plus `lora_B(lora_A(x)) * scaling`."""
+    from peft.tuners import lora
+
+    names = ("Linear", "Linear8bitLt", "Linear4bit")  # the last two where bitsandbytes is installed
+    return tuple(getattr(lora, name) for name in names if hasattr(lora, name))
+
+
+#: peft's kinds of adapters that act within layers, on every token by itself . X-LoRA, Poly, Shadow and
+#: adaption prompts do something in between layers; Lily takes a mean over all tokens of a batch.
+ADAPTERS_PER_TOKEN = {
+    "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
+    "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA",
+    "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+#: LoRA's initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and lora_ga change them.
+INITS_BESIDE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")

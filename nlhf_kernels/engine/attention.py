@@ -15,6 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core.checks import FLOATS
+from ..core.upstream import (
+    attention_name,
+    hands_attention_over,
+    is_mask_within_window,
+    names_attention,
+    set_attention_name,
+)
 from ..ops import current_decode_window, decode_attention, decode_window
 
 try:
@@ -43,7 +50,7 @@ def _range_says_it_all(
     if local_size is None:
         return mask_function is causal_mask_function
     chunked = getattr(config, "attention_chunk_size", None) is not None
-    return mask_function.__name__ == "and_mask" and local_size == getattr(config, "sliding_window", 0) and not chunked
+    return is_mask_within_window(mask_function) and local_size == getattr(config, "sliding_window", 0) and not chunked
 
 
 def nlhf_decode_mask(
@@ -142,14 +149,14 @@ AttentionMaskInterface.register(NAME, nlhf_decode_mask)
 @contextmanager
 def attending(models: Sequence[Any], name: str = NAME) -> Iterator[None]:
     """These models' attention, for a while."""
-    before = [(config, config._attn_implementation) for model in models for config in _configs(model)]
+    before = [(config, attention_name(config)) for model in models for config in _configs(model)]
     try:
         for model in models:
             model.set_attn_implementation(name)
         yield
     finally:
         for config, own in before:
-            config._attn_implementation = own
+            set_attention_name(config, own)
 
 
 def _configs(model: Any) -> list[Any]:
@@ -159,7 +166,7 @@ def _configs(model: Any) -> list[Any]:
     ahead = [module.config for module in model.modules() if hasattr(module, "config")][::-1]
     while ahead:
         config = ahead.pop()
-        if id(config) not in found and hasattr(config, "_attn_implementation"):
+        if id(config) not in found and names_attention(config):
             found[id(config)] = config
             ahead += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
     return list(found.values())
@@ -181,9 +188,9 @@ def takes_decode_attention(model: Any, step: Callable[[], tuple[int, int, int]])
     take the kernel there: a layer that attends by itself, or in both directions, would miss the mask that is not made.
     And the masks that the model makes under sdpa must be the ranges that the kernel reads.
     """
-    if not getattr(model, "_supports_attention_backend", False) or model.dtype not in FLOATS:
+    if not hands_attention_over(model) or model.dtype not in FLOATS:
         return False
-    if model.config._attn_implementation not in REPLACED:
+    if attention_name(model.config) not in REPLACED:
         return False
     try:
         (layers, start, end), ours = _calls(model, step, nlhf_decode_mask)
@@ -216,7 +223,7 @@ def _calls(
     """What `step` returns, and its calls of an attention function that computes nothing."""
     calls: list[_Call] = []
     # Gemma 2's soft cap, until transformers made its attention eager by default.
-    ignored = ("softcap", "s_aux") if model.config._attn_implementation == "sdpa" else ()
+    ignored = ("softcap", "s_aux") if attention_name(model.config) == "sdpa" else ()
 
     def attention(
         module: Any, query: torch.Tensor, key: Any, value: torch.Tensor, attention_mask: torch.Tensor | None,

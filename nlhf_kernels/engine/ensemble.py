@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..core.checks import check_integer
+from ..core.upstream import attention_name, experts_name
 from .attention import NAME, REPLACED, attending
 from .clock import Clock
 from .heads import weights_first
@@ -131,7 +132,7 @@ class Ensemble:
         """Dropout off, heads and attention at their fastest; the models are as they were afterwards."""
         models = [facts.model for facts in self.facts.values()]
         eager = [facts.model for role, facts in self.facts.items() if role not in self.forwards]
-        by_kernel = [m for m in self.by_kernel if getattr(m.config, "_attn_implementation", None) in REPLACED]
+        by_kernel = [m for m in self.by_kernel if attention_name(m.config) in REPLACED]
         with in_turn(*models), evaluating(*models), weights_first(eager), attending(by_kernel):
             yield
 
@@ -224,7 +225,7 @@ class Ensemble:
         """What a recorded step has fixed of the models, and their owner may change."""
         models = [facts.model for facts in self.facts.values()]
         places = tuple(parameter.data_ptr() for model in models for parameter in model.parameters())
-        return places, *((getattr(m.config, "_attn_implementation", None), adapter_state(m)) for m in models)
+        return places, *((attention_name(m.config), adapter_state(m)) for m in models)
 
     def why_not_recorded(self) -> list[str]:
         """Why a step of these models cannot be captured in a graph."""
@@ -232,8 +233,7 @@ class Ensemble:
         for role, facts in self.facts.items():
             if not facts.cached:
                 reasons.append(f"the {role} reads the whole text every step")
-            if getattr(facts.model.config, "_attn_implementation", None) not in CAPTURED_ATTENTION:
-                name = getattr(facts.model.config, "_attn_implementation", None)
+            if (name := attention_name(facts.model.config)) not in CAPTURED_ATTENTION:
                 reasons.append(f"the {role}'s attention, {name}, may look at values on the host")
             if role in self.not_standing:
                 reasons.append(f"the {role}, {facts.name}, {self.not_standing[role]}")
@@ -250,7 +250,7 @@ def _routes_on_host(model: Any) -> bool:
     """Mixtures of experts count their tokens on the host, unless the implementation is a batched one."""
     config = model.config.get_text_config(decoder=True)
     experts = any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
-    return experts and getattr(config, "_experts_implementation", None) not in CAPTURED_EXPERTS
+    return experts and experts_name(config) not in CAPTURED_EXPERTS
 
 
 def _rotates_on_host(model: Any) -> bool:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache
 
-from ..core.upstream import cache_argument
+from ..core.upstream import cache_argument, keeps_recurrent_state, uncompiled
 from .caches import LayerShape, ProbeLayer
 from .peft_models import check_served
 
@@ -159,7 +159,7 @@ def _accepted(model: Any) -> frozenset[str]:
 
 def _forward(model: Any) -> Any:
     """The method that a compiled model stands for."""
-    return getattr(model, "_orig_mod", model).forward
+    return uncompiled(model).forward
 
 
 def _keeps_state_elsewhere(model: Any) -> str | None:
@@ -169,7 +169,7 @@ def _keeps_state_elsewhere(model: Any) -> str | None:
     types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
     if other := sorted(set(types) - ATTENDING):
         return f"has layers of {', '.join(other)}"
-    if getattr(model, "_is_stateful", False):
+    if keeps_recurrent_state(model):
         return "keeps a recurrent state"
     return None if cache_argument(_forward(model)) else "takes no cache"
 

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache
 
+from ..core.upstream import attention_name, experts_name
 from .attention import attending, takes_decode_attention
 from .caches import FarLayer
 from .clock import Clock
@@ -65,7 +66,7 @@ def why_not_standing(facts: ModelFacts, slots: int) -> str | None:
 def _remembered(facts: ModelFacts, question: tuple[Any, ...], answer: Callable[[], Any]) -> Any:
     with in_turn(facts.model):
         config = facts.model.config
-        chosen = (getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation"))
+        chosen = (attention_name(config), experts_name(config))
         wrapper = id(vars(facts.model).get("forward"))  # an autocast of accelerate's, say
         key = *question, facts.layers, facts.dtype, facts.device, wrapper, *chosen
         known = _found.setdefault(facts.model, {})

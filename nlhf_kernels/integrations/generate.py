@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from ..core.upstream import CACHES
+from ..core.upstream import CACHES, dropped_by_generate
 from ..engine.hooks import Processor
 from ..engine.peft_models import is_adapted
 from .mixture import Beta, MixtureGeneration, generate_mixture
@@ -137,10 +137,10 @@ def _require(model: Any, reference_model: torch.nn.Module | None, beta: Beta | N
 def _refuse_dropped(caller: FrameType | None) -> None:
     """generate() takes these two and hands them to no custom function: without a look at its frame they would be
     ignored, and a streamer's reader would wait for ever. Elsewhere, and should the names change, nothing is refused."""
-    given = caller.f_locals if caller is not None and caller.f_code.co_name == "generate" else {}
-    if given.get("streamer") is not None:
+    dropped = dropped_by_generate(caller)
+    if "streamer" in dropped:
         raise ValueError(f"{_OP}: streamer: generate() does not hand it on; expected as token_streamer=...")
-    if given.get("assistant_model") is not None:
+    if "assistant_model" in dropped:
         raise ValueError(f"{_OP}: assistant_model: assisted generation cannot draw from a mixture")
 
 

@@ -28,6 +28,7 @@ from ..core.checks import check_integer
 from ..core.identity import digest, weights_digest
 from ..core.loading import HUB, load_model, load_tokenizer
 from ..core.optional import need
+from ..core.upstream import has_injected_adapter
 from .template import Reader, Reading
 
 Rows = tuple[list[int], list[int]]  # what is read of one pair
@@ -249,7 +250,7 @@ def _body(model: Any) -> Any:
             f"preference: model: expected a causal language model of transformers; got {type(model).__name__} (an "
             "adapter is merged first, or put on afterwards: add_adapter)"
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if has_injected_adapter(model):
         raise ValueError("preference: model: expected a model without adapters, whose saving would leave its own out")
     if model.config.is_encoder_decoder:
         raise ValueError(f"preference: model: expected a decoder-only model; got {type(model).__name__}")

@@ -10,6 +10,7 @@ from rich.text import Text
 from transformers import integrations
 
 from ..core.terminal import cut_lines, new_console, printable
+from ..core.upstream import wandb_of
 from .experience import Experience
 
 _writers: Any = integrations  # untyped, and not all of its names are exported
@@ -52,9 +53,9 @@ def report(samples: Samples, step: int, callbacks: Iterable[Any]) -> None:
     for callback in callbacks:
         if isinstance(callback, _writers.TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_text(NAME, _markdown(samples), step)
-        if isinstance(callback, _writers.WandbCallback) and callback._wandb is not None:
-            table = callback._wandb.Table(columns=list(samples.columns), data=samples.rows)
-            callback._wandb.log({NAME: table, "train/global_step": step})
+        if isinstance(callback, _writers.WandbCallback) and (wandb := wandb_of(callback)) is not None:
+            table = wandb.Table(columns=list(samples.columns), data=samples.rows)
+            wandb.log({NAME: table, "train/global_step": step})
 
 
 def _markdown(samples: Samples) -> str:

@@ -15,6 +15,7 @@ from ..core.adapters import new_adapter
 from ..core.checks import check_number
 from ..core.loading import check_finite
 from ..core.optional import need
+from ..core.upstream import has_injected_adapter
 from ..engine.models import evaluating, twin
 from ..engine.peft_models import is_adapted
 from . import opponents
@@ -51,7 +52,7 @@ def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> t
     """The policy, adapters put on, and its reference: None where that is the policy's own base."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{OP}: model: expected a causal language model; got {type(model).__name__}")
-    if getattr(model, "_hf_peft_config_loaded", False):  # no way to tell its base from it
+    if has_injected_adapter(model):  # no way to tell its base from it
         raise ValueError(
             f"{OP}: model: expected peft's own model around an adapter and its base; got an adapter that transformers "
             "has put into the base (peft's AutoPeftModelForCausalLM loads it, with is_trainable=True)"

@@ -277,7 +277,7 @@ def _reward(args: NashMDConfig, item: Any, tokenizer: Any, policy_tokenizer: Any
 
 
 def _model_reward(args: NashMDConfig, model: Any, tokenizer: Any, policy_tokenizer: Any, rows: Rows) -> ModelReward:
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
     if tokenizer is None and name:
         tokenizer = load_tokenizer(f"{OP}: reward_funcs", name, trust_remote_code=args.trust_remote_code)
     elif tokenizer is None:

@@ -9,6 +9,7 @@ import torch
 from ...core import torch_op
 from ...core.checks import FLOATS, INTEGERS, Sizes, check_memory, check_not_empty, check_number, check_tensor
 from ...core.registry import Backend, Op, register
+from ...core.upstream import viewed
 from .layout import IGNORED, Normalizer, Output, Settings, Want, real_dtype
 
 _HERE = "nlhf_kernels.ops.logprobs"
@@ -264,7 +265,7 @@ def check_constant(op: str, name: str, value: torch.Tensor) -> None:
 
 
 def _check_may_be_overwritten(op: str, logits: torch.Tensor) -> None:
-    home = logits if logits._base is None else logits._base  # a view's memory is that of what it shows
+    home = viewed(logits)
     if home.is_leaf and home.requires_grad:
         raise ValueError(
             f"{op}: overwrite_logits: expected logits that a model computed; got a leaf, its gradient's home"
