@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 
 import pytest
@@ -227,9 +228,34 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     asked = settings(50)
     needed = RolloutEngine(policy, reference).memory_plan(3, 9, nash_md(BETA), asked).total
     engine = RolloutEngine(policy, reference, memory_limit=needed - 1)
-    with pytest.raises(MemoryError, match=r"at most 5 rows .* or max_new_tokens at most 49"):
+    with pytest.raises(MemoryError, match=r"at most 4 rows .* or max_new_tokens at most 49, or prompts of at most 8"):
         engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=asked)
     assert engine.rollout(**padded(prompts()), players=(Player(),), settings=asked).steps == 50
+
+
+@pytest.mark.parametrize("prompts_asked", [1, 3, 8])
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.4, 0.2, 0.08, 0.02])
+def test_the_advice_of_what_does_not_fit_works(prompts_asked, share) -> None:
+    """Each part of it, followed to the letter. Logits do not shrink with length, caches shrink in steps."""
+    policy, reference = tiny_pair("gpt2")
+    ids = torch.full((prompts_asked, 12), 5)
+    most, players = settings(30), nash_md(BETA, samples=2)
+    needed = RolloutEngine(policy, reference).memory_plan(prompts_asked, 12, players, most).total
+    engine = RolloutEngine(policy, reference, memory_limit=int(share * needed))
+    with pytest.raises(MemoryError) as refusal:
+        engine.rollout(ids, None, players, most)
+    advice = str(refusal.value).splitlines()[-1]
+    rows = re.search(r"at most (\d+) rows", advice)
+    if rows:
+        assert engine.rollout(ids[: int(rows[1]) // 4], None, players, most).steps > 0
+    if new := re.search(r"max_new_tokens at most (\d+)", advice):
+        assert engine.rollout(ids, None, players, settings(int(new[1]))).steps > 0
+        with pytest.raises(MemoryError):
+            engine.rollout(ids, None, players, settings(int(new[1]) + 1))
+    if length := re.search(r"prompts of at most (\d+) tokens", advice):
+        assert engine.rollout(ids[:, : int(length[1])], None, players, most).steps > 0
+    if not (rows or new or length):
+        assert advice == "fewer rows of fewer tokens, or more memory"
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -184,3 +184,14 @@ def test_antisymmetry_is_checked_on_request() -> None:
     with pytest.raises(ValueError, match="tolerance: expected a finite number in"):
         check_antisymmetry(shorter, *BATCH, tolerance=math.inf)
     assert check_antisymmetry(lambda p, f, s: [0.51] * len(p), *BATCH, tolerance=0.1) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("code", [0, 1, "out of quota"])
+def test_a_judge_that_calls_exit_ends_nothing(code) -> None:
+    """SystemExit is no Exception: a run would end as if it had finished, with exit code 0."""
+
+    def leaving(prompts, first, second):
+        raise SystemExit(code)
+
+    with pytest.raises(JudgeError, match=rf"judge leaving: raised SystemExit: {code} on 1 pairs"):
+        checked(leaving)(["a"], ["b"], ["c"])

@@ -160,6 +160,15 @@ def test_a_reward_that_returns_nonsense(returned, message, tmp_path) -> None:
     assert trainer.state.global_step == 0
 
 
+def test_a_reward_that_calls_exit_ends_nothing(tmp_path) -> None:
+    def leaving(prompts, answers):
+        raise SystemExit(0)
+
+    trainer = make_trainer(tmp_path, judge=None, algorithm="rlhf", reward=leaving)
+    with pytest.raises(RuntimeError, match=r"NashTrainer: reward: .*leaving: called sys.exit\(0\)"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -73,7 +73,7 @@ def load_function(place: str, name: str) -> Any:
         raise BadInput(f"{place}: expected module:name or file.py:name; got {name!r}")
     try:
         found = getattr(_file(Path(module)) if module.endswith(".py") else _module(module), function)
-    except Exception as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         raise BadInput(f"{place}: cannot load {name!r}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise BadInput(f"{place}: expected a function; got {type(found).__name__} as {name!r}")

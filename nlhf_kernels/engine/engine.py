@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -16,7 +17,7 @@ from .graphs import BUCKET, CudaRecorder, Graphs, Recorder, Unrecorded
 from .hooks import Hooks
 from .ledger import Ledger
 from .loop import Plan, Rollout, Workspace
-from .memory import MemoryPlan, check_fits
+from .memory import MemoryPlan, Request, check_fits
 from .models import plainly
 from .request import (
     LOGPROBS,
@@ -185,6 +186,18 @@ class RolloutEngine:
         length = prompt + settings.max_new_tokens
         return length if self.graphs is None else self.graphs.bucket(length)
 
+    def _check_fits(self, plan: Plan, memory: MemoryPlan) -> None:
+        samples, settings = sum(player.samples for player in plan.players), plan.settings
+        asked = Request(
+            len(plan.prompts.ids), samples, plan.prompts.width, settings.max_new_tokens, settings.min_new_tokens
+        )
+
+        def total(request: Request) -> int:
+            fewer = replace(settings, max_new_tokens=request.new_tokens)
+            return self.memory_plan(request.prompts, request.prompt_length, plan.players, fewer).total
+
+        check_fits(self.op, memory, self.memory_limit, self.device, asked, total)
+
     def _workspace(self, plan: Plan) -> Workspace:
         """The one at hand where it is large enough."""
         rows = self.ensemble.rows(len(plan.prompts.ids), plan.players)
@@ -199,7 +212,7 @@ class RolloutEngine:
                 return self._space
         self.release()  # before the new one is made: both would not fit where memory is tight
         memory = self.memory_plan(len(plan.prompts.ids), plan.prompts.width, plan.players, plan.settings)
-        check_fits(self.op, memory, self.memory_limit, self.device)
+        self._check_fits(plan, memory)
         _log.info("%s: allocating for %s", self.op, memory)
         clock = Clock(memory.rows, length, self.device)
         self._space = Workspace(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,17 +27,48 @@ class MemoryPlan:
         return f"{self.rows} rows of {self.length} slots: {_mib(self.total)}\n{parts}"
 
 
-def check_fits(op: str, plan: MemoryPlan, limit: int | None, device: torch.device) -> None:
-    """`limit` in bytes; None: what the device has free."""
+@dataclass(frozen=True)
+class Request:
+    """What a rollout's memory depends on, and its owner can change."""
+
+    prompts: int
+    samples: int  # of all players, to each prompt
+    prompt_length: int
+    new_tokens: int
+    least_new_tokens: int
+
+
+def check_fits(
+    op: str, plan: MemoryPlan, limit: int | None, device: torch.device, asked: Request, total: Callable[[Request], int]
+) -> None:
+    """Raise where the plan does not fit, with what would.
+
+    Args:
+        limit: in bytes; None: what the device has free.
+        asked: the request that the plan is of.
+        total: bytes of another request. Advice is found by asking it, since not all parts shrink with all numbers.
+    """
     available = limit if limit is not None else _free(device)
     if available is None or plan.total <= available:
         return
-    row = max(1, plan.total // plan.rows)
-    rows = available // row
-    slots = int(available / plan.total * plan.length) - plan.prompt
-    advice = [f"at most {rows} rows (prompts x samples of all players) a call"] if rows else []
-    advice += [f"max_new_tokens at most {slots}"] if slots > 0 else []
-    remedy = "lower to " + ", or ".join(advice) if advice else "shorten the prompts, or give it more memory"
+    room = available if limit is not None else int(0.95 * available)  # what is free changes meanwhile
+
+    def largest(name: str, least: int) -> int | None:
+        """The largest value of one number with which all fits, the others unchanged."""
+        low, high = least - 1, getattr(asked, name)  # fits (if it is allowed), does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if total(replace(asked, **{name: middle})) <= room else (low, middle)
+        return low if low >= least else None
+
+    advice = []
+    if (prompts := largest("prompts", 1)) is not None:
+        advice.append(f"at most {prompts * asked.samples} rows (prompts x samples of all players) a call")
+    if (new := largest("new_tokens", max(1, asked.least_new_tokens))) is not None:
+        advice.append(f"max_new_tokens at most {new}")
+    if (length := largest("prompt_length", 1)) is not None:
+        advice.append(f"prompts of at most {length} tokens")
+    remedy = "lower to " + ", or ".join(advice) if advice else "fewer rows of fewer tokens, or more memory"
     raise MemoryError(f"{op}: expected to fit into {_mib(available)}; {plan}\n{remedy}")
 
 

@@ -73,7 +73,7 @@ class CheckedJudge:
             returned = self.judge(list(prompts), list(first), list(second))
         except JudgeError:
             raise  # of a judge inside this one, which it names
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit in a judge would pass for the end of a finished run
             problem = f"raised {type(error).__name__}: {error} on {len(batch.prompts)} pairs, the first {batch.show(0)}"
             raise JudgeError(self.name, problem, batch) from error
         return self._check(returned, batch)

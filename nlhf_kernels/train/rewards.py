@@ -12,7 +12,11 @@ Reward = Callable[[Sequence[str], Sequence[str]], Any]
 
 
 def rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:  # (B,) float64
-    name, given = getattr(reward, "__qualname__", type(reward).__name__), reward(list(prompts), list(responses))
+    name = getattr(reward, "__qualname__", type(reward).__name__)
+    try:
+        given = reward(list(prompts), list(responses))
+    except SystemExit as stop:  # it would pass for the end of a finished run
+        raise RuntimeError(f"NashTrainer: reward: {name}: called sys.exit({stop.code!r})") from stop
     try:
         values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
