@@ -18,13 +18,15 @@ import torch
 
 from ..core.atomic import WriteError
 from ..core.loading import first_line
+from ..core.stopping import STOPPED, Stopped, stoppable
 
-DONE, FAILED, REFUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
+DONE, FAILED, REFUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141  # and STOPPED, 143
 CODES = {
     DONE: "done",
     FAILED: "failed at work: memory or disk ran out, or an error that was not foreseen (please report it)",
     REFUSED: "refused: an option, a file, a model or a judge that cannot be used; one line says which and why",
     INTERRUPTED: "Ctrl-C; one line says what is left to go on from",
+    STOPPED: "SIGTERM: the update is finished or abandoned and a checkpoint written; one line says what is left",
     CLOSED: "the reader of the output closed it, as `| head` does",
 }
 LONGEST = 1500  # characters of an error's line
@@ -55,7 +57,8 @@ def finish(
         names: argument of the library -> option of the command.
     """
     try:
-        code = work()
+        with stoppable():
+            code = work()
         sys.stdout.flush()  # here, where a reader that has gone is an exception like any other
         return code
     except BrokenPipeError:
@@ -64,6 +67,8 @@ def finish(
         return CLOSED
     except KeyboardInterrupt:
         return _end(INTERRUPTED, f"interrupted: {left(arguments)}")
+    except Stopped:
+        return _end(STOPPED, f"stopped by SIGTERM: {left(arguments)}")
     except SystemExit as stop:  # a judge's or a model's own code; exit code 0 would pass for a finished command
         return _end(FAILED, f"error: sys.exit({stop.code!r}) was called during the work, which is not finished")
     except BaseException as error:

@@ -59,9 +59,11 @@ class Checkpoint:
     def lock(self) -> AbstractContextManager[None]:
         return nullcontext() if self.path is None else lock_place(self.path)
 
-    def keep(self, model: ComparisonModel, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+    def keep(
+        self, model: ComparisonModel, optimizer: torch.optim.Optimizer, losses: list[float], now: bool = False
+    ) -> None:
         """Writes the file if it is time, and after the last step: what comes then may be cut off, too."""
-        if self.path is None or (len(losses) % self.every and len(losses) != self.identity["steps"]):
+        if self.path is None or not (now or len(losses) % self.every == 0 or len(losses) == self.identity["steps"]):
             return
         tensors = {f"noise/{index}": state for index, state in enumerate(_noise(model))}
         for name, parameter in model.named_parameters():

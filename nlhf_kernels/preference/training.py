@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..core.checks import check_integer, check_number
+from ..core.stopping import deferred, requested, stop_if_requested, stoppable
 from ..core.terminal import new_console, new_progress
 from ..core.upstream import finite_attention_gradients
 from ..data import Pair
@@ -83,7 +84,10 @@ def train_preference_model(
     _encode(model, held_out)  # what is too long shows now, not after the training
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer.zero_grad()
-    with keeper.lock(), _training_mode(model), _seeded(model, settings.seed), _bar(settings.steps, progress) as show:
+    with (
+        stoppable(), deferred(), keeper.lock(), _training_mode(model), _seeded(model, settings.seed),
+        _bar(settings.steps, progress) as show,
+    ):  # fmt: skip
         losses = keeper.resume(model, optimizer)
         batches = islice(_batches(len(encoded), settings), len(losses), settings.steps)
         for step, batch in enumerate(batches, start=len(losses)):
@@ -99,8 +103,9 @@ def train_preference_model(
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss))
-            keeper.keep(model, optimizer, losses)
+            keeper.keep(model, optimizer, losses, now=requested())
             show(losses)
+            stop_if_requested()
     judge = PreferenceModelJudge(model, settings.micro_batch or settings.batch_size)
     return TrainingReport(losses, evaluate(judge, held_out) if held_out else None)
 

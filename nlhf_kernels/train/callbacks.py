@@ -21,8 +21,12 @@ class Updates(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.trainer.before_optimizer()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.after_optimizer()
+        self.trainer.stop_if_requested(control)
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.trainer.stop_once_saved()
 
 
 class Progress(ProgressCallback):

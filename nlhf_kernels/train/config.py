@@ -45,6 +45,7 @@ FIXED = {
     "fsdp_config": _SHARDED,
     "deepspeed": _SHARDED,
     "parallelism_config": _SHARDED,
+    "enable_jit_checkpoint": "SIGTERM is answered with a checkpoint as it is",
     "push_to_hub": "a checkpoint gets its name when it is complete; NashTrainer.push_to_hub sends the finished model",
     "hub_always_push": "nothing is pushed during training",
     "prediction_loss_only": _NO_PREDICTIONS,

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from ..core import atomic
+from ..core import atomic, stopping
 from ..core.loading import check_finite, quiet
 from ..core.lock import lock_folder
 from . import checkpoints, opponents
@@ -31,12 +32,20 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
     skipped: int  # updates whose gradients were not finite
     opponent: opponents.Opponent | None
     identity: Identity | None = None  # as of the start; None where nothing is saved or resumed
+    _stopping = False  # SIGTERM came, and this update is the last
     _work: str | None = None  # the folder in output_dir that a checkpoint is being written into
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         if self.train_dataset is None:
             raise ValueError(f"{OP}: train: expected a train_dataset; got none")
+        with stopping.stoppable():
+            with stopping.deferred():
+                done = self._train(resume, options)
+            stopping.stop_if_requested()  # after the last update: not finished, where a policy is still to be saved
+        return done
+
+    def _train(self, resume: str | bool | None, options: dict[str, Any]) -> Any:
         output = Path(self.args.output_dir)
         with ExitStack() as held:
             found: str | None = self._on_first(lambda: self._enter(output, resume, held))
@@ -92,6 +101,40 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
         self.state = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
         _log.warning("%s: %s is the run's end, after %d updates", OP, found, self.state.global_step)
         return TrainOutput(self.state.global_step, 0.0, {})
+
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """Work that changes no weights: where it fails, or SIGTERM ends it, the updates before it are saved first.
+
+        Several processes cannot leave it one by one: they stop together at the end of an update.
+        """
+        if self.args.world_size > 1:
+            yield
+            return
+        try:
+            with stopping.abandonable():
+                yield
+        except (Exception, stopping.Stopped):
+            if self.is_in_train:
+                self._keep_what_was_learned()
+            raise
+
+    def stop_if_requested(self, control: Any) -> None:
+        """At the end of an update: SIGTERM has it saved, and then ends the training. An evaluation that is due is not
+        made."""
+        self._stopping = stopping.requested()
+        if self.args.world_size > 1:
+            asked = torch.full((), float(self._stopping), dtype=torch.float32, device=self.args.device)
+            self._stopping = bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+        if self._stopping:
+            control.should_evaluate, control.should_save = False, self._saves
+            if not self._saves:
+                raise stopping.Stopped
+
+    def stop_once_saved(self) -> None:
+        if self._stopping:
+            _log.warning("%s: stopped by SIGTERM after %d updates, which are saved", OP, self.state.global_step)
+            raise stopping.Stopped
 
     def _keep_what_was_learned(self) -> None:
         """A judge that fails late costs no update. Several processes fail one by one: what they have is not saved."""

@@ -181,11 +181,8 @@ class NashTrainer(ResumableTrainer):
         if not batches:
             return [], None
         self.beta, self.tau = self._scheduled("beta"), self._scheduled("tau")
-        try:
+        with self.abandonable():
             self.made = self.collect(batches, self.state.global_step, self.beta)
-        except Exception:
-            self._keep_what_was_learned()
-            raise
         pairs = torch.tensor(sum(made.pairs for made in self.made), dtype=torch.float32, device=device)
         inputs = [{"input_ids": made.input_ids, "made": made} for made in self.made]
         return inputs, float(self._total(pairs)) / self.accelerator.num_processes
@@ -265,8 +262,9 @@ class NashTrainer(ResumableTrainer):
             raise ValueError(f"{OP}: evaluate: expected an eval_dataset; got none")
         metrics: dict[str, float] = {}
         named = chosen if isinstance(chosen, Mapping) else {"": chosen}
-        for name, prompts in named.items():
-            metrics |= self.judged(prompts, f"{metric_key_prefix}_{name}".rstrip("_"))
+        with self.abandonable():
+            for name, prompts in named.items():
+                metrics |= self.judged(prompts, f"{metric_key_prefix}_{name}".rstrip("_"))
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

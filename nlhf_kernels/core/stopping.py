@@ -1,0 +1,79 @@
+"""SIGTERM, which schedulers send before they kill: an exception where work can be abandoned, a request where it cannot.
+
+A training finishes or abandons its update, writes a checkpoint and raises `Stopped`, which ends a program with the exit
+code 143, as the signal itself would.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOPPED = 128 + signal.SIGTERM
+_requested = False
+_deferred = 0  # blocks that the signal must not end
+
+
+class Stopped(SystemExit):
+    """SIGTERM ended the work, which is not finished."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM raises `Stopped` in the block. A handler that is there already stays; other threads have none."""
+    global _requested
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _requested = False
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """SIGTERM does not end the block; it looks at `requested` where it can stop."""
+    global _deferred
+    _deferred += 1
+    try:
+        yield
+    finally:
+        _deferred -= 1
+
+
+@contextmanager
+def abandonable() -> Iterator[None]:
+    """Within a deferred block: work that SIGTERM, before it or during it, ends with `Stopped`."""
+    global _deferred
+    before, _deferred = _deferred, 0
+    try:
+        stop_if_requested()
+        yield
+    finally:
+        _deferred = before
+
+
+def requested() -> bool:
+    return _requested
+
+
+def stop_if_requested() -> None:
+    if _requested:
+        raise Stopped
+
+
+def _handle(*_: Any) -> None:
+    global _requested
+    _requested = True
+    if not _deferred:
+        raise Stopped
