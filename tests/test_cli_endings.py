@@ -63,6 +63,16 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert "Error" not in err and "Exception" not in err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "nlhf_kernels", "tabular", "--steps", "10", "--json"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert result.returncode == errors.FAILED
+    assert result.stderr.count("\n") == 1 and "tabular: the disk is full: [Errno 28] No space left" in result.stderr
+
+
 def ending(error: BaseException, capsys, names=(), **options) -> tuple[int, str]:
     def work() -> int:
         raise error

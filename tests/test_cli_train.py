@@ -202,6 +202,7 @@ def test_what_to_do_next_is_shown(config, tmp_path, capsys) -> None:
         ({"dtype": "fp8"}, "train: dtype: expected one of float32, bfloat16, auto; got 'fp8'"),
         ({"model": "./nowhere"}, "train: model: there is no such folder: './nowhere'"),
         ({"data": {"train": "columns.jsonl"}}, "train: data.train: columns.jsonl, line 1: expected columns prompt"),
+        ({"data": {"train": "prompts.jsonl", "train_split": "x"}}, "train: data.train_split: expected none"),
         ({"data": {"train": "none.jsonl"}}, "train: data.train: none.jsonl: there is no such file"),
         ({"training": {"output_dir": ""}}, "train: training: expected output_dir among its keys; got none"),
         ({"training": {"learning_rate": "fast"}}, "train: training.learning_rate: expected float; got 'fast'"),

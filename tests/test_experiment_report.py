@@ -162,7 +162,7 @@ def test_the_demo_runs_tiny_ends_with_its_report_and_goes_on(tmp_path, monkeypat
     [
         (["--preset", "huge"], "demo: --preset: expected one of tiny, small, gpu; got 'huge'"),
         (["--set", "upates=3"], "is updates meant?"),
-        (["--data", "nowhere/at/all.jsonl"], "data: nowhere/at/all.jsonl: there is no such file"),
+        (["--data", "nowhere/at/all.jsonl"], "experiment: --data: nowhere/at/all.jsonl: there is no such file"),
         (["--model", "./nowhere"], "experiment: --model: there is no such folder: './nowhere'"),
         (["--split", "train"], "experiment: --split: expected with --data"),
         (["--preset", "tiny", "--set", "examples=1000000"], "expected 1000000 with a first line and a body"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,35 @@ def commands(root: Path, broken: Path, out: Path) -> dict[str, list[str]]:
         "demo --model": ["demo", "--preset", "tiny", "--out", str(out / "demo"), "--model", str(broken), "--data",
                          str(root / "pairs.jsonl"), *cpu],
     }  # fmt: skip
+
+
+DAMAGES = {
+    "model.safetensors is damaged or incomplete (": ("model.safetensors", lambda data: data[: len(data) // 2]),
+    "model.safetensors is damaged or incomplete": ("model.safetensors", lambda data: b""),
+    "tokenizer.json is damaged or incomplete": ("tokenizer.json", lambda data: b""),
+    "tokenizer.json is damaged or incomplete (": ("tokenizer.json", lambda data: data[:-100]),
+    "config.json is damaged or incomplete": ("config.json", lambda data: b"\xff" + data),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_file_is_named_with_what_helps(message, root, tmp_path, capsys) -> None:
+    name, change = DAMAGES[message]
+    shutil.copytree(root / "whole", tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.write_bytes(change(path.read_bytes()))
+    assert main(["sample", "--policy", str(tmp_path / "model"), "--prompt", "a", "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'model'}/{message}" in line and line.endswith("copy or download it again")
+
+
+def test_pickled_weights_are_refused_by_name(root, tmp_path, capsys) -> None:
+    shutil.copytree(root / "whole", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(tiny_model("llama").state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    assert main(["sample", "--policy", str(tmp_path / "model"), "--prompt", "a", "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pytorch_model.bin is a pickle, which can run code when it is read: expected weights as safetensors" in line
 
 
 @pytest.mark.parametrize("wrong", WRONG)

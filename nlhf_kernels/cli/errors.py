@@ -62,8 +62,7 @@ def finish(
         sys.stdout.flush()  # here, where a reader that has gone is an exception like any other
         return code
     except BrokenPipeError:
-        # The interpreter flushes once more at its end, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return CLOSED
     except KeyboardInterrupt:
         return _end(INTERRUPTED, f"interrupted: {left(arguments)}")
@@ -74,7 +73,16 @@ def finish(
     except BaseException as error:
         if arguments.traceback:
             traceback.print_exc()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _give_up_output()
         return _end(*describe(error, arguments.command, names, shown=arguments.traceback))
+
+
+def _give_up_output() -> None:
+    """The interpreter flushes stdout once more at its end, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(code: int, text: str) -> int:

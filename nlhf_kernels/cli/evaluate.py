@@ -24,7 +24,7 @@ from ..core.optional import require
 from ..core.terminal import new_console
 from ..data import load_prompts
 from .errors import BadInput
-from .loading import check_output, find_device, is_function, load_function
+from .loading import check_output, find_device, is_function, load_function, read_data
 
 #: Fields of the experiment's Sampling -> options.
 NAMES = {"answer_tokens": "--max-new-tokens", "prompt_tokens": "--max-prompt-length", "batch": "--batch-size"}
@@ -145,7 +145,8 @@ def _play(
 def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[str]:
     from ..core.checks import check_integer
 
-    prompts = list(dict.fromkeys(load_prompts(arguments.data, tokenizer, split=arguments.split)))
+    read = read_data("evaluate: --data", load_prompts, arguments.data, tokenizer, split=arguments.split)
+    prompts = list(dict.fromkeys(read))
     if arguments.prompts is not None:
         prompts = prompts[: check_integer("evaluate", "--prompts", arguments.prompts, 2, 10**9)]
     if len(prompts) < 2:

@@ -9,10 +9,10 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,9 @@ def check_output(command: str, path: Path | None) -> None:
         check_file(path)
     except OSError as error:
         raise BadInput(f"{command}: --output: {error}") from error
+
+
+Read = TypeVar("Read")
 
 
 class Help(argparse.HelpFormatter):
@@ -51,6 +54,18 @@ def find_device(command: str, name: str | None) -> torch.device:
         return torch.empty(0, dtype=torch.uint8, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build of PyTorch that is asked for CUDA
         raise BadInput(f"{command}: --device: expected a device PyTorch can use here; got {name!r}") from error
+
+
+def read_data(place: str, load: Callable[..., Read], source: Any, *args: Any, **options: Any) -> Read:
+    """`load(source, ...)` of `data`, whose errors name the file and the line; `place` goes before them."""
+    try:
+        return load(source, *args, **options)
+    except (TypeError, ValueError) as error:
+        message = str(error).removeprefix("data: ")
+        if message.startswith("split: "):  # --split beside --data, data.train_split beside data.train
+            place = place.replace("--data", "--split") if "--" in place else f"{place}_split"
+            message = message.removeprefix("split: ")
+        raise BadInput(f"{place}: {message}") from error
 
 
 def show_next(*commands: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from ..core.terminal import new_console
 from ..core.text import read_text
 from ..data import Comparison, Pair, load_comparisons, load_pairs, split_by_prompt
 from .errors import BadInput, option_names
-from .loading import Help, check_output, find_device, show_next
+from .loading import Help, check_output, find_device, read_data, show_next
 
 if TYPE_CHECKING:
     from ..preference import ComparisonModel, Evaluation, TrainingReport
@@ -165,9 +165,9 @@ def _train_and_save(arguments: argparse.Namespace, device: torch.device) -> str:
 
 
 def _pairs(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
-    pairs = load_pairs(arguments.data, tokenizer, split=arguments.split)
+    pairs = read_data("prefer: --data", load_pairs, arguments.data, tokenizer, split=arguments.split)
     if arguments.held_out is not None:
-        return pairs, load_pairs(arguments.held_out, tokenizer)
+        return pairs, read_data("prefer: --held-out", load_pairs, arguments.held_out, tokenizer)
     return split_by_prompt(pairs, arguments.test_fraction, arguments.seed) if arguments.test_fraction else (pairs, [])
 
 
@@ -277,7 +277,7 @@ def _evaluate(arguments: argparse.Namespace) -> str:
     from ..preference import PreferenceModelJudge, checked, evaluate
 
     model = _trained(arguments)
-    pairs = load_pairs(arguments.data, model.tokenizer, split=arguments.split)
+    pairs = read_data("prefer: --data", load_pairs, arguments.data, model.tokenizer, split=arguments.split)
     evaluation = evaluate(checked(PreferenceModelJudge(model, arguments.batch_size), arguments.model), pairs)
     if arguments.json:
         return json.dumps(dataclasses.asdict(evaluation), indent=2, allow_nan=False) + "\n"
@@ -310,8 +310,9 @@ def _score(arguments: argparse.Namespace) -> str:
         texts = [[{"role": role, "content": text}] for role, text in zip(roles, texts, strict=True)]
     source: Any = arguments.file or [dict(zip(Comparison._fields, texts, strict=True))]
     try:
-        pairs = load_comparisons(source, model.tokenizer)
-    except ValueError as error:
+        place = "prefer: --file" if arguments.file is not None else "prefer: --prompt, --first, --second"
+        pairs = read_data(place, load_comparisons, source, model.tokenizer)
+    except BadInput as error:
         judged = "first is not among" in str(error) and "'chosen'" in str(error)
         raise BadInput(f"{error}{' (`prefer evaluate` measures on such pairs)' if judged else ''}") from error
     judge = checked(PreferenceModelJudge(model, arguments.batch_size), arguments.model)

@@ -27,7 +27,7 @@ from ..core.terminal import cut_lines, new_console, new_progress, printable
 from ..core.text import read_text
 from ..data import encode_prompts, load_prompts
 from .errors import BadInput
-from .loading import find_device
+from .loading import find_device, read_data
 
 if TYPE_CHECKING:
     from ..engine import Responses
@@ -123,10 +123,8 @@ def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[tuple[str, s
     texts, path = list(arguments.prompt), arguments.prompts_file
     prompts = []
     if path is not None and path.suffix.lower() in ROWS:
-        try:
-            prompts = [(text, text) for text in load_prompts(path, tokenizer, chat=arguments.chat)]
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"sample: --prompts-file: {str(error).removeprefix('data: ')}") from error
+        read = read_data("sample: --prompts-file", load_prompts, path, tokenizer, chat=arguments.chat)
+        prompts = [(text, text) for text in read]
     elif path is not None:
         try:
             texts += [line for line in read_text(path).splitlines() if line.strip()]

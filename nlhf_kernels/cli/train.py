@@ -21,7 +21,7 @@ from ..core.manifest import kind_of
 from ..core.optional import need, require
 from ..data import load_prompts
 from .errors import BadInput
-from .loading import load_function, show_next
+from .loading import load_function, read_data, show_next
 
 if TYPE_CHECKING:
     from ..train import NashConfig, NashTrainer
@@ -188,10 +188,8 @@ def build(plan: RunFile, args: NashConfig) -> NashTrainer:
 
 def _prompts(place: str, source: str, split: str | None, tokenizer: Any) -> list[dict[str, str]]:
     """Read here, so that an error names the file and the line."""
-    try:
-        return [{"prompt": text} for text in load_prompts(source, tokenizer, split=split)]
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"train: {place}: {str(error).removeprefix('data: ')}") from error
+    texts = read_data(f"train: {place}", load_prompts, source, tokenizer, split=split)
+    return [{"prompt": text} for text in texts]
 
 
 def _policy(plan: RunFile, place: str, name: str) -> Any:

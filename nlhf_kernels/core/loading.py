@@ -6,6 +6,7 @@ it. `place` begins every error: who asks, and the argument that named the model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,8 @@ def loading(place: str, name: str | Path, load: Callable[[str], Loaded], what: s
         with quiet():
             return load(found)
     except Exception as error:  # of many kinds, from many files; the first line of each says what is wrong
-        raise ValueError(f"{place}: cannot load a {what} from {str(name)!r}: {first_line(error)}") from error
+        reason = _bad_file(found) or first_line(error)
+        raise ValueError(f"{place}: cannot load a {what} from {str(name)!r}: {reason}") from error
 
 
 def check_finite(place: str, model: torch.nn.Module, where: str = "") -> None:
@@ -89,6 +91,24 @@ def not_finite(model: torch.nn.Module) -> str | None:
     """The first weight with a NaN or an infinity."""
     weights = ((name, value) for name, value in model.named_parameters() if value.is_floating_point())
     return next((name for name, value in weights if not bool(value.isfinite().all())), None)
+
+
+def _bad_file(folder: str) -> str:
+    """What is wrong with a file of a folder that cannot be loaded; transformers' errors leave its name out."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    for path in files:
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".safetensors":
+                with need("safetensors", "a model").safe_open(path, framework="pt"):
+                    pass
+        except Exception as error:  # of JSON, of Unicode, of safetensors
+            return f"{path} is damaged or incomplete ({first_line(error)}): copy or download it again"
+    pickled = [path.name for path in files if path.suffix in (".bin", ".pt", ".pth")]
+    if pickled and not any(path.suffix == ".safetensors" for path in files):
+        return f"{pickled[0]} is a pickle, which can run code when it is read: expected weights as safetensors"
+    return ""
 
 
 def first_line(error: BaseException) -> str:

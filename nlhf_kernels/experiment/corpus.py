@@ -97,7 +97,10 @@ def _examples(rows: Any) -> list[Example]:
 
 def _pairs(preset: Preset, material: Material, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
     assert material.data is not None
-    pairs = load_pairs(material.data, tokenizer, split=material.split)
+    try:
+        pairs = load_pairs(material.data, tokenizer, split=material.split)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"experiment: --data: {str(error).removeprefix('data: ')}") from error
     chosen = sorted(range(len(pairs)), key=lambda row: (_mixed(pairs[row].prompt), row))[: preset.examples]
     return split_by_prompt([pairs[row] for row in chosen], preset.test_fraction, preset.seed)
 
