@@ -108,16 +108,18 @@ def test_caches_are_separate() -> None:
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
     caches: dict[str, set[int]] = {"policy": set(), "reference": set()}
     alive = []  # an id is unique among living objects only
+    options = {"beta": BETA, "max_new_tokens": 4, "eos_token_id": ()}
+    generate_mixture(policy, reference, prompts()[2][None], **options)  # the look at both models has caches of its own
     for role, model in (("policy", policy), ("reference", reference)):
 
         def remember(module, args, kwargs, role=role) -> None:
-            cache = kwargs[cache_argument(module.forward)]
+            cache = kwargs.get(cache_argument(module.forward))
             if isinstance(cache, StaticRowsCache):  # not the one that only looks at shapes
                 alive.append(cache)
                 caches[role].add(id(cache))
 
         model.register_forward_pre_hook(remember, with_kwargs=True)
-    generate_mixture(policy, reference, prompts()[2][None], beta=BETA, max_new_tokens=4, eos_token_id=())
+    generate_mixture(policy, reference, prompts()[2][None], **options)
     assert len(caches["policy"]) == len(caches["reference"]) == 1
     assert not caches["policy"] & caches["reference"]
 
@@ -143,8 +145,9 @@ def test_the_judge_notices(break_it, lengths, monkeypatch) -> None:
     """One cache for both models, or positions that count padding: the comparison above must fail by far."""
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
     rows = prompts(lengths)
-    break_it(monkeypatch)
     options = {"beta": BETA, "max_new_tokens": 6, "seed": 3, "eos_token_id": ()}
+    generate_mixture(policy, reference, **padded(rows), **options)  # afterwards the engine looks at the models no more
+    break_it(monkeypatch)
     assert worst_error(generate_mixture(policy, reference, **padded(rows), **options), policy, reference, rows) > 0.1
 
 
@@ -153,7 +156,7 @@ def test_padding_that_a_model_reads_is_refused() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    with pytest.raises(ValueError, match="attention_mask: expected prompts of one length; got padding, which the pol"):
+    with pytest.raises(ValueError, match="prompts of one length; got padding: the policy, RwkvForCausalLM, reads it"):
         generate_mixture(model, None, **padded(prompts()), max_new_tokens=2)
     generate_mixture(model, None, prompts()[1][None], max_new_tokens=2)
 
