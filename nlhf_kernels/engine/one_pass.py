@@ -20,6 +20,7 @@ import torch
 from ..core.upstream import plain_lora_layers
 from .models import ModelFacts, evaluating, in_turn, plainly
 from .peft_models import adapted_layers, adapters_off
+from .probes import plain_ids
 
 PADDING, TOKENS = (2, 0, 1), 5  # of the compared texts; TOKENS is no multiple of twice their number
 #: What rounding may do, of the spread of a layer's inputs; vectors in another order move by more than the spread.
@@ -86,9 +87,10 @@ def _is_both(both: torch.Tensor, own: torch.Tensor, base: torch.Tensor, toleranc
 
 
 def _texts(facts: ModelFacts) -> dict[str, torch.Tensor]:
-    rows = len(PADDING)
-    ids = torch.arange(rows * TOKENS, dtype=torch.int64, device=facts.device).view(rows, TOKENS) * 7 % facts.vocabulary
-    padding = torch.tensor(PADDING, dtype=torch.int64, device=facts.device)
+    """Padded where the model may be given padding."""
+    count = len(PADDING) * TOKENS
+    ids = plain_ids(facts).repeat(count)[:count].view(-1, TOKENS)
+    padding = torch.tensor(PADDING, dtype=torch.int64, device=facts.device) * (facts.padding is None)
     mask = (torch.arange(TOKENS, dtype=torch.int64, device=facts.device) >= padding[:, None]).long()
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 

@@ -119,7 +119,7 @@ def _windows(config: Any) -> list[int]:
     return [size for size in sizes if size > 0]
 
 
-def _ids(facts: ModelFacts) -> torch.Tensor:
+def plain_ids(facts: ModelFacts) -> torch.Tensor:
     """Different tokens, none of them special by the configuration: images, ends and the like have ways of their own."""
     config: Any = facts.model.config
     named = {**config.to_dict(), **config.get_text_config(decoder=True).to_dict()}
@@ -195,7 +195,7 @@ def _examine(facts: ModelFacts, may_replace_attention: bool) -> Findings:
 
 def _read(facts: ModelFacts) -> _Text | str:
     """The text, or why there is none with which anything could be compared."""
-    ids = _ids(facts)
+    ids = plain_ids(facts)
     half = len(ids) // 2
     changed = torch.cat([ids[:half], torch.full_like(ids[half:], _pad(facts))])
     with _precisions(facts.model) as seen:
