@@ -131,10 +131,12 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path) -> None:
     ):
         shutil.copytree(tmp_path / "judge", tmp_path / name)
         shutil.rmtree(tmp_path / name / "adapter")
+        (tmp_path / name / "nlhf_manifest.json").unlink()  # it would say so before
         damaged(tmp_path / "judge" / "adapter", tmp_path / name / "adapter", change)
         with pytest.raises(ValueError, match=f"preference: .*{message}"):
             load_preference_model(tmp_path / name)
     shutil.rmtree(tmp_path / "judge" / "adapter")
+    (tmp_path / "judge" / "nlhf_manifest.json").unlink()
     with pytest.raises(ValueError, match=r"preference: there is no such folder: .*adapter"):
         load_preference_model(tmp_path / "judge")
     with pytest.raises(ValueError, match=r"add_adapter: expected a model without an adapter; got one that has one"):
