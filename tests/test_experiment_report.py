@@ -208,3 +208,5 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "corpus" / "stage.json").touch()
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
+    assert main(["demo", "--restart", "--out", str(tmp_path)]) == 130
+    assert "the same command without --restart goes on" in capsys.readouterr().err

@@ -59,7 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def left(arguments: argparse.Namespace) -> str:
     stages = arguments.out.glob("**/stage.json")
-    return "the same command goes on after the last finished stage" if any(stages) else "no stage was finished"
+    if not any(stages):
+        return "no stage was finished"
+    command = "the same command without --restart" if arguments.restart else "the same command"
+    return f"{command} goes on after the last finished stage"
 
 
 def _preset(name: str) -> Preset:

@@ -26,8 +26,8 @@ CODES = {
     FAILED: "failed at work: memory or disk ran out, or an error that was not foreseen (please report it)",
     REFUSED: "refused: an option, a file, a model or a judge that cannot be used; one line says which and why",
     INTERRUPTED: "Ctrl-C; one line says what is left to go on from",
-    STOPPED: "SIGTERM: the update is finished or abandoned and a checkpoint written; one line says what is left",
     CLOSED: "the reader of the output closed it, as `| head` does",
+    STOPPED: "SIGTERM: the update is finished or abandoned and a checkpoint written; one line says what is left",
 }
 LONGEST = 1500  # characters of an error's line
 _FULL = re.compile(r"No space left|StorageFull|Disk quota|PytorchStreamWriter failed writing", re.I)
