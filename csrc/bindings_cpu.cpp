@@ -1,7 +1,8 @@
 // The Python module `_cpu`: raw pointers in, kernels of the best level this machine runs behind.
 //
-// Nothing of torch is included or linked, so one binary serves every torch version. Shapes, dtypes and devices were
-// checked in Python (core/checks.py); what arrives here is trusted.
+// Nothing of torch is included or linked, so one binary serves every torch version. Operators have checked shapes,
+// dtypes and devices (core/checks.py); here the numbers that kernels index with are bounded once more. Tuples are read
+// under Python's lock, the work is done without it (common/binding.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,7 +11,7 @@
 #include "logprobs/logprobs_binding.h"
 #include "mirror_descent/mirror_descent_binding.h"
 #include "mixture_sample/mixture_sample_binding.h"
-#include "row_uniforms/row_uniforms.h"
+#include "row_uniforms/row_uniforms_binding.h"
 
 namespace py = pybind11;
 
@@ -23,30 +24,30 @@ T* pointer(std::uintptr_t address) {
 
 void row_uniforms(std::uintptr_t seed, int64_t seed_stride, std::uintptr_t row_ids, std::uintptr_t step,
                   int64_t step_stride, uint32_t stream, int64_t rows, std::uintptr_t out, int threads) {
-  const nlhf::RowUniforms problem{pointer<const int64_t>(seed), seed_stride,  pointer<const int64_t>(row_ids),
-                                  pointer<const int64_t>(step), step_stride,  stream,
-                                  rows,                         pointer<double>(out)};
-  NLHF_DISPATCH(row_uniforms, problem, threads)
+  const auto problem = nlhf::row_uniforms_problem(seed, seed_stride, row_ids, step, step_stride, stream, rows, out);
+  nlhf::interruptibly(rows, 1, threads, [&](nlhf::Part part) { NLHF_DISPATCH(row_uniforms, problem, part, threads) });
 }
 
 void mirror_descent(bool is_double, std::uintptr_t log_policy, std::uintptr_t preference,
                     std::uintptr_t log_reference, std::uintptr_t tau, int64_t tau_stride, std::uintptr_t step_sizes,
                     int64_t games, int64_t actions, int64_t iterations, int opponent, std::uintptr_t log_opponent,
                     std::uintptr_t out, int threads) {
+  const double cost = static_cast<double>(actions) * actions * (iterations + 1);
   if (is_double) {
     const auto problem =
         nlhf::mirror_descent_problem<double>(log_policy, preference, log_reference, tau, tau_stride, step_sizes, games,
                                              actions, iterations, opponent, log_opponent, out);
-    NLHF_DISPATCH(mirror_descent_f64, problem, threads)
+    nlhf::interruptibly(games, cost, threads,
+                        [&](nlhf::Part part) { NLHF_DISPATCH(mirror_descent_f64, problem, part, threads) });
   } else {
     const auto problem =
         nlhf::mirror_descent_problem<float>(log_policy, preference, log_reference, tau, tau_stride, step_sizes, games,
                                             actions, iterations, opponent, log_opponent, out);
-    NLHF_DISPATCH(mirror_descent_f32, problem, threads)
+    nlhf::interruptibly(games, cost, threads,
+                        [&](nlhf::Part part) { NLHF_DISPATCH(mirror_descent_f32, problem, part, threads) });
   }
 }
 
-// The tuple of models is read while Python's lock is held; the work is done without it.
 void mixture_sample(const py::tuple& models, std::uintptr_t settings, int64_t settings_stride, bool filtered,
                     std::uintptr_t bias, int64_t bias_stride, std::uintptr_t uniforms, std::uintptr_t seed,
                     int64_t seed_stride, std::uintptr_t row_ids, std::uintptr_t step, int64_t step_stride,
@@ -55,18 +56,18 @@ void mixture_sample(const py::tuple& models, std::uintptr_t settings, int64_t se
   const nlhf::MixtureSample problem = nlhf::mixture_sample_problem(
       models, settings, settings_stride, filtered, bias, bias_stride, uniforms, seed, seed_stride, row_ids, step,
       step_stride, stream, rows, vocabulary, wanted, tokens, logprobs, ok);
-  const py::gil_scoped_release unlocked;
-  NLHF_DISPATCH(mixture_sample, problem, threads)
+  const double cost = static_cast<double>(vocabulary) * problem.models * (filtered ? 8 : 2);
+  nlhf::interruptibly(rows, cost, threads,
+                      [&](nlhf::Part part) { NLHF_DISPATCH(mixture_sample, problem, part, threads) });
 }
 
-// As for mixture_sample: tuples are read under Python's lock, the work is done without it.
 void logprobs(const py::tuple& policy, const py::tuple& reference, std::uintptr_t targets, std::uintptr_t beta,
               int64_t beta_stride, double temperature, uint32_t wanted, int64_t rows, int64_t vocabulary,
               std::uintptr_t values, std::uintptr_t normalizers, int threads) {
   const nlhf::Logprobs problem = nlhf::logprobs_problem(policy, reference, targets, beta, beta_stride, temperature,
                                                         wanted, rows, vocabulary, values, normalizers);
-  const py::gil_scoped_release unlocked;
-  NLHF_DISPATCH(logprobs, problem, threads)
+  const double cost = 2.0 * static_cast<double>(vocabulary);
+  nlhf::interruptibly(rows, cost, threads, [&](nlhf::Part part) { NLHF_DISPATCH(logprobs, problem, part, threads) });
 }
 
 void logprobs_backward(const py::tuple& policy, const py::tuple& reference, std::uintptr_t targets,
@@ -75,9 +76,11 @@ void logprobs_backward(const py::tuple& policy, const py::tuple& reference, std:
                        std::uintptr_t out, int64_t out_stride, int threads) {
   const nlhf::Logprobs forward = nlhf::logprobs_problem(policy, reference, targets, beta, beta_stride, temperature,
                                                         wanted, rows, vocabulary, values, normalizers);
+  nlhf::require(rows == 0 || (upstream != 0 && out != 0), "logprobs_backward: upstream, out: expected addresses");
   const nlhf::LogprobsBackward problem{forward, pointer<const float>(upstream), pointer<void>(out), out_stride};
-  const py::gil_scoped_release unlocked;
-  NLHF_DISPATCH(logprobs_backward, problem, threads)
+  const double cost = 2.0 * static_cast<double>(vocabulary);
+  nlhf::interruptibly(rows, cost, threads,
+                      [&](nlhf::Part part) { NLHF_DISPATCH(logprobs_backward, problem, part, threads) });
 }
 
 void decode_attention(int dtype, const std::array<std::uintptr_t, 3>& tensors,
@@ -87,7 +90,9 @@ void decode_attention(int dtype, const std::array<std::uintptr_t, 3>& tensors,
                       int threads) {
   const nlhf::DecodeAttention problem = nlhf::decode_attention_problem(
       dtype, tensors, key_strides, value_strides, starts, ends, sinks, sizes, scale, softcap, out);
-  NLHF_DISPATCH(decode_attention, problem, threads)
+  const double cost = static_cast<double>(problem.heads) * problem.positions * (problem.dim + problem.value_dim);
+  nlhf::interruptibly(problem.rows, cost, threads,
+                      [&](nlhf::Part part) { NLHF_DISPATCH(decode_attention, problem, part, threads) });
 }
 
 const char* level_name(nlhf::Level level) {
@@ -125,13 +130,12 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "C++ kernels for the CPU; called by nlhf_kernels.ops, not by users";
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.def("row_uniforms", &row_uniforms, Unlocked());
-  module.def("mirror_descent", &mirror_descent, Unlocked());
+  module.def("row_uniforms", &row_uniforms);
+  module.def("mirror_descent", &mirror_descent);
   module.def("mixture_sample", &mixture_sample);
   module.def("logprobs", &logprobs);
   module.def("logprobs_backward", &logprobs_backward);
-  module.def("decode_attention", &decode_attention, Unlocked());
+  module.def("decode_attention", &decode_attention);
   module.def("build_info", &build_info);
   module.def("best_level", [] { return level_name(nlhf::best_level()); });
   module.def("active_level", [] { return level_name(nlhf::active_level()); });

@@ -1,8 +1,8 @@
 // The Python module `_cuda`: raw device pointers and a stream in, kernels launched on the current device behind.
 //
 // Compiled by the host compiler alone; nothing of torch is included or linked, so one binary serves every torch
-// version, and nothing of CUDA is called at import, so the module imports where there is no driver. Shapes, dtypes and
-// devices were checked in Python (core/checks.py); what arrives here is trusted.
+// version, and nothing of CUDA is called at import, so the module imports where there is no driver. Operators have
+// checked shapes, dtypes and devices (core/checks.py); here the numbers that kernels index with are bounded once more.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
@@ -11,7 +11,7 @@
 
 #include "mirror_descent/mirror_descent_binding.h"
 #include "mixture_sample/mixture_sample_binding.h"
-#include "row_uniforms/row_uniforms.h"
+#include "row_uniforms/row_uniforms_binding.h"
 
 namespace py = pybind11;
 
@@ -31,9 +31,7 @@ void require_success(const char* operation, int status) {
 void row_uniforms(std::uintptr_t seed, int64_t seed_stride, std::uintptr_t row_ids, std::uintptr_t step,
                   int64_t step_stride, uint32_t stream_id, int64_t rows, std::uintptr_t out,
                   std::uintptr_t cuda_stream) {
-  const nlhf::RowUniforms problem{pointer<const int64_t>(seed), seed_stride,  pointer<const int64_t>(row_ids),
-                                  pointer<const int64_t>(step), step_stride,  stream_id,
-                                  rows,                         pointer<double>(out)};
+  const auto problem = nlhf::row_uniforms_problem(seed, seed_stride, row_ids, step, step_stride, stream_id, rows, out);
   require_success("row_uniforms", nlhf::row_uniforms_cuda(problem, pointer<void>(cuda_stream)));
 }
 

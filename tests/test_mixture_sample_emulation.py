@@ -246,6 +246,6 @@ def test_rows_that_begin_anywhere_and_end_anywhere(dtype, vocabulary) -> None:
 
 
 def test_too_long_a_row_is_an_error(emulation) -> None:
-    models = ((0, 0, 2**31),)
+    models = ((8, 0, 2**31),)  # 8: an address that is not looked at
     with pytest.raises(RuntimeError, match=r"mixture_sample: CUDA error 1 \(invalid argument\)"):
-        emulation.module.mixture_sample(models, 0, 0, False, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2**31, 0, 0, 0, 0, 0, 0, 0)
+        emulation.module.mixture_sample(models, 8, 0, False, 0, 0, 8, 0, 0, 0, 0, 0, 0, 1, 2**31, 0, 8, 8, 8, 0, 0, 0)

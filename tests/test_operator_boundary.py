@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import nlhf_kernels
-from nlhf_kernels.core import settings
+from nlhf_kernels.core import capabilities, settings
 from nlhf_kernels.core.registry import BackendUnavailable
 from tests.support.backends import DEVICE, device_of, every_rival
 from tests.test_operators import ROOMS, WITH_OPERATORS, recorded_operator_calls
@@ -224,3 +224,43 @@ def test_the_default_dtype_changes_nothing(op, backend, default_dtype) -> None:
             if isinstance(one, torch.Tensor):
                 assert one.dtype == other.dtype
                 torch.testing.assert_close(other, one, equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["_cpu", "_cuda"])
+def test_the_modules_bound_what_they_index(name) -> None:
+    """The numbers are refused before an address is used."""
+    if reason := capabilities.native_missing(name):
+        pytest.skip(reason)
+    module, last = capabilities.native(name), (1,) if name == "_cpu" else (0,)  # threads; a stream
+    at = 64  # an address that nothing lies at
+    model = (at, 0, 5)
+    sampler = {
+        "models": (model, model), "settings": at, "settings_stride": 0, "filtered": False, "bias": 0, "bias_stride": 0,
+        "uniforms": at, "seed": 0, "seed_stride": 0, "row_ids": 0, "step": 0, "step_stride": 0, "stream": 0,
+        "rows": 1, "vocabulary": 5, "wanted": 7, "tokens": at, "logprobs": at, "ok": at,
+    }  # fmt: skip
+    workspace = () if name == "_cpu" else (at, at)
+    for change, message in (
+        ({"models": (model,) * 64}, "models: expected 1 to 4"),
+        ({"models": ()}, "models: expected 1 to 4"),
+        ({"models": (model, (at, 3, 5))}, "dtype: expected"),
+        ({"settings_stride": 5}, "settings_stride: expected 0 or 4"),
+        ({"settings": 0}, "expected addresses"),
+        ({"uniforms": 0}, "expected addresses, or uniforms"),
+        ({"vocabulary": 0}, "vocabulary: expected"),
+    ):
+        with pytest.raises(ValueError, match=f"mixture_sample: .*{message}"):
+            module.mixture_sample(*{**sampler, **change}.values(), *workspace, *last)
+    with pytest.raises(ValueError, match="row_uniforms: rows: expected"):
+        module.row_uniforms(at, 0, at, at, 0, 0, -1, at, *last)
+    with pytest.raises(ValueError, match="mirror_descent: opponent: expected"):
+        module.mirror_descent(False, at, at, at, at, 0, at, 1, 2, 3, 7, 0, at, *last)
+    with pytest.raises(ValueError, match="mirror_descent: log_opponent: expected"):
+        module.mirror_descent(True, at, at, at, at, 0, at, 1, 2, 3, 2, 0, at, *last)
+    if name == "_cpu":
+        scored, nothing = (at, 0, 5, 1.0, 0.0), (0, 0, 0, 1.0, 0.0)
+        with pytest.raises(ValueError, match="logprobs: wanted: KL and mixture need"):
+            module.logprobs(scored, nothing, at, 0, 0, 1.0, 2, 1, 5, at, at, 1)
+        sizes = (1, 3, 2, 4, 8, 8, 1)
+        with pytest.raises(ValueError, match="decode_attention: heads: expected a multiple"):
+            module.decode_attention(0, (at, at, at), (0, 0, 8), (0, 0, 8), 0, at, 0, sizes, 1.0, 0.0, at, 1)

@@ -303,11 +303,11 @@ void attend(const DecodeAttention& p, int64_t row, int64_t kv_head, const Scratc
 }
 
 template <typename Element>
-void attend_all(const DecodeAttention& p, int threads) {
+void attend_all(const DecodeAttention& p, Part rows, int threads) {
   bool out_of_memory = false;
-  const int64_t pairs = p.rows * p.kv_heads;
+  const int64_t pairs = rows.count() * p.kv_heads;
   // Waking threads takes microseconds: about what this many multiply-adds take on one.
-  const bool worth_sharing = p.rows * p.heads * p.positions * (p.dim + p.value_dim) > (int64_t{1} << 17);
+  const bool worth_sharing = rows.count() * p.heads * p.positions * (p.dim + p.value_dim) > (int64_t{1} << 17);
 #pragma omp parallel num_threads(threads) if (threads > 1 && pairs > 1 && worth_sharing)
   {
     const Scratch scratch(p);
@@ -317,7 +317,7 @@ void attend_all(const DecodeAttention& p, int threads) {
     }
 #pragma omp for schedule(dynamic)
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      if (scratch.complete()) attend<Element>(p, pair / p.kv_heads, pair % p.kv_heads, scratch);
+      if (scratch.complete()) attend<Element>(p, rows.first + pair / p.kv_heads, pair % p.kv_heads, scratch);
     }
   }
   if (out_of_memory) throw std::bad_alloc();
@@ -325,11 +325,11 @@ void attend_all(const DecodeAttention& p, int threads) {
 
 }  // namespace
 
-void decode_attention(const DecodeAttention& problem, int threads) {
+void decode_attention(const DecodeAttention& problem, Part rows, int threads) {
   switch (problem.dtype) {
-    case CacheDtype::bf16: return attend_all<Bf16>(problem, threads);
-    case CacheDtype::f16: return attend_all<F16>(problem, threads);
-    default: return attend_all<float>(problem, threads);
+    case CacheDtype::bf16: return attend_all<Bf16>(problem, rows, threads);
+    case CacheDtype::f16: return attend_all<F16>(problem, rows, threads);
+    default: return attend_all<float>(problem, rows, threads);
   }
 }
 

@@ -3,13 +3,16 @@
 
 #include <pybind11/pybind11.h>
 
+#include "../common/binding.h"
 #include "logprobs.h"
 
 namespace nlhf {
 
 // A model as (address, type, row stride, scale, softcap); the address is 0 where there is none.
 inline ModelLogits model_logits(const pybind11::tuple& model) {
-  return {reinterpret_cast<const void*>(model[0].cast<std::uintptr_t>()), static_cast<LogitType>(model[1].cast<int>()),
+  const int type = model[1].cast<int>();
+  require(type >= 0 && type <= 2, "logprobs: type: expected 0, 1 or 2");
+  return {reinterpret_cast<const void*>(model[0].cast<std::uintptr_t>()), static_cast<LogitType>(type),
           model[2].cast<int64_t>(), model[3].cast<float>(), model[4].cast<float>()};
 }
 
@@ -21,6 +24,13 @@ inline Logprobs logprobs_problem(const pybind11::tuple& policy, const pybind11::
   Logprobs problem{};
   problem.policy = model_logits(policy);
   problem.reference = model_logits(reference);
+  require(rows >= 0 && vocabulary >= 1, "logprobs: rows, vocabulary: expected at least 0 and 1");
+  require(rows == 0 || (problem.policy.data != nullptr && targets != 0 && values != 0 && normalizers != 0),
+          "logprobs: policy, targets, values, normalizers: expected addresses");
+  require(rows == 0 || problem.reference.data != nullptr || (wanted & (kWantKl | kWantMixture)) == 0,
+          "logprobs: wanted: KL and mixture need the reference");
+  require(rows == 0 || beta != 0 || (wanted & kWantMixture) == 0, "logprobs: wanted: the mixture needs beta");
+  require(beta_stride >> 1 == 0, "logprobs: beta_stride: expected 0 or 1");
   problem.targets = reinterpret_cast<const int64_t*>(targets);
   problem.beta = reinterpret_cast<const float*>(beta);
   problem.beta_stride = beta_stride;

@@ -238,26 +238,26 @@ void backward_row(const LogprobsBackward& p, int64_t row, Scratch& scratch) {
 }
 
 template <auto one_row, typename Problem>
-void over_rows(const Problem& problem, int64_t rows, int64_t vocabulary, int threads) {
+void over_rows(const Problem& problem, Part rows, int64_t vocabulary, int threads) {
   // Waking threads takes microseconds: about what this many exponentials take on one.
-  const bool worth_sharing = rows * vocabulary > (int64_t{1} << 15);
+  const bool worth_sharing = rows.count() * vocabulary > (int64_t{1} << 15);
   const int64_t chunk = vocabulary < 4096 ? 8 : 1;  // rows may be ignored in runs; short ones are not handed out singly
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1 && worth_sharing)
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows.count() > 1 && worth_sharing)
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic, chunk)
-    for (int64_t row = 0; row < rows; ++row) one_row(problem, row, scratch);
+    for (int64_t row = rows.first; row < rows.last; ++row) one_row(problem, row, scratch);
   }
 }
 
 }  // namespace
 
-void logprobs(const Logprobs& problem, int threads) {
-  over_rows<forward_row>(problem, problem.rows, problem.vocabulary, threads);
+void logprobs(const Logprobs& problem, Part rows, int threads) {
+  over_rows<forward_row>(problem, rows, problem.vocabulary, threads);
 }
 
-void logprobs_backward(const LogprobsBackward& problem, int threads) {
-  over_rows<backward_row>(problem, problem.forward.rows, problem.forward.vocabulary, threads);
+void logprobs_backward(const LogprobsBackward& problem, Part rows, int threads) {
+  over_rows<backward_row>(problem, rows, problem.forward.vocabulary, threads);
 }
 
 }  // namespace NLHF_LEVEL

@@ -297,12 +297,12 @@ void solve_game(const MirrorDescent<Real>& p, int64_t game, const Scratch<Real>&
 }
 
 template <typename Real>
-void solve(const MirrorDescent<Real>& problem, int threads) {
+void solve(const MirrorDescent<Real>& problem, Part games, int threads) {
   const MirrorDescent<Real> p = problem;
   bool out_of_memory = false;
   // Waking threads takes microseconds: about what this many multiply-adds take on one.
-  const bool worth_sharing = p.games * p.actions * p.actions * (p.iterations + 1) > (int64_t{1} << 16);
-#pragma omp parallel num_threads(threads) if (threads > 1 && p.games > 1 && worth_sharing)
+  const bool worth_sharing = games.count() * p.actions * p.actions * (p.iterations + 1) > (int64_t{1} << 16);
+#pragma omp parallel num_threads(threads) if (threads > 1 && games.count() > 1 && worth_sharing)
   {
     const Scratch<Real> scratch(p.actions);
     if (scratch.memory == nullptr) {
@@ -310,7 +310,7 @@ void solve(const MirrorDescent<Real>& problem, int threads) {
       out_of_memory = true;
     }
 #pragma omp for schedule(static)
-    for (int64_t game = 0; game < p.games; ++game) {
+    for (int64_t game = games.first; game < games.last; ++game) {
       if (scratch.memory != nullptr) solve_game(p, game, scratch);
     }
   }
@@ -319,8 +319,12 @@ void solve(const MirrorDescent<Real>& problem, int threads) {
 
 }  // namespace
 
-void mirror_descent_f32(const MirrorDescent<float>& problem, int threads) { solve(problem, threads); }
-void mirror_descent_f64(const MirrorDescent<double>& problem, int threads) { solve(problem, threads); }
+void mirror_descent_f32(const MirrorDescent<float>& problem, Part games, int threads) {
+  solve(problem, games, threads);
+}
+void mirror_descent_f64(const MirrorDescent<double>& problem, Part games, int threads) {
+  solve(problem, games, threads);
+}
 
 }  // namespace NLHF_LEVEL
 }  // namespace nlhf

@@ -331,11 +331,11 @@ int this_thread() {
 #endif
 }
 
-void sample_rows(const MixtureSample& p, int threads) {
+void sample_rows(const MixtureSample& p, Part rows, int threads) {
   const int64_t tiles = tiles_of(p.vocabulary);
   const Memory memory(p.vocabulary, p.filtered, threads, threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < p.rows; ++row) {
+  for (int64_t row = rows.first; row < rows.last; ++row) {
     const RowPlan plan = plan_row(p, row);
     const RowSpace space = memory.space(this_thread());
     TileScratch& scratch = memory.scratch(this_thread());
@@ -344,11 +344,11 @@ void sample_rows(const MixtureSample& p, int threads) {
   }
 }
 
-void sample_by_tiles(const MixtureSample& p, int threads) {
+void sample_by_tiles(const MixtureSample& p, Part rows, int threads) {
   const int64_t tiles = tiles_of(p.vocabulary);
   const Memory memory(p.vocabulary, p.filtered, threads, 1);
   const RowSpace space = memory.space(0);
-  for (int64_t row = 0; row < p.rows; ++row) {
+  for (int64_t row = rows.first; row < rows.last; ++row) {
     const RowPlan plan = plan_row(p, row);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -360,11 +360,11 @@ void sample_by_tiles(const MixtureSample& p, int threads) {
 
 }  // namespace
 
-void mixture_sample(const MixtureSample& problem, int threads) {
+void mixture_sample(const MixtureSample& problem, Part rows, int threads) {
   constexpr int64_t kWorthAThread = 32768;  // elements; starting threads costs about as much as surveying these
-  if (threads < 1 || problem.rows * problem.vocabulary < kWorthAThread) threads = 1;
-  if (problem.rows >= threads) return sample_rows(problem, threads);
-  sample_by_tiles(problem, threads);
+  if (threads < 1 || rows.count() * problem.vocabulary < kWorthAThread) threads = 1;
+  if (rows.count() >= threads) return sample_rows(problem, rows, threads);
+  sample_by_tiles(problem, rows, threads);
 }
 
 }  // namespace NLHF_LEVEL
