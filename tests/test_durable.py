@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -189,6 +190,22 @@ def test_two_experiments_do_not_meet(tmp_path, capsys, monkeypatch) -> None:
     finally:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_a_full_disk_ends_a_training_with_one_sentence(root, capfd, strategy) -> None:
+    """While the policy or a checkpoint is written; a limit on the size of files stands in for the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        code = train("--set", f"training.save_strategy='{strategy}'", "--set", "training.save_steps=1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    place = {"no": root / "out" / "policy", "steps": "out/checkpoint-1"}[strategy]
+    assert code == 1, line
+    assert f"nlhf-kernels: error: train: {place}: cannot be written: the limit on a file's size is re" in line
+    assert list((root / "out").iterdir()) == [], "nothing half-written, no lock"
 
 
 def test_output_files_keep_their_mode_and_streams_are_written_to(root, capsys) -> None:
