@@ -57,7 +57,11 @@ def make(name: str, **options) -> torch.nn.Module:
             projection_dim=32,
             image_token_index=90,
         )
-        return random_model(config, 1, transformers.PaliGemmaForConditionalGeneration)
+        model = random_model(config, 1, transformers.PaliGemmaForConditionalGeneration)
+        ids = torch.arange(3, 15)[None]
+        if not torch.allclose(model(ids).logits[:, :4], model(ids[:, :4]).logits, atol=1e-3):
+            pytest.skip("this transformers reads PaliGemma's text in both directions, which is refused")
+        return model
     return random_model(ODD[name](32), 1) if name in ODD else tiny(name)
 
 
@@ -166,7 +170,12 @@ def _told_no_window(attention: torch.nn.Module):
 def test_padding_is_refused_where_it_changes_anything(name, use_cache, what) -> None:
     """XLM attends to it; Llama 4 counts it, once there are `floor_scale` slots; GIT reads it in steps."""
     model = make(name)
-    engine = RolloutEngine(model, use_cache=use_cache)
+    try:
+        engine = RolloutEngine(model, use_cache=use_cache)
+    except TypeError:
+        if name != "git":
+            raise
+        pytest.skip("GIT of this transformers fails on text alone")
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     with pytest.raises(ValueError, match=f"expected prompts of one length; got padding: the policy, {what}"):
         engine.rollout(**padded(prompts((5, 6))), players=(Player(),), settings=settings(3))
