@@ -15,6 +15,7 @@ import torch
 
 from ..core.checks import check_integer, check_number
 from ..core.identity import describe
+from ..core.stopping import Stopped
 from ..core.text import shown
 from .models import ComparisonModel, RewardModel
 
@@ -71,7 +72,7 @@ class CheckedJudge:
             return torch.empty(0, dtype=torch.float64, device="cpu")
         try:
             returned = self.judge(list(prompts), list(first), list(second))
-        except JudgeError:
+        except (JudgeError, Stopped):
             raise  # of a judge inside this one, which it names
         except (Exception, SystemExit) as error:  # sys.exit in a judge would pass for the end of a finished run
             problem = f"raised {type(error).__name__}: {error} on {len(batch.prompts)} pairs, the first {batch.show(0)}"
