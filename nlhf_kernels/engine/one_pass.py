@@ -20,12 +20,11 @@ import torch
 from ..core.upstream import plain_lora_layers
 from .models import ModelFacts, evaluating, in_turn, plainly
 from .peft_models import adapted_layers, adapters_off
-from .probes import plain_ids
+from .probes import exact_products, plain_ids, precisions
 
 PADDING, TOKENS = (2, 0, 1), 5  # of the compared texts; TOKENS is no multiple of twice their number
 #: What rounding may do, of the spread of a layer's inputs; vectors in another order move by more than the spread.
-MOVED = {torch.float32: 0.02, torch.float64: 0.02}  # products of float32 may be TF32's
-MOVED_IN_HALVES = 0.2
+ROUNDING, ROUNDING_OF_HALVES = 0.01, 0.2
 
 
 class RowsMixedError(RuntimeError):
@@ -62,7 +61,10 @@ def why_one_pass_differs(policy: Any, facts: ModelFacts) -> str | None:
     layers, texts = adapted_layers(policy), _texts(facts)
     rows = len(texts["input_ids"])
     twice = {name: torch.cat([value, value]) for name, value in texts.items()}
-    with in_turn(facts.model), plainly(facts.device), evaluating(facts.model), _strong(layers):
+    with (
+        in_turn(facts.model), plainly(facts.device), evaluating(facts.model), exact_products(), _strong(layers),
+        precisions(facts.model) as dtypes,
+    ):  # fmt: skip
         own = _seen(facts, layers, texts)
         with adapters_off(policy):
             base = _seen(facts, layers, texts)
@@ -71,7 +73,7 @@ def why_one_pass_differs(policy: Any, facts: ModelFacts) -> str | None:
                 both = _seen(facts, layers, twice)
         except RowsMixedError as error:
             return str(error)
-    tolerance = MOVED.get(facts.dtype, MOVED_IN_HALVES)
+    tolerance = ROUNDING if dtypes <= {torch.float32, torch.float64} else ROUNDING_OF_HALVES
     if len(own) == len(base) == len(both) and all(map(_is_both, both, own, base, [tolerance] * len(both))):
         return None
     return f"{facts.name} mixes the rows of a batch on their way to an adapted layer"

@@ -71,7 +71,7 @@ def _remembered(facts: ModelFacts, question: tuple[Any, ...], answer: Callable[[
         key = *question, facts.layers, facts.dtype, facts.device, wrapper, *chosen
         known = _found.setdefault(facts.model, {})
         if key not in known:
-            with plainly(facts.device), evaluating(facts.model), _exact_products():
+            with plainly(facts.device), evaluating(facts.model), exact_products():
                 known[key] = answer()
         return known[key]
 
@@ -81,7 +81,7 @@ def _is_meta(model: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
+def exact_products() -> Iterator[None]:
     """float32 products as float32: TF32 would hide small effects in its rounding."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -158,7 +158,7 @@ def _whole(facts: ModelFacts, ids: torch.Tensor, positions: bool) -> torch.Tenso
 
 
 @contextmanager
-def _precisions(model: torch.nn.Module) -> Iterator[set[torch.dtype]]:
+def precisions(model: torch.nn.Module) -> Iterator[set[torch.dtype]]:
     """The dtypes of what modules give, an autocast of the model's own included."""
     seen: set[torch.dtype] = set()
 
@@ -198,7 +198,7 @@ def _read(facts: ModelFacts) -> _Text | str:
     ids = plain_ids(facts)
     half = len(ids) // 2
     changed = torch.cat([ids[:half], torch.full_like(ids[half:], _pad(facts))])
-    with _precisions(facts.model) as seen:
+    with precisions(facts.model) as seen:
         both = _whole(facts, torch.stack([ids, changed]), positions=False)
     exact = {torch.float32, torch.float64}
     text = _Text(ids, both[0], halves=not {facts.dtype, *seen} <= exact)
