@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -21,7 +22,7 @@ from nlhf_kernels.integrations.trl import NashMDConfig, NashMDTrainer
 from nlhf_kernels.integrations.trl.config import REFUSED
 from nlhf_kernels.train import NashTrainer
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
-from tests.support.training import PROMPTS, gradients, history, likes_e, lora, single_thread  # noqa: F401
+from tests.support.training import PROMPTS, checkpoints, gradients, history, likes_e, lora, single_thread  # noqa: F401
 from tests.support.training import make_trainer as make_nash_trainer
 from tests.support.trl import ARGUMENTS, OPTIONS, default, make_config, make_trainer, reward_model
 
@@ -56,6 +57,7 @@ def test_the_command_line_parser_of_transformers_reads_the_options() -> None:
     line = ["--output_dir", "x", "--mixture_coef", "0.5", "0.25", "--beta", "0.2", "--use_cpu", "--bf16", "false"]
     (args,) = transformers.HfArgumentParser(NashMDConfig).parse_args_into_dataclasses(line)
     assert (args.mixture_coef, args.beta, args.temperature) == ([0.5, 0.25], 0.2, 0.9)
+    assert (args.nash_config(0.0).beta, args.nash_config(0.0).tau) == ([0.5, 0.25], 0.2)
 
 
 def test_what_the_options_mean(tmp_path) -> None:
@@ -79,6 +81,10 @@ def test_an_attribute_that_is_set_later_counts(tmp_path) -> None:
     given.learning_rate, given.beta, given.report_to = 1e-3, [0.3], ["tensorboard"]
     meant = given.nash_config(0.0)
     assert (meant.learning_rate, meant.tau, meant.report_to) == (1e-3, 0.3, ["tensorboard"])
+    assert meant.activation_checkpointing if "activation_checkpointing" in vars(meant) else meant.gradient_checkpointing
+    given.gradient_checkpointing, given.gradient_checkpointing_kwargs = False, {"use_reentrant": True}
+    meant, name = given.nash_config(0.0), next(iter(checkpoints(True)))
+    assert (getattr(meant, name), getattr(meant, f"{name}_kwargs")) == (False, {"use_reentrant": True})
     given.use_vllm = True
     with pytest.raises(ValueError, match=r"NashMDConfig: use_vllm: expected False, as .*; got True"):
         given.nash_config(0.0)
@@ -101,6 +107,7 @@ def test_options_that_cannot_be_honoured_are_refused(name, tmp_path) -> None:
         ({"max_length": 7}, "max_length: expected room for a prompt, 8 or more with max_new_tokens=6; got 7"),
         ({"max_length": None}, "max_length: expected an integer; got NoneType"),
         ({"min_p": 2.0}, r"min_p: expected a finite number in \[0.0, 1.0\]; got 2.0"),
+        ({"generation_kwargs": '{"top_k": 3}'}, "generation_kwargs: expected a dict; got str"),
         ({"generation_kwargs": {"num_beams": 4}}, "generation_kwargs: expected keys of .*; got 'num_beams'"),
     ],
 )
@@ -134,7 +141,9 @@ def test_lists_go_by_epoch(tmp_path) -> None:
     """16 prompts, 4 an update: a new epoch every 4 updates, fractions of one in between."""
     trainer = make_trainer(tmp_path, judge=likes_e, mixture_coef=[0.5, 0.25], beta=[0.1, 0.2], max_steps=6)
     trainer.train()
-    assert history(trainer, "beta", "tau") == [(0.5, 0.1)] * 4 + [(0.25, 0.2)] * 2
+    assert history(trainer, "mixture_coef", "beta") == [(0.5, 0.1)] * 4 + [(0.25, 0.2)] * 2
+    assert (trainer.mixture_coef, trainer.beta) == (0.25, 0.2)
+    assert "tau" not in trainer.state.log_history[0]
 
 
 def test_min_p_reaches_the_sampler(tmp_path) -> None:
@@ -252,12 +261,51 @@ def test_arguments_that_cannot_be_honoured_are_refused(name, tmp_path) -> None:
 
 
 def test_wrong_arguments_are_named(tmp_path) -> None:
-    with pytest.raises(TypeError, match="NashMDTrainer: args: expected a NashMDConfig; got NoneType"):
+    with pytest.raises(TypeError, match=r"NashMDTrainer: args: expected the NashMDConfig of .*; got \S*NoneType"):
         NashMDTrainer(tiny_model("llama"), judge=likes_e, train_dataset=PROMPTS, processing_class=tiny_tokenizer())
+    other = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    expected = (
+        r"args: expected the NashMDConfig of nlhf_kernels.integrations.trl; got transformers\.\S*TrainingArguments"
+    )
+    with pytest.raises(TypeError, match=expected):
+        NashMDTrainer(tiny_model("llama"), judge=likes_e, args=other, processing_class=tiny_tokenizer())
+    with pytest.raises(TypeError, match="reference_model: expected a causal language model; got str"):
+        make_trainer(tmp_path, judge=likes_e, ref_model="gpt2")
     with pytest.raises(TypeError, match="NashMDTrainer: train_dataset: expected rows with a length; got generator"):
         make_trainer(tmp_path, judge=likes_e, train_dataset=(row for row in PROMPTS))
     with pytest.raises(TypeError, match="NashMDTrainer: processing_class: expected a tokenizer; got NoneType"):
         make_trainer(tmp_path, judge=likes_e, processing_class=None)
+
+
+def test_model_cards_take_trls_names(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, judge=likes_e)
+    trainer.train()
+    trainer.create_model_card("mine", "my/prompts", tags=["nash"], license="mit")
+    card = (tmp_path / "README.md").read_text()
+    assert "# mine" in card and "my/prompts" in card and "- nash" in card and "license: mit" in card
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_what_trls_script_does_with_its_trainer(tmp_path) -> None:
+    """Its command line parser, options set after that, its callback that shows answers to the evaluation's prompts."""
+    from datasets import Dataset
+    from trl import LogCompletionsCallback, ModelConfig, ScriptArguments, TrlParser
+
+    line = f"--output_dir {tmp_path} --use_cpu --bf16 false --mixture_coef 0.3 --max_steps 2 --max_new_tokens 6"
+    parser = TrlParser((ScriptArguments, NashMDConfig, ModelConfig))
+    _, args, _ = parser.parse_args_and_config([*line.split(), "--report_to", "none", "--dataset_name", "x"])
+    args.gradient_checkpointing_kwargs = {"use_reentrant": True}
+    rows = Dataset.from_list(PROMPTS)
+    trainer = NashMDTrainer(
+        model=tiny_model("llama"), ref_model=tiny_model("llama", seed=4), reward_funcs=reward_model(), args=args,
+        train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    shown = LogCompletionsCallback(trainer, transformers.GenerationConfig(max_new_tokens=3), num_prompts=2, freq=1)
+    trainer.add_callback(shown)
+    trainer.train()
+    assert trainer.mixture_coef == 0.3 and [row[1] for row in shown.table] == [row["prompt"] for row in PROMPTS[:2]] * 2
+    trainer.save_model(args.output_dir)
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_a_run_goes_on_where_it_was(tmp_path) -> None:

@@ -170,6 +170,18 @@ def test_several_judges_are_averaged(tmp_path) -> None:
     trainer = make_trainer(tmp_path, reward_funcs=[Hard(0), Hard(1)], reward_weights=[3.0, 1.0])
     trainer.train()
     assert trainer.made[0].value.tolist() == [0.75] * 4
+    with pytest.raises(ValueError, match="AverageJudge: weights: "):
+        make_trainer(tmp_path, judge=likes_e, reward_weights=[0.0])
+
+
+def test_functions_that_are_async_are_refused(tmp_path) -> None:
+    async def reward(prompts, completions):
+        return [0.0] * len(prompts)
+
+    with pytest.raises(
+        TypeError, match="reward_funcs: expected functions that return numbers; got one .* async: reward"
+    ):
+        make_trainer(tmp_path, reward_funcs=reward)
 
 
 def test_judges_and_rewards_are_told_apart_by_what_they_take() -> None:

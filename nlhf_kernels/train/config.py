@@ -250,7 +250,7 @@ class NashConfig(TrainingArguments):
     def _check_fixed(self) -> None:
         for name, default in defaults().items():
             value = getattr(self, name)
-            if name in FIXED and (value or None) != (default or None):
+            if name in FIXED and _unset(value) != _unset(default):
                 raise ValueError(f"{OP}: {name}: expected {default!r}, as {FIXED[name]}; got {value!r}")
         check_option(OP, "train_sampling_strategy", str(self.train_sampling_strategy), SAMPLING)
         if self.do_eval and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
@@ -288,6 +288,11 @@ def _not_finite(value: Any) -> float | None:
         return None if math.isfinite(value) else value
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return next((wrong for part in parts if (wrong := _not_finite(part)) is not None), None)
+
+
+def _unset(value: Any) -> Any:
+    """None for all that means no: transformers' command line makes False of a default "no"."""
+    return None if not value or value == "no" else value
 
 
 def defaults() -> dict[str, Any]:

@@ -57,6 +57,8 @@ def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> t
             f"{OP}: model: expected peft's own model around an adapter and its base; got an adapter that transformers "
             "has put into the base (peft's AutoPeftModelForCausalLM loads it, with is_trainable=True)"
         )
+    if not isinstance(reference, (torch.nn.Module, type(None))):
+        raise TypeError(f"{OP}: reference_model: expected a causal language model; got {type(reference).__name__}")
     if reference is model:
         raise ValueError(f"{OP}: reference_model: expected another model than the trained one; got the same object")
     if peft_config is not None:

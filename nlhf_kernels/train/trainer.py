@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ class NashTrainer(ResumableTrainer):
 
     Models that only play are frozen and moved to the device, with `args.bf16` in bfloat16; they are yours otherwise.
     """
+
+    SCHEDULES = MappingProxyType({"beta": "beta", "tau": "tau"})  # by their names in logs
 
     def __init__(
         self,
@@ -180,9 +183,9 @@ class NashTrainer(ResumableTrainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
-        self.beta, self.tau = self._scheduled("beta"), self._scheduled("tau")
+        self.scheduled = {name: self._scheduled(name) for name in self.SCHEDULES}
         with self.abandonable():
-            self.made = self.collect(batches, self.state.global_step, self.beta)
+            self.made = self.collect(batches, self.state.global_step, self.scheduled["beta"])
         pairs = torch.tensor(sum(made.pairs for made in self.made), dtype=torch.float32, device=device)
         inputs = [{"input_ids": made.input_ids, "made": made} for made in self.made]
         return inputs, float(self._total(pairs)) / self.accelerator.num_processes
@@ -191,7 +194,7 @@ class NashTrainer(ResumableTrainer):
         made: Experience = inputs["made"]
         with self.clock.phase("loss"), without_dropout(model), finite_attention_gradients():
             with self.accelerator.autocast():
-                loss = self.learner.loss(model, made, self.tau, num_items_in_batch)
+                loss = self.learner.loss(model, made, self.scheduled["tau"], num_items_in_batch)
             self.accelerator.backward(loss)
         self.gradients_done = time.perf_counter()
         return loss.detach()
@@ -247,7 +250,8 @@ class NashTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log, not an evaluation's
             logs |= self.meters.means(self.accelerator) | self.clock.report(self.accelerator)
-            logs |= {"beta": self.beta, "tau": self.tau, "skipped_updates": self.skipped}
+            logs |= {self.SCHEDULES[name]: value for name, value in self.scheduled.items()}
+            logs |= {"skipped_updates": self.skipped}
             if self.args.log_samples and self.is_world_process_zero():
                 table = samples.samples_of(self.made[0], self.args.log_samples, self.args.samples_per_prompt)
                 samples.show(table, self.state.global_step)

@@ -148,6 +148,8 @@ class NashMDConfig(TrainingArguments):
         self.beta = _by_epoch("beta", self.beta, math.inf)
         if self.missing_eos_penalty is not None:
             check_number(OP, "missing_eos_penalty", self.missing_eos_penalty, 0.0)
+        if not isinstance(self.generation_kwargs, (dict, type(None))):
+            raise TypeError(f"{OP}: generation_kwargs: expected a dict; got {type(self.generation_kwargs).__name__}")
         for name in self.generation_kwargs or {}:
             if name not in GENERATION:
                 raise ValueError(f"{OP}: generation_kwargs: expected keys of {', '.join(GENERATION)}; got {name!r}")
@@ -181,7 +183,10 @@ class NashMDConfig(TrainingArguments):
             values[name] = given if now == settled else now
         for old, new in _RENAMED:
             if new in values:
-                del values[old]  # transformers' own name for it
+                value = values.pop(old)
+                values[new] = (
+                    value if getattr(self, old) != self._given[old][1] else values[new]
+                )  # set later by that name
         if values.get("ddp_find_unused_parameters") is None:
             values.pop("ddp_find_unused_parameters", None)
         sampling = self.sampling()

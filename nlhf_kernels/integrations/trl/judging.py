@@ -72,7 +72,7 @@ class FunctionReward:
 
     def __init__(self, function: Callable[..., Any], rows: Rows) -> None:
         self.function, self.rows = function, rows
-        self.__qualname__ = str(getattr(function, "__name__", type(function).__name__))
+        self.__qualname__ = _title(function)
         parameters = inspect.signature(function).parameters
         for name in ("completion_ids", "trainer_state"):
             if name in parameters:
@@ -191,7 +191,7 @@ def judge_of(
         if tokenizers is not None:
             raise ValueError(f"{OP}: reward_processing_classes: expected with reward models; got judges beside them")
         judges = [_judge(item) for item in items]
-        one = judges[0] if len(judges) == 1 else AverageJudge(judges, weights)
+        one = judges[0] if len(judges) == 1 and args.reward_weights is None else AverageJudge(judges, weights)
         return Asked(one, penalty, _one_or_all(items) if named[0] == "reward_funcs" else None)
     tokenizers = _one_each(tokenizers, len(items))
     items = [_loaded(args, item) if isinstance(item, str) else item for item in items]
@@ -230,16 +230,21 @@ def _is_judge(name: str, item: Any) -> bool:
     if not callable(item):
         raise TypeError(f"{OP}: {name}: expected a model, its name, a function or a judge; got {type(item).__name__}")
     signature = inspect.signature(item)
+    if inspect.iscoroutinefunction(item) or inspect.iscoroutinefunction(getattr(item, "__call__", None)):  # noqa: B004
+        raise TypeError(f"{OP}: {name}: expected functions that return numbers; got one that is async: {_title(item)}")
     if "completions" in signature.parameters:
         return False
     pairwise = _takes(signature, 1, 2, 3)
     if pairwise is _takes(signature, prompts=1, completions=2):
-        title = getattr(item, "__name__", type(item).__name__)
         raise ValueError(
             f"{OP}: {name}: expected a reward of (prompts, completions) or a judge of (prompts, first, second); cannot "
-            f"tell which {title}{signature} is (a judge can be given as judge=)"
+            f"tell which {_title(item)}{signature} is (a judge can be given as judge=)"
         )
     return pairwise
+
+
+def _title(item: Any) -> str:
+    return str(getattr(item, "__name__", type(item).__name__))
 
 
 def _takes(signature: inspect.Signature, *positional: int, **named: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ class NashMDTrainer(NashTrainer):
                                `judge(prompts, pairs)`, or a PairwisePreferenceModel
     reward_processing_classes  tokenizers of the reward models; None: the one saved with a model, else the policy's
 
-    `args` of the trainer is the NashConfig that the NashMDConfig amounts to; the latter stays in `given`.
+    `beta` and `mixture_coef`, of the trainer and of its logs, are TRL's. `args` of the trainer is the NashConfig that
+    the NashMDConfig amounts to; the latter stays in `given`.
     """
+
+    SCHEDULES = MappingProxyType({"beta": "mixture_coef", "tau": "beta"})
 
     def __init__(
         self,
@@ -50,7 +54,8 @@ class NashMDTrainer(NashTrainer):
         reward_processing_classes: Any = None,
     ) -> None:
         if not isinstance(args, NashMDConfig):
-            raise TypeError(f"{OP}: args: expected a NashMDConfig; got {type(args).__name__}")
+            kind = f"{type(args).__module__}.{type(args).__name__}"
+            raise TypeError(f"{OP}: args: expected the NashMDConfig of {__package__}; got {kind}")
         _refuse("data_collator", data_collator, "prompts are tokenised and padded here")
         _refuse("compute_metrics", compute_metrics, "evaluations sample answers; there are no predictions")
         _refuse("preprocess_logits_for_metrics", preprocess_logits_for_metrics, "the logits are never made")
@@ -81,6 +86,16 @@ class NashMDTrainer(NashTrainer):
         )
 
     @property
+    def beta(self) -> float:
+        """As in TRL: the price of leaving the reference, of the update that is being made."""
+        return self._scheduled("tau")
+
+    @property
+    def mixture_coef(self) -> float:
+        """As in TRL: the reference's weight in the opponent, of the update that is being made."""
+        return self._scheduled("beta")
+
+    @property
     def ref_model(self) -> Any:
         """As in TRL: None where `peft_config` put adapters on the model, whose base is the reference."""
         return self.learner.reference
@@ -89,6 +104,12 @@ class NashMDTrainer(NashTrainer):
     def reward_funcs(self) -> Any:
         """As in TRL, the one that was given; here a list where there are several, None beside `judge`."""
         return self._reward_funcs
+
+    def create_model_card(
+        self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, **options: Any
+    ) -> None:
+        """Write the model's README.md; transformers' options beside TRL's."""
+        super().create_model_card(model_name=model_name, tags=tags, **{"dataset": dataset_name, **options})
 
     def _evaluated(self, rows: Any) -> Any:
         if isinstance(rows, Mapping):
