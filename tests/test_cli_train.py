@@ -163,6 +163,14 @@ def test_a_stop_is_not_reported_as_finished(config, tmp_path, monkeypatch, capsy
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
 
+def test_an_error_is_the_last_line(config, capsys) -> None:
+    """The bar is closed before it, not drawn again below."""
+    path = config(judge={"function": "judge.py:long"}, training={"disable_tqdm": False})
+    assert train(path) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("nlhf-kernels: error: judge judge.py:long: raised TypeError")
+
+
 def test_what_to_do_next_is_shown(config, tmp_path, capsys) -> None:
     path = config(lora={"r": 2, "target_modules": ["q_proj"]}, training={"max_steps": 1})
     assert train(path) == 0

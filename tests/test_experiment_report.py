@@ -162,6 +162,7 @@ def test_the_demo_runs_tiny_ends_with_its_report_and_goes_on(tmp_path, monkeypat
     [
         (["--preset", "huge"], "demo: --preset: expected one of tiny, small, gpu; got 'huge'"),
         (["--set", "upates=3"], "is updates meant?"),
+        (["--set", "updates=0"], "demo: --set updates: expected an integer in [1"),
         (["--data", "nowhere/at/all.jsonl"], "experiment: --data: nowhere/at/all.jsonl: there is no such file"),
         (["--model", "./nowhere"], "experiment: --model: there is no such folder: './nowhere'"),
         (["--split", "train"], "experiment: --split: expected with --data"),

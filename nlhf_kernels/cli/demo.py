@@ -9,6 +9,7 @@ packages as texts, minutes on two CPU cores. The same with your own pairs (--dat
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("nlhf-kernels demo", NEEDED, "train,plots")
-    from ..experiment import Experiment, Material, Reporter, overridden
+    from ..experiment import Experiment, Material, Preset, Reporter, overridden
 
+    arguments.option_names.update({field.name: f"--set {field.name}" for field in dataclasses.fields(Preset)})
     device = find_device("demo", arguments.device)
     preset = overridden(_preset(arguments.preset), arguments.set)
     material = Material(arguments.data, arguments.split, arguments.model)

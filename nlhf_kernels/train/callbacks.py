@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
@@ -40,6 +41,14 @@ class Progress(ProgressCallback):
         self.training_bar.write(log_lines({"update": state.global_step, **shown}, width), file=sys.stderr)
         if "tokens_per_second" in logs:
             self.training_bar.set_postfix_str(speed_line(logs))
+
+
+def close_bars(callbacks: Iterable[Any]) -> None:
+    """A training that ends with an exception leaves its bar open, which would be drawn again below the error."""
+    for callback in callbacks:
+        if isinstance(callback, Progress) and callback.training_bar is not None:
+            callback.training_bar.close()
+            callback.training_bar = None
 
 
 def log_lines(logs: dict[str, Any], width: int) -> str:

@@ -21,6 +21,7 @@ from ..core import atomic, stopping
 from ..core.loading import check_finite, quiet
 from ..core.lock import lock_folder
 from . import checkpoints, opponents
+from .callbacks import close_bars
 from .identity import Identity, identity_of
 from .setup import OP
 
@@ -55,7 +56,10 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
                 opponents.load(self.opponent, Path(found) / checkpoints.OPPONENT)
             if found is not None and 0 < self.args.max_steps <= checkpoints.update_of(found):
                 return self._as_it_ended(found)
-            return super().train(resume_from_checkpoint=found, **options)
+            try:
+                return super().train(resume_from_checkpoint=found, **options)
+            finally:
+                close_bars(self.callback_handler.callbacks)
 
     def _enter(self, output: Path, resume: str | bool | None, held: ExitStack) -> str | None:
         """Hold the folder, and the checkpoint to go on from."""
