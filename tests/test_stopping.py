@@ -84,6 +84,15 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(moment, tmp_path, capl
         assert dict(resumed.model.named_parameters())[name].equal(value), name
 
 
+def test_a_reward_that_is_asked_meanwhile_has_done_nothing_wrong(tmp_path) -> None:
+    def reward(prompts, answers):
+        terminate()
+        return [0.0 for _ in answers]
+
+    with pytest.raises(Stopped):
+        make_trainer(tmp_path, judge=None, reward=reward, algorithm="rlhf", **RUN).train()
+
+
 def test_the_last_update_is_no_finished_run(tmp_path) -> None:
     trainer = make_trainer(tmp_path, **{**RUN, "max_steps": 3}, callbacks=[TerminateInUpdate()])
     with pytest.raises(Stopped):

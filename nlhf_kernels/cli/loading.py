@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..core.atomic import check_file
+from ..core.stopping import Stopped
 from ..core.terminal import new_console
 from .errors import BadInput
 
@@ -88,6 +89,8 @@ def load_function(place: str, name: str) -> Any:
         raise BadInput(f"{place}: expected module:name or file.py:name; got {name!r}")
     try:
         found = getattr(_file(Path(module)) if module.endswith(".py") else _module(module), function)
+    except Stopped:
+        raise
     except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         raise BadInput(f"{place}: cannot load {name!r}: {type(error).__name__}: {error}") from error
     if not callable(found):

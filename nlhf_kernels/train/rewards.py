@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..core.stopping import Stopped
+
 Reward = Callable[[Sequence[str], Sequence[str]], Any]
 
 
@@ -15,6 +17,8 @@ def rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) ->
     name = getattr(reward, "__qualname__", type(reward).__name__)
     try:
         given = reward(list(prompts), list(responses))
+    except Stopped:
+        raise
     except SystemExit as stop:  # it would pass for the end of a finished run
         raise RuntimeError(f"NashTrainer: reward: {name}: called sys.exit({stop.code!r})") from stop
     try:
