@@ -71,10 +71,13 @@ def test_saved_policies_are_compared(saved, tmp_path, capsys) -> None:
             ("one", "two"),
             "expected a file in a folder that is there",
         ),
+        ((), ("one", "/nowhere/two"), "evaluate: --policy: there is no such folder: '/nowhere/"),
+        (("--data", "./nowhere.jsonl"), ("one", "two"), "evaluate: --data: ./nowhere.jsonl: there is no such file"),
         (("--reference", "./nowhere"), ("one", "two"), "evaluate: --reference: there is no such folder"),
     ],
 )
-def test_evaluate_refuses_in_one_line(more, policies, message, saved, capsys) -> None:
+def test_evaluate_refuses_in_one_line(more, policies, message, saved, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "load_model", None)
     assert main(evaluate(saved, *more, policies=policies)) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert message in errors[-1]

@@ -120,12 +120,25 @@ def test_policy_alone(folders, capsys) -> None:
 
 def test_prompts_file_and_chat(folders, capsys, tmp_path) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_text("one\n\ntwo\n")
+    path.write_bytes("\ufeffone\r\n\ntwo\u2028lines\n".encode())
     document = documents(capsys, folders, *mixed(folders, "--prompts-file", str(path)))
-    assert [entry["prompt"] for entry in document["samples"]] == ["one", "two"]
+    assert [entry["prompt"] for entry in document["samples"]] == ["one", "two\u2028lines"]
     chat = documents(capsys, folders, *mixed(folders, "--prompt", "one", "--chat"))
     assert chat["samples"][0]["prompt"] == "one"
     assert chat["samples"][0]["tokens"] != document["samples"][0]["tokens"]
+
+
+def test_prompts_are_looked_at_before_models_are_loaded(folders, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(sample, "load_model", None)
+    (tmp_path / "lines.txt").write_text("\n \n")
+    for words in (
+        [],
+        ["--prompt", ""],
+        ["--prompts-file", "/no/file"],
+        ["--prompts-file", str(tmp_path / "lines.txt")],
+    ):
+        code, _, err = run(capsys, "--policy", folders["policy"], *words)
+        assert code == 2 and "sample: --prompt" in err
 
 
 def test_rows_of_prompts_are_read_as_for_training(folders, capsys, tmp_path) -> None:

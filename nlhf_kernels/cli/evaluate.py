@@ -21,6 +21,7 @@ from rich.table import Table
 from ..core.atomic import is_stdout, write_atomic
 from ..core.loading import load_model, loading, quiet
 from ..core.optional import require
+from ..core.places import locate
 from ..core.terminal import new_console
 from ..data import load_prompts
 from .errors import BadInput
@@ -121,6 +122,11 @@ def _play(
 
     trust: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     options = {"device": find_device("evaluate", arguments.device), **trust}
+    named = [("--policy", name) for name in policies.values()] + [("--reference", arguments.reference)]
+    for option, name in named:  # all of them before the first has answered for an hour
+        if name is not None:
+            locate(f"evaluate: {option}", name)
+    prompts = _prompts(arguments, load_answering("evaluate: --policy", next(iter(policies.values())), **trust))
     if is_function(arguments.judge):
         judge = checked(load_function("evaluate: --judge", arguments.judge), arguments.judge)
     else:
@@ -130,7 +136,6 @@ def _play(
     reference = None
     if arguments.reference is not None:
         reference = load_model("evaluate: --reference", arguments.reference, **options)
-    prompts = _prompts(arguments, load_answering("evaluate: --policy", next(iter(policies.values())), **trust))
     answers: dict[str, list[Answers]] = {}
     for place, (name, model) in enumerate(policies.items()):
         own = dataclasses.replace(sampling, seed=sampling.seed * len(policies) + place)

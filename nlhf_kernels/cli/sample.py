@@ -127,7 +127,7 @@ def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[tuple[str, s
         prompts = [(text, text) for text in read]
     elif path is not None:
         try:
-            texts += [line for line in read_text(path).splitlines() if line.strip()]
+            texts += [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
         except ValueError as error:
             raise BadInput(f"sample: --prompts-file: {path}: {error}") from error
     if not texts and not prompts:
@@ -145,8 +145,9 @@ def _generate(arguments: argparse.Namespace) -> list[Sample]:
     from ..engine import Hooks, Player, RolloutEngine, RolloutSettings, has_key_value_cache
 
     device = find_device("sample", arguments.device)
-    tokenizer, policy, reference, width = _load(arguments, device)
-    prompts = _prompts(arguments, tokenizer)
+    tokenizer = load_tokenizer("sample: --policy", arguments.policy, trust_remote_code=arguments.trust_remote_code)
+    prompts = _prompts(arguments, tokenizer)  # before models, which take their time
+    policy, reference, width = _load(arguments, tokenizer, device)
     encoded = encode_prompts(tokenizer, [text for _, text in prompts])
     rows = [ids for ids in encoded for _ in range(arguments.num_samples)]
     _check_room((policy, reference), max(map(len, rows)) + arguments.max_new_tokens)
@@ -233,17 +234,16 @@ class _Stream:
         self.printed = max(self.printed, len(text))
 
 
-def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Any, int | None]:
-    """The tokenizer, both models, and how many columns of their heads count (None: all)."""
+def _load(arguments: argparse.Namespace, tokenizer: Any, device: torch.device) -> tuple[Any, Any, int | None]:
+    """Both models, and how many columns of their heads count (None: all)."""
     trust = {"trust_remote_code": arguments.trust_remote_code}
-    tokenizer = load_tokenizer("sample: --policy", arguments.policy, **trust)
     models: list[Any] = [
         None if name is None else load_model(f"sample: {option}", name, device=device, dtype=arguments.dtype, **trust)
         for option, name in (("--policy", arguments.policy), ("--reference", arguments.reference))
     ]
     policy, reference = models
     if reference is None:
-        return tokenizer, policy, None, None
+        return policy, None, None
     try:
         other = load_tokenizer("sample: --reference", arguments.reference, **trust)
     except ValueError:
@@ -252,8 +252,8 @@ def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any
         _check_same_tokens(tokenizer, other)
     widths = [model.get_output_embeddings().weight.shape[0] for model in models]
     if other is not None and len(tokenizer) <= min(widths) < max(widths):
-        return tokenizer, policy, reference, min(widths)  # one vocabulary, heads padded to different sizes
-    return tokenizer, policy, reference, None
+        return policy, reference, min(widths)  # one vocabulary, heads padded to different sizes
+    return policy, reference, None
 
 
 def _check_same_tokens(tokenizer: Any, other: Any) -> None:
