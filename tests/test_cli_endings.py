@@ -135,11 +135,11 @@ def test_arguments_of_the_library_are_named_as_options(capsys) -> None:
 
 def test_an_interrupted_training_promises_what_exists(tmp_path) -> None:
     arguments = argparse.Namespace(output=None)
-    assert train.left(arguments) == "no checkpoint was written"
+    assert train.resume_hint(arguments) == "no checkpoint was written"
     arguments.output = str(tmp_path)
-    assert train.left(arguments) == "no checkpoint was written"
+    assert train.resume_hint(arguments) == "no checkpoint was written"
     (tmp_path / "checkpoint-2").mkdir()
-    assert train.left(arguments) == f"--resume goes on from {tmp_path / 'checkpoint-2'}"
+    assert train.resume_hint(arguments) == f"--resume goes on from {tmp_path / 'checkpoint-2'}"
 
 
 def test_missing_packages_are_one_error_that_names_their_extra(monkeypatch, capsys) -> None:

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def left(arguments: argparse.Namespace) -> str:
+def resume_hint(arguments: argparse.Namespace) -> str:
     stages = arguments.out.glob("**/stage.json")
     if not any(stages):
         return "no stage was finished"

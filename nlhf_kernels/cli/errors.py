@@ -45,7 +45,7 @@ class BadInput(Exception):
 def finish(
     work: Callable[[], int],
     arguments: argparse.Namespace,
-    left: Callable[[argparse.Namespace], str],
+    resume_hint: Callable[[argparse.Namespace], str],
     names: Mapping[str, str],
 ) -> int:
     """Run `work`; return its exit code, or that of what stopped it, explained on stderr.
@@ -53,7 +53,7 @@ def finish(
     Args:
         work: the command.
         arguments: its options.
-        left: says what an interrupted command has left to go on from.
+        resume_hint: says how an interrupted command can go on.
         names: argument of the library -> option of the command.
     """
     try:
@@ -65,9 +65,9 @@ def finish(
         _give_up_output()
         return CLOSED
     except KeyboardInterrupt:
-        return _end(INTERRUPTED, f"interrupted: {left(arguments)}")
+        return _end(INTERRUPTED, f"interrupted: {resume_hint(arguments)}")
     except Stopped:
-        return _end(STOPPED, f"stopped by SIGTERM: {left(arguments)}")
+        return _end(STOPPED, f"stopped by SIGTERM: {resume_hint(arguments)}")
     except SystemExit as stop:  # a judge's or a model's own code; exit code 0 would pass for a finished command
         return _end(FAILED, f"error: sys.exit({stop.code!r}) was called during the work, which is not finished")
     except BaseException as error:

@@ -1,8 +1,7 @@
 """`nlhf-kernels`: one subcommand a file, each with `add_arguments(parser)` and `run(arguments) -> exit code`.
 
-A subcommand raises what goes wrong; `errors.finish` turns it into a line and an exit code. Where an interruption leaves
-something to go on from, the file's `left(arguments)` says what. `NAMES` adds arguments of the library that errors
-should call by an option of another name.
+A subcommand raises what goes wrong; `errors.finish` turns it into a line and an exit code. After an interruption the
+file's `resume_hint(arguments)` says how to go on. `NAMES` maps arguments of the library to options of another name.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return errors.REFUSED
     module: Any = COMMANDS[arguments.command]
-    left = getattr(module, "left", lambda arguments: "nothing was written")
+    resume_hint = getattr(module, "resume_hint", lambda arguments: "nothing was written")
     with warnings.catch_warnings():
         warnings.showwarning = _warn
-        return errors.finish(lambda: module.run(arguments), arguments, left, arguments.option_names)
+        return errors.finish(lambda: module.run(arguments), arguments, resume_hint, arguments.option_names)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def left(arguments: argparse.Namespace) -> str:
+def resume_hint(arguments: argparse.Namespace) -> str:
     checkpoint = getattr(arguments, "checkpoint", None)
     there = checkpoint is not None and checkpoint.exists()
     return f"the same command goes on from {checkpoint}" if there else "nothing was written"

@@ -79,7 +79,7 @@ def _train(arguments: argparse.Namespace, plan: RunFile, args: NashConfig, place
     trainer.train(resume_from_checkpoint=bool(arguments.resume and found_in(Path(trainer.args.output_dir))))
     if trainer.state.global_step < trainer.state.max_steps:  # a callback's wish, a signal that transformers handles
         done = f"{trainer.state.global_step} of {trainer.state.max_steps} updates"
-        raise RuntimeError(f"stopped after {done}, which is not the run's end: {left(arguments)}")
+        raise RuntimeError(f"stopped after {done}, which is not the run's end: {resume_hint(arguments)}")
     check_finite(f"train: {place} is not written", trainer.model)
     if trainer.is_world_process_zero():
         with quiet(), atomic_folder(place, KIND, overwrite=True) as work:
@@ -118,7 +118,7 @@ def _next(plan: RunFile, policy: str) -> Iterator[list[str]]:
         yield [program, "merge", policy, "--output", f"{policy}-merged"]
 
 
-def left(arguments: argparse.Namespace) -> str:
+def resume_hint(arguments: argparse.Namespace) -> str:
     from ..train.checkpoints import found_in
 
     found = [] if arguments.output is None else found_in(Path(arguments.output))

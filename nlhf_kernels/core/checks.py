@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .text import shown
+from .text import excerpt
 
 Sizes = dict[str, int]
 
@@ -129,5 +129,5 @@ def check_integer(op: str, name: str, value: object, low: int, high: int) -> int
 
 def check_option(op: str, name: str, value: object, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{op}: {name}: expected one of {', '.join(allowed)}; got {shown(value)}")
+        raise ValueError(f"{op}: {name}: expected one of {', '.join(allowed)}; got {excerpt(value)}")
     return value

@@ -7,14 +7,14 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-SHOWN = 80  # characters of a value in an error
+EXCERPT = 80  # characters of a value in an error
 
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxlist, _repr.maxtuple, _repr.maxdict, _repr.maxset = 3, 4, 4, 4, 4
-_repr.maxstring = _repr.maxother = _repr.maxlong = 4 * SHOWN
+_repr.maxstring = _repr.maxother = _repr.maxlong = 4 * EXCERPT
 
 
-def shown(value: object, limit: int = SHOWN) -> str:
+def excerpt(value: object, limit: int = EXCERPT) -> str:
     """repr(value), cut after `limit` characters; a large or self-containing value is never written out whole."""
     text = _repr.repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
@@ -45,5 +45,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} is there twice")
+        raise ValueError(f"the key {excerpt(next(name for name in names if names.count(name) > 1))} is there twice")
     return content

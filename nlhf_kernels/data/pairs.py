@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..core.text import shown
+from ..core.text import excerpt
 from .rows import Row, Source, read_rows
 
 Messages = Sequence[dict[str, str]]
@@ -78,9 +78,9 @@ def _read(place: str, row: Row, columns: Sequence[str], tokenizer: Any, chat: bo
     kinds = {_kind(place, name, value) for name, value in zip(columns, values, strict=True)}
     if len(kinds) > 1:
         raise TypeError(f"data: {place}: expected all of {', '.join(columns)} as strings, or all as lists of messages")
-    spoken = [values[0]] if kinds == {"text"} else [message["content"] for message in values[0]]
-    if not any(text.strip() for text in spoken):
-        raise ValueError(f"data: {place}: prompt: expected some text; got {shown(values[0])}")
+    prompt_texts = [values[0]] if kinds == {"text"} else [message["content"] for message in values[0]]
+    if not any(text.strip() for text in prompt_texts):
+        raise ValueError(f"data: {place}: prompt: expected some text; got {excerpt(values[0])}")
     if kinds == {"text"} and not chat:
         return values
     if kinds == {"text"}:
@@ -92,28 +92,28 @@ def _with_prompt(place: str, row: Row, responses: Sequence[str]) -> Row:
     """The row with its prompt as messages and its responses as what follows them, where it is a conversation."""
     prompt = row.get("prompt")
     for names in [responses] if responses else _BESIDE:
-        sides: list[Any] = [row.get(name) for name in names]
-        if not all(isinstance(said, (list, tuple)) and said for said in sides):
+        conversations: list[Any] = [row.get(name) for name in names]
+        if not all(isinstance(messages, (list, tuple)) and messages for messages in conversations):
             continue
-        for name, said in zip(names, sides, strict=True):
-            _kind(place, name, said)
+        for name, messages in zip(names, conversations, strict=True):
+            _kind(place, name, messages)
         if prompt is None:
-            count, messages = _parted(place, sides)
+            count, messages = _shared_beginning(place, conversations)
         elif isinstance(prompt, str):
-            count, messages = _spoken(place, prompt, names, sides)
+            count, messages = _string_prompt(place, prompt, names, conversations)
         else:
-            count, messages = _repeated(place, prompt, names, sides)
+            count, messages = _message_prompt(place, prompt, names, conversations)
         return {**row, "prompt": messages, **{name: row[name][count:] for name in names}}
-    if not responses and isinstance(prompt, str) and isinstance(said := row.get("messages"), (list, tuple)):
-        _kind(place, "messages", said)
-        if (at := _said_at(prompt, said)) is not None:
-            return {**row, "prompt": said[: at + 1]}
+    if not responses and isinstance(prompt, str) and isinstance(messages := row.get("messages"), (list, tuple)):
+        _kind(place, "messages", messages)
+        if (index := _find_user(prompt, messages)) is not None:
+            return {**row, "prompt": messages[: index + 1]}
     return row
 
 
-def _parted(place: str, sides: Sequence[Messages]) -> tuple[int, Messages]:
-    """How many messages two whole conversations begin with, and those: their prompt."""
-    one, other = sides
+def _shared_beginning(place: str, conversations: Sequence[Messages]) -> tuple[int, Messages]:
+    """The messages that two whole conversations begin with, which are their prompt, and their number."""
+    one, other = conversations
     shared = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     if not 0 < shared < min(len(one), len(other)):
         raise ValueError(
@@ -123,38 +123,45 @@ def _parted(place: str, sides: Sequence[Messages]) -> tuple[int, Messages]:
     return shared, one[:shared]
 
 
-def _spoken(place: str, prompt: str, names: Sequence[str], sides: Sequence[Messages]) -> tuple[int, Messages]:
-    """How many messages of both sides the prompt takes up, and the prompt as messages."""
-    if not any(message["role"] == "user" for said in sides for message in said):
+def _string_prompt(
+    place: str, prompt: str, names: Sequence[str], conversations: Sequence[Messages]
+) -> tuple[int, Messages]:
+    """How many messages of the conversations belong to a prompt that is a string, and the prompt as messages."""
+    if not any(message["role"] == "user" for messages in conversations for message in messages):
         return 0, [{"role": "user", "content": prompt}]
-    at = [_said_at(prompt, said) for said in sides]
-    for name, said, index in zip(names, sides, at, strict=True):
+    indices = [_find_user(prompt, messages) for messages in conversations]
+    for name, messages, index in zip(names, conversations, indices, strict=True):
         if index is None:
             raise ValueError(
-                f"data: {place}: {name}: expected a user's message that is the prompt, {shown(prompt)}; "
-                f"got {shown(list(said))}"
+                f"data: {place}: {name}: expected a user's message that is the prompt, {excerpt(prompt)}; "
+                f"got {excerpt(list(messages))}"
             )
-    count = (at[0] or 0) + 1
-    if at[0] != at[-1] or any(list(said[:count]) != list(sides[0][:count]) for said in sides):
+    count = (indices[0] or 0) + 1
+    prompt_messages = conversations[0][:count]
+    if any(list(messages[:count]) != list(prompt_messages) for messages in conversations):
         raise ValueError(f"data: {place}: expected the same messages up to the prompt in {' and '.join(names)}")
-    return count, sides[0][:count]
+    return count, prompt_messages
 
 
-def _repeated(place: str, prompt: Any, names: Sequence[str], sides: Sequence[Messages]) -> tuple[int, Messages]:
-    """The length of the prompt where both sides begin with it, else 0; and the prompt."""
+def _message_prompt(
+    place: str, prompt: Any, names: Sequence[str], conversations: Sequence[Messages]
+) -> tuple[int, Messages]:
+    """How many messages of the conversations repeat a prompt that is messages (all of them or none); and the prompt."""
     _kind(place, "prompt", prompt)
-    repeats = [list(said[: len(prompt)]) == list(prompt) for said in sides]
+    repeats = [list(messages[: len(prompt)]) == list(prompt) for messages in conversations]
     if any(repeats) and not all(repeats):
         name, other = (names[repeats.index(value)] for value in (True, False))
-        raise ValueError(f"data: {place}: expected both responses to begin with the prompt's messages, or none of "
-                         f"them; got {name} that does and {other} that does not")  # fmt: skip
+        raise ValueError(
+            f"data: {place}: expected both responses to begin with the prompt's messages, or none of them; got {name} "
+            f"that does and {other} that does not"
+        )
     return len(prompt) if all(repeats) else 0, prompt
 
 
-def _said_at(prompt: str, messages: Messages) -> int | None:
-    """The place of the first message of a user that is the prompt."""
-    spoken = prompt.strip()
-    return next((n for n, m in enumerate(messages) if m["role"] == "user" and m["content"].strip() == spoken), None)
+def _find_user(prompt: str, messages: Messages) -> int | None:
+    """The index of the first message of a user whose content is the prompt."""
+    text = prompt.strip()
+    return next((n for n, m in enumerate(messages) if m["role"] == "user" and m["content"].strip() == text), None)
 
 
 def _kind(place: str, name: str, value: object) -> str:
@@ -170,7 +177,7 @@ def _kind(place: str, name: str, value: object) -> str:
         if not whole:
             raise TypeError(
                 f"data: {place}: {name}: expected messages of the form {{'role': ..., 'content': ...}}, both strings; "
-                f"got {shown(message)}"
+                f"got {excerpt(message)}"
             )
     return "messages"
 
@@ -180,7 +187,7 @@ def _rendered(place: str, prompt: Messages, responses: Sequence[Messages], token
         raise ValueError(f"data: {place}: expected a tokenizer with a chat template to render messages; got none")
     try:
         beginning = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        wholes = [tokenizer.apply_chat_template([*prompt, *said], tokenize=False) for said in responses]
+        wholes = [tokenizer.apply_chat_template([*prompt, *response], tokenize=False) for response in responses]
     except Exception as error:  # a template may raise whatever it wants
         raise ValueError(f"data: {place}: the chat template refuses the messages: {error}") from error
     for whole in wholes:
@@ -189,10 +196,10 @@ def _rendered(place: str, prompt: Messages, responses: Sequence[Messages], token
                 f"data: {place}: expected a chat template that begins a conversation as it begins its prompt; "
                 f"got {whole[: len(beginning)][-60:]!r} for {beginning[-60:]!r}"
             )
-    return [beginning, *(_unmarked(whole.removeprefix(beginning), tokenizer) for whole in wholes)]
+    return [beginning, *(_without_end_mark(whole.removeprefix(beginning), tokenizer) for whole in wholes)]
 
 
-def _unmarked(response: str, tokenizer: Any) -> str:
+def _without_end_mark(response: str, tokenizer: Any) -> str:
     """Without the special token at its end, and the white space that a template may put after it."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     bare = response.rstrip()

@@ -16,7 +16,7 @@ import torch
 from ..core.checks import check_integer, check_number
 from ..core.identity import describe
 from ..core.stopping import Stopped
-from ..core.text import shown
+from ..core.text import excerpt
 from .models import ComparisonModel, RewardModel
 
 
@@ -42,7 +42,7 @@ class Batch:
     def of(cls, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Batch:
         for name, texts in (("prompts", prompts), ("first", first), ("second", second)):
             if isinstance(texts, str):
-                raise TypeError(f"judge: {name}: expected a list of texts; got one string, {shown(texts)}")
+                raise TypeError(f"judge: {name}: expected a list of texts; got one string, {excerpt(texts)}")
         return cls(list(prompts), list(first), list(second))
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Batch:
 
     def show(self, index: int) -> str:
         texts = (("prompt", self.prompts), ("first", self.first), ("second", self.second))
-        return ", ".join(f"{name} {shown(column[index])}" for name, column in texts)
+        return ", ".join(f"{name} {excerpt(column[index])}" for name, column in texts)
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class CheckedJudge:
         try:
             values = torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:
-            got = f"{type(returned).__name__} {shown(returned)}"
+            got = f"{type(returned).__name__} {excerpt(returned)}"
             problem = f"expected {count} probabilities; got {got}: {error}"
             raise JudgeError(self.name, problem, batch, returned) from error
         if values.shape != (count,):
-            got = f"shape {tuple(values.shape)}, {shown(values.tolist())}"
+            got = f"shape {tuple(values.shape)}, {excerpt(values.tolist())}"
             problem = f"expected {count} probabilities, one for each pair; got {got}; the first pair: {batch.show(0)}"
             raise JudgeError(self.name, problem, batch, returned)
         bad = (~((values >= 0) & (values <= 1))).nonzero().flatten().tolist()  # NaN is neither
@@ -149,7 +149,7 @@ class RewardJudge:
             if rewards.shape != (len(prompts),):
                 raise ValueError(f"expected {len(prompts)} rewards; got shape {tuple(rewards.shape)}")
             if bad := (~rewards.isfinite()).nonzero().flatten().tolist():
-                got = f"{float(rewards[bad[0]])} for number {bad[0]}, {shown(texts[bad[0]])}"
+                got = f"{float(rewards[bad[0]])} for number {bad[0]}, {excerpt(texts[bad[0]])}"
                 raise ValueError(f"expected finite rewards; got {got}")
             sides.append(rewards)
         return ((sides[0] - sides[1]) / self.scale).sigmoid()

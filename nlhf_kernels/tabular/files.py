@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..core.text import parse_json, read_text, shown
+from ..core.text import excerpt, parse_json, read_text
 from .game import check_preference
 
 
@@ -51,7 +51,7 @@ def _read_json(path: Path) -> tuple[torch.Tensor, list[str]]:
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         raise ValueError('expected a list of rows, or {"actions": [names], "preference": [rows]}')
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"actions: expected a list of names; got {shown(names)}")
+        raise ValueError(f"actions: expected a list of names; got {excerpt(names)}")
     return _matrix([f"row {index}" for index in range(len(rows))], rows, names)
 
 
@@ -75,7 +75,9 @@ def _matrix(places: Sequence[str], rows: Sequence[Any], names: list[str] | None)
             raise ValueError(f"{place}: expected {len(rows)} numbers, as there are rows; got {len(row)}")
         for cell in row:
             if not _is_number(cell) or not math.isfinite(float(cell)):
-                raise ValueError(f"{place}: expected numbers; got {'nothing (null)' if cell is None else shown(cell)}")
+                raise ValueError(
+                    f"{place}: expected numbers; got {'nothing (null)' if cell is None else excerpt(cell)}"
+                )
     matrix = torch.tensor([[float(cell) for cell in row] for row in rows], dtype=torch.float64, device="cpu")
     return matrix, names or [str(index) for index in range(len(rows))]
 

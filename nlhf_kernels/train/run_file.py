@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.optional import need
-from ..core.text import SHOWN, read_text, shown
+from ..core.text import EXCERPT, excerpt, read_text
 from .config import NashConfig
 
 OP = "train"
@@ -150,7 +150,7 @@ def _checked(content: dict[str, Any]) -> RunFile:
     _check_keys("", content, RunFile)
     run = RunFile(**content)
     if run.dtype not in DTYPES:
-        raise ValueError(f"{OP}: dtype: expected one of {', '.join(DTYPES)}; got {shown(run.dtype)}")
+        raise ValueError(f"{OP}: dtype: expected one of {', '.join(DTYPES)}; got {excerpt(run.dtype)}")
     _check_keys("training", run.training, NashConfig)
     if not run.training.get("output_dir"):
         raise ValueError(f"{OP}: training: expected output_dir among its keys; got none")
@@ -161,7 +161,7 @@ def _checked(content: dict[str, Any]) -> RunFile:
 
 def _spec(place: str, kind: Any, content: Any) -> Any:
     if not isinstance(content, dict):
-        raise ValueError(f"{OP}: {place}: expected keys and values; got {shown(content)}")
+        raise ValueError(f"{OP}: {place}: expected keys and values; got {excerpt(content)}")
     _check_keys(place, content, kind)
     spec = kind(**content)
     spec.check(place)
@@ -180,10 +180,10 @@ def _check_keys(place: str, content: Mapping[Any, Any], kind: Any, typed: bool =
     dot = f"{place}." if place else ""
     for key in content:
         if key not in known:
-            name = key if isinstance(key, str) else shown(key)
+            name = key if isinstance(key, str) else excerpt(key)
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"; the nearest is {near[0]}" if near else ""
-            raise ValueError(f"{OP}: {dot}{name[:SHOWN]}: no such key{hint}")
+            raise ValueError(f"{OP}: {dot}{name[:EXCERPT]}: no such key{hint}")
     for name, entry in known.items():
         needed = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if needed and content.get(name) is None:
@@ -191,7 +191,7 @@ def _check_keys(place: str, content: Mapping[Any, Any], kind: Any, typed: bool =
     hints = typing.get_type_hints(kind) if typed else {}
     for name, value in content.items():
         if name in hints and not _fits(value, hints[name]):
-            raise ValueError(f"{OP}: {dot}{name}: expected {_shown(hints[name])}; got {shown(value)}")
+            raise ValueError(f"{OP}: {dot}{name}: expected {_shown(hints[name])}; got {excerpt(value)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -215,7 +215,7 @@ def _shown(hint: Any) -> str:
 def _change(content: dict[str, Any], change: str) -> None:
     keys, separator, value = change.partition("=")
     if not separator or not keys:
-        raise ValueError(f"{OP}: --set: expected key=value, as in training.beta=0.25; got {shown(change)}")
+        raise ValueError(f"{OP}: --set: expected key=value, as in training.beta=0.25; got {excerpt(change)}")
     *above, last = keys.split(".")
     place: Any = content
     for key in above:
