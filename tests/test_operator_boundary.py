@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import nlhf_kernels
 from nlhf_kernels.core import capabilities, settings
+from nlhf_kernels.core.checks import overlap
 from nlhf_kernels.core.registry import BackendUnavailable
 from tests.support.backends import DEVICE, device_of, every_rival
 from tests.test_operators import ROOMS, WITH_OPERATORS, recorded_operator_calls
@@ -264,3 +265,50 @@ def test_the_modules_bound_what_they_index(name) -> None:
         sizes = (1, 3, 2, 4, 8, 8, 1)
         with pytest.raises(ValueError, match="decode_attention: heads: expected a multiple"):
             module.decode_attention(0, (at, at, at), (0, 0, 8), (0, 0, 8), 0, at, 0, sizes, 1.0, 0.0, at, 1)
+
+
+def _stored(strides: tuple[int, int], offset: int = 0) -> torch.Tensor:
+    return STORAGE.as_strided((3, 4), strides, offset)
+
+
+STORAGE = torch.zeros(80)
+
+
+@pytest.mark.parametrize(
+    ("policy", "reference", "shared"),
+    [
+        (_stored((4, 1)), _stored((4, 1)), True),
+        (_stored((4, 1)), _stored((4, 1), 8), True),  # a row
+        (_stored((4, 1), 8), _stored((4, 1)), True),
+        (_stored((4, 1)), _stored((4, 1), 12), False),  # one after the other
+        (_stored((8, 1)), _stored((8, 1), 4), False),  # side by side in each row
+        (_stored((8, 1), 4), _stored((8, 1)), False),
+        (_stored((8, 1)), _stored((8, 1), 3), True),
+        (_stored((8, 1)), _stored((8, 1), 5), True),  # reaches into the next row
+        (_stored((9, 1)), _stored((9, 1), 5), False),
+        (_stored((8, 1)), _stored((8, 1), 8), True),
+        (_stored((8, 1)), _stored((8, 1), 24), False),
+        (_stored((5, 1)), _stored((0, 1), 12), True),
+        (_stored((4, 1)), _stored((4, 1)).clone(), False),
+        (_stored((4, 1))[:1], _stored((4, 1))[1:2], False),
+        (_stored((4, 1))[:0], _stored((4, 1)), False),
+    ],
+)
+def test_overlap(policy, reference, shared) -> None:
+    assert overlap(policy, reference) is shared and overlap(reference, policy) is shared
+
+
+def test_logits_that_the_reference_shares_are_not_overwritten() -> None:
+    """A gradient written over a row that a later row reads as the reference's was wrong by 0.1."""
+    both = torch.randn(5, 7, requires_grad=True) * 1
+    policy, reference, targets = both[:4], both.detach()[1:], torch.tensor([1, 2, 3, 4])
+    for options in ({"kl": True}, {"beta": 0.5}, {}):
+        with pytest.raises(
+            ValueError, match="logprobs: overwrite_logits: expected reference logits in memory of their"
+        ):
+            nlhf_kernels.logprobs(policy, targets, reference, overwrite_logits=True, **options)
+    numbers, saved = [1.0, 1.0, 0.0, 1.0, 0.0], (torch.zeros(5, 4), torch.zeros(6, 4), torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="logprobs: overwrite_logits: expected reference logits in memory of their"):
+        OPERATOR.logprobs_backward_(policy.detach(), reference, targets, None, *saved, numbers, 2, "")
+    with pytest.raises(ValueError, match="logprobs: policy: expected rows that share no memory"):
+        OPERATOR.logprobs_backward_(both.detach()[:1].expand(4, 7), None, targets, None, *saved, numbers, 0, "")

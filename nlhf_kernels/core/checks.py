@@ -81,6 +81,26 @@ def check_memory(
         raise ValueError(f"{op}: {name}: expected neighbouring elements next to each other in memory; got {got}")
 
 
+def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two matrices, each of rows of neighbouring elements, share memory. Rows that interleave do not."""
+    if one.device != other.device or not one.numel() or not other.numel():
+        return False
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    distance = other.data_ptr() - one.data_ptr()  # all in bytes, from here on
+    (length, stride), (other_length, other_stride) = _row_bytes(one), _row_bytes(other)
+    if distance >= (len(one) - 1) * stride + length or -distance >= (len(other) - 1) * other_stride + other_length:
+        return False
+    if stride == other_stride and stride > 0:
+        offset = distance % stride  # of a row of the other in a row of the one
+        return offset < length or offset + other_length > stride
+    return True  # intervals meet; rows of different strides may still miss each other, which is not looked into
+
+
+def _row_bytes(matrix: torch.Tensor) -> tuple[int, int]:
+    return matrix.shape[1] * matrix.element_size(), matrix.stride()[0] * matrix.element_size()
+
+
 def check_counter(
     op: str, seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, sizes: Sizes, device: torch.device
 ) -> None:

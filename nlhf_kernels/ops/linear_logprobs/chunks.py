@@ -197,6 +197,12 @@ class Gradients:
             self.bias += logits_gradient.sum(0, dtype=self.bias.dtype)
         self.empty = False
 
+    def scale(self, ratio: torch.Tensor) -> None:  # ()
+        """All that has been added so far, times `ratio`."""
+        for part in (self.hidden, self.weight, self.bias):
+            if part is not None:
+                part.mul_(ratio)
+
     def tensors(self, kept: Kept) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For an operator's result: what was not asked for is empty."""
         if self.empty and self.weight is not None:

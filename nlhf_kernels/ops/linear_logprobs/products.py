@@ -30,7 +30,8 @@ def add_weight_gradient(
     """total += logits_gradient^T hidden, accumulated in the precision of `total`; the first is written, not added.
 
     Where PyTorch cannot multiply half precision into float32 the product of one chunk is rounded once, block by block
-    of the vocabulary; the sum over chunks is exact to float32 all the same.
+    of the vocabulary; the sum over chunks is exact to float32 all the same. Float16 is multiplied as float32 there: a
+    token that is often the target has a sum that float16 cannot hold.
     """
     keep = 0 if first else 1
     if logits_gradient.dtype == total.dtype:
@@ -40,8 +41,10 @@ def add_weight_gradient(
         torch.addmm(total, logits_gradient.t(), hidden, beta=keep, out_dtype=torch.float32, out=total)
         return
     rows = max(1, _BLOCK_BYTES // (total.shape[1] * hidden.element_size()))
+    if hidden.dtype == torch.float16:
+        hidden = hidden.float()
     for start in range(0, total.shape[0], rows):
-        product = logits_gradient[:, start : start + rows].t() @ hidden
+        product = logits_gradient[:, start : start + rows].to(hidden.dtype).t() @ hidden
         block = total[start : start + rows]
         block.copy_(product) if first else block.add_(product)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core import torch_op
-from ...core.checks import FLOATS, INTEGERS, Sizes, check_memory, check_not_empty, check_number, check_tensor
+from ...core.checks import FLOATS, INTEGERS, Sizes, check_memory, check_not_empty, check_number, check_tensor, overlap
 from ...core.registry import Backend, Op, register
 from ...core.upstream import viewed
 from .layout import IGNORED, Normalizer, Output, Settings, Want, real_dtype
@@ -122,8 +122,11 @@ def _run_backward(policy: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return out
 
 
-def _run_backward_in_place(policy: torch.Tensor, *arguments: Any) -> None:
-    _gradient_into(policy, policy, *arguments)
+def _run_backward_in_place(policy: torch.Tensor, reference: torch.Tensor | None, *arguments: Any) -> None:
+    if not rows_apart(policy):
+        raise ValueError(f"{OP.name}: policy: expected rows that share no memory; got strides {policy.stride()}")
+    _check_not_the_reference(OP.name, policy, reference)
+    _gradient_into(policy, policy, reference, *arguments)
 
 
 def _gradient_into(out: torch.Tensor, policy: torch.Tensor, *arguments: Any) -> None:
@@ -195,6 +198,7 @@ def logprobs(
     Everything is of softmax(logits / temperature) and differentiable in the policy's logits. entropy, kl (exact, over
     the vocabulary) and the log-probability under the geometric mixture of weight `beta` are computed where asked for.
     overwrite_logits lets backward write the gradient over the policy's logits: no second (N, V) buffer, one backward.
+    The reference's must then lie in memory of their own.
 
     Shift the targets, not the logits: `logits[:, :-1]` would be copied. On a GPU a target outside [0, V) gives NaN in
     its row; on a CPU it raises.
@@ -212,15 +216,17 @@ def logprobs(
     elif kl or beta is not None:
         raise ValueError(f"{op}: {'kl' if kl else 'beta'}: expected only with reference_logits; got None for them")
     check_number(op, "temperature", temperature, 0.0, open_low=True)
-    rows = _rows(policy_logits)
+    rows, reference = _rows(policy_logits), None if reference_logits is None else _rows(reference_logits)
     if overwrite_logits:
         _check_may_be_overwritten(op, policy_logits)
-        overwrite_logits = len(rows) < 2 or rows.stride(0) >= rows.shape[1]  # rows that share memory keep it
+        overwrite_logits = rows_apart(rows)  # others keep their logits
+        if not torch.compiler.is_compiling():  # which knows no addresses; backward looks too
+            _check_not_the_reference(op, rows, reference)
     wanted = Want.ENTROPY * entropy | Want.KL * kl | Want.MIXTURE * (beta is not None)
     numbers, wanted = Settings(temperature, wanted=wanted).flat()
     values, _ = (_overwriting if overwrite_logits else _differentiable)(
         rows,
-        None if reference_logits is None else _rows(reference_logits),
+        reference,
         targets.reshape(-1),
         beta_tensor(op, beta, targets, real_dtype(policy_logits.dtype)),
         numbers,
@@ -262,6 +268,20 @@ def beta_tensor(
 def check_constant(op: str, name: str, value: torch.Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: {name}: expected a constant, no gradient goes there; got a tensor that requires grad")
+
+
+def rows_apart(rows: torch.Tensor) -> bool:
+    """Whether no two rows share memory."""
+    return len(rows) < 2 or rows.stride()[0] >= rows.shape[1]
+
+
+def _check_not_the_reference(op: str, policy: torch.Tensor, reference: torch.Tensor | None) -> None:
+    """A row of the reference that an earlier row's gradient was written over would give a wrong gradient."""
+    if reference is not None and overlap(policy, reference):
+        raise ValueError(
+            f"{op}: overwrite_logits: expected reference logits in memory of their own; got some that share it with "
+            "the policy's"
+        )
 
 
 def _check_may_be_overwritten(op: str, logits: torch.Tensor) -> None:

@@ -25,9 +25,10 @@ from .sequences import Sequences, check_offset_values, layout_symbols
 from .weights import KL_MODES, surrogate, token_weights
 
 _OP = "linear_nash_pg_loss"
-#: Gradients of logits are made without the normalizer and, in float16, with this factor: p * weight / sequences would
-#: fall below what float16 can hold.
-_FLOAT16_HEADROOM = 64.0
+#: Gradients of logits are made without the normalizer: p * weight / sequences would fall below what float16 can hold.
+#: And in float16 they are scaled by a power of two, so that the largest factor of any p so far is between half of this
+#: and this: small weights do not vanish, large ones do not overflow.
+_FLOAT16_LARGEST = 16.0
 
 
 def whole_sequences(offsets: list[int], rows: int) -> Iterator[tuple[int, int]]:
@@ -41,8 +42,26 @@ def whole_sequences(offsets: list[int], rows: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _headroom(compute: torch.dtype) -> float:
-    return _FLOAT16_HEADROOM if compute == torch.float16 else 1.0
+class _Scaling:
+    """The factor of all gradients made so far. Later weights may be larger: then it shrinks, and they with it."""
+
+    def __init__(self, compute: torch.dtype, device: torch.device) -> None:
+        self.active = compute == torch.float16
+        self.factor = torch.ones((), dtype=torch.float32, device=device)
+
+    def admit(self, upstream: torch.Tensor, values: torch.Tensor, gradients: Gradients) -> torch.Tensor:  # (5, C)
+        """`upstream` of a run of rows, scaled; `gradients` of the runs before are brought to the same factor."""
+        if not self.active or not upstream.numel():
+            return upstream
+        kl = upstream[Output.KL].abs() * (2 * values[Output.KL] + 1)  # bounds p |log p - log q - KL| times upstream
+        largest = (upstream[Output.POLICY].abs() + kl).nan_to_num(0, 0, 0).max()
+        exponent = torch.frexp(largest.float()).exponent  # largest < 2^exponent
+        factor = _FLOAT16_LARGEST * torch.exp2(-exponent.float())
+        if not gradients.empty:
+            factor = torch.minimum(factor, self.factor)
+            gradients.scale(factor / self.factor)
+        self.factor = factor
+        return upstream * factor
 
 
 def _run(
@@ -57,7 +76,7 @@ def _run(
     with torch.autocast(advantage.device.type, enabled=False):
         call = chunked(inputs, OP)
         _check_operands(advantage, offsets, reference_logprobs, mode, call)
-        offsets = call.kept.offsets(offsets)
+        offsets = call.kept.offsets(offsets.contiguous())
         boundaries = offsets.tolist()
         offsets = offsets.to(call.targets.device)
         buffer = call.buffer()
@@ -68,6 +87,7 @@ def _run(
             values[Output.REFERENCE] = call.reference_logprobs(buffer)
         weights = torch.zeros_like(values[0], dtype=torch.float64)
         gradients = Gradients(call.policy, Needs(*needs))
+        scaling = _Scaling(inputs[-2], call.targets.device)
         for first, last in whole_sequences(boundaries, call.rows_per_chunk):
             start, stop = boundaries[first], boundaries[last]
             chunks = list(call.chunks(start, stop))
@@ -76,7 +96,8 @@ def _run(
             run = slice(start, stop)
             weights[run] = token_weights(mode, tau, advantage[first:last], values[:, run], sequences)
             if any(needs):
-                upstream = _upstream(mode, tau, weights[run], values.dtype, _headroom(inputs[-2]))
+                upstream = _upstream(mode, tau, weights[run], values.dtype)
+                upstream = scaling.admit(upstream, values[:, run], gradients)
                 for rows in chunks:
                     kept = logits[0] if len(chunks) == 1 else call.logits(rows, buffer)
                     saved = (values[:, rows], normalizers[:, rows], upstream[:, rows.start - start : rows.stop - start])
@@ -84,7 +105,7 @@ def _run(
         weights.masked_fill_(call.targets == IGNORED, 0)
         total = surrogate(mode, tau, weights, values[Output.POLICY], values[Output.KL])
         spread = call.kept.spread
-        return total, spread(values), spread(weights), *gradients.tensors(call.kept)
+        return total, spread(values), spread(weights), *gradients.tensors(call.kept), scaling.factor
 
 
 def _check_operands(
@@ -112,13 +133,11 @@ def _score(
     return logits
 
 
-def _upstream(
-    mode: str, tau: float, weights: torch.Tensor, dtype: torch.dtype, headroom: float
-) -> torch.Tensor:  # (5, N)
+def _upstream(mode: str, tau: float, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # (5, N)
     upstream = torch.zeros((len(Output), weights.numel()), dtype=dtype, device=weights.device)
-    upstream[Output.POLICY] = -headroom * weights
+    upstream[Output.POLICY] = -weights
     if mode == "exact":
-        upstream[Output.KL] = headroom * tau
+        upstream[Output.KL] = tau
     return upstream
 
 
@@ -127,13 +146,14 @@ def _fake(advantage: Any, offsets: Any, given: Any, tau: Any, mode: Any, needs: 
     total = hidden.new_empty((), dtype=torch.float64)
     values = hidden.new_empty((len(Output), hidden.shape[0]), dtype=real_dtype(compute))
     weights = hidden.new_empty(hidden.shape[0], dtype=torch.float64)
-    return total, values, weights, *fake_gradients(needs, hidden, weight, compute)
+    factor = hidden.new_empty((), dtype=torch.float32)
+    return total, values, weights, *fake_gradients(needs, hidden, weight, compute), factor
 
 
 _operator = torch_op.define(
     _OP,
     f"(Tensor advantage, Tensor offsets, Tensor? reference_logprobs, float tau, str mode, bool[] needs, {INPUTS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )
@@ -147,10 +167,11 @@ _HIDDEN, _WEIGHT, _BIAS = 6, 7, 8  # positions of what is differentiated
 
 
 def _backward(needs: Any, saved: Any, inputs: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    compute, dtypes = inputs[-3], inputs[-1]
-    scale = upstream / _headroom(compute)
+    *parts, factor = saved
+    dtypes = inputs[-1]
+    scale = upstream / factor
     given: list[torch.Tensor | None] = [None] * len(inputs)
-    for position, part, dtype in zip((_HIDDEN, _WEIGHT, _BIAS), saved, dtypes, strict=True):
+    for position, part, dtype in zip((_HIDDEN, _WEIGHT, _BIAS), parts, dtypes, strict=True):
         if needs[position]:
             given[position] = _scaled(part, scale.to(real_dtype(part.dtype)), dtype)
     return tuple(given)
