@@ -158,8 +158,8 @@ def attend_kernel(
         total = total * factor + tl.sum(weights, axis=1)
         acc = acc * factor[:, None] + _weighted(weights, v, HEADS, DOT, WIDE)
         top = higher
-        key += TILE * key_slot.to(tl.int64)
-        value += TILE * value_slot.to(tl.int64)
+        key += TILE * tl.cast(key_slot, tl.int64)  # a stride of 1 is a constant, which has no `to`
+        value += TILE * tl.cast(value_slot, tl.int64)
 
     inside = here[:, None] & (value_dim < VALUE_DIM)[None, :]
     if SPLITS == 1:
