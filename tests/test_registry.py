@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 import nlhf_kernels
 from nlhf_kernels.cli import info
 from nlhf_kernels.core import capabilities, settings
-from nlhf_kernels.core.registry import Backend, BackendUnavailable, Op, get_op, ops
+from nlhf_kernels.core.registry import Backend, BackendUnavailable, Measured, Op, get_op, ops
 
 
 class ToyProblem(NamedTuple):
@@ -113,6 +114,26 @@ def test_an_op_must_account_for_all_four_backends() -> None:
         Op("half", (Backend("reference", "x:y"),), {}, lambda: None)
     with pytest.raises(ValueError, match="must end with reference"):
         toy(order=("reference", "cpu"))
+
+
+def test_the_order_follows_measurements_per_problem() -> None:
+    """Of the samplers on a GPU, whose speeds say which is tried first; what cannot run is passed over as ever."""
+    op = get_op("mixture_sample")
+    problem = op.describe(torch.zeros(1, 5)).__class__(torch.device("cuda", 0), (torch.bfloat16,) * 2, 128_256, False)
+    for filtered, order in ((False, ("triton", "cuda", "reference")), (True, ("cuda", "triton", "reference"))):
+        found, words = op.order_of(problem._replace(filtered=filtered))
+        assert found == order
+        assert words.startswith(" > ".join(order)) and "H200" in words and "2026-11-26" in words
+    explanation = nlhf_kernels.explain("mixture_sample", torch.zeros(1, 5), top_k=3)
+    assert "order of auto: cpu > reference\n" in str(explanation)
+    small = Measured("cpu", "small", lambda problem: problem.size < 3, ("reference",), "here")
+    measured = replace(toy(), measured=(small,))
+    assert [measured.resolve(None, ToyProblem(torch.device("cpu"), size)).name for size in (2, 3)] == [
+        "reference",
+        "cpu",
+    ]
+    with pytest.raises(ValueError, match="must end with reference"):
+        replace(toy(), measured=(replace(small, order=("cpu",)),))
 
 
 def test_decisions_do_not_grow_without_end(monkeypatch) -> None:

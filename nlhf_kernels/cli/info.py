@@ -121,10 +121,15 @@ def _ops() -> Table:
     for op in ops():
         orders = []
         for device in devices:
-            marks = {name: capabilities.machine_reasons(name, device) for name in op.order[device.type]}
-            orders.append(" > ".join(f"({name})" if reasons else name for name, reasons in marks.items()))
+            measured = [entry for entry in op.measured if entry.device == device.type]
+            cases = {f" ({entry.problems})": entry.order for entry in measured} or {"": op.order[device.type]}
+            orders.append("\n".join(_marked(order, device) + case for case, order in cases.items()))
         table.add_row(op.name, *orders, "\n".join(f"{name}: {reason}" for name, reason in op.absent.items()))
     return table
+
+
+def _marked(order: tuple[str, ...], device: torch.device) -> str:
+    return " > ".join(f"({name})" if capabilities.machine_reasons(name, device) else name for name in order)
 
 
 def _settings() -> Table:

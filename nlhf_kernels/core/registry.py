@@ -62,6 +62,17 @@ def _imported(path: str) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """An order of backends that measurements gave for some of an op's problems, and where they were made."""
+
+    device: str  # type
+    problems: str  # which, in words
+    applies: Callable[[Any], bool]
+    order: tuple[str, ...]  # the fastest first
+    source: str
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Why a call would run where it would; `print` it."""
 
@@ -70,9 +81,12 @@ class Explanation:
     reasons: dict[str, list[str]]  # backend -> reasons why not; empty = it can run
     chosen: str | None  # None: the requested backend cannot run
     request: settings.Request
+    order: str = ""  # in which auto tries them, and why
 
     def __str__(self) -> str:
         lines = [f"{self.op} with {self.problem}", f"requested: {self.request.backend} ({self.request.origin})"]
+        if self.order and self.request.backend == "auto":
+            lines.append(f"order of auto: {self.order}")
         for backend, reasons in self.reasons.items():
             mark = "->" if backend == self.chosen else "  "
             lines.append(f"{mark} {backend:<10} {'; '.join(reasons) or 'can run'}")
@@ -85,9 +99,10 @@ class Op:
 
     name: str
     backends: tuple[Backend, ...]
-    order: dict[str, tuple[str, ...]]  # device type -> backends, the fastest first
+    order: dict[str, tuple[str, ...]]  # device type -> backends, the fastest first, where `measured` says no other
     describe: Callable[..., Problem]  # the public function's arguments -> the problem
     absent: dict[str, str] = field(default_factory=dict)  # backend -> why this room has none
+    measured: tuple[Measured, ...] = ()  # the first that applies counts
     built_on: str = ""  # the room whose kernels this one calls; "": its own
     _decisions: dict[Any, Backend] = field(default_factory=dict, repr=False, compare=False)
 
@@ -95,7 +110,7 @@ class Op:
         named = {backend.name for backend in self.backends} | set(self.absent)
         if named != set(settings.BACKENDS):
             raise ValueError(f"op {self.name}: expected a backend or a reason for each of {settings.BACKENDS}")
-        for names in self.order.values():
+        for names in [*self.order.values(), *(measured.order for measured in self.measured)]:
             if names[-1] != "reference":
                 raise ValueError(f"op {self.name}: the order for auto must end with reference, got {names}")
 
@@ -121,10 +136,19 @@ class Op:
             self._decisions[key] = chosen
         return chosen
 
+    def order_of(self, problem: Problem) -> tuple[tuple[str, ...], str]:
+        """The order in which auto tries backends for `problem`, and the same in words."""
+        device = problem.device.type
+        for measured in self.measured:
+            if measured.device == device and measured.applies(problem):
+                return measured.order, f"{' > '.join(measured.order)} ({measured.problems}: {measured.source})"
+        order = self.order.get(device, ("reference",))
+        return order, " > ".join(order)
+
     def _decide(self, request: settings.Request, problem: Problem) -> Backend:
         settings.check_choice(f"{self.name}: backend", request.backend, settings.CHOICES)
         if request.backend == "auto":
-            order = self.order.get(problem.device.type, ("reference",))
+            order, _ = self.order_of(problem)
             chosen = next(self.backend(name) for name in order if not self.why_not(name, problem))
             log.info("%s: auto chose %s for %s", self.name, chosen.name, problem)
             return chosen
@@ -170,4 +194,4 @@ def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> E
         chosen: str | None = entry.resolve(backend, problem).name
     except BackendUnavailable:
         chosen = None
-    return Explanation(op, problem, entry.reasons(problem), chosen, request)
+    return Explanation(op, problem, entry.reasons(problem), chosen, request, entry.order_of(problem)[1])
