@@ -88,7 +88,8 @@ def standing(model: torch.nn.Module, bucket: int = 48, **options) -> RolloutEngi
 @pytest.mark.parametrize("lengths", [LONG, (9, 9)], ids=["padded", "whole"])
 def test_standing_shapes_say_what_full_forward_passes_say(name, lengths, monkeypatch) -> None:
     """A cache of 48 slots, a text that goes from within windows of four to far past them."""
-    monkeypatch.setattr(ensemble, "_routes_on_host", lambda model: False)  # which no recorder here minds
+    for name_of_check in ("_routes_on_host", "_indexes_from_host"):  # which no recorder here minds
+        monkeypatch.setattr(ensemble, name_of_check, lambda model: False)
     model = make(name)
     engine = standing(model)
     assert error(engine, model, prompts(lengths)) < TOLERANCE

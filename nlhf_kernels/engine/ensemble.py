@@ -241,6 +241,8 @@ class Ensemble:
                 reasons.append(f"the {role} looks at positions on the host, to rotate by them (dynamic)")
             if _routes_on_host(facts.model):
                 reasons.append(f"the {role} has experts, and sends tokens to them by their number")
+            if _indexes_from_host(facts.model.config):
+                reasons.append(f"the {role}, {facts.name}, indexes its keys and values by lists of the host")
         if self.shares_base and not self.one_pass:
             reasons.append("adapters are switched off and on by the host")
         return reasons
@@ -251,6 +253,12 @@ def _routes_on_host(model: Any) -> bool:
     config = model.config.get_text_config(decoder=True)
     experts = any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
     return experts and experts_name(config) not in CAPTURED_EXPERTS
+
+
+def _indexes_from_host(config: Any) -> bool:
+    """Falcon takes the shared keys and values of its heads as [..., [-2], :], which copies the list to the device."""
+    shared = getattr(config, "multi_query", False) or getattr(config, "new_decoder_architecture", False)
+    return getattr(config, "model_type", None) == "falcon" and shared
 
 
 def _rotates_on_host(model: Any) -> bool:
