@@ -61,7 +61,7 @@ def test_every_linear_layer_is_adapted_in_one_pass(architecture) -> None:
 
 
 class TokensFirst(torch.nn.Module):
-    """A block that turns (batch, tokens) round before it calls another, and flattens the two where it is told to."""
+    """A block that turns (batch, tokens) round before it calls another, and flattens the two if asked to."""
 
     def __init__(self, block: torch.nn.Module, flatten: bool) -> None:
         super().__init__()

@@ -128,7 +128,7 @@ def test_attention_of_both_directions_is_not_replaced(lengths) -> None:
 
 @pytest.mark.parametrize("window", [4, 4096])
 def test_a_window_that_only_the_mask_has_is_found_however_long(window) -> None:
-    """The kernel reads the window that the attention function is told; no text of a test reaches 4096."""
+    """The kernel reads the window passed to the attention function; no text of a test reaches 4096."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, **_GQA, "max_position_embeddings": 8192}
     config = transformers.MistralConfig(sliding_window=window, **sizes)
     assert takes_kernel(random_model(config, 1))

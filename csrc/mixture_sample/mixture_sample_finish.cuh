@@ -88,7 +88,7 @@ NLHF_DEVICE double choose_tile(int tiles, int a_lane, double uniform, MassOf mas
   const TileRun run = run_of(tiles, a_lane);
   double mass = 0;
   for (int t = run.first; t < run.end; ++t) mass += mass_of(t);
-  const WarpSums sums = warp_sums(mass);
+  const WarpSums<double> sums = warp_sums(mass);
   const double target = uniform * sums.all;
   const Crossing crossing = warp_crossing(sums.before, mass, target);
   const int chosen = crossing.first >= 0 ? crossing.first : crossing.last;
@@ -139,7 +139,7 @@ NLHF_DEVICE void draw_in_tile(const Job& job, const Row<kStorage, kModels>& row,
   const int first = (s.tile * steps + warp) * kStep;
   float z[kPerLane];
   double mass[S::kChunks];
-  WarpSums chunks[S::kChunks];
+  WarpSums<double> chunks[S::kChunks];
   double own = 0;
   if (warp < steps) {
     read_step(row, first, z);

@@ -132,11 +132,14 @@ inline Plan make_plan(int64_t rows, int64_t vocabulary, int multiprocessors) {
 }
 
 // Counts up to `last` and from there to 0 again, so that a counter is left as it was found; returns the count before.
-// What the thread's block wrote is seen by whoever counts after it.
+// Writes of the thread's block are visible to blocks that count in later.
 NLHF_DEVICE unsigned count_in(unsigned* counter, unsigned last) {
 #if defined(__CUDACC__)
   unsigned before;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(__cvta_generic_to_global(counter)), "r"(last) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(last)
+               : "memory");
   return before;
 #else
   return atomicInc(counter, last);

@@ -59,11 +59,15 @@ struct LogSum {
 // A stored sum's mass in units of e^top. NaN stays NaN.
 NLHF_DEVICE float mass_below(float2 sum, float top) { return sum.y * exp_below(sum.x, top); }
 
-// Sum of `value` over the threads before the calling one; `total` over all. One barrier inside; `scratch` (a value a
-// warp) may be reused only after a further one.
+// Sums over the lanes of a warp: before the calling one, and of all.
 template <typename T>
-NLHF_DEVICE T block_sum_before(T value, T* scratch, T* total) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+struct WarpSums {
+  T before, all;
+};
+
+template <typename T>
+NLHF_DEVICE WarpSums<T> warp_sums(T value) {
+  const int lane = threadIdx.x % kWarpSize;
   T inclusive = value;
 #pragma unroll
   for (int distance = 1; distance < kWarpSize; distance *= 2) {
@@ -71,7 +75,16 @@ NLHF_DEVICE T block_sum_before(T value, T* scratch, T* total) {
     if (lane >= distance) inclusive += below;
   }
   const T exclusive = __shfl_up_sync(kWholeWarp, inclusive, 1);
-  if (lane == kWarpSize - 1) scratch[warp] = inclusive;
+  return {lane == 0 ? T(0) : exclusive, __shfl_sync(kWholeWarp, inclusive, kWarpSize - 1)};
+}
+
+// Sum of `value` over the threads before the calling one; `total` over all. One barrier inside; `scratch` (a value a
+// warp) may be reused only after a further one.
+template <typename T>
+NLHF_DEVICE T block_sum_before(T value, T* scratch, T* total) {
+  const int warp = threadIdx.x / kWarpSize;
+  const WarpSums<T> own = warp_sums(value);
+  if (threadIdx.x % kWarpSize == 0) scratch[warp] = own.all;
   __syncthreads();
   T before = 0, all = 0;
 #pragma unroll
@@ -80,24 +93,7 @@ NLHF_DEVICE T block_sum_before(T value, T* scratch, T* total) {
     all += scratch[w];
   }
   *total = all;
-  return lane == 0 ? before : before + exclusive;
-}
-
-// Sums over the lanes of a warp: before the calling one, and of all.
-struct WarpSums {
-  double before, all;
-};
-
-NLHF_DEVICE WarpSums warp_sums(double value) {
-  const int lane = threadIdx.x % kWarpSize;
-  double inclusive = value;
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const double below = __shfl_up_sync(kWholeWarp, inclusive, distance);
-    if (lane >= distance) inclusive += below;
-  }
-  const double exclusive = __shfl_up_sync(kWholeWarp, inclusive, 1);
-  return {lane == 0 ? 0.0 : exclusive, __shfl_sync(kWholeWarp, inclusive, kWarpSize - 1)};
+  return before + own.before;
 }
 
 // Equation (2) over the lanes of a warp: the first whose mass lifts the running sum above the target. The sum must grow

@@ -51,7 +51,7 @@ def as_json(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(value: Any) -> str:
-    """A function, a model or an object that is called. One that knows better says so in its attribute `identity`.
+    """A function, a model or an object that is called. An attribute `identity` takes the place of what is derived.
 
     What a function closes over, and what other functions it calls, does not show.
     """

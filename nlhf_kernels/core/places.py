@@ -68,7 +68,7 @@ def _check_hub(what: str, name: str, kind: str) -> None:
     except errors.HFValidationError:
         raise ValueError(f"{what}: there is no such folder: {name!r}, which is no name on the hub either") from None
     except errors.GatedRepoError:
-        return  # it exists, but behind a form: loading says so with the form's address
+        return  # it exists, but behind a form: loading fails with the form's address
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{nowhere} on the hub (a private one needs `hf auth login`)") from None
     except Exception as error:  # of the HTTP client's kinds: no network, a proxy, a hub that is down

@@ -176,7 +176,7 @@ class _Call(NamedTuple):
     """One call of the attention function in a step."""
 
     mask: torch.Tensor | None
-    window: int | None  # as the function is told
+    window: int | None  # as passed to the attention function
     by_kernel: bool
 
 

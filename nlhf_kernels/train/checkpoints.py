@@ -39,7 +39,7 @@ def work_folder(output: Path) -> str:
 
 
 def publish(work: Path, final: Path) -> None:
-    """Give the checkpoint its name. One of that name, from before a resumed run came here again, makes way."""
+    """Give the checkpoint its name. One of that name, from before the run was resumed, is replaced."""
     if final.exists() and (manifest.kind_of(final) != KIND or manifest.strangers(final)):
         _put_aside(final, "holds what this trainer did not write")
     atomic.publish(work, final, KIND)
