@@ -83,14 +83,18 @@ def test_ctrl_c_ends_a_long_call() -> None:
     tau, step_sizes, out = torch.tensor(0.1), torch.full((iterations,), 0.1), torch.empty(games, actions)
     pointers = [tensor.data_ptr() for tensor in tensors]
     interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        cpu.mirror_descent(
-            False, *pointers, tau.data_ptr(), 0, step_sizes.data_ptr(), games, actions, iterations, 1, 0,
-            out.data_ptr(), 1,
-        )  # fmt: skip
-    interrupt.join()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
+    try:
+        interrupt.start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            cpu.mirror_descent(
+                False, *pointers, tau.data_ptr(), 0, step_sizes.data_ptr(), games, actions, iterations, 1, 0,
+                out.data_ptr(), 1,
+            )  # fmt: skip
+        interrupt.join()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert time.monotonic() - start < 20
 
 
