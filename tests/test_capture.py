@@ -20,12 +20,10 @@ from tests.test_operators import backward
 ROOMS = [op.name for op in ops()]
 
 
-@pytest.mark.parametrize(
-    "backend", ["reference", "triton"]
-)  # what `auto` chooses among on a GPU, beside CUDA's own code
+@pytest.mark.parametrize("backend", ["reference", "triton"])  # `auto` has CUDA's own code beside them
 @pytest.mark.parametrize("op", ROOMS)
 def test_ops(op, backend) -> None:
-    """Forward and backward, over every example that the backend takes."""
+    """Every example, forward and backward; `capturing()` raises where something comes from the host."""
     reasons: list[str] = []
     walked = 0
     for make in importlib.import_module(f"tests.test_{op}").EXAMPLES:

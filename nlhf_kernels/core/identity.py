@@ -21,7 +21,7 @@ _NOT_OF_ADAPTERS = (
 
 
 def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Of all names, shapes, dtypes and bytes, whatever device they are on: 1.2 GB/s on a core."""
+    """Of all names, shapes, dtypes and bytes, whatever device they are on."""
     named = list(weights)
     with ThreadPoolExecutor(THREADS) as pool:
         checksums = pool.map(lambda item: _checksum(item[1]), named)

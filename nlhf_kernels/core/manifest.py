@@ -1,7 +1,7 @@
 """What a folder should hold, to the bit: `nlhf_manifest.json` lists size and checksum of every file, written last.
 
 It shows that this library wrote a folder, and which of its files are no longer what was written. CRC-32 finds every
-flipped bit and is the fastest checksum of Python's: 1.2 GB/s on a core that does 0.44 GB/s of SHA-256.
+flipped bit, and is the fastest checksum of Python's.
 """
 
 from __future__ import annotations
