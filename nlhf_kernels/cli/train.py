@@ -19,6 +19,7 @@ from ..core.loading import check_finite, load_model, load_tokenizer, loading, qu
 from ..core.lock import lock_folder
 from ..core.manifest import kind_of
 from ..core.optional import need, require
+from ..core.processes import leave_process_group
 from ..data import load_prompts
 from .errors import BadInput
 from .loading import load_function, read_data, show_next
@@ -64,10 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
     _check_policy(plan, place, replaces=arguments.resume or plan.training.get("overwrite_output_dir", False))
     args = plan.config()
     if arguments.check or args.process_index:
-        return _train(arguments, plan, args, place)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with lock_folder(place.parent):  # before models are loaded
-        return _train(arguments, plan, args, place)
+        code = _train(arguments, plan, args, place)
+    else:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with lock_folder(place.parent):  # before models are loaded
+            code = _train(arguments, plan, args, place)
+    leave_process_group()
+    return code
 
 
 def _train(arguments: argparse.Namespace, plan: RunFile, args: NashConfig, place: Path) -> int:

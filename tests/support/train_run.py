@@ -22,6 +22,15 @@ LOGGED = ("loss", "grad_norm", "kl", "preference", "length", "beta", "learning_r
 
 
 def main(folder: str, options: dict[str, Any]) -> None:
+    from nlhf_kernels.core.processes import leave_process_group
+
+    train(folder, options)
+    leave_process_group()
+    left = [name for name in thread_names() if name.startswith("pt_gloo")]
+    assert not left, f"these threads abort the process if they run while the interpreter shuts down: {left}"
+
+
+def train(folder: str, options: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -42,8 +51,10 @@ def main(folder: str, options: dict[str, Any]) -> None:
     Path(folder, f"process-{rank}.json").write_text(json.dumps([before, players(trainer)]))
     if trainer.is_world_process_zero():
         (Path(folder) / "result.json").write_text(json.dumps(outcome(trainer)))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+
+
+def thread_names() -> list[str]:
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 
 
 def outcome(trainer: Any) -> dict[str, Any]:
