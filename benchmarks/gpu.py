@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, in as many minutes as there are, the most telling first.
+"""Run everything that needs a GPU within a time budget, the most important stages first.
 
-Build for this card, the tests that only a GPU can pass, the rows that matter most, rollouts, updates of training,
-sanitizers, then all other shapes. Results are appended as they come; at the same commit, on the same machine, a second
-run goes on where the first stopped. The end is a table: ours, the best rival, their ratio, the share of the floor, the
-target, and whether it is met.
+Stages: build for this card, tests marked `gpu`, headline rows, rollouts, training updates, sanitizers, then all other
+shapes. Each stage appends its results to the file as it measures them; a second run at the same commit on the same
+machine skips the stages that have finished. The output ends with a table: ours, the best rival, their ratio, the share
+of the floor, the target, and whether it is met.
 
 It runs in the active environment: PyTorch with CUDA, Triton, nvcc, pybind11, pytest and better pytest-xdist. Rivals
 take part where they are installed: flashinfer-python, liger-kernel, cut-cross-entropy, trl==1.13.0.
@@ -40,15 +40,15 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=-ra")  # without 
 
 
 def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
-    """In the order of their worth; the shares are seconds of nine minutes."""
+    """List the stages by importance. A share is the stage's part of nine minutes, in seconds."""
     tiny = preset == "tiny"
     no_gpu = "" if device.type == "cuda" else f"needs a GPU; got --device {device.type}"
     no_more = "preset tiny has no more shapes" if tiny else ""
 
     def benchmark(name: str, preset: str, *options: str) -> tuple[str, ...]:
-        chosen = ("--preset", "tiny") if tiny else ("--preset", preset, *options)
+        preset_options = ("--preset", "tiny") if tiny else ("--preset", preset, *options)
         return (sys.executable, "-m", f"benchmarks.{name}", "--device", device.type, "--out", str(out), "--resume",
-                *chosen)  # fmt: skip
+                *preset_options)  # fmt: skip
 
     def rollout(width: int) -> tuple[str, ...]:
         return benchmark("rollout", "headline", "--rival", "eager", "--repeats", "2", "--shape", f"width={width}")
@@ -72,21 +72,21 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
 
 
 def _build(device: torch.device, no_gpu: str) -> Stage:
-    """For this card alone: every other architecture costs as much again."""
+    """Compile for this card's architecture only: each further one would take as long again."""
     architecture = "" if no_gpu else "{}{}".format(*torch.cuda.get_device_capability(device))
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     return Stage("build", 80, (command,), {"CUDAARCHS": architecture}, missing=no_gpu)
 
 
 def _tests(count: int | None) -> tuple[str, ...]:
-    """`count`: so many files of them; None: all."""
+    """Run the tests marked `gpu`, of the first `count` files (None: of all)."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu_*.py"))[:count]
     workers = ("-n", str(WORKERS)) if importlib.util.find_spec("xdist") else ()
     return (*PYTEST, "-m", "gpu", *workers, *files)
 
 
 def _sanitizer(tool: str) -> tuple[str, ...]:
-    """On small problems: the tools slow kernels down a hundredfold."""
+    """Run the ops' tests under one tool, on small problems only: the tools slow kernels down a hundredfold."""
     small = "cuda and not large and not two_to and not tail and not often"
     rooms = (f"tests/test_{room}.py" for room in ("mirror_descent", "row_uniforms", "mixture_sample"))
     return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST, "-x", *rooms, "-k", small)
@@ -96,26 +96,26 @@ def _no_program(name: str) -> str:
     return "" if shutil.which(name) else f"no {name} found"
 
 
-def done_before(rows: Sequence[ResultRow], facts: RunFacts) -> dict[str, Outcome]:
-    """Stages that a run of this code, preset and machine has finished. What was built has to be there, too."""
-    done = {}
+def finished_stages(rows: Sequence[ResultRow], facts: RunFacts) -> dict[str, Outcome]:
+    """Return the stages that a run of this code, preset and machine has finished; the build only if it is there."""
+    finished = {}
     for row in rows:
         if row.kind == KIND and row.run.preset == facts.preset and same_code(row.run, facts) and row.timing is not None:
-            done[row.key.implementation] = Outcome("ok", row.timing.median_us / 1e6)
+            finished[row.key.implementation] = Outcome("ok", row.timing.median_us / 1e6)
     if not list((ROOT / "nlhf_kernels").glob("_cuda*.so")):
-        done.pop("build", None)
-    return done
+        finished.pop("build", None)
+    return finished
 
 
 def stage_row(stage: Stage, outcome: Outcome, facts: RunFacts, device: torch.device) -> ResultRow:
-    """Its time where it was finished, else the reasons."""
+    """Make the result row of a stage: its time if it finished, else the reasons."""
     key = RowKey(CASE, "", "", KIND, stage.name, device.type, torch.get_num_threads())
     timing = summarise([1e6 * outcome.seconds], 0) if outcome.status == "ok" else None
     return ResultRow(key, KIND, outcome.status, facts, outcome.reasons, timing=timing)
 
 
 def closing_lines(rows: Sequence[ResultRow], outcomes: dict[str, Outcome], facts: RunFacts, log: Path) -> list[str]:
-    """Everything that there is to say, in MAX_LINES at most."""
+    """Return the summary: headline table, stage outcomes, machine; at most MAX_LINES."""
     headlines = headlines_of(rows, facts.preset) if facts.preset == "tiny" else HEADLINES
     where = (
         f"{facts.machine['gpu'] or facts.machine['cpu']}, torch {facts.versions['torch']}, commit "
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{stage.name:<12}{outcome}", flush=True)
 
     rows = read_rows(out) if out.exists() else []
-    outcomes = run_stages(stages, 60 * arguments.minutes, log, done_before(rows, facts), tell)
+    outcomes = run_stages(stages, 60 * arguments.minutes, log, finished_stages(rows, facts), tell)
     now = [row for row in read_rows(out) if same_code(row.run, facts) or row.run.timestamp >= facts.timestamp]
     print("", *closing_lines(now, outcomes, facts, log), sep="\n")
     return 1 if any(outcome.status == "failed" for outcome in outcomes.values()) else 0

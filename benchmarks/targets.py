@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .harness.case import Shape, Wanted
+from .harness.case import ModesByShape, Shape
 from .harness.compare import RIVALS
 from .harness.report import format_bytes, format_ratio, format_us, three_digits
 from .harness.results import ResultRow
@@ -115,13 +115,13 @@ HEADLINES = (
 )  # fmt: skip
 
 
-def headline_modes() -> Wanted:
+def headline_modes() -> ModesByShape:
     """What the preset headline measures: (case, shape, dtype) -> modes."""
-    wanted: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    modes: dict[tuple[str, str, str], tuple[str, ...]] = {}
     for each in HEADLINES:
         key = (each.case, each.shape, each.dtype)
-        wanted[key] = tuple(dict.fromkeys((*wanted.get(key, ()), each.mode)))
-    return wanted
+        modes[key] = tuple(dict.fromkeys((*modes.get(key, ()), each.mode)))
+    return modes
 
 
 def headline_shapes(case: str, shapes: Iterable[Shape]) -> list[Shape]:
@@ -174,7 +174,7 @@ def _median(row: ResultRow | None) -> float:
     return row.timing.median_us
 
 
-def judged(line: Line, lines: Mapping[str, Line]) -> tuple[str, bool | None]:
+def verdict_of(line: Line, lines: Mapping[str, Line]) -> tuple[str, bool | None]:
     """The target as text, and whether it is met; None where that cannot be said."""
     target, ours = line.headline.target, line.ours
     if target is None:
@@ -216,7 +216,7 @@ def table(rows: Sequence[ResultRow], headlines: Iterable[Headline] = HEADLINES) 
     """A line for each headline: name, ours, best rival, ratio, share of the floor, target, met or not."""
     lines = {each.name: line_of(each, rows) for each in headlines}
     columns = [("what", "ours", "best rival", "ratio", "floor", "target", "met")]
-    columns += [_cells(line, *judged(line, lines)) for line in lines.values()]
+    columns += [_cells(line, *verdict_of(line, lines)) for line in lines.values()]
     return [_aligned(cells) for cells in columns]
 
 

@@ -17,7 +17,7 @@ NEEDED_PRESETS = ("tiny", "standard")
 STATED_PRESETS = (*NEEDED_PRESETS, "growth")  # growth, time and memory against one size at a time, is for some cases
 PRESETS = (*STATED_PRESETS, "headline")  # the standard shapes that `benchmarks/targets.py` names
 
-Wanted = Mapping[tuple[str, str, str], tuple[str, ...]]  # case, shape's label, dtype -> modes
+ModesByShape = Mapping[tuple[str, str, str], tuple[str, ...]]  # case, shape's label, dtype -> modes
 Function = Callable[..., Any]  # called with the inputs' args and kwargs, as the library's function is
 
 
@@ -45,10 +45,10 @@ class Shape:
         """What a results file knows it by."""
         return self.label, self.dtype
 
-    def matches(self, wanted: Mapping[str, str]) -> bool:
-        """Whether every wanted name=value is met; `dtype` counts as a name."""
+    def matches(self, conditions: Mapping[str, str]) -> bool:
+        """Return whether every name=value holds for this shape; `dtype` counts as a name."""
         facts = {"dtype": self.dtype, **{name: str(value) for name, value in self.sizes.items()}}
-        return all(facts.get(name) == value for name, value in wanted.items())
+        return all(facts.get(name) == value for name, value in conditions.items())
 
 
 def name_and_value(text: str) -> tuple[str, str]:
@@ -148,13 +148,13 @@ class Case:
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        used = set(self.modes).union(*(shape.modes for shapes in self.shapes.values() for shape in shapes))
-        if used - set(MODES):
-            raise ValueError(f"case {self.name}: modes: expected some of {MODES}, got {sorted(used - set(MODES))}")
+        modes = set(self.modes).union(*(shape.modes for shapes in self.shapes.values() for shape in shapes))
+        if modes - set(MODES):
+            raise ValueError(f"case {self.name}: modes: expected some of {MODES}, got {sorted(modes - set(MODES))}")
         if not set(NEEDED_PRESETS) <= set(self.shapes) <= set(STATED_PRESETS):
             expected = f"{NEEDED_PRESETS} of the presets {STATED_PRESETS}"
             raise ValueError(f"case {self.name}: shapes: expected {expected}, got {sorted(self.shapes)}")
-        if used & set(GRADIENT_MODES) and not self.gradients_of:
+        if modes & set(GRADIENT_MODES) and not self.gradients_of:
             raise ValueError(f"case {self.name}: gradients_of: expected arguments, for {GRADIENT_MODES} are measured")
 
     def modes_at(self, shape: Shape) -> tuple[str, ...]:

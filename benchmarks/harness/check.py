@@ -63,8 +63,8 @@ def _tensor_error(ours: torch.Tensor, true: torch.Tensor) -> float:
     if not true.is_floating_point():
         return 0.0 if torch.equal(ours.to(true.dtype), true) else float("inf")
     blocks = zip(ours.detach().reshape(-1).split(BLOCK), true.reshape(-1).split(BLOCK), strict=True)
-    measured = [_block_error(*pair) for pair in blocks]  # a float64 copy of a large tensor would not fit beside it
-    error, scale = (max((entry[part] for entry in measured), default=0.0) for part in (0, 1))
+    block_errors = [_block_error(*pair) for pair in blocks]  # a float64 copy of a large tensor would not fit beside it
+    error, scale = (max((entry[part] for entry in block_errors), default=0.0) for part in (0, 1))
     return error / (scale or 1.0)
 
 

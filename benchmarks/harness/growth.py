@@ -13,16 +13,16 @@ PANELS = {"time (ms)": 0, "peak memory beyond the inputs (MiB)": 1}
 
 def sweeps(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
     """ "tokens, at length=512 ..." -> the rows that differ in that size alone."""
-    found: dict[str, list[ResultRow]] = {}
+    blocks: dict[str, list[ResultRow]] = {}
     for row in rows:
         sizes = _sizes(row)
         for name, value in sizes.items():
             if value.isdigit() and row.timing is not None:
                 others = " ".join(f"{other}={sizes[other]}" for other in sizes if other != name)
-                found.setdefault(f"{name}, at {others} {row.key.dtype}, {row.key.mode}", []).append(row)
+                blocks.setdefault(f"{name}, at {others} {row.key.dtype}, {row.key.mode}", []).append(row)
     return {
         label: block
-        for label, block in found.items()
+        for label, block in blocks.items()
         if len({_sizes(row)[label.partition(",")[0]] for row in block}) >= LEAST_POINTS
     }
 
@@ -38,8 +38,8 @@ def _measures(row: ResultRow) -> tuple[float | None, float | None]:
 
 def _lines(axes: Any, panel: int, size: str, rows: Sequence[ResultRow], colours: Mapping[str, str]) -> None:
     for name, colour in colours.items():
-        measured = [(int(_sizes(row)[size]), _measures(row)[panel]) for row in rows if row.key.implementation == name]
-        points = sorted((at, value) for at, value in measured if value)  # nothing allocated has no logarithm
+        values = [(int(_sizes(row)[size]), _measures(row)[panel]) for row in rows if row.key.implementation == name]
+        points = sorted((at, value) for at, value in values if value)  # nothing allocated has no logarithm
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=name)
     axes.set_xscale("log", base=2)
@@ -55,12 +55,12 @@ def growth_figure(rows: Sequence[ResultRow], colours: Mapping[str, str], where: 
     """A row of two panels for each size that was varied; None where none was."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    found = sweeps(rows)
-    if not found:
+    blocks = sweeps(rows)
+    if not blocks:
         return None
-    figure = Figure(figsize=(10.5, 0.9 + 3.4 * len(found)), layout="constrained")
-    grid = figure.subplots(len(found), len(PANELS), squeeze=False)
-    for (label, block), pair in zip(found.items(), grid, strict=True):
+    figure = Figure(figsize=(10.5, 0.9 + 3.4 * len(blocks)), layout="constrained")
+    grid = figure.subplots(len(blocks), len(PANELS), squeeze=False)
+    for (label, block), pair in zip(blocks.items(), grid, strict=True):
         size, _, rest = label.partition(", at ")
         for (title, panel), axes in zip(PANELS.items(), pair, strict=True):
             _lines(axes, panel, size, block, colours)

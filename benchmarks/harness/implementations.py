@@ -1,4 +1,4 @@
-"""Who competes at one call: the baselines, torch.compile, the library's backends and the layers below them."""
+"""What is compared at one call: the baselines, torch.compile, the library's backends and the layers below them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMPILED = "torch.compile"
 
 @dataclass(frozen=True)
 class Implementation:
-    """One competitor; `function` is None where it cannot run, and `reasons` say why."""
+    """One row of the comparison; `function` is None where it cannot run, and `reasons` say why."""
 
     name: str
     kind: str  # baseline, compiled, backend, variant, part
@@ -27,7 +27,7 @@ class Implementation:
     function: Function | None = None
     reasons: tuple[str, ...] = ()
     chosen: bool = False  # `auto` would take it
-    answers_the_same: bool = True  # False: judged by a check of its own, its error says nothing about the others
+    answers_the_same: bool = True  # False: checked in its own way, its error says nothing about the others
     bound: Callable[[], Any] | None = None  # a part: the bare call
 
     def call(self, inputs: Inputs) -> Callable[[], Any]:
@@ -58,29 +58,31 @@ def _compiled(case: Case, check: Check) -> Implementation:
     return Implementation(COMPILED, "compiled", check, function)
 
 
-def _backends(case: Case, inputs: Inputs, mode: str, wanted: Sequence[str]) -> list[Implementation]:
+def _backends(case: Case, inputs: Inputs, mode: str, backends: Sequence[str]) -> list[Implementation]:
     report = backend_report(case.op, inputs.args, inputs.kwargs)
-    found = []
+    implementations = []
     for name, reasons in report.reasons.items():
-        if not wanted or name in wanted:
+        if not backends or name in backends:
             function = None if reasons else backend_call(case.function or case.op, name)
-            chosen = name == report.chosen
-            found.append(Implementation(name, "backend", case.check, function, tuple(reasons), chosen))
+            is_auto = name == report.chosen
+            implementations.append(Implementation(name, "backend", case.check, function, tuple(reasons), is_auto))
             for label, variant in case.variants.items():
                 if function is not None and mode in variant.modes:
-                    found.append(Implementation(f"{name}, {label}", "variant", case.check, variant.call(function)))
-    return found
+                    implementations.append(
+                        Implementation(f"{name}, {label}", "variant", case.check, variant.call(function))
+                    )
+    return implementations
 
 
 def _parts(case: Case, inputs: Inputs) -> list[Implementation]:
-    found = []
+    implementations = []
     for name, part in case.parts(inputs).items():
         if isinstance(part, Unavailable):
-            found.append(Implementation(name, "part", case.check, None, part.reasons))
+            implementations.append(Implementation(name, "part", case.check, None, part.reasons))
         else:
             function = partial(_ignore_arguments, part)
-            found.append(Implementation(name, "part", case.check, function, bound=part))
-    return found
+            implementations.append(Implementation(name, "part", case.check, function, bound=part))
+    return implementations
 
 
 def _ignore_arguments(part: Callable[[], Any], *_: Any, **__: Any) -> Any:
@@ -88,17 +90,17 @@ def _ignore_arguments(part: Callable[[], Any], *_: Any, **__: Any) -> Any:
 
 
 def collect(
-    case: Case, inputs: Inputs, mode: str, wanted_backends: Sequence[str], with_compile: bool
+    case: Case, inputs: Inputs, mode: str, backends: Sequence[str], with_compile: bool
 ) -> dict[str, Implementation]:
     """Every competitor by name; those that cannot run are there too, with their reasons."""
-    found = [_baseline(name, rival, case, inputs) for name, rival in case.baselines.items()]
+    implementations = [_baseline(name, rival, case, inputs) for name, rival in case.baselines.items()]
     if case.compiled is not None and with_compile:
-        eager = case.baselines.get("eager")  # the compiled rival is eager again, and judged as eager is
-        found.append(_compiled(case, (eager and eager.check) or case.check))
-    found += _backends(case, inputs, mode, wanted_backends)
+        eager = case.baselines.get("eager")  # the compiled rival is eager again, and checked as eager is
+        implementations.append(_compiled(case, (eager and eager.check) or case.check))
+    implementations += _backends(case, inputs, mode, backends)
     if mode in PART_MODES:
-        found += _parts(case, inputs)
-    names = [implementation.name for implementation in found]
+        implementations += _parts(case, inputs)
+    names = [implementation.name for implementation in implementations]
     if len(set(names)) != len(names):
         raise ValueError(f"case {case.name}: expected one implementation a name, got {names}")
-    return {implementation.name: implementation for implementation in found}
+    return {implementation.name: implementation for implementation in implementations}

@@ -1,4 +1,4 @@
-"""What was measured on: the machine's facts and the ceilings measured on it. No host names, no paths."""
+"""Facts about the machine of a run and the ceilings measured on it. No host names, no paths."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    found["cuda"] = torch.version.cuda
+    result: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    result["cuda"] = torch.version.cuda
     for name in ("triton", "nlhf_kernels"):
         try:
-            found[name] = str(getattr(importlib.import_module(name), "__version__", "unknown"))
+            result[name] = str(getattr(importlib.import_module(name), "__version__", "unknown"))
         except ImportError:
-            found[name] = None
-    return found
+            result[name] = None
+    return result
 
 
 def without_paths(text: str) -> str:
@@ -101,10 +101,10 @@ def without_paths(text: str) -> str:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def source_state() -> tuple[str | None, bool | None]:

@@ -33,15 +33,15 @@ def peak_of_changes(changes: Iterable[int]) -> int:
 def _quiet_stderr() -> Iterator[None]:
     """Some PyTorch builds print a line to the process's stderr at every start and stop of the profiler."""
     sys.stderr.flush()
-    saved = os.dup(2)
+    stderr = os.dup(2)
     sink = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 2)
         yield
     finally:
-        os.dup2(saved, 2)
+        os.dup2(stderr, 2)
         os.close(sink)
-        os.close(saved)
+        os.close(stderr)
 
 
 def _peak_on_cpu(action: Action) -> int:

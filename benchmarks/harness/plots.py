@@ -114,16 +114,16 @@ def _scale(axes: Any, lowest: float, highest: float, logarithmic: bool) -> None:
 def _figure(rows: Sequence[ResultRow], kind: _Kind) -> Any | None:
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    shown = [row for row in rows if kind.value(row) is not None]
-    values = [number for row in shown if (number := kind.value(row)) is not None]
+    measured_rows = [row for row in rows if kind.value(row) is not None]
+    values = [number for row in measured_rows if (number := kind.value(row)) is not None]
     if not values:
         return None
     lowest, highest = min([*values, kind.reference]), max([*values, kind.reference])
     logarithmic = kind.may_be_logarithmic and highest > 20 * lowest
-    groups = {_group(row) for row in shown}
-    figure = Figure(figsize=(9.5, 1.4 + 0.3 * (len(shown) + 0.8 * len(groups))), layout="constrained")
+    groups = {_group(row) for row in measured_rows}
+    figure = Figure(figsize=(9.5, 1.4 + 0.3 * (len(measured_rows) + 0.8 * len(groups))), layout="constrained")
     axes = figure.add_subplot()
-    _bars(axes, shown, kind, kind.reference if logarithmic else 0.0)
+    _bars(axes, measured_rows, kind, kind.reference if logarithmic else 0.0)
     _scale(axes, lowest, highest, logarithmic)
     axes.axvline(kind.reference, color="#333333", linewidth=1.2, linestyle="--", label=kind.reference_label)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
@@ -139,15 +139,15 @@ def write_plots(rows: Sequence[ResultRow], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     growing = [row for row in rows if row.run.preset == "growth"]
-    written = []
+    paths = []
     for suffix, block in _blocks([row for row in rows if row.run.preset != "growth"]).items():
         for name, kind in KINDS.items():
-            written += _save(_figure(block, kind), folder / f"{name}_{suffix}")
+            paths += _save(_figure(block, kind), folder / f"{name}_{suffix}")
     for suffix, block in _blocks(growing).items():
         colours = {row.key.implementation: "" for row in block}
         colours = {name: _colour(name, list(colours)) for name in colours}
-        written += _save(growth_figure(block, colours, _where(block[0])), folder / f"growth_{suffix}")
-    return written
+        paths += _save(growth_figure(block, colours, _where(block[0])), folder / f"growth_{suffix}")
+    return paths
 
 
 def _blocks(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:

@@ -1,11 +1,11 @@
-"""Objects in processes of their own, so that what ends one of them (a device-side assert, memory that runs out) ends no
-other, and says why."""
+"""Objects in processes of their own: a device-side assert or a lack of memory ends one of them, not the others."""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,7 +23,7 @@ class RemoteError(RuntimeError):
 class Remote:
     """The object that `make(*arguments)` returns, in a new process. Both must be picklable.
 
-    It is made while the caller goes on; `wait()` until it is there. Leaving a `with` block ends the process.
+    The constructor returns at once; `wait()` blocks until the object exists. Leaving a `with` block ends the process.
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
@@ -79,11 +79,11 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
             reply = [kind.__name__ for kind in type(error).__mro__], short_reason(error)
         pipe.send(reply)
 
-    made: list[Any] = []
-    answer(lambda: made.append(make(*arguments)))
-    while made:
+    target: list[Any] = []  # one object, or none where making it failed
+    answer(lambda: target.append(make(*arguments)))
+    while target:
         try:
-            method, given = pipe.recv()
+            method, method_arguments = pipe.recv()
         except EOFError:
             return
-        answer(lambda method=method, given=given: getattr(made[0], method)(*given))
+        answer(partial(getattr(target[0], method), *method_arguments))

@@ -130,8 +130,8 @@ def read_rows(path: Path) -> list[ResultRow]:
 
 def same_code(one: RunFacts, other: RunFacts) -> bool:
     """Whether two runs measured the same code on the same machine. Changes that no commit holds make it unknown."""
-    known = one.commit is not None and not one.dirty and not other.dirty
-    return known and (one.commit, one.machine, one.versions) == (other.commit, other.machine, other.versions)
+    is_comparable = one.commit is not None and not one.dirty and not other.dirty
+    return is_comparable and (one.commit, one.machine, one.versions) == (other.commit, other.machine, other.versions)
 
 
 def measured_shapes(path: Path | None, facts: RunFacts) -> set[tuple[str, str, str]]:

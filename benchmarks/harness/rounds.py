@@ -33,9 +33,11 @@ def build_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def check_rivals(name: str, wanted: Sequence[str] | None, known: Iterable[str]) -> None:
-    if unknown := set(wanted or ()) - set(known):
-        raise SystemExit(f"benchmarks.{name}: --rival: expected some of {', '.join(known)}; got {', '.join(unknown)}")
+def check_rivals(name: str, rivals: Sequence[str] | None, available: Iterable[str]) -> None:
+    if unknown := set(rivals or ()) - set(available):
+        raise SystemExit(
+            f"benchmarks.{name}: --rival: expected some of {', '.join(available)}; got {', '.join(unknown)}"
+        )
 
 
 def run_rounds(
@@ -45,20 +47,20 @@ def run_rounds(
     run_shape: RunShape,
     show: Callable[[Shape, list[ResultRow], Console], Any],
 ) -> list[ResultRow]:
-    """Every shape of the preset that fits the device, shown and kept as it is done; then the table."""
+    """Measure every shape of the preset that fits the device, print and append its rows at once, the table last."""
     console = Console(width=120)
     if arguments.resume and arguments.out is None:
         raise SystemExit(f"benchmarks.{name}: --resume: expected --out, whose rows are left out; got none")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    measured = measured_shapes(arguments.out, run_facts(device, arguments.preset, {})) if arguments.resume else set()
+    finished = measured_shapes(arguments.out, run_facts(device, arguments.preset, {})) if arguments.resume else set()
     shapes = [
         shape
         for shape in presets.get(arguments.preset, ())
         if device.type in shape.devices
         and shape.matches(dict(arguments.shape))
-        and (name, *shape.identity) not in measured
+        and (name, *shape.identity) not in finished
     ]
     if not shapes:
         console.print(f"{name}: nothing is left to measure here at preset {arguments.preset}")
@@ -69,10 +71,10 @@ def run_rounds(
     plan = TimingPlan(0.0, repeats, repeats, warmups=1, batch_s=0.0, flush_bytes=0)
     rows: list[ResultRow] = []
     for shape in shapes:
-        made = run_shape(shape, context, plan)
-        show(shape, made, console)
-        rows += made
+        shape_rows = run_shape(shape, context, plan)
+        show(shape, shape_rows, console)
+        rows += shape_rows
         if arguments.out is not None:
-            append_rows(arguments.out, made)
+            append_rows(arguments.out, shape_rows)
     print_results([row for row in rows if row.kind != "part"], console)
     return rows

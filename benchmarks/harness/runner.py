@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .case import Case, Shape, Wanted
+from .case import Case, ModesByShape, Shape
 from .gate import Verdict, judge_all, short_reason
 from .implementations import COMPILED, collect
 from .machine import Ceilings, machine_facts, measure_ceilings, source_state, versions, without_paths
@@ -49,14 +49,14 @@ class RunContext:
     threads: int
 
 
-def select_jobs(cases: Sequence[Case], settings: Settings, headlines: Wanted) -> list[Job]:
-    """`headlines`: what the preset of this name is made of."""
-    chosen = settings.shape_filter or {}
+def select_jobs(cases: Sequence[Case], settings: Settings, headlines: ModesByShape) -> list[Job]:
+    """List the shapes that a run measures; those of the preset `headline` are the keys of `headlines`."""
+    conditions = settings.shape_filter or {}
     jobs = []
     for case in cases:
         for shape in case.shapes.get("standard" if settings.preset == "headline" else settings.preset, ()):
             modes = headlines.get((case.name, *shape.identity), ())
-            if settings.device.type in shape.devices and shape.matches(chosen):
+            if settings.device.type in shape.devices and shape.matches(conditions):
                 if settings.preset != "headline":
                     jobs.append(Job(case, shape))
                 elif modes:

@@ -44,45 +44,46 @@ def run_stages(
     stages: Sequence[Stage],
     seconds: float,
     log: Path,
-    done: Mapping[str, Outcome],
+    finished: Mapping[str, Outcome],
     tell: Callable[[Stage, Outcome], None],
 ) -> dict[str, Outcome]:
-    """`done`: by an earlier run, left out. `tell` is called after each stage: an interrupted run is not lost."""
+    """Run the stages in order, without those in `finished`. `tell` is called after each, so that an interrupted run
+    keeps its outcomes."""
     deadline = time.monotonic() + seconds
     outcomes = {}
     with log.open("ab") as file:
         for index, stage in enumerate(stages):
-            if stage.name in done:
-                outcome = Outcome("done", done[stage.name].seconds)
+            if stage.name in finished:
+                outcome = Outcome("done", finished[stage.name].seconds)
             elif stage.missing:
                 outcome = Outcome("unavailable", 0.0, (stage.missing,))
             else:
-                later = [each for each in stages[index:] if each.name not in done and not each.missing]
-                left = deadline - time.monotonic()
-                outcome = run_stage(stage, left * stage.share / sum(each.share for each in later), file)
+                remaining = [each for each in stages[index:] if each.name not in finished and not each.missing]
+                seconds_left = deadline - time.monotonic()
+                outcome = run_stage(stage, seconds_left * stage.share / sum(each.share for each in remaining), file)
             outcomes[stage.name] = outcome
             tell(stage, outcome)
     return outcomes
 
 
 def run_stage(stage: Stage, seconds: float, log: IO[bytes]) -> Outcome:
-    """Its commands one after the other, whatever became of those before."""
+    """Run the stage's commands in turn; a failure does not skip those after it."""
     start, reasons = time.monotonic(), []
     for index, command in enumerate(stage.commands):
-        left = (seconds - (time.monotonic() - start)) / (len(stage.commands) - index)
-        if reason := run_command(command, left, stage.environment, log):
+        seconds_left = (seconds - (time.monotonic() - start)) / (len(stage.commands) - index)
+        if reason := run_command(command, seconds_left, stage.environment, log):
             number = f" ({index + 1} of {len(stage.commands)})" if len(stage.commands) > 1 else ""
             reasons.append(without_paths(f"{program(command)}{number}: {reason}")[:MAX_REASON])
     return Outcome("failed" if reasons else "ok", time.monotonic() - start, tuple(reasons))
 
 
 def program(command: Sequence[str]) -> str:
-    """The module that Python runs, or the program."""
+    """Return the name of the module that Python runs, or of the program."""
     return command[2] if command[1:2] == ("-m",) else Path(command[0]).name
 
 
 def run_command(command: Sequence[str], seconds: float, environment: Mapping[str, str], log: IO[bytes]) -> str:
-    """Why it failed; empty where it did not. Its output goes to the log."""
+    """Run a command, its output to the log. Return why it failed, empty if it did not."""
     if seconds <= 0:
         return "no time left"
     log.write(f"\n== {' '.join(command)} ({seconds:.0f} s)\n".encode())
@@ -102,7 +103,7 @@ def run_command(command: Sequence[str], seconds: float, environment: Mapping[str
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """The process and all it started: first asked, then made."""
+    """End a process and all that it started: SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
