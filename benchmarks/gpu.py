@@ -56,7 +56,7 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
     def update(new: int) -> tuple[str, ...]:
         return benchmark("train_step", "headline", "--repeats", "2", "--shape", f"new={new}")
 
-    few = ("--no-compile", "--case", "mirror_descent", "--backend", "reference", "cpu")
+    few = ("--no-compile", "--case", "mirror_descent", "--backend", "torch", "cpu")
     headlines = (*benchmark("run", "headline", "--no-compile"), *(few if tiny else ()))
     sweeps = tuple(benchmark(name, "standard") for name in ("run", "rollout", "train_step"))
     return [

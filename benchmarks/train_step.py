@@ -1,4 +1,4 @@
-"""One update of training, side by side: NashTrainer, the same trainer on the reference kernels, TRL 1.13.0.
+"""One update of training, side by side: NashTrainer, the same trainer on the PyTorch oracle, TRL 1.13.0.
 
 An update is everything from a batch of prompts to moved weights: answers of both players, judgements, loss, gradients,
 optimizer. Models, prompts, lengths and optimizer are the same; bfloat16 is autocast around float32 weights, as it is by
@@ -39,7 +39,7 @@ from benchmarks.targets import headline_shapes
 from nlhf_kernels.core.upstream import finite_attention_gradients
 
 BETA, TAU = 0.125, 0.01
-OURS, REFERENCE, TRL = "NashTrainer", "NashTrainer, reference kernels", "TRL 1.13.0"
+OURS, TORCH, TRL = "NashTrainer", "NashTrainer, torch backend", "TRL 1.13.0"
 ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 5e-2}  # of the gradient, relative to its norm
 _SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
 _LARGE = {"width": 896, "layers": 24, "vocabulary": 151_936}
@@ -211,7 +211,7 @@ def gradient_error(rival: Rival) -> float:
 
 MAKERS: dict[str, Callable[[str, Shape, torch.device], Rival]] = {
     OURS: partial(nash_rival, backend=None),
-    REFERENCE: partial(nash_rival, backend="reference"),
+    TORCH: partial(nash_rival, backend="torch"),
     TRL: trl_rival,
 }
 RIVALS = tuple(name for name in MAKERS if name != OURS)
@@ -321,7 +321,7 @@ def _part(context: RunContext, shape: Shape, name: str, seconds: list[float]) ->
 def print_phases(shape: Shape, rows: Sequence[ResultRow], console: Console) -> None:
     console.print(shape.label, highlight=False)
     times = {row.key.implementation: row.timing.median_us / 1e6 for row in rows if row.timing is not None}
-    for name in (OURS, REFERENCE, TRL):
+    for name in (OURS, TORCH, TRL):
         if name in times:
             parts = {key.partition(": ")[2]: value for key, value in times.items() if key.startswith(f"{name}: ")}
             shares = ", ".join(f"{part} {100 * value / times[name]:.0f}%" for part, value in parts.items())

@@ -194,7 +194,7 @@ def test_every_folder_under_ops_is_a_registered_room() -> None:
 def test_rooms_are_complete(op) -> None:
     """Oracle, a kernel or a reason for every backend, README, test with examples, bench case; one name everywhere."""
     room = PACKAGE / "ops" / op.name
-    for name in ("op.py", "reference.py", "README.md"):
+    for name in ("op.py", "oracle.py", "README.md"):
         assert (room / name).exists(), f"{op.name} lacks {name}"
     for backend in op.backends:
         module, _, function = backend.path.partition(":")

@@ -235,9 +235,9 @@ def test_parts_and_backend_filter(run_toy) -> None:
     def parts(inputs: Inputs) -> dict[str, Any]:
         return {"inner": lambda: right(*inputs.args), "missing": Unavailable(("not built",))}
 
-    code, rows = run_toy({"reference": right, "triton": wrong}, "--backend", "reference", parts=parts)
+    code, rows = run_toy({"torch": right, "triton": wrong}, "--backend", "torch", parts=parts)
     assert code == 0
-    assert {name for _, name in rows} == {"eager", "reference", "inner", "missing"}
+    assert {name for _, name in rows} == {"eager", "torch", "inner", "missing"}
     assert rows["forward", "inner"].kind == "part"
     assert rows["forward", "missing"].reasons == ("not built",)
 
@@ -391,7 +391,7 @@ def test_real_case_runs_tiny(name, tmp_path, capsys) -> None:
     code = run.main(["--case", name, "--preset", "tiny", "--device", device, "--no-compile", "--out", str(out)])
     assert code == 0, capsys.readouterr().out
     rows = results.read_rows(out)
-    assert {row.key.implementation for row in rows} >= {"eager", "reference", "triton", "cuda", "cpu"}
+    assert {row.key.implementation for row in rows} >= {"eager", "torch", "triton", "cuda", "cpu"}
     for row in rows:
         assert (row.timing is not None) == (row.status == "ok")
         assert row.reasons or row.status == "ok"

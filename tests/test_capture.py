@@ -20,7 +20,7 @@ from tests.test_operators import backward
 ROOMS = [op.name for op in ops()]
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])  # `auto` has CUDA's own code beside them
+@pytest.mark.parametrize("backend", ["torch", "triton"])  # `auto` has CUDA's own code beside them
 @pytest.mark.parametrize("op", ROOMS)
 def test_ops(op, backend) -> None:
     """Every example, forward and backward; `capturing()` raises where something comes from the host."""
@@ -58,7 +58,7 @@ def test_engine_steps(architecture) -> None:
         model.config.pad_token_id = None  # transformers would look for it in the prompts, to warn
     engine = RolloutEngine(*models, recorder=_Watched(), bucket=16)
     batch = padded(prompts((9, 9)))
-    plan = engine._plan(batch["input_ids"], None, nash_md(BETA), settings(4, backend="reference"), Hooks())
+    plan = engine._plan(batch["input_ids"], None, nash_md(BETA), settings(4, backend="torch"), Hooks())
     assert not plan.notes
     plan = replace(plan, prompts=replace(plan.prompts, **on_device(vars(plan.prompts))))
     facts = engine.ensemble.facts

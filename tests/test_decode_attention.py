@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nlhf_kernels
-from nlhf_kernels.ops.decode_attention import reference
+from nlhf_kernels.ops.decode_attention import oracle
 from tests.support.backends import DEVICE, SIMD_LEVELS, call, device_of, every_backend, every_rival
 from tests.support.poison import poisoned_allocations, surrounded
 from tests.support.tolerances import assert_accurate
@@ -38,14 +38,14 @@ def in_float64(tensors, ranges, scale=None, window=None, softcap=None, sinks=Non
     query, keys, values = (tensor.double() for tensor in tensors)
     sinks = None if sinks is None else sinks.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return reference.decode_attention(
+    return oracle.decode_attention(
         query, keys, values, ranges["starts"], ranges["ends"], scale, window or 2**62, softcap or 0.0, sinks
     )
 
 
 def assert_right(backend, tensors, ranges, constant=1.0, **options):
     result = call("decode_attention", backend, *tensors, **ranges, **options)
-    pytorch = nlhf_kernels.decode_attention(*tensors, **ranges, **options, backend="reference")
+    pytorch = nlhf_kernels.decode_attention(*tensors, **ranges, **options, backend="torch")
     assert_accurate(result, in_float64(tensors, ranges, **options), pytorch, constant=constant)
     return result
 
@@ -104,7 +104,7 @@ def test_backends_match_float64(backend, dtype, shape) -> None:
     tensors = tuple(surrounded(tensor) for tensor in tensors)
     with poisoned_allocations() as handed_out:
         assert_right(backend, tensors, ranges)
-    assert handed_out or backend == "reference"
+    assert handed_out or backend == "torch"
 
 
 @every_backend
@@ -280,7 +280,7 @@ def test_a_fault_stays_where_it_is(backend, fault, positions) -> None:
 @pytest.mark.parametrize("positions", [70, 900])
 def test_a_row_does_not_depend_on_its_batch(backend, positions) -> None:
     """Bit for bit: alone, in another order, beside rows of other lengths."""
-    if backend == "reference":
+    if backend == "torch":
         pytest.skip("its products are PyTorch's, which may add in another order in another batch")
     tensors, ranges = inputs(6, 4, 2, positions, 32, device=device_of(backend))
     together = call("decode_attention", backend, *tensors, **ranges)

@@ -98,7 +98,7 @@ def test_steps_recorded_without_padding_serve_padded_prompts() -> None:
 
 def test_a_backend_asked_for_is_recorded_anew() -> None:
     engine, recorder = recorded(*tiny_pair("llama"))
-    for backend, records in (("cpu", 1), ("reference", 2), ("cpu", 2)):
+    for backend, records in (("cpu", 1), ("torch", 2), ("cpu", 2)):
         with use_backend(backend):
             engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(3))
         assert recorder.records == records

@@ -32,7 +32,7 @@ def test_the_page_says_what_the_numbers_say() -> None:
     assert 'class="verdict contradicted"' in shown
     assert "2 of 40 triples" in shown and "(5.0%)" in shown and "at 2 of 8 prompts" in shown
     assert "SFT &gt; RLHF &gt; Nash-MD 1 &gt; SFT" in shown
-    assert "10 ms with the kernels, 25 ms with the PyTorch reference: 2.50x" in shown
+    assert "10 ms with the kernels, 25 ms with the PyTorch oracle: 2.50x" in shown
     assert "n = 128 prompts with 1 answer of each policy" in shown and "the training run, of which there are 3" in shown
     assert "0.580 ± 0.030" in shown and "0.420 ± 0.030" in shown
     assert "<script>" not in shown, "what a model or a package wrote is shown, not obeyed"

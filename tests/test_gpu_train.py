@@ -1,4 +1,4 @@
-"""Training on a GPU: recorded rollouts play with the weights of now; kernels learn what the reference kernels do."""
+"""Training on a GPU: recorded rollouts play with the weights of now; kernels learn what the PyTorch oracle does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN = {"use_cpu": False, "max_steps": 6, "learning_rate": 1e-3, "tau": 0.1, "ada
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_kernels_and_reference_learn_the_same(adapters, tmp_path) -> None:
     curves = []
-    for backend in ("reference", None):
+    for backend in ("torch", None):
         options = {**RUN, "backend": backend, "peft_config": lora() if adapters else None}
         torch.manual_seed(0)
         trainer = make_trainer(tmp_path / str(backend), **options)

@@ -10,7 +10,7 @@ import torch
 import nlhf_kernels
 from nlhf_kernels import Head
 from nlhf_kernels.ops.linear_logprobs import chunks, products
-from nlhf_kernels.ops.linear_logprobs.reference import linear_logprobs as oracle
+from nlhf_kernels.ops.linear_logprobs.oracle import linear_logprobs as oracle
 from nlhf_kernels.ops.logprobs.layout import Output, Want
 from tests.support.backends import DEVICE, call, device_of, every_backend
 from tests.support.poison import poisoned_allocations

@@ -295,7 +295,7 @@ def test_each_output_has_its_own_gradient(backend, output) -> None:
 def test_gradient_of_the_oracle_by_finite_differences() -> None:
     policy, targets, reference, beta = problem(3, 6, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda z: all_of("reference", z, targets, reference, beta.double(), temperature=0.8), (policy.requires_grad_(),)
+        lambda z: all_of("torch", z, targets, reference, beta.double(), temperature=0.8), (policy.requires_grad_(),)
     )
 
 

@@ -54,9 +54,9 @@ def test_backends_match_float64(backend, dtype, opponent, games, actions, iterat
     exact = random_game(games, actions, device)
     inputs = tuple(surrounded(tensor.to(dtype)) for tensor in exact)
     options = {"tau": 0.5, "opponent": opponent}
-    truth = nlhf_kernels.mirror_descent(*exact, step_sizes=steps(iterations, device), backend="reference", **options)
+    truth = nlhf_kernels.mirror_descent(*exact, step_sizes=steps(iterations, device), backend="torch", **options)
     pytorch = nlhf_kernels.mirror_descent(
-        *inputs, step_sizes=steps(iterations, device, dtype), backend="reference", **options
+        *inputs, step_sizes=steps(iterations, device, dtype), backend="torch", **options
     )
     with poisoned_allocations() as handed_out:
         result = call("mirror_descent", backend, *inputs, step_sizes=steps(iterations, device, dtype), **options)
@@ -92,8 +92,8 @@ def test_simd_levels_match_float64(simd_level, dtype, actions) -> None:
     device = torch.device("cpu")
     exact = random_game(2, actions, device)
     inputs = tuple(tensor.to(dtype) for tensor in exact)
-    truth = nlhf_kernels.mirror_descent(*exact, tau=0.5, step_sizes=steps(9, device), backend="reference")
-    pytorch = nlhf_kernels.mirror_descent(*inputs, tau=0.5, step_sizes=steps(9, device, dtype), backend="reference")
+    truth = nlhf_kernels.mirror_descent(*exact, tau=0.5, step_sizes=steps(9, device), backend="torch")
+    pytorch = nlhf_kernels.mirror_descent(*inputs, tau=0.5, step_sizes=steps(9, device, dtype), backend="torch")
     result = call("mirror_descent", "cpu", *inputs, tau=0.5, step_sizes=steps(9, device, dtype))
     assert_accurate(result, truth, pytorch, constant=4)
 
@@ -107,7 +107,7 @@ def test_each_game_has_its_own_tau(backend) -> None:
     together = call("mirror_descent", backend, *game, tau=tau, step_sizes=step_sizes)
     for index, value in enumerate(tau.tolist()):
         alone = tuple(tensor[index : index + 1] for tensor in game)
-        expected = nlhf_kernels.mirror_descent(*alone, tau=value, step_sizes=step_sizes, backend="reference")
+        expected = nlhf_kernels.mirror_descent(*alone, tau=value, step_sizes=step_sizes, backend="torch")
         torch.testing.assert_close(together[index : index + 1], expected, rtol=0, atol=1e-12)
 
 
@@ -138,7 +138,7 @@ def test_a_game_without_support_is_nan_alone(backend) -> None:
     step_sizes = torch.full((3,), 0.4, device=device, dtype=torch.float64)
     result = call("mirror_descent", backend, broken, preference, log_reference, tau=0.5, step_sizes=step_sizes)
     expected = nlhf_kernels.mirror_descent(
-        log_policy, preference, log_reference, tau=0.5, step_sizes=step_sizes, backend="reference"
+        log_policy, preference, log_reference, tau=0.5, step_sizes=step_sizes, backend="torch"
     )
     assert result[1].isnan().all()
     torch.testing.assert_close(result[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-12)
@@ -177,7 +177,7 @@ def test_the_oracle_converges_as_the_theorem_says() -> None:
     before = kl(log_policy)
     for t, step in enumerate(steps(200, device, tau=tau)):
         log_policy = nlhf_kernels.mirror_descent(
-            log_policy, preference, log_reference, tau=tau, step_sizes=step.reshape(1), backend="reference"
+            log_policy, preference, log_reference, tau=tau, step_sizes=step.reshape(1), backend="torch"
         )
         after = kl(log_policy)
         assert (after <= (1 - step * tau) * before + 2 * step**2 + 1e-12).all()
@@ -250,7 +250,7 @@ def test_many_steps_at_weak_regularisation_keep_their_digits(backend, opponent) 
     inputs = tuple(tensor.float() for tensor in exact)
     options = {"tau": tau, "opponent": opponent}
     step_sizes = torch.full((iterations,), 0.4, device=device, dtype=torch.float64)
-    truth = nlhf_kernels.mirror_descent(*exact, step_sizes=step_sizes, backend="reference", **options)
-    pytorch = nlhf_kernels.mirror_descent(*inputs, step_sizes=step_sizes.float(), backend="reference", **options)
+    truth = nlhf_kernels.mirror_descent(*exact, step_sizes=step_sizes, backend="torch", **options)
+    pytorch = nlhf_kernels.mirror_descent(*inputs, step_sizes=step_sizes.float(), backend="torch", **options)
     result = call("mirror_descent", backend, *inputs, step_sizes=step_sizes.float(), **options)
     assert_accurate(result, truth, pytorch, constant=4)

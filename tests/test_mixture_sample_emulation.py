@@ -15,7 +15,7 @@ import torch
 import nlhf_kernels
 from nlhf_kernels.core import capabilities
 from nlhf_kernels.core import native as core_native
-from nlhf_kernels.ops.mixture_sample import native, reference
+from nlhf_kernels.ops.mixture_sample import native, oracle
 from nlhf_kernels.ops.mixture_sample.op import OP
 from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
 from tests import test_mixture_sample as shared
@@ -186,8 +186,8 @@ def test_candidates_in_reach_of_a_filter_are_those_of_the_oracle() -> None:
     logits = logits_pair(40, 3000, "cpu", (BF16, BF16), scale=1.0)
     options = {"top_k": 25, "temperature": 0.7}
     packed = mixture_settings([0.7, 0.3], device=torch.device("cpu"), **options).packed
-    scaled = reference.mixed_logits([model.float() for model in logits], packed[:, 4:], None) / packed[:, :1]
-    keep = reference.support(scaled, packed)
+    scaled = oracle.mixed_logits([model.float() for model in logits], packed[:, 4:], None) / packed[:, :1]
+    keep = oracle.support(scaled, packed)
     expected = torch.where(keep, scaled.double(), -torch.inf).logsumexp(-1)
     result = sample(logits, uniforms_for(40, "cpu"), logprobs=("mixture",), **options)
     total = scaled.gather(-1, result.tokens[:, None])[:, 0].double() - result.mixture_logprob.double()

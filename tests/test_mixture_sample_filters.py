@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nlhf_kernels
-from nlhf_kernels.ops.mixture_sample import reference
+from nlhf_kernels.ops.mixture_sample import oracle
 from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
 from tests.support.backends import SIMD_LEVELS, call, device_of, every_backend
 from tests.support.mixture import assert_right, logits_pair, uniforms_for
@@ -46,7 +46,7 @@ def transformers_support(scores: torch.Tensor, top_k: int = 0, top_p: float = 1.
 def test_the_oracle_keeps_what_transformers_keeps(filters) -> None:
     scores = torch.cat([logits_pair(20, 5000, "cpu", scale=scale)[0] for scale in (0.1, 1.0, 4.0)])
     packed = mixture_settings([1.0], device=torch.device("cpu"), **filters).packed
-    assert torch.equal(reference.support(scores, packed), transformers_support(scores, **filters))
+    assert torch.equal(oracle.support(scores, packed), transformers_support(scores, **filters))
 
 
 @every_backend
@@ -120,7 +120,7 @@ def test_a_filtered_token_is_never_drawn(backend) -> None:
     uniforms = torch.linspace(0, 1, rows, dtype=torch.float64).to(device)
     for filters in ({"top_k": 3}, {"top_p": 0.3}, {"min_p": 0.5}):
         packed = mixture_settings([1.0], device=device, **filters).packed
-        allowed = set(reference.support(policy[:1], packed)[0].nonzero().flatten().tolist())
+        allowed = set(oracle.support(policy[:1], packed)[0].nonzero().flatten().tolist())
         tokens = call("mixture_sample", backend, policy, uniforms=uniforms, **filters).tokens
         assert set(tokens.tolist()) <= allowed
         assert int(policy[0].argmax()) in set(tokens.tolist())

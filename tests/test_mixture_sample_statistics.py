@@ -13,7 +13,7 @@ from tests.support.statistics import assert_plausible, chi_square_p, proportion_
 
 #: Draws per chi-square: what each backend makes in seconds. Interpreted Triton takes a fifth of a second a row, so it
 #: draws little from little; what it computes is held against float64 draw by draw in test_mixture_sample.py.
-DRAWS = {"reference": 40_000, "triton": 400_000, "cuda": 400_000, "cpu": 400_000}
+DRAWS = {"torch": 40_000, "triton": 400_000, "cuda": 400_000, "cpu": 400_000}
 INTERPRETED_DRAWS = 60
 
 
@@ -112,7 +112,7 @@ def test_ties_within_rounding_are_rare_and_true_ties(backend) -> None:
     policy, other = (model.expand(rows, -1) for model in logits_pair(1, 4097, device))
     uniforms = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).to(device)
     tokens = call("mixture_sample", backend, policy, other, 0.3, uniforms=uniforms, logprobs=()).tokens
-    oracle = nlhf_kernels.mixture_sample(policy, other, 0.3, uniforms=uniforms, logprobs=(), backend="reference").tokens
+    oracle = nlhf_kernels.mixture_sample(policy, other, 0.3, uniforms=uniforms, logprobs=(), backend="torch").tokens
     differ = tokens != oracle
     assert int(differ.sum()) <= max(1, rows // 2000)
     boundary = (0.7 * policy[0].double() + 0.3 * other[0].double()).softmax(-1).cumsum(-1)

@@ -14,7 +14,7 @@ import nlhf_kernels
 from nlhf_kernels import Head
 from nlhf_kernels.ops.linear_logprobs import chunks, products
 from nlhf_kernels.ops.nash_pg_loss.linear import whole_sequences
-from nlhf_kernels.ops.nash_pg_loss.reference import nash_pg_loss as oracle
+from nlhf_kernels.ops.nash_pg_loss.oracle import nash_pg_loss as oracle
 from nlhf_kernels.ops.nash_pg_loss.weights import KL_MODES
 from tests.support.backends import DEVICE, call, device_of, every_backend
 from tests.support.poison import poisoned_allocations
@@ -88,7 +88,7 @@ def test_from_hidden_states(backend, kl, dtype, rows) -> None:
 
 def from_hidden(backend, inputs, rows=1000, scale=3.0, **settings):
     hidden, weight, targets, preference, other, other_weight = inputs
-    if backend != "reference":
+    if backend != "torch":
         reasons = nlhf_kernels.explain("linear_logprobs", hidden, weight, targets).reasons[backend]
         if reasons:
             pytest.skip("; ".join(reasons))
@@ -121,8 +121,8 @@ def test_the_upstream_gradient_scales_everything(kl) -> None:
     """A loss scaled for mixed precision, or summed with others, is not a loss with gradient 1."""
     inputs = problem()
     for rows in (2, 1000):
-        _, one = from_hidden("reference", inputs, rows, scale=1.0, kl=kl, tau=0.2)
-        _, many = from_hidden("reference", inputs, rows, scale=-7.5, kl=kl, tau=0.2)
+        _, one = from_hidden("torch", inputs, rows, scale=1.0, kl=kl, tau=0.2)
+        _, many = from_hidden("torch", inputs, rows, scale=-7.5, kl=kl, tau=0.2)
         for single, multiple in zip(one, many, strict=True):
             torch.testing.assert_close(multiple, -7.5 * single)
 
@@ -164,11 +164,11 @@ def test_reference_logprobs_replace_the_reference(kl) -> None:
     """From the rollout: the same loss without the reference's pass; what stands at masked places does not matter."""
     inputs = problem()
     hidden, weight, targets, preference, *_ = inputs
-    full, gradients = from_hidden("reference", inputs, kl=kl, tau=0.3)
+    full, gradients = from_hidden("torch", inputs, kl=kl, tau=0.3)
     given = torch.where(targets == -100, torch.nan, full.reference_logprobs)
     with mock.patch.object(chunks, "logits_into", wraps=products.logits_into) as made:
         shorter, same = from_hidden(
-            "reference", (hidden, weight, targets, preference, None, None), kl=kl, tau=0.3, reference_logprobs=given
+            "torch", (hidden, weight, targets, preference, None, None), kl=kl, tau=0.3, reference_logprobs=given
         )
     assert made.call_count == 1, "one product for the policy, none for a reference"
     assert torch.equal(shorter.loss, full.loss)
@@ -184,7 +184,7 @@ def test_whole_sequences_are_not_computed_twice() -> None:
     hidden, weight, targets, *rest = problem(device=torch.device("cpu"))
     for rows, runs, again in ((2 * T, 3, 0), (T - 1, 5, 10)):
         with mock.patch.object(chunks, "logits_into", wraps=products.logits_into) as made:
-            from_hidden("reference", (hidden, weight, targets.clamp(min=0), *rest), rows, tau=0.3)
+            from_hidden("torch", (hidden, weight, targets.clamp(min=0), *rest), rows, tau=0.3)
         reference = -(-B * T // rows)
         assert made.call_count == reference + (runs if not again else 2 * again), rows
 
@@ -198,13 +198,13 @@ def test_planning_of_chunks() -> None:
 def test_micro_batches_add_up_to_the_batch(kl) -> None:
     """Gradient accumulation that averages: each micro-batch divides by the sequences of the whole batch."""
     inputs = problem()
-    _, whole = from_hidden("reference", inputs, kl=kl, tau=0.3)
+    _, whole = from_hidden("torch", inputs, kl=kl, tau=0.3)
     parts = []
     for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):
         hidden, weight, targets, preference, other, other_weight = inputs
         micro = (hidden[rows], weight, targets[rows], preference[rows], other[rows], other_weight)
         normalizer = torch.tensor(float(B), device=DEVICE)
-        parts.append(from_hidden("reference", micro, kl=kl, tau=0.3, normalizer=normalizer)[1])
+        parts.append(from_hidden("torch", micro, kl=kl, tau=0.3, normalizer=normalizer)[1])
     torch.testing.assert_close(torch.cat([part[0] for part in parts]), whole[0])
     torch.testing.assert_close(sum(part[1] for part in parts), whole[1])
 
@@ -214,11 +214,11 @@ def test_masked_places_count_nothing_and_get_no_gradient(kl) -> None:
     hidden, weight, targets, preference, other, other_weight = problem()
     ignored = targets == -100
     dirty = hidden.masked_fill(ignored.unsqueeze(-1), 1e3), other.masked_fill(ignored.unsqueeze(-1), -1e3)
-    clean, clean_gradients = from_hidden("reference", problem(), kl=kl, tau=0.3)
+    clean, clean_gradients = from_hidden("torch", problem(), kl=kl, tau=0.3)
     masked = targets.masked_fill(ignored, 5)
     with poisoned_allocations():
         result, gradients = from_hidden(
-            "reference",
+            "torch",
             (dirty[0], weight, masked, preference, dirty[1], other_weight),
             kl=kl,
             tau=0.3,
@@ -245,7 +245,7 @@ def test_a_broken_sequence_stays_alone(kl) -> None:
 
 def test_metrics_are_detached_and_complete() -> None:
     inputs = problem()
-    result, _ = from_hidden("reference", inputs, kl="exact", tau=0.3, entropy=True)
+    result, _ = from_hidden("torch", inputs, kl="exact", tau=0.3, entropy=True)
     hidden, weight, targets, _, other, other_weight = inputs
     log_p, log_q = (hidden @ weight.t()).log_softmax(-1), (other @ other_weight.t()).log_softmax(-1)
     kept = targets != -100
@@ -331,7 +331,7 @@ def test_sequences_of_131072_tokens(kl) -> None:
 def test_the_biased_mode_is_what_trl_computed() -> None:
     """TRL up to 1.13: tau (log_ratio log pi).sum - (P - 1/2) (log pi).sum, averaged over sequences."""
     preference = problem()[3]
-    result, _ = from_hidden("reference", problem(), kl="token", tau=0.3)
+    result, _ = from_hidden("torch", problem(), kl="token", tau=0.3)
     ratio = result.policy_logprobs - result.reference_logprobs
     kl_loss = (ratio * result.policy_logprobs).sum(1)
     score = (preference - 0.5) * result.policy_logprobs.sum(1)

@@ -69,7 +69,7 @@ def assert_refused_or_right(function: Any, call: list[Any], backend: str, what: 
         got = outcome(function, [*call, backend])
     except BackendUnavailable:
         return
-    expected = outcome(function, [*call, "reference"])
+    expected = outcome(function, [*call, "torch"])
     assert (expected is None) == (got is None), what
     if got is not None:
         torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-2, atol=1e-2, msg=what)
@@ -206,7 +206,7 @@ def default_dtype(request: pytest.FixtureRequest):
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("op", ROOMS)
 @pytest.mark.parametrize("default_dtype", [torch.float64, torch.float16, torch.bfloat16], indirect=True)
 def test_the_default_dtype_changes_nothing(op, backend, default_dtype) -> None:

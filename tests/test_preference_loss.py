@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nlhf_kernels
-from nlhf_kernels.ops.preference_loss.reference import preference_loss as oracle
+from nlhf_kernels.ops.preference_loss.oracle import preference_loss as oracle
 from tests.support.backends import DEVICE
 from tests.support.tolerances import assert_accurate
 

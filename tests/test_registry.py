@@ -24,19 +24,19 @@ class ToyProblem(NamedTuple):
     size: int
 
 
-def toy(limits=lambda problem: [], order=("cpu", "reference")) -> Op:
+def toy(limits=lambda problem: [], order=("cpu", "torch")) -> Op:
     here = f"{__name__}:"
     return Op(
         name="toy",
-        backends=(Backend("reference", here + "run_reference"), Backend("cpu", here + "run_cpu", limits)),
+        backends=(Backend("torch", here + "run_torch"), Backend("cpu", here + "run_cpu", limits)),
         order={"cpu": order},
         describe=lambda size: ToyProblem(torch.device("cpu"), size),
         absent={"triton": "a loop over a list gains nothing from it", "cuda": "likewise"},
     )
 
 
-def run_reference() -> str:
-    return "reference"
+def run_torch() -> str:
+    return "torch"
 
 
 def run_cpu() -> str:
@@ -52,7 +52,7 @@ def test_auto_takes_the_first_that_can() -> None:
     op = toy(lambda problem: ["size: at most 3"] if problem.size > 3 else [])
     on_cpu = lambda size: op.resolve(None, ToyProblem(torch.device("cpu"), size)).run()  # noqa: E731
     assert on_cpu(3) == "cpu"
-    assert on_cpu(4) == "reference"
+    assert on_cpu(4) == "torch"
 
 
 def test_auto_logs_its_choice_once_per_problem(caplog) -> None:
@@ -68,7 +68,7 @@ def test_explicit_backend_raises_with_every_reason() -> None:
     with pytest.raises(BackendUnavailable) as raised:
         op.resolve("cpu", ToyProblem(torch.device("cpu"), 4))
     message = str(raised.value)
-    for part in ("'cpu' cannot run", "size: at most 3; got 4", "gains nothing from it", "reference  can run"):
+    for part in ("'cpu' cannot run", "size: at most 3; got 4", "gains nothing from it", "torch      can run"):
         assert part in message
     with pytest.raises(BackendUnavailable, match="gains nothing"):
         op.resolve("triton", ToyProblem(torch.device("cpu"), 1))
@@ -77,21 +77,21 @@ def test_explicit_backend_raises_with_every_reason() -> None:
 def test_precedence_argument_scope_process() -> None:
     op, problem = toy(), ToyProblem(torch.device("cpu"), 1)
     try:
-        nlhf_kernels.set_backend("reference")
-        assert op.resolve(None, problem).name == "reference"
+        nlhf_kernels.set_backend("torch")
+        assert op.resolve(None, problem).name == "torch"
         with nlhf_kernels.use_backend("cpu"):
             assert op.resolve(None, problem).name == "cpu"
-            assert op.resolve("reference", problem).name == "reference"
+            assert op.resolve("torch", problem).name == "torch"
             with nlhf_kernels.use_backend("auto"):
                 assert op.resolve(None, problem).name == "cpu"
-        assert op.resolve(None, problem).name == "reference"
+        assert op.resolve(None, problem).name == "torch"
     finally:
         nlhf_kernels.set_backend("auto")
 
 
 def test_scope_ends_with_an_exception_and_stays_in_its_thread() -> None:
     seen = []
-    with pytest.raises(ZeroDivisionError), nlhf_kernels.use_backend("reference"):
+    with pytest.raises(ZeroDivisionError), nlhf_kernels.use_backend("torch"):
         thread = threading.Thread(target=lambda: seen.append(settings.requested(None).backend))
         thread.start()
         thread.join()
@@ -105,34 +105,34 @@ def test_scope_ends_with_an_exception_and_stays_in_its_thread() -> None:
 )
 @pytest.mark.parametrize("value", ["tritn", "", None, 3])
 def test_unknown_backend_is_refused(function, value) -> None:
-    with pytest.raises(ValueError, match=r"expected one of auto, reference, triton, cuda, cpu; got"):
+    with pytest.raises(ValueError, match=r"expected one of auto, torch, triton, cuda, cpu; got"):
         function(value)
 
 
 def test_an_op_must_account_for_all_four_backends() -> None:
     with pytest.raises(ValueError, match="a backend or a reason for each"):
-        Op("half", (Backend("reference", "x:y"),), {}, lambda: None)
-    with pytest.raises(ValueError, match="must end with reference"):
-        toy(order=("reference", "cpu"))
+        Op("half", (Backend("torch", "x:y"),), {}, lambda: None)
+    with pytest.raises(ValueError, match="must end with torch"):
+        toy(order=("torch", "cpu"))
 
 
 def test_the_order_follows_measurements_per_problem() -> None:
     """Of the samplers on a GPU, whose speeds say which is tried first; what cannot run is passed over as ever."""
     op = get_op("mixture_sample")
     problem = op.describe(torch.zeros(1, 5)).__class__(torch.device("cuda", 0), (torch.bfloat16,) * 2, 128_256, False)
-    for filtered, order in ((False, ("triton", "cuda", "reference")), (True, ("cuda", "triton", "reference"))):
+    for filtered, order in ((False, ("triton", "cuda", "torch")), (True, ("cuda", "triton", "torch"))):
         found, words = op.order_of(problem._replace(filtered=filtered))
         assert found == order
         assert words.startswith(" > ".join(order)) and "H200" in words and "2026-11-26" in words
     explanation = nlhf_kernels.explain("mixture_sample", torch.zeros(1, 5), top_k=3)
-    assert "order of auto: cpu > reference\n" in str(explanation)
-    small = Measured("cpu", "small", lambda problem: problem.size < 3, ("reference",), "here")
+    assert "order of auto: cpu > torch\n" in str(explanation)
+    small = Measured("cpu", "small", lambda problem: problem.size < 3, ("torch",), "here")
     measured = replace(toy(), measured=(small,))
     assert [measured.resolve(None, ToyProblem(torch.device("cpu"), size)).name for size in (2, 3)] == [
-        "reference",
+        "torch",
         "cpu",
     ]
-    with pytest.raises(ValueError, match="must end with reference"):
+    with pytest.raises(ValueError, match="must end with torch"):
         replace(toy(), measured=(replace(small, order=("cpu",)),))
 
 
@@ -146,10 +146,10 @@ def test_decisions_do_not_grow_without_end(monkeypatch) -> None:
 
 def test_explain_does_not_run_and_names_its_choice() -> None:
     args = torch.tensor(1), torch.arange(3), torch.tensor(2)
-    explanation = nlhf_kernels.explain("row_uniforms", *args, backend="reference")
-    assert explanation.chosen == "reference"
-    assert "-> reference  can run" in str(explanation)
-    assert "requested: reference (the argument backend)" in str(explanation)
+    explanation = nlhf_kernels.explain("row_uniforms", *args, backend="torch")
+    assert explanation.chosen == "torch"
+    assert "-> torch      can run" in str(explanation)
+    assert "requested: torch (the argument backend)" in str(explanation)
     refused = nlhf_kernels.explain("row_uniforms", *args, backend="cuda")
     assert refused.chosen is None
     assert refused.reasons["cuda"]
@@ -250,7 +250,7 @@ def test_package_works_without_triton_and_native_modules() -> None:
     assert result.stdout.endswith("3\n")
     assert "triton does not import" in result.stdout
     assert "the native module _cpu is missing" in result.stdout
-    assert "-> reference" in result.stdout
+    assert "-> torch" in result.stdout
 
 
 def test_import_touches_neither_triton_nor_the_gpu() -> None:
@@ -266,7 +266,7 @@ def test_import_touches_neither_triton_nor_the_gpu() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("NLHF_KERNELS_BACKEND", "gpu", "NLHF_KERNELS_BACKEND: expected one of auto, reference"),
+        ("NLHF_KERNELS_BACKEND", "gpu", "NLHF_KERNELS_BACKEND: expected one of auto, torch"),
         ("NLHF_KERNELS_SIMD", "sse", "NLHF_KERNELS_SIMD: expected one of baseline, avx2, avx512; got 'sse'"),
     ],
 )
@@ -291,8 +291,8 @@ def test_environment_chooses_backend_and_simd_level() -> None:
         "a = torch.tensor(1), torch.arange(3), torch.tensor(2);"
         "print(n.explain('row_uniforms', *a).chosen, c.native_missing('_cpu') or c.native('_cpu').active_level())"
     )
-    environment = {**os.environ, "NLHF_KERNELS_BACKEND": "reference", "NLHF_KERNELS_SIMD": "baseline"}
+    environment = {**os.environ, "NLHF_KERNELS_BACKEND": "torch", "NLHF_KERNELS_SIMD": "baseline"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert result.stdout.split()[0] == "reference"
+    assert result.stdout.split()[0] == "torch"
     if "missing" not in result.stdout:
         assert result.stdout.split()[1] == "baseline"

@@ -45,7 +45,7 @@ def test_oracle_gives_the_published_vectors(counter, key, words) -> None:
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
-@pytest.mark.parametrize("backend", ["reference", "triton", "cuda", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda", "cpu"])
 def test_backends_give_the_published_vectors(backend, counter, key, words) -> None:
     """Through the contract's layout, where it can express the vector: block 0 leaves the low 24 bits of word 3 zero."""
     if counter[3] & 0xFFFFFF:
@@ -65,7 +65,7 @@ def test_backends_give_the_published_vectors(backend, counter, key, words) -> No
 @pytest.mark.parametrize("per_row", [False, True])
 def test_backends_agree_to_the_bit(backend, rows, per_row) -> None:
     args, kwargs = _example(rows, device_of(backend), per_row)
-    expected = nlhf_kernels.row_uniforms(*args, **kwargs, backend="reference")
+    expected = nlhf_kernels.row_uniforms(*args, **kwargs, backend="torch")
     with poisoned_allocations() as handed_out:
         result = call("row_uniforms", backend, *(surrounded(tensor) for tensor in args), **kwargs)
     assert handed_out, "the output was expected to come from torch.empty"
@@ -76,7 +76,7 @@ def test_backends_agree_to_the_bit(backend, rows, per_row) -> None:
 def test_simd_levels_agree_to_the_bit(simd_level) -> None:
     args, kwargs = _example(9001, torch.device("cpu"), per_row=True)
     result = call("row_uniforms", "cpu", *args, **kwargs)
-    assert torch.equal(result, nlhf_kernels.row_uniforms(*args, **kwargs, backend="reference"))
+    assert torch.equal(result, nlhf_kernels.row_uniforms(*args, **kwargs, backend="torch"))
 
 
 def test_a_row_depends_on_its_own_numbers_only() -> None:
@@ -150,7 +150,7 @@ def test_streams_are_independent() -> None:
         ),
         ({"stream": 256}, ValueError, r"stream: expected an integer in \[0, 255\]; got 256"),
         ({"stream": 1.5}, TypeError, "stream: expected an integer; got float"),
-        ({"backend": "gpu"}, ValueError, "backend: expected one of auto, reference"),
+        ({"backend": "gpu"}, ValueError, "backend: expected one of auto, torch"),
     ],
 )
 def test_bad_input_is_named(change, error, message) -> None:
@@ -162,5 +162,5 @@ def test_bad_input_is_named(change, error, message) -> None:
 def test_strided_inputs_are_read_right() -> None:
     row_ids = torch.arange(20, device=DEVICE)[::2]
     seed, step = torch.tensor(1, device=DEVICE), torch.tensor(2, device=DEVICE)
-    expected = nlhf_kernels.row_uniforms(seed, row_ids.clone(), step, backend="reference")
+    expected = nlhf_kernels.row_uniforms(seed, row_ids.clone(), step, backend="torch")
     assert torch.equal(nlhf_kernels.row_uniforms(seed, row_ids, step), expected)

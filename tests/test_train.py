@@ -210,9 +210,9 @@ def test_the_backend_is_that_of_every_kernel(tmp_path, monkeypatch) -> None:
         trainer_module.RolloutEngine, "rollout",
         lambda engine, *a: seen.append(settings.requested(None).backend) or inside(engine, *a),
     )  # fmt: skip
-    make_trainer(tmp_path / "1", backend="reference", max_steps=1).train()
+    make_trainer(tmp_path / "1", backend="torch", max_steps=1).train()
     make_trainer(tmp_path / "2", max_steps=1).train()
-    assert seen == ["reference", settings.requested(None).backend]
+    assert seen == ["torch", settings.requested(None).backend]
     with pytest.raises(nlhf_kernels.BackendUnavailable, match="cuda"):
         make_trainer(tmp_path / "3", backend="cuda", max_steps=1).train()
 

@@ -91,8 +91,8 @@ def test_twice_is_once(monkeypatch) -> None:
         assert dict(vars(trainer)) == changed, "the inner block has not undone the outer one's"
         with pytest.raises(ValueError, match="accelerate_trl: kl: expected 'sequence', as .* already .*; got 'to_go'"):
             accelerate_trl()
-        with pytest.raises(ValueError, match="accelerate_trl: backend: expected None, as .*; got 'reference'"):
-            accelerate_trl(kl="sequence", backend="reference")
+        with pytest.raises(ValueError, match="accelerate_trl: backend: expected None, as .*; got 'torch'"):
+            accelerate_trl(kl="sequence", backend="torch")
     assert dict(vars(trainer)) == before
     assert accelerate_trl() is accelerate_trl() is not acceleration
     accelerate_trl().undo()

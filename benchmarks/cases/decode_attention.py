@@ -36,10 +36,10 @@ def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inpu
 
 def truth(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **ranges: torch.Tensor) -> torch.Tensor:
     """The library's oracle in float64, whose tests hold it against PyTorch's attention."""
-    from nlhf_kernels.ops.decode_attention import reference
+    from nlhf_kernels.ops.decode_attention import oracle
 
     limits = ranges["starts"], ranges["ends"]
-    return reference.decode_attention(query, keys, values, *limits, query.shape[-1] ** -0.5, 2**62, 0.0, None)
+    return oracle.decode_attention(query, keys, values, *limits, query.shape[-1] ** -0.5, 2**62, 0.0, None)
 
 
 @functools.lru_cache(maxsize=8)

@@ -34,7 +34,7 @@ def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inpu
 def truth(policy: torch.Tensor, other: torch.Tensor, beta: float, **kwargs: Any) -> Any:
     """The library's oracle in float64, whose tests hold it against transformers and against theory. What filters keep
     is decided in float32, as everywhere: of logits that collide in bfloat16, float64 would keep others."""
-    from nlhf_kernels.ops.mixture_sample import reference
+    from nlhf_kernels.ops.mixture_sample import oracle
     from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
 
     filters = {name: kwargs[name] for name in FILTERS if name in kwargs}
@@ -43,9 +43,9 @@ def truth(policy: torch.Tensor, other: torch.Tensor, beta: float, **kwargs: Any)
     bias = None
     if filters:
         packed = settings.packed
-        mixed = reference.mixed_logits([policy.float(), other.float()], packed[:, reference.WEIGHTS :], None)
-        bias = torch.where(reference.support(mixed, packed), 0.0, -torch.inf)
-    tokens, logprobs, _ = reference.mixture_sample([policy, other], settings.packed, False, bias, None, *draw, 0, 0b111)
+        mixed = oracle.mixed_logits([policy.float(), other.float()], packed[:, oracle.WEIGHTS :], None)
+        bias = torch.where(oracle.support(mixed, packed), 0.0, -torch.inf)
+    tokens, logprobs, _ = oracle.mixture_sample([policy, other], settings.packed, False, bias, None, *draw, 0, 0b111)
     return tokens, *logprobs
 
 

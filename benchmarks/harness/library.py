@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-BACKENDS = ("reference", "triton", "cuda", "cpu")
+BACKENDS = ("torch", "triton", "cuda", "cpu")
 
 
 @dataclass(frozen=True)

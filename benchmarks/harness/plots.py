@@ -15,7 +15,7 @@ from .results import ResultRow, latest
 COLOURS = {
     "eager": "#999999",
     "torch.compile": "#E69F00",
-    "reference": "#56B4E9",
+    "torch": "#56B4E9",
     "triton": "#CC79A7",
     "cuda": "#009E73",
     "cpu": "#0072B2",
@@ -49,9 +49,9 @@ class _Kind:
     value: Callable[[ResultRow], float | None]
     unit: str
     axis_label: str
-    reference: float
-    reference_label: str
-    may_be_logarithmic: bool  # then bars grow from the reference, for a logarithmic axis has no zero to grow from
+    baseline: float
+    baseline_label: str
+    may_be_logarithmic: bool  # then bars grow from the baseline, for a logarithmic axis has no zero to grow from
 
 
 KINDS = {
@@ -118,14 +118,14 @@ def _figure(rows: Sequence[ResultRow], kind: _Kind) -> Any | None:
     values = [number for row in measured_rows if (number := kind.value(row)) is not None]
     if not values:
         return None
-    lowest, highest = min([*values, kind.reference]), max([*values, kind.reference])
+    lowest, highest = min([*values, kind.baseline]), max([*values, kind.baseline])
     logarithmic = kind.may_be_logarithmic and highest > 20 * lowest
     groups = {_group(row) for row in measured_rows}
     figure = Figure(figsize=(9.5, 1.4 + 0.3 * (len(measured_rows) + 0.8 * len(groups))), layout="constrained")
     axes = figure.add_subplot()
-    _bars(axes, measured_rows, kind, kind.reference if logarithmic else 0.0)
+    _bars(axes, measured_rows, kind, kind.baseline if logarithmic else 0.0)
     _scale(axes, lowest, highest, logarithmic)
-    axes.axvline(kind.reference, color="#333333", linewidth=1.2, linestyle="--", label=kind.reference_label)
+    axes.axvline(kind.baseline, color="#333333", linewidth=1.2, linestyle="--", label=kind.baseline_label)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     axes.set_xlabel(kind.axis_label)
     axes.set_title(f"{rows[0].key.case}\n{_where(rows[0])}", loc="left", fontsize=11)

@@ -1,6 +1,6 @@
 // logprobs: from the logits of one or two models, log-probabilities of given tokens, entropy, KL; and their gradient.
 //
-// The contract is nlhf_kernels/ops/logprobs/layout.py; the oracle is reference.py, its equations are in README.md.
+// The contract is nlhf_kernels/ops/logprobs/layout.py; the oracle is oracle.py, its equations are in README.md.
 #pragma once
 
 #include <cstdint>

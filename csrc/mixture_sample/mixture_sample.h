@@ -1,6 +1,6 @@
 // mixture_sample: one token a row from softmax((sum_m w_m z_m + bias) / temperature), with log-probabilities.
 //
-// The contract, the same for every backend, is nlhf_kernels/ops/mixture_sample/README.md; the oracle is reference.py.
+// The contract, the same for every backend, is nlhf_kernels/ops/mixture_sample/README.md; the oracle is oracle.py.
 #pragma once
 
 #include <cstdint>

@@ -122,7 +122,7 @@ def _cuda_module_misfit(index: int) -> str:
 
 def machine_reasons(backend: str, device: torch.device) -> list[str]:
     """Why `backend` cannot run on `device` of this machine, whatever the problem; empty where it can."""
-    if backend == "reference":
+    if backend == "torch":
         return []
     if backend == "cpu":
         reasons = [native_missing("_cpu")]

@@ -111,8 +111,8 @@ class Op:
         if named != set(settings.BACKENDS):
             raise ValueError(f"op {self.name}: expected a backend or a reason for each of {settings.BACKENDS}")
         for names in [*self.order.values(), *(measured.order for measured in self.measured)]:
-            if names[-1] != "reference":
-                raise ValueError(f"op {self.name}: the order for auto must end with reference, got {names}")
+            if names[-1] != "torch":
+                raise ValueError(f"op {self.name}: the order for auto must end with torch, got {names}")
 
     def why_not(self, name: str, problem: Problem) -> list[str]:
         if name in self.absent:
@@ -142,7 +142,7 @@ class Op:
         for measured in self.measured:
             if measured.device == device and measured.applies(problem):
                 return measured.order, f"{' > '.join(measured.order)} ({measured.problems}: {measured.source})"
-        order = self.order.get(device, ("reference",))
+        order = self.order.get(device, ("torch",))
         return order, " > ".join(order)
 
     def _decide(self, request: settings.Request, problem: Problem) -> Backend:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
-BACKENDS = ("reference", "triton", "cuda", "cpu")
+BACKENDS = ("torch", "triton", "cuda", "cpu")
 CHOICES = ("auto", *BACKENDS)
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 

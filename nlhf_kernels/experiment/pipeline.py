@@ -71,7 +71,7 @@ class Experiment:
         self._stage("cycles", "counting cycles", lambda work: count_all_cycles(work, self.judges, self.setting))
         self._train()
         self._stage("tournament", "tournament", self._tournament)
-        self._stage("speed", "kernels against the PyTorch reference", self._speed)
+        self._stage("speed", "kernels against the PyTorch oracle", self._speed)
         return self.results()
 
     def write(self, results: dict[str, Any]) -> Path:

@@ -135,12 +135,12 @@ def describe_speed(results: Results) -> list[str]:
     update = speed["update"]
     lines = [
         f"a whole update of {label(speed['algorithm'])} on {speed['device']} ({_count(speed['threads'], 'thread')}): "
-        f"{update['kernels_ms']:.0f} ms with the kernels, {update['reference_ms']:.0f} ms with the PyTorch reference: "
+        f"{update['kernels_ms']:.0f} ms with the kernels, {update['torch_ms']:.0f} ms with the PyTorch oracle: "
         f"{update['speedup']:.2f}x"
     ]
     for each in speed["operations"]:
         lines.append(
-            f"{each['name']}, {each['size']}: {each['kernels_ms']:.2f} ms, reference {each['reference_ms']:.2f} ms: "
+            f"{each['name']}, {each['size']}: {each['kernels_ms']:.2f} ms, oracle {each['torch_ms']:.2f} ms: "
             f"{each['speedup']:.2f}x"
         )
     return lines

@@ -1,4 +1,4 @@
-"""What the kernels are worth on this very run: the same updates with the PyTorch reference instead of them.
+"""What the kernels are worth on this very run: the same updates with the PyTorch oracle instead of them.
 
 Two measurements. Whole updates of Nash-MD, everything in them (the models' own forward and backward passes, which are
 PyTorch's either way), the two backends taking turns. And the two operations alone, at the sizes of this run.
@@ -26,15 +26,15 @@ from .workspace import write_json
 
 ROUNDS = 2
 REPEATS = 5
-REFERENCE = "reference"
+TORCH = "torch"
 
 
 def measure(work: Path, judge: Any, reward: Any, setting: Setting) -> None:
     preset = setting.preset
-    seconds: dict[str, list[float]] = {REFERENCE: [], "auto": []}
-    with setting.report.bar("timing updates, kernels and reference in turn", 2 * ROUNDS) as advance:
+    seconds: dict[str, list[float]] = {TORCH: [], "auto": []}
+    with setting.report.bar("timing updates, kernels and oracle in turn", 2 * ROUNDS) as advance:
         for turn in range(2 * ROUNDS):
-            backend = (REFERENCE, "auto")[turn % 2]
+            backend = (TORCH, "auto")[turn % 2]
             made = _trainer(work / "trainer", backend, judge, reward, setting)
             seconds[backend] += _update_seconds(made)
             shutil.rmtree(work / "trainer", ignore_errors=True)
@@ -82,8 +82,8 @@ def _update_seconds(trainer: Any) -> list[float]:
 
 
 def _compared(seconds: dict[str, float]) -> dict[str, float]:
-    return {"reference_ms": 1e3 * seconds[REFERENCE], "kernels_ms": 1e3 * seconds["auto"],
-            "speedup": seconds[REFERENCE] / seconds["auto"]}  # fmt: skip
+    return {"torch_ms": 1e3 * seconds[TORCH], "kernels_ms": 1e3 * seconds["auto"],
+            "speedup": seconds[TORCH] / seconds["auto"]}  # fmt: skip
 
 
 def _sampling(model: Any, preset: Preset) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _loss(model: Any, preset: Preset) -> dict[str, Any]:
 
 def _timed(run: Callable[[str], None]) -> dict[str, float]:
     """Medians of calls that alternate between the backends, after one of each."""
-    seconds: dict[str, list[float]] = {REFERENCE: [], "auto": []}
+    seconds: dict[str, list[float]] = {TORCH: [], "auto": []}
     for repeat in range(REPEATS + 1):
         for backend, each in seconds.items():
             began = time.perf_counter()

@@ -97,10 +97,10 @@ def recorded_backend_calls(op: str) -> list[tuple[str, tuple]]:
     entry = get_op(op)
     examples = importlib.import_module(f"tests.test_{op}").EXAMPLES
     calls: list[tuple[str, tuple]] = []
-    reference = entry.backend("reference")
+    oracle = entry.backend("torch")
 
     def recording(direction: str):
-        original = getattr(reference, direction)
+        original = getattr(oracle, direction)
 
         def record(*arguments):
             calls.append((direction, arguments))
@@ -108,16 +108,16 @@ def recorded_backend_calls(op: str) -> list[tuple[str, tuple]]:
 
         return record
 
-    directions = ("run", "run_backward") if reference.backward else ("run",)
-    reference.__dict__.update({direction: recording(direction) for direction in directions})
+    directions = ("run", "run_backward") if oracle.backward else ("run",)
+    oracle.__dict__.update({direction: recording(direction) for direction in directions})
     try:
         for make in examples:
             args, kwargs = make(torch.device("cpu"))
             if not entry.backend("triton").limits(entry.describe(*args, **kwargs)):
-                _run_backward(getattr(nlhf_kernels, op)(*args, **kwargs, backend="reference"))
+                _run_backward(getattr(nlhf_kernels, op)(*args, **kwargs, backend="torch"))
     finally:
         for direction in directions:
-            del reference.__dict__[direction]  # cached properties: found anew at the next use
+            del oracle.__dict__[direction]  # cached properties: found anew at the next use
     return calls
 
 

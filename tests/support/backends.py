@@ -14,7 +14,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_rival = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+every_rival = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
 
 
 def device_of(backend: str) -> torch.device:

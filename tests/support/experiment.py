@@ -55,7 +55,7 @@ def numbers(*, seeds: int = 3, prompts: int = 128, cycles: bool = True) -> dict[
     test = {"count": 10, "accuracy": 0.7, "log_loss": 0.6, "calibration_error": 0.05, "bins": []}
     cyclic = {"triples": 40, "cyclic": 2, "prompts": 8, "cyclic_prompts": [1, 3], "share": 0.05, "responses": 5}
     history = [{"step": s, "kl": 0.1 * s, "length": 9.0, "eval_win_rate_reference": 0.5 + 0.01 * s} for s in (1, 2)]
-    update = {"kernels_ms": 10.0, "reference_ms": 25.0, "speedup": 2.5}
+    update = {"kernels_ms": 10.0, "torch_ms": 25.0, "speedup": 2.5}
     return {
         "preset": {"seeds": seeds, "updates": 2, "prompts_per_update": 4, "samples_per_prompt": 1,
                    "judge": "preference-model", "contestants": names[1:]},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nlhf_kernels.ops.mixture_sample import reference
+from nlhf_kernels.ops.mixture_sample import oracle
 from nlhf_kernels.ops.mixture_sample.op import MixtureSample
 from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
 from tests.support.tolerances import assert_accurate
@@ -33,7 +33,7 @@ def assert_right(
     packed = mixture_settings(weights, device=policy.device, **filters).packed
     temperature = packed[:, 0, None].double()
     shrunk = torch.where(temperature > 0, temperature, 1)
-    keep = reference.support(_scaled([model.float() for model in logits], packed, bias, shrunk), packed)
+    keep = oracle.support(_scaled([model.float() for model in logits], packed, bias, shrunk), packed)
     scaled = _scaled([model.double() for model in logits], packed, bias, shrunk).masked_fill(~keep, -torch.inf)
     mass = scaled.softmax(-1)
     upper = mass.cumsum(-1)
@@ -60,5 +60,5 @@ def assert_right(
 
 
 def _scaled(logits, packed, bias, temperature) -> torch.Tensor:
-    mixed = reference.mixed_logits(logits, packed[:, reference.WEIGHTS :], bias)
+    mixed = oracle.mixed_logits(logits, packed[:, oracle.WEIGHTS :], bias)
     return mixed / temperature.to(mixed.dtype)

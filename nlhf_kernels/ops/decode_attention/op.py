@@ -45,11 +45,11 @@ OP = register(
     Op(
         name="decode_attention",
         backends=(
-            Backend("reference", f"{_HERE}.reference:decode_attention"),
+            Backend("torch", f"{_HERE}.oracle:decode_attention"),
             Backend("triton", f"{_HERE}.triton_kernels:decode_attention", _triton_limits),
             Backend("cpu", f"{_HERE}.native:decode_attention_cpu"),
         ),
-        order={"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")},
+        order={"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")},
         describe=_describe,
         absent={
             "cuda": "reading the cache bounds it, Triton streams it: CUDA waits for a measurement of bandwidth left"

@@ -37,11 +37,13 @@ def _describe(policy_logits: torch.Tensor, targets: Any = None, reference_logits
 
 
 def no_float64(problem: Any) -> list[str]:
-    return ["dtype: the kernels compute in float32; float64 is for the reference"] * (torch.float64 in problem.dtypes)
+    return ["dtype: the kernels compute in float32; float64 is for the backend torch"] * (
+        torch.float64 in problem.dtypes
+    )
 
 
 def _backend(name: str, module: str, suffix: str) -> Backend:
-    limits = no_float64 if name != "reference" else (lambda problem: [])
+    limits = no_float64 if name != "torch" else (lambda problem: [])
     return Backend(name, f"{module}:logprobs{suffix}", limits, backward=f"{module}:logprobs_backward{suffix}")
 
 
@@ -49,11 +51,11 @@ OP = register(
     Op(
         name="logprobs",
         backends=(
-            _backend("reference", f"{_HERE}.reference", ""),
+            _backend("torch", f"{_HERE}.oracle", ""),
             _backend("triton", f"{_HERE}.triton_kernels", ""),
             _backend("cpu", f"{_HERE}.native", "_cpu"),
         ),
-        order={"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")},
+        order={"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")},
         describe=_describe,
         absent={
             "cuda": "two passes over logits that memory bounds: Triton streams them; a CUDA kernel waits for a "

@@ -51,12 +51,12 @@ OP = register(
     Op(
         name="mirror_descent",
         backends=(
-            Backend("reference", f"{_HERE}.reference:mirror_descent"),
+            Backend("torch", f"{_HERE}.oracle:mirror_descent"),
             Backend("triton", f"{_HERE}.triton_kernels:mirror_descent", _triton_limits),
             Backend("cuda", f"{_HERE}.native:mirror_descent_cuda", _cuda_limits),
             Backend("cpu", f"{_HERE}.native:mirror_descent_cpu"),
         ),
-        order={"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")},
+        order={"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")},
         describe=_describe,
     )
 )

@@ -86,20 +86,16 @@ OP = register(
     Op(
         name="mixture_sample",
         backends=(
-            Backend("reference", f"{_HERE}.reference:mixture_sample"),
+            Backend("torch", f"{_HERE}.oracle:mixture_sample"),
             Backend("triton", f"{_HERE}.triton_kernels:mixture_sample"),
             Backend("cuda", f"{_HERE}.native:mixture_sample_cuda"),
             Backend("cpu", f"{_HERE}.native:mixture_sample_cpu"),
         ),
-        order={"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")},
+        order={"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")},
         describe=_describe,
         measured=(
-            Measured(
-                "cuda", "no filter", lambda problem: not problem.filtered, ("triton", "cuda", "reference"), _MEASURED
-            ),
-            Measured(
-                "cuda", "with filters", lambda problem: problem.filtered, ("cuda", "triton", "reference"), _MEASURED
-            ),
+            Measured("cuda", "no filter", lambda problem: not problem.filtered, ("triton", "cuda", "torch"), _MEASURED),
+            Measured("cuda", "with filters", lambda problem: problem.filtered, ("cuda", "triton", "torch"), _MEASURED),
         ),
     )
 )

@@ -25,12 +25,12 @@ OP = register(
     Op(
         name="row_uniforms",
         backends=(
-            Backend("reference", f"{_HERE}.reference:row_uniforms"),
+            Backend("torch", f"{_HERE}.oracle:row_uniforms"),
             Backend("triton", f"{_HERE}.triton_kernels:row_uniforms"),
             Backend("cuda", f"{_HERE}.native:row_uniforms_cuda"),
             Backend("cpu", f"{_HERE}.native:row_uniforms_cpu"),
         ),
-        order={"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")},
+        order={"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")},
         describe=_describe,
     )
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..logprobs.layout import Settings
-from ..logprobs.reference import logprobs
+from ..logprobs.oracle import logprobs
 from .head import Head
 
 
