@@ -79,8 +79,8 @@ def _imported_folders(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             targets = [a.name.split(".")[1:] for a in node.names if a.name.startswith("nlhf_kernels.")]
         for target in targets:
-            known = target and (PACKAGE / target[0]).is_dir()
-            folders.add(target[0] if known else "__init__")
+            is_folder = target and (PACKAGE / target[0]).is_dir()
+            folders.add(target[0] if is_folder else "__init__")
     return folders
 
 
@@ -99,8 +99,8 @@ def test_imports_point_one_way(path) -> None:
 def test_rooms_import_only_the_rooms_they_are_built_on(op) -> None:
     others = {other.name for other in ops()} - {op} - ROOMS_CALL.get(op, set())
     for path in (PACKAGE / "ops" / op).glob("*.py"):
-        named = set(re.findall(r"from [.]+(\w+)[\w.]* import", path.read_text()))
-        assert not named & others, f"{_name(path)} imports the room {named & others}"
+        rooms = set(re.findall(r"from [.]+(\w+)[\w.]* import", path.read_text()))
+        assert not rooms & others, f"{_name(path)} imports the room {rooms & others}"
 
 
 @pytest.mark.parametrize("path", PYTHON + NATIVE, ids=_name)
@@ -135,8 +135,8 @@ def allocation(node: ast.AST) -> str | None:
 def test_every_allocation_names_its_dtype_and_device(path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if (name := allocation(node)) is not None:
-            named = {keyword.arg for keyword in node.keywords}
-            missing = {"dtype", "device"} - named
+            keywords = {keyword.arg for keyword in node.keywords}
+            missing = {"dtype", "device"} - keywords
             assert not missing, f"{path.name}:{node.lineno}: {name} without {' and '.join(sorted(missing))}"
         forbidden = isinstance(node, ast.ImportFrom) and node.module == "torch"
         names = {alias.name for alias in node.names} if forbidden else set()
@@ -180,8 +180,8 @@ def test_environment_is_read_in_one_file() -> None:
         if re.search(r"\b(os\.environ|os\.getenv|getenv\s*\(|environ\[)", path.read_text())
     ]
     assert readers == ["nlhf_kernels/core/settings.py"]
-    read = set(re.findall(r'"([A-Z][A-Z_]{5,})"', (PACKAGE / "core" / "settings.py").read_text()))
-    assert read == set(settings.VARIABLES), "every variable read is listed, and the other way round"
+    names = set(re.findall(r'"([A-Z][A-Z_]{5,})"', (PACKAGE / "core" / "settings.py").read_text()))
+    assert names == set(settings.VARIABLES), "every variable read is listed, and the other way round"
     assert len(settings.VARIABLES) <= 4
 
 

@@ -40,16 +40,16 @@ def collected(monkeypatch, mode: str, **changes: Any) -> dict[str, implementatio
 
 def test_a_rival_that_cannot_run_says_why(monkeypatch) -> None:
     absent = Baseline(torch.sigmoid, why_not=lambda inputs: ("needs a GPU",))
-    found = collected(monkeypatch, "forward", baselines={"eager": Baseline(torch.sigmoid), "absent": absent})
-    assert (found["absent"].function, found["absent"].reasons) == (None, ("needs a GPU",))
-    assert found["eager"].function is torch.sigmoid
+    implementations = collected(monkeypatch, "forward", baselines={"eager": Baseline(torch.sigmoid), "absent": absent})
+    assert (implementations["absent"].function, implementations["absent"].reasons) == (None, ("needs a GPU",))
+    assert implementations["eager"].function is torch.sigmoid
 
 
 def test_variants_stand_beside_backends_that_run(monkeypatch) -> None:
     variants = {"doubled": Variant(lambda function: lambda x: function(2 * x), ("full",))}
-    found = collected(monkeypatch, "full", variants=variants)
-    assert found["cpu, doubled"].kind == "variant"
-    assert "cuda, doubled" not in found, "the plain row says why"
+    implementations = collected(monkeypatch, "full", variants=variants)
+    assert implementations["cpu, doubled"].kind == "variant"
+    assert "cuda, doubled" not in implementations, "the plain row says why"
     assert "cpu, doubled" not in collected(monkeypatch, "forward", variants=variants)
 
 
@@ -89,16 +89,16 @@ def test_blocked_truths_are_the_plain_forms(monkeypatch) -> None:
     inputs = models.make_models(SHAPE, CPU, generator())
     double = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
     monkeypatch.setattr(scores, "TRUTH_BLOCK", 8 * 50 * 5)
-    for given, kl in ((double, True), (double[:3], False)):
-        found = []
+    for tensors, kl in ((double, True), (double[:3], False)):
+        results = []
         for function in (scores.true_scores, scores.full_logits):
-            leaves = [tensor.detach().requires_grad_() for tensor in given[:2]]
-            result = function(*leaves, *given[2:], kl=kl)
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors[:2]]
+            result = function(*leaves, *tensors[2:], kl=kl)
             outputs = [output for output in (result.policy, result.kl) if output is not None]
             upstream = [torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4) for _ in outputs]
-            known = [part for part in result if part is not None]
-            found.append([*known, *torch.autograd.grad(outputs, leaves, upstream)])
-        for blocked, plain in zip(*found, strict=True):
+            outputs_and_gradients = [part for part in result if part is not None]
+            results.append([*outputs_and_gradients, *torch.autograd.grad(outputs, leaves, upstream)])
+        for blocked, plain in zip(*results, strict=True):
             torch.testing.assert_close(blocked, plain, rtol=1e-12, atol=1e-12)
 
 
@@ -141,8 +141,8 @@ def grown(**sizes: Any) -> list[results.ResultRow]:
 
 def test_growth_is_drawn_size_by_size(tmp_path) -> None:
     rows = [row for n in (1, 2, 4) for row in grown(n=n, v=8)] + [row for v in (2, 16) for row in grown(n=4, v=v)]
-    found = growth.sweeps(rows)
-    assert {label: len(block) for label, block in found.items()} == {
+    blocks = growth.sweeps(rows)
+    assert {label: len(block) for label, block in blocks.items()} == {
         "n, at v=8 float32, forward": 6,
         "v, at n=4 float32, forward": 6,
     }

@@ -31,9 +31,9 @@ def python(code: str) -> tuple[str, ...]:
     return sys.executable, "-c", code
 
 
-def outcomes_of(*chosen: stages.Stage, seconds: float = 60, done=(), log: Path) -> dict[str, stages.Outcome]:
-    before = {name: stages.Outcome("ok", 1.0) for name in done}
-    return stages.run_stages(chosen, seconds, log, before, lambda stage, outcome: None)
+def outcomes_of(*stage_list: stages.Stage, seconds: float = 60, finished=(), log: Path) -> dict[str, stages.Outcome]:
+    before = {name: stages.Outcome("ok", 1.0) for name in finished}
+    return stages.run_stages(stage_list, seconds, log, before, lambda stage, outcome: None)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -43,17 +43,17 @@ def test_every_command_runs_and_a_failure_costs_only_itself(tmp_path) -> None:
     log = tmp_path / "log"
     mark = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"
     failing = python("print('reading'); raise SystemExit('the disk is full')")
-    found = outcomes_of(
+    outcomes = outcomes_of(
         stages.Stage("first", 1, (failing, python(mark))),
         stages.Stage("absent", 1, (python(mark),), missing="no such card"),
         stages.Stage("before", 1, (python(mark),)),
         stages.Stage("second", 1, (python(f"import os; os.environ['WHERE']; {mark}"),), {"WHERE": "here"}),
-        done=("before",), log=log,
+        finished=("before",), log=log,
     )  # fmt: skip
-    assert [each.status for each in found.values()] == ["failed", "unavailable", "done", "ok"]
+    assert [each.status for each in outcomes.values()] == ["failed", "unavailable", "done", "ok"]
     assert (tmp_path / "ran").read_text() == "xx"
-    assert found["first"].reasons[0].endswith("(1 of 2): exit code 1: the disk is full")
-    assert found["absent"].reasons == ("no such card",)
+    assert outcomes["first"].reasons[0].endswith("(1 of 2): exit code 1: the disk is full")
+    assert outcomes["absent"].reasons == ("no such card",)
     assert "reading" in log.read_text()
 
 
@@ -61,12 +61,14 @@ def test_a_stage_ends_with_its_share_and_all_that_it_started(tmp_path) -> None:
     child = f"import time, os; open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     start = time.monotonic()
-    found = outcomes_of(
+    outcomes = outcomes_of(
         stages.Stage("slow", 1, (python(parent),)), stages.Stage("quick", 1, (python("pass"),)),
         seconds=6, log=tmp_path / "log",
     )  # fmt: skip
-    assert found["slow"].status == "failed" and "ended after 3 s, its share of the time" in found["slow"].reasons[0]
-    assert found["quick"].status == "ok" and time.monotonic() - start < 15
+    assert (
+        outcomes["slow"].status == "failed" and "ended after 3 s, its share of the time" in outcomes["slow"].reasons[0]
+    )
+    assert outcomes["quick"].status == "ok" and time.monotonic() - start < 15
     number = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 10
     while Path(f"/proc/{number}").exists() and "zombie" not in Path(f"/proc/{number}/status").read_text():
@@ -75,17 +77,19 @@ def test_a_stage_ends_with_its_share_and_all_that_it_started(tmp_path) -> None:
 
 
 def test_time_that_is_left_goes_to_those_after(tmp_path, monkeypatch) -> None:
-    given: list[float] = []
-    monkeypatch.setattr(stages, "run_stage", lambda stage, seconds, log: given.append(seconds) or stages.Outcome("ok"))
+    budgets: list[float] = []
+    monkeypatch.setattr(
+        stages, "run_stage", lambda stage, seconds, log: budgets.append(seconds) or stages.Outcome("ok")
+    )
     shares = {"a": 1, "b": 1, "done": 5, "absent": 5, "c": 2}
-    made = [stages.Stage(name, share, missing="no" if name == "absent" else "") for name, share in shares.items()]
-    outcomes_of(*made, seconds=100, done=("done",), log=tmp_path / "log")
-    assert given == pytest.approx([25, 100 / 3, 100], abs=0.5)
+    stage_list = [stages.Stage(name, share, missing="no" if name == "absent" else "") for name, share in shares.items()]
+    outcomes_of(*stage_list, seconds=100, finished=("done",), log=tmp_path / "log")
+    assert budgets == pytest.approx([25, 100 / 3, 100], abs=0.5)
 
 
 def test_without_time_nothing_is_started(tmp_path) -> None:
-    found = outcomes_of(stages.Stage("late", 1, (python("raise SystemExit(1)"),)), seconds=-1, log=tmp_path / "log")
-    assert found["late"].reasons[0].endswith("no time left")
+    outcomes = outcomes_of(stages.Stage("late", 1, (python("raise SystemExit(1)"),)), seconds=-1, log=tmp_path / "log")
+    assert outcomes["late"].reasons[0].endswith("no time left")
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------
@@ -101,11 +105,11 @@ def committed(monkeypatch) -> dict[str, tuple]:
 
 def test_what_a_commit_has_is_not_run_again(committed, tmp_path, monkeypatch, capsys) -> None:
     counter, out = tmp_path / "count", tmp_path / "rows.jsonl"
-    made = [
+    stage_list = [
         stages.Stage("good", 1, (python(f"open({str(counter)!r}, 'a').write('g')"),)),
         stages.Stage("bad", 1, (python(f"open({str(counter)!r}, 'a').write('b'); raise SystemExit(3)"),)),
     ]
-    monkeypatch.setattr(gpu, "make_stages", lambda *_: made)
+    monkeypatch.setattr(gpu, "make_stages", lambda *_: stage_list)
     command = ["--device", "cpu", "--out", str(out), "--minutes", "0.5"]
     assert gpu.main(command) == 1 and counter.read_text() == "gb"
     assert gpu.main(command) == 1 and counter.read_text() == "gbb", "what failed is tried again"
@@ -161,8 +165,8 @@ def test_every_headline_is_a_shape_that_a_benchmark_measures() -> None:
 def test_the_headline_preset_is_made_of_them() -> None:
     settings = runner.Settings(torch.device("cuda"), "headline")
     jobs = runner.select_jobs(list(all_cases().values()), settings, targets.headline_modes())
-    made = {(job.case.name, *job.shape.identity): job.case.modes_at(job.shape) for job in jobs}
-    assert made == {key: modes for key, modes in targets.headline_modes().items() if key[0] in all_cases()}
+    stage_list = {(job.case.name, *job.shape.identity): job.case.modes_at(job.shape) for job in jobs}
+    assert stage_list == {key: modes for key, modes in targets.headline_modes().items() if key[0] in all_cases()}
 
 
 def row(headline: targets.Headline, implementation: str, us: float, kind: str = "backend", **more) -> ResultRow:
@@ -224,8 +228,8 @@ def test_rivals_of_another_run_say_nothing() -> None:
 
 
 def test_the_end_fits_sixty_lines(tmp_path) -> None:
-    made = gpu.make_stages(torch.device("cpu"), "standard", tmp_path / "rows.jsonl")
-    ends = {stage.name: stages.Outcome("failed", 1.0, ("because",)) for stage in made}
+    stage_list = gpu.make_stages(torch.device("cpu"), "standard", tmp_path / "rows.jsonl")
+    ends = {stage.name: stages.Outcome("failed", 1.0, ("because",)) for stage in stage_list}
     facts = replace(FACTS, machine={"gpu": "a card", "cpu": "c"})
     lines = gpu.closing_lines([], ends, facts, tmp_path / "log")
     assert len(targets.HEADLINES) + 1 + len(ends) + 1 == len(lines) <= gpu.MAX_LINES
@@ -243,17 +247,17 @@ def test_all_of_it_runs_tiny_on_a_cpu(tmp_path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--preset", "tiny", "--device", "cpu", "--out", str(out)]
     command += ["--minutes", "9", "--commit", "c0ffee1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr + out.with_suffix(".log").read_text()
-    written = read_rows(out)
-    assert {row.key.case for row in written} == {"gpu", "mirror_descent", "rollout", "train_step"}
-    ends = {row.key.implementation: row for row in written if row.kind == "stage"}
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stdout + process.stderr + out.with_suffix(".log").read_text()
+    rows = read_rows(out)
+    assert {row.key.case for row in rows} == {"gpu", "mirror_descent", "rollout", "train_step"}
+    ends = {row.key.implementation: row for row in rows if row.kind == "stage"}
     assert {name: end.status for name, end in ends.items()} == {
         "build": "unavailable", "tests": "ok", "headlines": "ok", "rollout": "ok", "train_step": "ok",
         "sanitizers": "unavailable", "sweeps": "unavailable", "growth": "unavailable",
     }  # fmt: skip
     assert all(json.loads(line) for line in out.read_text().splitlines())
-    lines = done.stdout.splitlines()
+    lines = process.stdout.splitlines()
     assert len(lines[lines.index("") + 1 :]) <= gpu.MAX_LINES
     assert any(line.startswith("mirror_descent forward float32") and " eager " in line for line in lines)
     assert str(tmp_path) not in out.read_text() and os.uname().nodename not in out.read_text()

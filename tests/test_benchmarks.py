@@ -220,10 +220,10 @@ def test_inputs_that_a_call_overwrites_are_put_back(run_toy) -> None:
         x.zero_()
         return result
 
-    saved: dict[str, torch.Tensor] = {}
+    originals: dict[str, torch.Tensor] = {}
 
     def restore(inputs: Inputs) -> None:
-        inputs.args[0].copy_(saved.setdefault("x", inputs.args[0].clone()))
+        inputs.args[0].copy_(originals.setdefault("x", inputs.args[0].clone()))
 
     code, _ = run_toy({"overwriting": overwriting, "right": right})
     assert code == 1, "without restore the next rival works on other inputs"
@@ -256,9 +256,9 @@ def test_a_case_must_be_consistent() -> None:
 
 
 def test_library_says_why_not() -> None:
-    told = backend_report("no_such_function", (), {})
-    assert told.chosen is None
-    assert all("no function no_such_function" in reasons[0] for reasons in told.reasons.values())
+    report = backend_report("no_such_function", (), {})
+    assert report.chosen is None
+    assert all("no function no_such_function" in reasons[0] for reasons in report.reasons.values())
 
 
 # --- files and comparison
@@ -369,12 +369,12 @@ def test_plots_are_drawn(tmp_path) -> None:
     wide = [
         replace(row, speedup=results.Speedup(ratio, None)) for row, ratio in zip(rows, (0.01, 1, 3, 9), strict=True)
     ]
-    for name, drawn in (("linear", rows), ("logarithmic", wide)):
+    for name, plot_rows in (("linear", rows), ("logarithmic", wide)):
         source, folder = tmp_path / f"{name}.jsonl", tmp_path / name
-        results.append_rows(source, drawn)
+        results.append_rows(source, plot_rows)
         assert run.main(["--plot", str(source), "--plot-dir", str(folder)]) == 0
-        written = sorted(path.name for path in folder.iterdir())
-        assert written == [f"{kind}_toy_cpu1.{end}" for kind in ("floor", "speedup") for end in ("png", "svg")]
+        files = sorted(path.name for path in folder.iterdir())
+        assert files == [f"{kind}_toy_cpu1.{end}" for kind in ("floor", "speedup") for end in ("png", "svg")]
         assert all(path.stat().st_size > 8000 for path in folder.iterdir())
 
 

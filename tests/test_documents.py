@@ -66,16 +66,16 @@ def test_shown_commands_run(command, tmp_path, monkeypatch, capsys) -> None:
 @pytest.mark.files
 def test_every_subcommand_is_shown() -> None:
     """In a block that runs, or, where it needs what no test has (a model's folder), in a ```text block."""
-    shown = {shlex.split(command, posix=False)[1] for command in commands("nlhf-kernels", (*SHELLS, "text"))}
-    assert shown == set(COMMANDS)
+    documented = {shlex.split(command, posix=False)[1] for command in commands("nlhf-kernels", (*SHELLS, "text"))}
+    assert documented == set(COMMANDS)
 
 
 @pytest.mark.files
 def test_shown_make_targets_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    shown = {word for command in commands("make") for word in shlex.split(command)[1:2]}
-    assert shown, "the README shows how to start"
-    assert shown <= targets
+    documented = {word for command in commands("make") for word in shlex.split(command)[1:2]}
+    assert documented, "the README shows how to start"
+    assert documented <= targets
 
 
 @pytest.mark.parametrize("command", [line for line in commands("python") if "-m benchmarks" in line])

@@ -40,8 +40,8 @@ def test_sample_mixture_wants_both_models_or_neither(run, capsys) -> None:
 def test_train_tldr(run, capsys, tmp_path) -> None:
     run("train_tldr.py", "--judge-steps", "1", "--steps", "1", "--max-new-tokens", "2")
     assert "preferred to the reference" in capsys.readouterr().out
-    saved = {path.name for path in (tmp_path / "runs" / "example").iterdir()}
-    assert {"judge", "policy"} <= saved
+    folders = {path.name for path in (tmp_path / "runs" / "example").iterdir()}
+    assert {"judge", "policy"} <= folders
     with pytest.raises(SystemExit, match="a folder that is not there yet"):
         run("train_tldr.py")
 

@@ -57,8 +57,8 @@ def registers(image: bytes) -> str:
         file.write(image)
         file.flush()
         report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    return f"{found[1]} registers, {found[2]} bytes of stack" if found else "registers unknown"
+    match = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    return f"{match[1]} registers, {match[2]} bytes of stack" if match else "registers unknown"
 
 
 def compile_room(op: str, architecture: int) -> list[str]:

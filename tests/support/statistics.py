@@ -36,11 +36,11 @@ def chi_square_p(counts: np.ndarray, probabilities: np.ndarray, min_expected: fl
     if small:
         counts = np.append(counts[small:], counts[:small].sum())
         expected = np.append(expected[small:], expected[:small].sum())
-    kept = expected > 0
-    if kept.sum() < 2:
+    nonempty = expected > 0
+    if nonempty.sum() < 2:
         return 1.0
-    statistic = float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
-    return float(stats.chi2.sf(statistic, int(kept.sum()) - 1))
+    statistic = float(((counts - expected)[nonempty] ** 2 / expected[nonempty]).sum())
+    return float(stats.chi2.sf(statistic, int(nonempty.sum()) - 1))
 
 
 def proportion_p(successes: int, trials: int, probability: float) -> float:
