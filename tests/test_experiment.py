@@ -14,13 +14,12 @@ pytest.importorskip("accelerate", reason="the experiment needs accelerate")
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
 from nlhf_kernels.core.loading import load_model
+from nlhf_kernels.core.terminal import SILENT
+from nlhf_kernels.evaluation import Sampling, sample_answers
 from nlhf_kernels.experiment import pipeline
-from nlhf_kernels.experiment.answers import Sampling, answer
-from nlhf_kernels.experiment.console import SILENT
-from nlhf_kernels.experiment.contestants import CONTESTANTS
 from nlhf_kernels.experiment.corpus import Material, load_corpus
 from nlhf_kernels.experiment.pipeline import Experiment
-from nlhf_kernels.experiment.presets import PRESETS, Preset, overridden
+from nlhf_kernels.experiment.presets import CONTESTANTS, PRESETS, Preset, overridden
 from nlhf_kernels.experiment.runs import configuration
 from nlhf_kernels.experiment.supervised import answer_loss, encode_examples, new_model
 from nlhf_kernels.experiment.workspace import Workspace
@@ -224,7 +223,7 @@ def test_answers_depend_on_prompt_and_seed_not_on_the_batch(done) -> None:
     folder, _, _ = done
     model, corpus = load_model("test", folder / "sft" / "model"), load_corpus(folder / "corpus")
     prompts = [row.prompt for row in corpus.test[:5]]
-    ask = lambda batch, seed=0: answer(  # noqa: E731
+    ask = lambda batch, seed=0: sample_answers(  # noqa: E731
         model, None, corpus.tokenizer, prompts, Sampling(6, 48, 3, seed=seed, batch=batch)
     )
     whole, parts = ask(64), ask(2)

@@ -15,11 +15,10 @@ pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
 from nlhf_kernels.cli import demo
 from nlhf_kernels.cli.main import main
+from nlhf_kernels.evaluation import plus_minus
 from nlhf_kernels.experiment import figures
 from nlhf_kernels.experiment.__main__ import main as redraw
-from nlhf_kernels.experiment.intervals import plus_minus
-from nlhf_kernels.experiment.markdown import summary
-from nlhf_kernels.experiment.report import page, table, write_report
+from nlhf_kernels.experiment.report import page, summary, table, write_report
 from tests.support.experiment import fake_packages, numbers
 from tests.support.tiny_models import one_thread
 

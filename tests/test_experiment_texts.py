@@ -11,13 +11,12 @@ import pytest
 pytest.importorskip("transformers", reason="the experiment needs transformers")
 pytest.importorskip("accelerate", reason="the experiment needs accelerate")
 
-from nlhf_kernels.experiment.answers import load_answering
-from nlhf_kernels.experiment.console import SILENT
-from nlhf_kernels.experiment.corpus import Material, load_corpus, make_corpus
+from nlhf_kernels.core.loading import load_generation_tokenizer
+from nlhf_kernels.core.terminal import SILENT
+from nlhf_kernels.experiment.annotators import Trigrams
+from nlhf_kernels.experiment.corpus import Material, load_corpus, make_corpus, train_tokenizer
 from nlhf_kernels.experiment.docstrings import Collection, collect, cut, installed_folders, share, split_docstring
-from nlhf_kernels.experiment.ngrams import Trigrams
 from nlhf_kernels.experiment.presets import PRESETS
-from nlhf_kernels.experiment.vocabulary import train_tokenizer
 from tests.support.experiment import fake_packages
 
 FEW = Collection(wanted=60, test_fraction=0.3, text_characters=100)
@@ -120,7 +119,7 @@ def test_tokenizer_is_lossless_and_has_its_marks(tmp_path) -> None:
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert len(tokenizer) <= 300
     tokenizer.save_pretrained(tmp_path)
-    again = load_answering("test", str(tmp_path))
+    again = load_generation_tokenizer("test", str(tmp_path))
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (again.pad_token_id, again.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
     with pytest.raises(ValueError, match=r"vocabulary: size: expected an integer in \[258"):

@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from nlhf_kernels.core.identity import weights_digest
-from nlhf_kernels.experiment.console import SILENT
+from nlhf_kernels.core.terminal import SILENT
 from nlhf_kernels.experiment.corpus import Material
 from nlhf_kernels.experiment.pipeline import Experiment
 from nlhf_kernels.experiment.presets import PRESETS

@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 
 from ..core.optional import require
-from ..core.terminal import new_console
+from ..core.terminal import Reporter, new_console
 from .loading import find_device, show_next
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("nlhf-kernels demo", NEEDED, "train,plots")
-    from ..experiment import Experiment, Material, Preset, Reporter, overridden
+    from ..experiment import Experiment, Material, Preset, overridden
 
     arguments.option_names.update({field.name: f"--set {field.name}" for field in dataclasses.fields(Preset)})
     device = find_device("demo", arguments.device)

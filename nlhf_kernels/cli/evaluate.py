@@ -19,19 +19,19 @@ from rich import box
 from rich.table import Table
 
 from ..core.atomic import is_stdout, write_atomic
-from ..core.loading import load_model, loading, quiet
+from ..core.loading import load_generation_tokenizer, load_model, loading, quiet
 from ..core.optional import require
 from ..core.places import locate
-from ..core.terminal import new_console
+from ..core.terminal import Reporter, new_console
 from ..data import load_prompts
 from .errors import BadInput
 from .loading import check_output, find_device, is_function, load_function, read_data
 
-#: Fields of the experiment's Sampling -> options.
+#: Fields of evaluation's Sampling -> options.
 NAMES = {"answer_tokens": "--max-new-tokens", "prompt_tokens": "--max-prompt-length", "batch": "--batch-size"}
 
 if TYPE_CHECKING:
-    from ..experiment import Answers, Sampling, Tournament
+    from ..evaluation import Answers, Sampling, Tournament
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("nlhf-kernels evaluate", ("transformers", "accelerate"), "train")
-    from ..experiment import Reporter, Sampling
+    from ..evaluation import Sampling
 
     policies = _policies(arguments.policy)
     check_output("evaluate", arguments.output)
@@ -117,7 +117,7 @@ def _play(
     """Policies one after the other; each has noise of its own, and the tokenizer that was saved with it."""
     import dataclasses
 
-    from ..experiment import answer, load_answering, play
+    from ..evaluation import play_tournament, sample_answers
     from ..preference import PreferenceModelJudge, checked, load_preference_model
 
     trust: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
@@ -126,7 +126,8 @@ def _play(
     for option, name in named:  # all of them before the first has answered for an hour
         if name is not None:
             locate(f"evaluate: {option}", name)
-    prompts = _prompts(arguments, load_answering("evaluate: --policy", next(iter(policies.values())), **trust))
+    first_tokenizer = load_generation_tokenizer("evaluate: --policy", next(iter(policies.values())), **trust)
+    prompts = _prompts(arguments, first_tokenizer)
     if is_function(arguments.judge):
         judge = checked(load_function("evaluate: --judge", arguments.judge), arguments.judge)
     else:
@@ -141,10 +142,10 @@ def _play(
         own = dataclasses.replace(sampling, seed=sampling.seed * len(policies) + place)
         with report.bar(f"answers of {name}", len(prompts)) as advance:
             policy = load_model("evaluate: --policy", model, **options)
-            tokenizer = load_answering("evaluate: --policy", model, **trust)
-            answers[name] = [answer(policy, reference, tokenizer, prompts, own, advance)]
+            tokenizer = load_generation_tokenizer("evaluate: --policy", model, **trust)
+            answers[name] = [sample_answers(policy, reference, tokenizer, prompts, own, advance)]
     with report.bar("matches", len(policies) * (len(policies) - 1) // 2) as advance:
-        return answers, play(judge, prompts, answers, advance)
+        return answers, play_tournament(judge, prompts, answers, advance)
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[str]:

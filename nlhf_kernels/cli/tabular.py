@@ -19,9 +19,10 @@ from rich import box
 from rich.table import Table
 
 from .. import tabular
+from ..core.plots import FORMATS, check_path, new_figure, save
 from ..core.terminal import new_console, new_progress
-from ..tabular import plots
 from ..tabular.files import read_preference
+from ..tabular.plots import plot_curves, plot_simplex
 
 GAMES = {
     "dice": lambda seed: tabular.dice_game()[0],
@@ -59,14 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tau", type=float, default=0.05, help="strength of the pull to the reference (default 0.05)")
     parser.add_argument("--steps", type=int, default=10_000, help="steps of every algorithm (default 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the random game")
-    parser.add_argument("--plot", type=Path, help=f"write a figure here ({', '.join(plots.FORMATS)})")
+    parser.add_argument("--plot", type=Path, help=f"write a figure here ({', '.join(FORMATS)})")
     parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
 
 
 def run(arguments: argparse.Namespace) -> int:
     console = new_console(stderr=arguments.json)
     if arguments.plot:
-        plots.check_path(arguments.plot)
+        check_path("tabular", arguments.plot)
     game, names = _game(arguments)
     algorithms = _algorithms(arguments.algorithms)
     star = tabular.equilibrium(game)
@@ -209,13 +210,13 @@ def _draw(
     game: tabular.PreferenceGame, names: list[str], star: torch.Tensor, outcomes: dict[str, Outcome], path: Path
 ) -> None:
     on_simplex = game.actions == 3
-    figure = plots.new_figure(11 if on_simplex else 6, 4.5)
+    figure = new_figure(11 if on_simplex else 6, 4.5)
     axes = figure.subplots(1, 2 if on_simplex else 1, squeeze=False)[0]
     marks = next(iter(outcomes.values())).solution.marks
     bound = marks, [8 / (game.tau**2 * (mark + 1)) for mark in marks]
     curves = {name: (outcome.solution.marks, outcome.kl) for name, outcome in outcomes.items()}
-    plots.plot_curves(axes[0], curves, "KL(equilibrium, policy)", bound if "nash-md" in outcomes else None)
+    plot_curves(axes[0], curves, "KL(equilibrium, policy)", bound if "nash-md" in outcomes else None)
     if on_simplex:
         paths = {name: outcome.solution.trajectory[:FIRST].exp() for name, outcome in outcomes.items()}
-        plots.plot_simplex(axes[1], paths, star.exp(), names)
-    plots.save(figure, path)
+        plot_simplex(axes[1], paths, star.exp(), names)
+    save(figure, path)

@@ -69,6 +69,16 @@ def load_tokenizer(place: str, name: str | Path, **options: Any) -> Any:
     return loading(place, name, load, "tokenizer")
 
 
+def load_generation_tokenizer(place: str, name: str | Path, **options: Any) -> Any:
+    """A tokenizer with an end token and one for padding: where it has none, the end token, as padding is masked."""
+    tokenizer = load_tokenizer(place, name, **options)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{place}: expected a tokenizer with an end token; got one without, {str(name)!r}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def loading(place: str, name: str | Path, load: Callable[[str], Loaded], what: str = "model") -> Loaded:
     """`load(folder or hub name)`; whatever it raises becomes one line about `name`."""
     found = locate(place, str(name))

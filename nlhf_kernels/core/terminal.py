@@ -6,6 +6,8 @@ console and every bar of the package is made here, with that switched off.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a dependency that importing the library does not load
@@ -46,6 +48,48 @@ def new_progress(console: Console, *, transient: bool = True) -> Progress:
         transient=transient,
         disable=not console.is_terminal,  # a file would get an empty line
     )
+
+
+class Reporter:
+    """What the user sees while long work runs: a line when a part begins, a bar while it works.
+
+    Args:
+        console (rich Console or None): of `new_console`; None writes nothing.
+    """
+
+    def __init__(self, console: Console | None) -> None:
+        self.console = console
+
+    @property
+    def shown(self) -> bool:
+        return self.console is not None
+
+    def say(self, text: str) -> None:
+        """Print a line.
+
+        Args:
+            text (str): printed as it is.
+        """
+        if self.console is not None:
+            self.console.print(text)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a progress bar; yields a function to call with the number of steps done so far.
+
+        Args:
+            title (str): before the bar.
+            total (int): number of steps.
+        """
+        if self.console is None:
+            yield lambda done: None
+            return
+        with new_progress(self.console) as progress:
+            task = progress.add_task(f"  {title}", total=total)
+            yield lambda done: progress.update(task, completed=done)
+
+
+SILENT = Reporter(None)
 
 
 def cut_lines(text: str, width: int, count: int, *, end: bool = False) -> str:

@@ -1,9 +1,10 @@
-"""Text from files, strict JSON, and values short enough for an error message."""
+"""Text from files, strict JSON, Markdown tables, and values short enough for an error message."""
 
 from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {excerpt(next(name for name in names if names.count(name) > 1))} is there twice")
     return content
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
+    """A Markdown table; bars and line breaks inside a cell do not end it.
+
+    Args:
+        head (sequence of str): the column titles.
+        rows (sequence of sequences of str): as many cells each.
+        numbers (bool): align all columns but the first on the right.
+    """
+    rule = ["---"] + ["---:" if numbers else "---"] * (len(head) - 1)
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (head, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))

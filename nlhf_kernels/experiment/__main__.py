@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .markdown import summary
-from .report import write_report
+from .report import summary, write_report
 from .workspace import read_json
 
 

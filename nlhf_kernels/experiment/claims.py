@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .contestants import BASELINE, beta_of, label
-from .intervals import Estimate
-from .tournament import MARGIN, Tournament
+from ..evaluation import Estimate, Tournament
+from ..evaluation.tournament import MARGIN
+from .presets import BASELINE, beta_of, label
 
 REPRODUCED, CONTRADICTED, OPEN, TOO_SMALL = "reproduced", "contradicted", "not resolved", "too small to tell"
 MIN_RUNS, MIN_PROMPTS = 3, 100

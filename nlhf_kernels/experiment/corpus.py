@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.loading import load_tokenizer
+from ..core.checks import check_integer
+from ..core.loading import load_generation_tokenizer, load_tokenizer
+from ..core.terminal import Reporter
 from ..data import Pair, load_pairs, split_by_prompt
-from .answers import load_answering
-from .console import Reporter
 from .docstrings import Collection, collect
 from .presets import Preset
-from .vocabulary import train_tokenizer
 from .workspace import read_rows, write_rows
 
+PAD, END = "<pad>", "<end>"
+_BYTES = 256
 PROMPT = "{text}\nIn one line:"
 
 
@@ -52,7 +54,7 @@ class Corpus:
 
 
 def make_corpus(work: Path, preset: Preset, material: Material, report: Reporter, folders: Any = None) -> None:
-    tokenizer = None if material.model is None else load_answering("experiment: --model", material.model)
+    tokenizer = None if material.model is None else load_generation_tokenizer("experiment: --model", material.model)
     if material.data is None:
         train, test = _docstrings(preset, report, folders)
     else:
@@ -113,3 +115,23 @@ def _mixed(text: str) -> bytes:
 def _distinct(rows: list[Example]) -> list[Example]:
     """One of each prompt: intervals are over prompts."""
     return list({row.prompt: row for row in reversed(rows)}.values())[::-1]
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> Any:
+    """A `PreTrainedTokenizerFast` of at most `size` tokens, with a padding and an end token."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    check_integer("vocabulary", "size", size, _BYTES + 2, 10**6)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[PAD, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    wrapper: Any = transformers.PreTrainedTokenizerFast
+    return wrapper(tokenizer_object=bpe, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False)

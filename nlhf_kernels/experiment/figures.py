@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Iterable
 from statistics import fmean
 from typing import Any
 
-from ..tabular.plots import STYLES, new_figure
-from .contestants import label
-from .intervals import NORMAL
+from ..core.plots import STYLES, new_figure
+from ..evaluation.intervals import NORMAL
+from .presets import label
 
 Results = dict[str, Any]
 JUDGE_LABELS = {"annotators": "the true annotators", "preference-model": "the preference model"}  # the truth first
@@ -152,13 +151,3 @@ def _from_zero(axes: Any, axis: str) -> None:
 def _legend(figure: Any, axes: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
-
-
-def as_svg(figure: Any) -> bytes:
-    """The same bytes for the same figure; letters stay letters."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "nlhf", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()

@@ -13,10 +13,9 @@ import torch
 from ..core import settings
 from ..core.atomic import atomic_folder
 from ..core.loading import load_model, quiet
-from .answers import Answers, Sampling, answer
+from ..core.terminal import Reporter
+from ..evaluation import Answers, Sampling, play_tournament, sample_answers
 from .claims import beats_rewards, by_beta, interior_beta
-from .console import Reporter
-from .contestants import START, label
 from .corpus import Material, load_corpus, make_corpus
 from .preferences import (
     count_all_cycles,
@@ -26,13 +25,11 @@ from .preferences import (
     make_preferences,
     model_judge,
 )
-from .presets import Preset, as_json
+from .presets import START, Preset, as_json, label
 from .report import write_report
 from .runs import Rewards, make_run, stage_name
-from .setting import Setting
 from .speed import measure
-from .supervised import make_policy
-from .tournament import play
+from .supervised import Setting, make_policy
 from .workspace import KIND, REPORT, Workspace, read_json, write_json
 
 FORMAT = 1
@@ -129,7 +126,7 @@ class Experiment:
         cycles = read_json(self.workspace.path("cycles") / "cycles.json")
         for name, judge in self.judges.items():
             with self.report.bar(f"matches judged by {name}", pairs) as advance:
-                tournament = play(judge, prompts, answers, advance)
+                tournament = play_tournament(judge, prompts, answers, advance)
             claims = [
                 interior_beta(tournament),
                 beats_rewards(tournament, None),
@@ -159,7 +156,8 @@ class Experiment:
                     self.preset.answer_tokens, self.preset.prompt_tokens, self.preset.answers,
                     seed=1000 * self.preset.seed + done, batch=self.preset.batch,
                 )  # fmt: skip
-                made.setdefault(name, []).append(answer(model, reference, self.corpus.tokenizer, prompts, sampling))
+                sampled = sample_answers(model, reference, self.corpus.tokenizer, prompts, sampling)
+                made.setdefault(name, []).append(sampled)
                 advance(done)
         return made
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..data import Pair
+from ..evaluation import Sampling, count_cycles, preference_table, sample_answers
 from ..preference import (
     ComparisonModel,
     PreferenceModelJudge,
@@ -21,13 +22,10 @@ from ..preference import (
     train_preference_model,
 )
 from ..preference.models import KINDS
-from .annotators import Annotators, common_scales
-from .answers import Sampling, answer
+from .annotators import Annotators, Trigrams, common_scales
 from .corpus import Corpus, Example
-from .cycles import count_cycles, pairwise
-from .ngrams import Trigrams
 from .presets import Preset
-from .setting import Setting
+from .supervised import Setting
 from .workspace import read_json, read_rows, write_json, write_rows
 
 PAIRWISE_TEMPLATE = "{prompt}{first}\nOr:{second}\nBetter:"
@@ -50,7 +48,7 @@ def make_preferences(work: Path, setting: Setting) -> None:
         chosen = [row.prompt for row in rows][:needed]
         with report.bar(f"answers to compare, {name}", len(chosen)) as advance:
             sampling = _sampling(preset, RESPONSES, preset.seed + (name == "test"))
-            answers = answer(model, None, corpus.tokenizer, chosen, sampling, advance)
+            answers = sample_answers(model, None, corpus.tokenizer, chosen, sampling, advance)
         tables[name] = chosen, answers.texts
     prompts, texts = tables["train"]
     bare = make_annotators(corpus, (1.0, 1.0, 1.0))
@@ -135,10 +133,10 @@ def count_all_cycles(work: Path, judges: dict[str, Any], setting: Setting) -> No
     prompts = [row.prompt for row in corpus.test[: preset.test_prompts]]
     with report.bar("answers among which cycles are counted", len(prompts)) as advance:
         sampling = _sampling(preset, preset.cycle_responses, preset.seed + 2)
-        answers = answer(setting.fresh_policy(), None, corpus.tokenizer, prompts, sampling, advance)
+        answers = sample_answers(setting.fresh_policy(), None, corpus.tokenizer, prompts, sampling, advance)
     facts = {}
     for name, judge in judges.items():
-        cycles = count_cycles(pairwise(judge, prompts, answers.texts), answers.texts)
+        cycles = count_cycles(preference_table(judge, prompts, answers.texts), answers.texts)
         facts[name] = {**asdict(cycles), "share": cycles.share, "responses": preset.cycle_responses}
         report.say(f"  {name}: {cycles.cyclic} of {cycles.triples} triples are cycles ({cycles.share:.1%})")
     write_json(work / "cycles.json", facts)

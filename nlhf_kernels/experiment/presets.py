@@ -1,4 +1,5 @@
-"""How large an experiment is: every number in one place, each preset a whole experiment."""
+"""Who takes part and how large an experiment is: contestants, and every number in one place, each preset a whole
+experiment."""
 
 from __future__ import annotations
 
@@ -9,9 +10,49 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..core.checks import check_integer, check_number, check_option
-from .contestants import CONTESTANTS
 
 OP = "experiment"
+START = "sft"  # the supervised policy, everyone's start and reference
+
+
+@dataclass(frozen=True)
+class Contestant:
+    label: str
+    algorithm: str
+    beta: float | None = None  # nash-md's and ipo-md's
+    tau: str = "tau"  # the preset's field that it pays for leaving the reference
+    averaged: bool = False  # whether its opponent is a moving average
+
+    def options(self, preset: Any) -> dict[str, Any]:
+        """Of NashConfig, beside the budget."""
+        options: dict[str, Any] = {"algorithm": self.algorithm, "tau": getattr(preset, self.tau)}
+        if self.beta is not None:
+            options["beta"] = self.beta
+        if self.averaged:
+            options["ema_decay"] = preset.ema_decay
+        return options
+
+
+NASH_BETAS = (0.0, 0.125, 0.25, 0.5, 1.0)
+BASELINE = "rlhf"
+CONTESTANTS: dict[str, Contestant] = {
+    BASELINE: Contestant("RLHF", "rlhf", tau="reward_tau"),
+    **{f"nash-md-{beta:g}": Contestant(f"Nash-MD {beta:g}", "nash-md", beta) for beta in NASH_BETAS},
+    "nash-ema": Contestant("Nash-EMA", "nash-ema", averaged=True),
+    "ipo-md": Contestant("IPO-MD 0.125", "ipo-md", 0.125, tau="ipo_tau"),
+}
+
+
+def label(name: str) -> str:
+    return "SFT" if name == START else CONTESTANTS[name].label
+
+
+def beta_of(name: str) -> float | None:
+    """The mixture's weight of the reference, of a Nash-MD contestant."""
+    contestant = CONTESTANTS.get(name)
+    return contestant.beta if contestant is not None and contestant.algorithm == "nash-md" else None
+
+
 JUDGES = ("preference-model", "annotators")
 
 

@@ -12,11 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.plots import as_svg
+from ..core.text import markdown_table
+from ..evaluation import plus_minus
+from ..evaluation.intervals import NORMAL
+from ..evaluation.tournament import MARGIN
 from .claims import CONTRADICTED, MIN_PROMPTS, MIN_RUNS, REPRODUCED, TOO_SMALL, evidence, verdict
-from .contestants import label
-from .figures import JUDGE_LABELS, all_figures, as_svg, judges
-from .intervals import NORMAL, plus_minus
-from .tournament import MARGIN
+from .figures import JUDGE_LABELS, all_figures, judges
+from .presets import label
 
 Results = dict[str, Any]
 NUMBER = re.compile(r"-?\d[\d.,]*(\s±\s[\d.]+)?%?")
@@ -269,3 +272,40 @@ def _capital(text: str) -> str:
 
 def _e(text: object) -> str:
     return html.escape(str(text))
+
+
+def summary(results: Results) -> str:
+    facts = results["tournament"]
+    parts = [describe_size(results), describe_intervals(results)]
+    for judge, each in judges(results).items():
+        parts.append(f"**Judged by {JUDGE_LABELS[judge]}.**")
+        parts.append("\n".join(f"- {describe_claim(claim)}" for claim in each["claims"]))
+        head = ["row against column", *facts["labels"]]
+        rows = [[name, *map(_markdown_cell, row)] for name, row in zip(facts["labels"], each["matrix"], strict=True)]
+        parts.append(markdown_table(head, rows, numbers=True))
+    parts.append("\n".join(f"- {line}" for line in describe_cycles(results)))
+    parts.append(_judge_sentences(results))
+    parts.append(_machine_sentence(results))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown_cell(cell: dict[str, Any] | None) -> str:
+    return "" if cell is None else plus_minus(cell["mean"], cell["half"], 2)
+
+
+def _judge_sentences(results: Results) -> str:
+    sentences = []
+    for name, title in (("preference_model", "Preference model"), ("reward_model", "Reward model")):
+        test = results[name]["test"]
+        sentences.append(f"{title}: accuracy {test['accuracy']:.3f} on {test['count']} held-out pairs, log-loss "
+                         f"{test['log_loss']:.3f}, calibration error {test['calibration_error']:.3f}.")  # fmt: skip
+    if results["annotators"] is not None:
+        best = results["annotators"]["test"]["ceiling"]
+        sentences.append(f"Votes are drawn, so {best:.3f} is the best accuracy that can be expected.")
+    return " ".join(sentences)
+
+
+def _machine_sentence(results: Results) -> str:
+    machine = results["machine"]
+    facts = ", ".join(f"{name} {machine[name]}" for name in ("device", "cores", "threads", "torch", "transformers"))
+    return f"Made with {facts}."

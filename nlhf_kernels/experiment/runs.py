@@ -11,10 +11,8 @@ import torch
 
 from ..preference import Judge, RewardModel
 from ..train import NashConfig, NashTrainer
-from .contestants import CONTESTANTS, label
-from .presets import Preset
-from .setting import Setting
-from .supervised import listener
+from .presets import CONTESTANTS, Preset, label
+from .supervised import Setting, listener
 from .workspace import RUNS, write_json
 
 KEPT = ("step", "loss", "grad_norm", "preference", "reward", "kl", "entropy", "length", "end_rate", "tokens_per_second")

@@ -18,10 +18,9 @@ import torch
 
 from ..core.registry import explain
 from ..ops import linear_nash_pg_loss, mixture_sample
-from .contestants import CONTESTANTS
-from .presets import Preset
+from .presets import CONTESTANTS, Preset
 from .runs import configuration, make_trainer
-from .setting import Setting
+from .supervised import Setting
 from .workspace import write_json
 
 ROUNDS = 2

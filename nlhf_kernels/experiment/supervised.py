@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..core.loading import load_model
+from ..core.terminal import Reporter
 from ..core.upstream import finite_attention_gradients
 from ..data import encode, encode_prompts
-from .console import Reporter
 from .corpus import Corpus, Example, Material
 from .presets import Preset
 from .workspace import write_json
@@ -175,3 +176,16 @@ def answer_loss(model: Any, rows: Sequence[dict[str, list[int]]], pad_id: int, b
         )
         total, count = total + float(losses), count + int((labels != IGNORED).sum())
     return total / count
+
+
+@dataclass(frozen=True)
+class Setting:
+    corpus: Corpus
+    policy: Path  # the supervised one's folder
+    preset: Preset
+    device: torch.device
+    report: Reporter
+
+    def fresh_policy(self) -> Any:
+        """The supervised policy, on the device, shared with nobody."""
+        return load_model("experiment: policy", self.policy, device=self.device, dtype=torch.float32)

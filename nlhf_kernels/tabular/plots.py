@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core.atomic import atomic_file
-from ..core.optional import need
+from ..core.plots import STYLES
 
-FORMATS = (".png", ".svg", ".pdf")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 FLOOR = 1e-16  # what float64 leaves of a divergence that is zero
 
 
@@ -50,24 +45,3 @@ def plot_simplex(
     axes.set_aspect("equal")
     axes.axis("off")
     axes.legend(loc="upper right", fontsize="small")
-
-
-def check_path(path: Path) -> None:
-    """Raise what would keep `save` from writing a figure there: to be asked before hours of work."""
-    need("matplotlib.figure", "a figure")
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"tabular: plot: expected a file that ends in {', '.join(FORMATS)}; got {str(path)!r}")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"tabular: plot: expected a file that can be written; got {str(path)!r}")
-
-
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure without a screen."""
-    return need("matplotlib.figure", "a figure").Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as work:
-        figure.savefig(work, dpi=150, format=path.suffix[1:] or "png")

@@ -14,9 +14,10 @@ import torch
 
 from ..core.rng import Stream
 from ..engine import Finish, Player, Responses, RolloutResult, RolloutSettings
+from ..evaluation import response_kl, response_texts
 from ..preference import Judge, checked
 from .config import NashConfig
-from .experience import rollout_seed, texts
+from .experience import rollout_seed
 from .meters import Meters
 from .prompts import Collator, PromptDataset
 from .rewards import Reward, rewards
@@ -63,16 +64,16 @@ class Evaluator:
         if self.config.plan.own_parameters:
             players.append(replace(self._player(2, batch), parameters="opponent"))
         policy, *opponent = self._answer(self.rollout, batch, players)
-        assert policy.policy_logprobs is not None and policy.reference_logprobs is not None
-        meters.add("kl", ((policy.policy_logprobs - policy.reference_logprobs) * policy.mask).sum(1))
+        assert policy.policy_logprobs is not None
+        meters.add("kl", response_kl(policy))
         meters.add("entropy", -policy.policy_logprobs[policy.mask])
         meters.add("length", policy.lengths.float())
         meters.add("end_rate", (policy.finish == Finish.END).float())
-        answers, rivals = texts(self.tokenizer, policy), {"reference": self._reference(batch, key)}
+        answers, rivals = response_texts(self.tokenizer, policy), {"reference": self._reference(batch, key)}
         if self.saved is not None:
             rivals["saved_opponent"] = self._saved(batch, key)
         for responses in opponent:
-            rivals["opponent"] = texts(self.tokenizer, responses)
+            rivals["opponent"] = response_texts(self.tokenizer, responses)
         prompts = [text for text in batch["texts"] for _ in range(self.config.eval_samples_per_prompt)]
         for name, theirs in rivals.items():
             if self.judge is not None:
@@ -104,5 +105,5 @@ class Evaluator:
     ) -> list[str]:
         place = (rival, *key)
         if place not in self._kept:
-            self._kept[place] = texts(self.tokenizer, self._answer(rollout, batch, [player])[0])
+            self._kept[place] = response_texts(self.tokenizer, self._answer(rollout, batch, [player])[0])
         return self._kept[place]

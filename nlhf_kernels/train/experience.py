@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..engine import Finish, Responses, RolloutResult, RolloutSettings
+from ..evaluation import response_kl, response_texts
 from ..ops.logprobs.layout import IGNORED
 from ..preference import checked
 from .config import NashConfig
@@ -63,12 +64,6 @@ def teacher_forced(
     )
 
 
-def texts(tokenizer: Any, answer: Responses) -> list[str]:
-    rows = [row[:length] for row, length in zip(answer.tokens.tolist(), answer.lengths.tolist(), strict=True)]
-    decoded: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return decoded
-
-
 class Collector:
     """Prompts -> answers -> judgements -> advantages."""
 
@@ -103,7 +98,7 @@ class Collector:
             *teacher_forced(batch, answers if plan.loss == "ipo" else answers[:1]),
             unended=torch.stack([answer.finish != Finish.END for answer in answers], 1).cpu(),
             prompts=[text for text in batch["texts"] for _ in range(samples)],
-            answers=tuple(texts(self.tokenizer, answer) for answer in answers),
+            answers=tuple(response_texts(self.tokenizer, answer) for answer in answers),
             value=nothing,
             advantage=nothing,
         )
@@ -114,8 +109,8 @@ class Collector:
         self.meters.add("length", first.lengths.float())
         self.meters.add("end_rate", (first.finish == Finish.END).float())
         if self.config.plan.loss != "ipo" or beta == 0:  # else y is not the policy's, and tells nothing of these
-            assert first.policy_logprobs is not None and first.reference_logprobs is not None
-            self.meters.add("kl", ((first.policy_logprobs - first.reference_logprobs) * first.mask).sum(1))
+            assert first.policy_logprobs is not None
+            self.meters.add("kl", response_kl(first))
             self.meters.add("entropy", -first.policy_logprobs[first.mask])
 
     def _judged(self, made: Sequence[Experience]) -> list[Experience]:

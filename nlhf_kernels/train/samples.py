@@ -10,6 +10,7 @@ from rich.text import Text
 from transformers import integrations
 
 from ..core.terminal import cut_lines, new_console, printable
+from ..core.text import markdown_table
 from ..core.upstream import wandb_of
 from .experience import Experience
 
@@ -52,15 +53,10 @@ def report(samples: Samples, step: int, callbacks: Iterable[Any]) -> None:
     """To tensorboard and wandb, where transformers reports to them."""
     for callback in callbacks:
         if isinstance(callback, _writers.TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_text(NAME, _markdown(samples), step)
+            callback.tb_writer.add_text(NAME, markdown_table(samples.columns, samples.rows), step)
         if isinstance(callback, _writers.WandbCallback) and (wandb := wandb_of(callback)) is not None:
             table = wandb.Table(columns=list(samples.columns), data=samples.rows)
             wandb.log({NAME: table, "train/global_step": step})
-
-
-def _markdown(samples: Samples) -> str:
-    lines = [samples.columns, ("---",) * len(samples.columns), *samples.rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in line) + " |" for line in lines)
 
 
 def _shown(text: str) -> str:

@@ -14,7 +14,14 @@ NORMAL = NormalDist().inv_cdf(0.975)  # standard errors in a 95 % interval
 
 @dataclass(frozen=True)
 class Estimate:
-    """mean +- half: 95 % confidence, or more where it was widened."""
+    """A mean and its interval, mean +- half: 95 % confidence, or more where it was widened.
+
+    Args:
+        mean (float): the estimate.
+        half (float): half the interval's width.
+        prompts (int): prompts behind it.
+        seeds (int): training runs behind it.
+    """
 
     mean: float
     half: float
@@ -37,21 +44,30 @@ class Estimate:
 
 
 def plus_minus(mean: float, half: float, digits: int = 3) -> str:
-    """One word that no line breaks: its blanks are no-break spaces. What rounds to zero has no sign."""
+    """ "mean ± half" with no-break spaces, so that no line breaks inside; what rounds to zero has no sign.
+
+    Args:
+        mean, half (float): the two numbers.
+        digits (int): after the point.
+    """
     return f"{round(mean, digits) + 0.0:.{digits}f}\u00a0±\u00a0{half:.{digits}f}"
 
 
-def estimate(values: torch.Tensor, comparisons: int = 1) -> Estimate:  # (seeds, prompts)
-    """The mean over both, each of which is a sample of more.
+def estimate_mean(values: torch.Tensor, comparisons: int = 1) -> Estimate:
+    """The mean over runs and prompts with its interval, as both are samples of more.
 
     half^2 = (z s_p / sqrt P)^2 + (t s_s / sqrt S)^2, with s_p the deviation of the prompts' means over the seeds, s_s
     that of the seeds' means over the prompts. The second term needs two seeds: with one, the interval speaks of these
-    trained policies on other prompts, not of other training runs. `comparisons` of equal standing that one picks from
-    widen it (Bonferroni: 1 - 5 % / comparisons each).
+    trained policies on other prompts, not of other training runs.
+
+    Args:
+        values (tensor (seeds, prompts)): one value for each run and prompt.
+        comparisons (int): number of estimates from which the best is picked; the interval is widened for the choice
+            (Bonferroni: 1 - 5 % / comparisons each).
     """
     seeds, prompts = values.shape
     if prompts < 2:
-        raise ValueError(f"estimate: values: expected at least 2 prompts; got {prompts}")
+        raise ValueError(f"estimate_mean: values: expected at least 2 prompts; got {prompts}")
     values, tail = values.double(), 0.025 / comparisons
     square = (NormalDist().inv_cdf(1 - tail) * float(values.mean(0).std()) / prompts**0.5) ** 2
     if seeds > 1:
@@ -60,7 +76,11 @@ def estimate(values: torch.Tensor, comparisons: int = 1) -> Estimate:  # (seeds,
 
 
 def student(degrees: int, tail: float) -> float:
-    """What Student's t exceeds with probability `tail` < 1/2: runs are few, and the normal's value is far too small.
+    """The quantile that Student's t exceeds with probability `tail`: for few runs the normal's is far too small.
+
+    Args:
+        degrees (int): degrees of freedom, at least 1.
+        tail (float): below 1/2.
 
     With t = sqrt(degrees) tan(angle), the density of the angle is cos(angle)^(degrees - 1), scaled.
     """

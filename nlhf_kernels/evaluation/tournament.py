@@ -1,0 +1,111 @@
+"""Win rates between policies, each against each, with confidence intervals, for one judge.
+
+Value [s, p] of a match is the judge's mean P(y > y') over the answers of run s of both sides to prompt p. A policy
+without runs (a supervised one) plays the same answers in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from ..preference import Judge, checked
+from .answers import Answers
+from .intervals import Estimate, estimate_mean
+
+Match = tuple[str, str]
+MARGIN = 0.005  # a difference from 1/2 that is too small to matter
+
+
+@dataclass(frozen=True)
+class Tournament:
+    """The judge's probabilities of every match.
+
+    Args:
+        names (list of N names): the policies.
+        values (dict (first, second) -> tensor (runs, prompts)): P(first > second), one entry for every pair, in the
+            order of the names.
+    """
+
+    names: list[str]
+    values: dict[Match, torch.Tensor]
+
+    def match(self, first: str, second: str) -> torch.Tensor:
+        """P(first > second), (runs, prompts).
+
+        Args:
+            first, second (str): names of policies; 1/2 where they are the same.
+        """
+        if (first, second) in self.values:
+            return self.values[first, second]
+        if (second, first) in self.values:
+            return 1 - self.values[second, first]
+        if first != second or first not in self.names:
+            raise KeyError(f"tournament: {first} against {second}: expected two of {', '.join(self.names)}")
+        return torch.full_like(next(iter(self.values.values())), 0.5)
+
+    def rate(self, first: str, second: str, prompts: Sequence[int] | None = None, comparisons: int = 1) -> Estimate:
+        """The win rate of `first` against `second` with its interval.
+
+        Args:
+            first, second (str): names of policies.
+            prompts (sequence of int or None): indices of the prompts to take; None: all.
+            comparisons (int): number of win rates from which the best is picked, for which the interval is widened.
+        """
+        values = self.match(first, second)
+        return estimate_mean(values if prompts is None else values[:, list(prompts)], comparisons)
+
+    def matrix(self) -> list[list[dict[str, Any] | None]]:
+        """Win rates of row against column, as dicts; None on the diagonal."""
+        return [
+            [None if row == column else self.rate(row, column).to_dict() for column in self.names]
+            for row in self.names
+        ]  # fmt: skip
+
+    def cycles(self) -> list[list[str]]:
+        """Triples of policies of which each beats the next: mean win rates above 1/2 by more than the margin."""
+        cycles = []
+        for a, b, c in combinations(self.names, 3):
+            for way in ((a, b, c), (a, c, b)):
+                matches = zip(way, (*way[1:], way[0]), strict=True)
+                if all(float(self.match(first, second).mean()) > 0.5 + MARGIN for first, second in matches):
+                    cycles.append(list(way))
+        return cycles
+
+
+def play_tournament(
+    judge: Judge,
+    prompts: Sequence[str],
+    answers: Mapping[str, Sequence[Answers]],
+    advance: Callable[[int], None] = lambda done: None,
+) -> Tournament:
+    """Ask the judge for every match. Run s of one side meets run s of the other; their k-th answers to a prompt meet.
+
+    Args:
+        judge (Judge): its probabilities are the values; no vote is drawn.
+        prompts (sequence of P texts): the prompts.
+        answers (mapping name -> sequence of Answers): one per training run, of as many runs each, or of one.
+        advance (callable): called with the number of matches played so far.
+    """
+    if len(answers) < 2:
+        raise ValueError(f"tournament: answers: expected at least two policies; got {len(answers)}")
+    runs = max(len(each) for each in answers.values())
+    uneven = [name for name, each in answers.items() if len(each) not in (1, runs)]
+    if uneven:
+        raise ValueError(f"tournament: answers: expected 1 or {runs} runs of each; got another number of {uneven[0]}")
+    values = {}
+    for done, (first, second) in enumerate(combinations(answers, 2), start=1):
+        rows = []
+        for run in range(runs):
+            sides = [answers[name][run % len(answers[name])].texts for name in (first, second)]
+            samples = len(sides[0][0])
+            questions = [prompt for prompt in prompts for _ in range(samples)]
+            texts = [[text for row in side for text in row] for side in sides]
+            rows.append(checked(judge)(questions, *texts).view(len(prompts), samples).mean(1))
+        values[first, second] = torch.stack(rows)
+        advance(done)
+    return Tournament(list(answers), values)
