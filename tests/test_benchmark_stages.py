@@ -165,8 +165,8 @@ def test_every_headline_is_a_shape_that_a_benchmark_measures() -> None:
 def test_the_headline_preset_is_made_of_them() -> None:
     settings = runner.Settings(torch.device("cuda"), "headline")
     jobs = runner.select_jobs(list(all_cases().values()), settings, targets.headline_modes())
-    stage_list = {(job.case.name, *job.shape.identity): job.case.modes_at(job.shape) for job in jobs}
-    assert stage_list == {key: modes for key, modes in targets.headline_modes().items() if key[0] in all_cases()}
+    modes_by_shape = {(job.case.name, *job.shape.identity): job.case.modes_at(job.shape) for job in jobs}
+    assert modes_by_shape == {key: modes for key, modes in targets.headline_modes().items() if key[0] in all_cases()}
 
 
 def row(headline: targets.Headline, implementation: str, us: float, kind: str = "backend", **more) -> ResultRow:

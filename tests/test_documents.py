@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import nlhf_kernels
 from benchmarks import headlines
 from nlhf_kernels.cli import info
 from nlhf_kernels.cli.main import COMMANDS, main
@@ -54,6 +56,51 @@ def test_python_snippets_run(path, code, tmp_path, monkeypatch) -> None:
     names = {"__name__": "__snippet__"}
     exec(compile(code, _name(path), "exec"), names)
     assert len(names) > 2, "a snippet shows something: at the least it imports it"
+
+
+def sides(diff: str) -> tuple[str, str]:
+    """The code before and after a diff."""
+    before, after = (
+        "\n".join(line[1:] for line in diff.splitlines() if line[0] in (" ", sign)) + "\n" for sign in "-+"
+    )
+    return before, after
+
+
+def test_the_readmes_diffs_run(tmp_path, monkeypatch) -> None:
+    """Both sides of the loss and of generate(), the new side of the trainer. The loss keeps its gradient."""
+    transformers = pytest.importorskip("transformers", reason="the README trains transformers models")
+    from nlhf_kernels.integrations import mixture_generate
+
+    monkeypatch.chdir(tmp_path)
+    diffs = [sides(body) for path, body in (entry.values for entry in fenced("diff")) if path == ROOT / "README.md"]
+    loss, generation, training = diffs
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    config = transformers.LlamaConfig(vocab_size=384, **sizes, **ends)
+    policy, reference = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    names = {
+        "nlhf_kernels": nlhf_kernels, "NashConfig": nlhf_kernels.NashConfig, "NashTrainer": nlhf_kernels.NashTrainer,
+        "mixture_generate": mixture_generate, "policy": policy, "reference": reference, "tau": 0.1,
+        "ids": torch.randint(384, (2, 6)), "mask": torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2]),
+        "preference": torch.tensor([0.8, 0.3]), "reference_logprobs": torch.randn(2, 5),
+        "prompts": {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)},
+        "judge": lambda prompts, first, second: [0.5] * len(prompts), "dataset": [{"prompt": "one word"}] * 8,
+        "tokenizer": transformers.ByT5Tokenizer(),
+    }  # fmt: skip
+    gradients = []
+    for code in loss:
+        exec(compile(code, "README.md", "exec"), names)
+        gradients.append(torch.cat([value.grad.flatten() for value in policy.parameters()]))
+        policy.zero_grad()
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    for code in generation:
+        exec(compile(code, "README.md", "exec"), names)
+        assert names["tokens"].shape[0] == 1 and names["tokens"].shape[1] > 3
+    compile(training[0], "README.md", "exec")
+    exec(compile(training[1], "README.md", "exec"), names)
+    assert (tmp_path / "run").is_dir()
 
 
 @pytest.mark.parametrize("command", commands("nlhf-kernels"))
