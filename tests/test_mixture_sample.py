@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import nlhf_kernels
+from nlhf_kernels.ops.mixture_sample.op import sample_packed
 from tests.support.backends import DEVICE, SIMD_LEVELS, call, device_of, every_backend
 from tests.support.mixture import assert_right, logits_pair, uniforms_for
 from tests.support.poison import poisoned_allocations, surrounded
@@ -225,6 +226,25 @@ def test_only_what_is_asked_for(backend) -> None:
             value = getattr(result, f"{name}_logprob")
             assert (value is None) is (name not in names)
             assert value is None or torch.equal(value, getattr(everything, f"{name}_logprob"))
+
+
+@every_backend
+def test_packed_settings_sample_the_same(backend) -> None:
+    """The entrance of the rollout engine: no weights beside the settings, log-probabilities named by bits."""
+    device = device_of(backend)
+    policy, reference = logits_pair(5, 700, device)
+    beta = torch.linspace(0, 1, 5, device=device)
+    draw = {"seed": torch.tensor(5, device=device), "step": torch.tensor(9, device=device), "stream": 1}
+    draw |= {"row_ids": torch.arange(5, device=device)}
+    expected = call("mixture_sample", backend, policy, reference, beta, top_p=0.9, **draw)
+    settings = nlhf_kernels.mixture_settings([1 - beta, beta], top_p=0.9, device=device)
+    packed = sample_packed([policy, reference], settings, wanted=0b111, backend=backend, **draw)
+    assert torch.equal(packed.tokens, expected.tokens) and torch.equal(packed.ok, expected.ok)
+    assert all(torch.equal(one, other) for one, other in zip(packed.logprobs, expected[1:4], strict=True))
+    named = nlhf_kernels.log_linear_sample([policy, reference], settings=settings, backend=backend, **draw)
+    assert torch.equal(named.tokens, expected.tokens)
+    one = sample_packed([policy, reference], settings, wanted=0b100, backend=backend, **draw)
+    assert torch.equal(one.logprobs[2], expected.mixture_logprob)
 
 
 @every_backend

@@ -190,3 +190,5 @@ def test_log_linear_bad_input_is_named() -> None:
             nlhf_kernels.log_linear_sample(models, weights, **draw)
     with pytest.raises(ValueError, match="logprobs: expected any of 0, 1, mixture; got 2"):
         nlhf_kernels.log_linear_sample(logits, [1.0, 1.0], logprobs=(2,), **draw)
+    with pytest.raises(ValueError, match="weights: expected one per model, 2; got None"):
+        nlhf_kernels.log_linear_sample(logits, **draw)

@@ -5,6 +5,7 @@ Whether the estimators are unbiased is asked in test_nash_pg_loss_theory.py.
 
 from __future__ import annotations
 
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -328,6 +329,25 @@ def test_sequences_of_131072_tokens(kl) -> None:
     assert torch.autograd.grad(result.loss, hidden)[0].isfinite().all()
 
 
+@every_mode
+def test_an_advantage_is_preference_less_baseline(kl) -> None:
+    """From logits and from hidden states; and it need not come from a probability."""
+    hidden, weight, targets, preference, other, other_weight = problem()
+    options = {"tau": 0.3, "kl": kl}
+    models = {"reference_hidden": other, "reference_head": other_weight}
+    linear = partial(nlhf_kernels.linear_nash_pg_loss, hidden, weight, targets, **models, **options)
+    logits = hidden @ weight.t(), other @ other_weight.t()
+    from_logits = partial(nlhf_kernels.nash_pg_loss, logits[0], targets, reference_logits=logits[1], **options)
+    baseline = torch.linspace(0.1, 0.9, B, device=DEVICE)
+    for loss in (linear, from_logits):
+        expected = loss(preference=preference, baseline=baseline)
+        result = loss(advantage=preference.double() - baseline.double())
+        assert torch.equal(result.loss, expected.loss) and torch.equal(result.weights, expected.weights)
+        far = loss(advantage=preference + 7)
+        moved = (expected.weights + baseline[:, None] + 7).masked_fill(targets == -100, 0)
+        torch.testing.assert_close(far.weights, moved)
+
+
 def test_the_biased_mode_is_what_trl_computed() -> None:
     """TRL up to 1.13: tau (log_ratio log pi).sum - (P - 1/2) (log pi).sum, averaged over sequences."""
     preference = problem()[3]
@@ -360,6 +380,18 @@ BAD = {
     },
     "reference_logprobs: expected shape": {"reference_logits": None, "reference_logprobs": torch.zeros(2)},
     r"baseline: expected shape \(sequences\)": {"baseline": torch.zeros(3)},
+    "advantage: expected either it or preference; got neither": {"preference": None},
+    "advantage: expected either it or preference; got both": {"advantage": torch.zeros(2)},
+    "baseline: expected with preference only; got it with advantage": {
+        "preference": None,
+        "advantage": torch.zeros(2),
+        "baseline": 0.5,
+    },
+    r"advantage: expected shape \(sequences\) with sequences=2; got \(3,\)": {
+        "preference": None,
+        "advantage": torch.zeros(3),
+    },
+    "advantage: expected a constant": {"preference": None, "advantage": torch.zeros(2, requires_grad=True)},
     r"normalizer: expected a finite number in \(0": {"normalizer": 0.0},
     r"reference_logits: expected shape .*; got \(2, 3, 5\)": {"reference_logits": torch.zeros(2, 3, 5)},
     "policy_logits: expected shape": {"policy_logits": torch.zeros(2, 4)},

@@ -49,13 +49,11 @@ class Learner:
             reference = self._reference_states(made)
         elif self.anchor is not None:
             tau, reference = self._between(made, tau)
-        baseline = 0.5 - made.advantage  # a reward is no probability: all that counts is preference less baseline
         return linear_nash_pg_loss(
             hidden,
             head,
             made.targets,
-            torch.full((made.pairs,), 0.5, dtype=torch.float32, device=hidden.device),
-            baseline=baseline.float().to(hidden.device),
+            advantage=made.advantage.to(hidden.device),
             tau=tau,
             kl=self.config.kl,
             normalizer=normalizer,

@@ -47,6 +47,14 @@ class LogLinearSample(NamedTuple):
     ok: torch.Tensor  # (R,) bool; False: the row's logits are no distribution, its token is 0
 
 
+class PackedSample(NamedTuple):
+    """What `sample_packed` returns."""
+
+    tokens: torch.Tensor  # (R,) int64
+    logprobs: torch.Tensor  # (models + 1, R) float32: a row per model, then the mixture's; undefined where unwanted
+    ok: torch.Tensor  # (R,) bool
+
+
 class MixtureSampleProblem(NamedTuple):
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
@@ -214,7 +222,7 @@ def mixture_sample(
 
 def log_linear_sample(
     logits: Sequence[torch.Tensor],  # of (R, V), one to four models
-    weights: Sequence[Number],  # a number or (R,) per model; they need not sum to 1
+    weights: Sequence[Number] | None = None,  # a number or (R,) per model, any sum; needed unless `settings` are given
     *,
     temperature: Number = 1.0,
     top_k: Number = 0,
@@ -237,10 +245,11 @@ def log_linear_sample(
     op = "log_linear_sample"
     if not 1 <= len(logits) <= MAX_MODELS:
         raise ValueError(f"{op}: logits: expected 1 to {MAX_MODELS} models; got {len(logits)}")
-    if len(weights) != len(logits):
-        raise ValueError(f"{op}: weights: expected one per model, {len(logits)}; got {len(weights)}")
     wanted = _wanted(op, (*range(len(logits)), "mixture"), logprobs)
     if settings is None:
+        if weights is None or len(weights) != len(logits):
+            got = None if weights is None else len(weights)
+            raise ValueError(f"{op}: weights: expected one per model, {len(logits)}; got {got}")
         settings = _settings(op, logits[0], weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     named = {f"logits[{m}]": model for m, model in enumerate(logits)}
     tokens, rows, ok = _sample(
@@ -288,8 +297,8 @@ def _sample(
     vocab_size: int | None,
     wanted: int,
     backend: str | None,
-) -> Any:
-    """Check the rest and call the operator."""
+) -> PackedSample:
+    """Check the rest and sample."""
     sizes: Sizes = {}
     first = next(iter(named.values()))
     for name, value in named.items():
@@ -302,9 +311,38 @@ def _sample(
         check_tensor(op, "bias", bias, shape, (torch.float32,), sizes, first.device)
         bias = _rows_contiguous(bias)
     packed = _packed(op, settings, sizes["rows"], len(logits), first.device)
-    draw = _draw(op, uniforms, counter, sizes, first.device)
+    uniforms, seed, row_ids, step = _draw(op, uniforms, counter, sizes, first.device)
     check_integer(op, "stream", stream, 0, 255)
-    return _operator(logits, packed, settings.filtered, bias, *draw, stream, wanted, backend or "")
+    return sample_packed(
+        logits, MixtureSettings(packed, settings.filtered), seed=seed, row_ids=row_ids, step=step, stream=stream,
+        uniforms=uniforms, bias=bias, wanted=wanted, backend=backend,
+    )  # fmt: skip
+
+
+def sample_packed(
+    logits: Sequence[torch.Tensor],  # of (R, V), one to four models; elements of a row side by side
+    settings: MixtureSettings,  # packed for one row, or for these rows
+    *,
+    seed: torch.Tensor,  # () or (R,) int64; this and the next two are not read where there are uniforms
+    row_ids: torch.Tensor,  # (R,) int64
+    step: torch.Tensor,  # () or (R,) int64
+    stream: int = 0,
+    uniforms: torch.Tensor | None = None,  # (R,) float64 in [0, 1]
+    bias: torch.Tensor | None = None,  # (V,) or (R, V) float32
+    wanted: int,  # bit m: the log-probability under model m; bit len(logits): under the mixture
+    backend: str | None = None,
+) -> PackedSample:
+    """Sample with packed settings, from tensors laid out as the operator takes and checks them.
+
+    For callers that sample step after step, as the rollout engine does; `mixture_sample` and `log_linear_sample` bring
+    their arguments into this form.
+    """
+    return PackedSample(
+        *_operator(
+            logits, settings.packed, settings.filtered, bias, uniforms, seed, row_ids, step, stream, wanted,
+            backend or "",
+        )
+    )  # fmt: skip
 
 
 def _packed(op: str, settings: MixtureSettings, rows: int, models: int, device: torch.device) -> torch.Tensor:

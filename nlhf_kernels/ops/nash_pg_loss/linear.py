@@ -189,16 +189,17 @@ def linear_nash_pg_loss(
     hidden: torch.Tensor,  # (B, T, D), or (N, D) with cu_seqlens
     head: Head | torch.Tensor,  # the policy's; its weight (V, D) alone is fine
     targets: torch.Tensor,  # (B, T) or (N,) int64; -100: not part of the response
-    preference: torch.Tensor,  # (B,) P(y > y'), in [0, 1]
+    preference: torch.Tensor | None = None,  # (B,) P(y > y'), in [0, 1]; or advantage
     reference_hidden: torch.Tensor | None = None,  # (B, T, D') or (N, D')
     reference_head: Head | torch.Tensor | None = None,  # None: the policy's, as a constant
     *,
+    advantage: torch.Tensor | None = None,  # (B,), any finite numbers; instead of preference and baseline
     tau: float,
     kl: str = "sequence",
     reference_logprobs: torch.Tensor | None = None,  # as targets; instead of reference_hidden
     mask: torch.Tensor | None = None,  # as targets; 0: not part of the response
     cu_seqlens: torch.Tensor | None = None,  # (B + 1,); one on the CPU costs no synchronisation
-    baseline: Scalar = 0.5,  # number, () or (B,)
+    baseline: Scalar | None = None,  # number, () or (B,), with preference; None: 1/2
     normalizer: Scalar | None = None,  # None: the number of sequences
     temperature: float = 1.0,
     entropy: bool = False,
@@ -214,7 +215,7 @@ def linear_nash_pg_loss(
     symbols = layout_symbols(cu_seqlens)
     inputs = check_linear(_OP, hidden, head, symbols, sizes, reference_hidden, reference_head, chunk_bytes)
     terms = check_terms(
-        _OP, targets, mask, cu_seqlens, preference, baseline, normalizer, tau, kl,
+        _OP, targets, mask, cu_seqlens, advantage, preference, baseline, normalizer, tau, kl,
         (reference_hidden, reference_logprobs), sizes, hidden.device,
     )  # fmt: skip
     flags = Want.ENTROPY * entropy | Want.KL * (kl == "exact")

@@ -41,22 +41,25 @@ OP = built_on(LOGPROBS, "nash_pg_loss", _describe)
 def nash_pg_loss(
     policy_logits: torch.Tensor,  # (B, T, V), or (N, V) with cu_seqlens
     targets: torch.Tensor,  # (B, T) or (N,) int64; -100: not part of the response
-    preference: torch.Tensor,  # (B,) P(y > y'), in [0, 1]
+    preference: torch.Tensor | None = None,  # (B,) P(y > y'), in [0, 1]; or advantage
     reference_logits: torch.Tensor | None = None,  # as policy_logits
     *,
+    advantage: torch.Tensor | None = None,  # (B,), any finite numbers; instead of preference and baseline
     tau: float,
     kl: str = "sequence",
     reference_logprobs: torch.Tensor | None = None,  # as targets; instead of reference_logits
     mask: torch.Tensor | None = None,  # as targets; 0: not part of the response
     cu_seqlens: torch.Tensor | None = None,  # (B + 1,) offsets of packed sequences, from 0 to N
-    baseline: Scalar = 0.5,  # number, () or (B,)
+    baseline: Scalar | None = None,  # number, () or (B,), with preference; None: 1/2
     normalizer: Scalar | None = None,  # None: the number of sequences
     temperature: float = 1.0,
     entropy: bool = False,
     overwrite_logits: bool = False,
     backend: str | None = None,
 ) -> NashPGLoss:
-    """-sum over sequences and tokens of log pi(y_n) (P(y > y') - baseline - tau * price_n), over the normalizer.
+    """-sum over sequences and tokens of log pi(y_n) (advantage - tau * price_n), over the normalizer.
+
+    The advantage is given, or a preference is, which stands for P(y > y') - baseline.
 
     kl says what price_n is: "sequence" the whole sequence's log(pi / mu), as in the paper; "to_go" that of this token
     and later ones; "exact" the exact KL at later tokens, with tau times the exact KL of every token added to the loss;
@@ -74,7 +77,7 @@ def nash_pg_loss(
     if reference_logits is not None:
         check_tensor(op, "reference_logits", reference_logits, (*symbols, "vocabulary"), DTYPES, sizes, device)
     terms = check_terms(
-        op, targets, mask, cu_seqlens, preference, baseline, normalizer, tau, kl,
+        op, targets, mask, cu_seqlens, advantage, preference, baseline, normalizer, tau, kl,
         (reference_logits, reference_logprobs), sizes, device,
     )  # fmt: skip
     scored = logprobs(
@@ -103,7 +106,7 @@ class Terms(NamedTuple):
     """The checked arguments beside the models."""
 
     layout: Layout
-    advantage: torch.Tensor  # (B,) float64: preference less baseline; NaN where the preference is outside [0, 1]
+    advantage: torch.Tensor  # (B,) float64; NaN where a preference is outside [0, 1]
     normalizer: Scalar
     reference_logprobs: torch.Tensor | None  # (N,), 0 where ignored
 
@@ -113,8 +116,9 @@ def check_terms(
     targets: torch.Tensor,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    preference: torch.Tensor,
-    baseline: Scalar,
+    advantage: torch.Tensor | None,
+    preference: torch.Tensor | None,
+    baseline: Scalar | None,
     normalizer: Scalar | None,
     tau: float,
     kl: str,
@@ -125,8 +129,7 @@ def check_terms(
     check_number(op, "tau", tau, 0.0)
     check_option(op, "kl", kl, KL_MODES)
     layout = check_layout(op, targets, mask, cu_seqlens, sizes, device)
-    check_tensor(op, "preference", preference, ("sequences",), DTYPES, sizes, device)
-    check_probabilities(op, "preference", preference)
+    advantage = _check_advantage(op, advantage, preference, baseline, sizes, device)
     model, given = reference
     if (model is None) is (given is None):
         got = "neither" if model is None else "both"
@@ -137,17 +140,34 @@ def check_terms(
         check_tensor(op, "reference_logprobs", given, layout.symbols, DTYPES, sizes, device)
         check_constant(op, "reference_logprobs", given)
         given = given.detach().reshape(-1).masked_fill(layout.targets == IGNORED, 0)
-    probability = preference.detach().double()
-    probability = torch.where((probability >= 0) & (probability <= 1), probability, torch.nan)
-    advantage = probability - _baseline(op, baseline, sizes, device)
     return Terms(layout, advantage, check_normalizer(op, normalizer, layout.sequences, device), given)
 
 
-def _baseline(op: str, baseline: Scalar, sizes: Sizes, device: torch.device) -> Scalar:
+def _check_advantage(
+    op: str,
+    advantage: torch.Tensor | None,
+    preference: torch.Tensor | None,
+    baseline: Scalar | None,
+    sizes: Sizes,
+    device: torch.device,
+) -> torch.Tensor:  # (B,) float64
+    if (advantage is None) is (preference is None):
+        got = "neither" if advantage is None else "both"
+        raise ValueError(f"{op}: advantage: expected either it or preference; got {got}")
+    if advantage is not None:
+        if baseline is not None:
+            raise ValueError(f"{op}: baseline: expected with preference only; got it with advantage")
+        check_constant(op, "advantage", check_tensor(op, "advantage", advantage, ("sequences",), DTYPES, sizes, device))
+        return advantage.detach().double()
+    preference = check_tensor(op, "preference", preference, ("sequences",), DTYPES, sizes, device)
+    check_probabilities(op, "preference", preference)
     if isinstance(baseline, torch.Tensor):
         shape = ("sequences",) if baseline.ndim else ()
-        return check_tensor(op, "baseline", baseline, shape, DTYPES, sizes, device).detach().double()
-    return check_number(op, "baseline", baseline)
+        baseline = check_tensor(op, "baseline", baseline, shape, DTYPES, sizes, device).detach().double()
+    else:
+        baseline = 0.5 if baseline is None else check_number(op, "baseline", baseline)
+    probability = preference.detach().double()
+    return torch.where((probability >= 0) & (probability <= 1), probability, torch.nan) - baseline
 
 
 def check_normalizer(op: str, normalizer: Scalar | None, count: int, device: torch.device) -> Scalar:

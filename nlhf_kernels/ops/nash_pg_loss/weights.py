@@ -16,7 +16,7 @@ KL_MODES = ("sequence", "to_go", "exact", "token")
 def token_weights(
     mode: str,
     tau: float,
-    advantage: torch.Tensor,  # (B,) P(y > y') - baseline
+    advantage: torch.Tensor,  # (B,)
     values: torch.Tensor,  # (5, N) rows of layout.Output; 0 where ignored
     sequences: Sequences,
 ) -> torch.Tensor:  # (N,) float64
