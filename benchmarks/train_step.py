@@ -166,8 +166,8 @@ def nash_rival(folder: str, shape: Shape, device: torch.device, backend: str | N
     trainer.train()  # an update: optimizer and buffers are there
 
     def phases() -> dict[str, float]:
-        seconds = dict(trainer.clock.seconds)
-        trainer.clock.start()
+        seconds = dict(trainer.timer.seconds)
+        trainer.timer.start()
         return seconds
 
     return Rival(trainer, next(iter(trainer.get_train_dataloader())), phases, gradient_error)
@@ -189,20 +189,22 @@ def gradient_error(rival: Rival) -> float:
     trainer = rival.trainer
     inputs, items = trainer.get_batch_samples(iter([rival.batch]), 1, trainer.args.device)
     trainer.training_step(trainer.model_wrapped, inputs[0], items)
-    (made,) = trainer.made
+    (experience,) = trainer.experiences
     parameters = dict(trainer.model.named_parameters())
     found = {name: value.grad.clone() for name, value in parameters.items()}
     trainer.model.zero_grad()
-    width, counts = made.targets.shape[1], made.targets >= 0
-    positions = (made.attention_mask.cumsum(1) - 1).clamp(min=0)
+    width, counts = experience.targets.shape[1], experience.targets >= 0
+    positions = (experience.attention_mask.cumsum(1) - 1).clamp(min=0)
     with trainer.accelerator.autocast(), finite_attention_gradients():
-        logits = trainer.model(made.input_ids, attention_mask=made.attention_mask, position_ids=positions).logits
+        logits = trainer.model(
+            experience.input_ids, attention_mask=experience.attention_mask, position_ids=positions
+        ).logits
     scored = logits[:, -width - 1 : -1].float().log_softmax(-1)
-    chosen = scored.gather(-1, made.targets.clamp(min=0)[..., None])[..., 0] * counts
-    ratio = (chosen.detach() - made.reference_logprobs) * counts
+    chosen = scored.gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0] * counts
+    ratio = (chosen.detach() - experience.reference_logprobs) * counts
     price = ratio.flip(1).cumsum(1).flip(1)  # of this token and the later ones
-    weight = made.advantage.to(price)[:, None] - TAU * price
-    (-(weight * chosen).sum() / made.pairs).backward()
+    weight = experience.advantage.to(price)[:, None] - TAU * price
+    (-(weight * chosen).sum() / experience.pairs).backward()
     wrong = sum(float((found[name] - value.grad).double().square().sum()) for name, value in parameters.items())
     right = sum(float(value.grad.double().square().sum()) for value in parameters.values())
     trainer.model.zero_grad()

@@ -18,7 +18,7 @@ from nlhf_kernels.cli.main import main
 from nlhf_kernels.preference import RewardModel, save_preference_model
 from nlhf_kernels.train import NashConfig
 from nlhf_kernels.train.config import FIXED, own_fields
-from nlhf_kernels.train.reference import COMMON, configuration_page
+from nlhf_kernels.train.config_page import COMMON, configuration_page
 from nlhf_kernels.train.run_file import read_run_file
 from tests.support.preference import comparison_model
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
@@ -81,7 +81,7 @@ def test_a_run_leaves_a_policy_that_loads(config, tmp_path, capsys) -> None:
     )
     assert train(path) == 0
     printed = capsys.readouterr().out
-    assert "eval_win_rate_saved_opponent" in printed and f"Saved: {tmp_path / 'run' / 'policy'}" in printed
+    assert "eval_win_rate_eval_opponent" in printed and f"Saved: {tmp_path / 'run' / 'policy'}" in printed
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
     assert not model.lm_head.weight.equal(tiny_model("llama").lm_head.weight)
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "policy")) == 97
@@ -150,12 +150,12 @@ def test_the_longest_prompts_are_what_is_tried(config, tmp_path, monkeypatch, ca
 
 def test_a_stop_is_not_reported_as_finished(config, tmp_path, monkeypatch, capsys) -> None:
     """Whatever tells transformers' loop to stop, as its handler of signals does."""
-    from nlhf_kernels.train.callbacks import Updates
+    from nlhf_kernels.train.callbacks import OptimizerHooks
 
     def stop(self, args, state, control, **_):
         control.should_training_stop = control.should_save = True
 
-    monkeypatch.setattr(Updates, "on_step_end", stop)
+    monkeypatch.setattr(OptimizerHooks, "on_step_end", stop)
     assert train(config(training={"max_steps": 3})) != 0
     out, err = capsys.readouterr()
     assert "Saved" not in out and not (tmp_path / "run" / "policy").exists()

@@ -44,12 +44,14 @@ def test_bfloat16_trains(algorithm, tmp_path) -> None:
     trainer.train()
     losses = torch.tensor(history(trainer, "loss", "grad_norm"))
     assert losses.isfinite().all() and len(losses) == 6
-    made = trainer.made[0]
+    experience = trainer.experiences[0]
     with torch.no_grad():
-        trainer.played.refresh()
-        positions = (made.attention_mask.cumsum(1) - 1).clamp(min=0)
-        logits = trainer.learner.reference(made.input_ids, attention_mask=made.attention_mask, position_ids=positions)
-    width, counts = made.targets.shape[1], made.targets >= 0
+        trainer.rollout_policy.refresh()
+        positions = (experience.attention_mask.cumsum(1) - 1).clamp(min=0)
+        logits = trainer.policy_loss.reference(
+            experience.input_ids, attention_mask=experience.attention_mask, position_ids=positions
+        )
+    width, counts = experience.targets.shape[1], experience.targets >= 0
     scored = logits.logits[:, -width - 1 : -1].float().log_softmax(-1)
-    chosen = scored.gather(-1, made.targets.clamp(min=0)[..., None])[..., 0]
-    assert float((chosen - made.reference_logprobs)[counts].abs().max()) < 0.3
+    chosen = scored.gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0]
+    assert float((chosen - experience.reference_logprobs)[counts].abs().max()) < 0.3

@@ -62,14 +62,14 @@ def test_the_reference_stays_what_it_was(adapters, given, tmp_path) -> None:
     reference = copy.deepcopy(original) if given else None
     trainer = make_trainer(tmp_path, model=model, reference_model=reference, **options)
     trainer.train()
-    made = trainer.made[0]
-    width = made.targets.shape[1]
-    positions = (made.attention_mask.cumsum(1) - 1).clamp(min=0)
+    experience = trainer.experiences[0]
+    width = experience.targets.shape[1]
+    positions = (experience.attention_mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        logits = original(made.input_ids, attention_mask=made.attention_mask, position_ids=positions).logits
-    scored = logits[:, -width - 1 : -1].log_softmax(-1).gather(-1, made.targets.clamp(min=0)[..., None])[..., 0]
-    counts = made.targets >= 0
-    torch.testing.assert_close(made.reference_logprobs[counts], scored[counts], rtol=1e-4, atol=1e-4)
+        logits = original(experience.input_ids, attention_mask=experience.attention_mask, position_ids=positions).logits
+    scored = logits[:, -width - 1 : -1].log_softmax(-1).gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0]
+    counts = experience.targets >= 0
+    torch.testing.assert_close(experience.reference_logprobs[counts], scored[counts], rtol=1e-4, atol=1e-4)
     assert history(trainer, "kl")[-1][0] != 0, "the policy has left it"
 
 
@@ -93,15 +93,15 @@ def test_the_gradient_is_the_policy_gradient(tmp_path) -> None:
     options = {"max_steps": 1, "tau": tau, "kl": "sequence", "samples_per_prompt": 2, "max_grad_norm": 0.0}
     trainer = make_trainer(tmp_path, reference_model=tiny_model("llama", seed=4), **options)
     got = gradients(trainer)
-    (made,) = trainer.made
+    (experience,) = trainer.experiences
     model = tiny_model("llama").train(False)  # the trainer's, before the update
-    positions = (made.attention_mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(made.input_ids, attention_mask=made.attention_mask, position_ids=positions).logits
-    width, counts = made.targets.shape[1], made.targets >= 0
-    chosen = logits[:, -width - 1 : -1].log_softmax(-1).gather(-1, made.targets.clamp(min=0)[..., None])[..., 0]
+    positions = (experience.attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(experience.input_ids, attention_mask=experience.attention_mask, position_ids=positions).logits
+    width, counts = experience.targets.shape[1], experience.targets >= 0
+    chosen = logits[:, -width - 1 : -1].log_softmax(-1).gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0]
     policy = (chosen * counts).sum(1)
-    preference = torch.tensor(likes_e(made.prompts, *made.answers))
-    price = policy.detach() - (made.reference_logprobs * counts).sum(1)
+    preference = torch.tensor(likes_e(experience.prompts, *experience.answers))
+    price = policy.detach() - (experience.reference_logprobs * counts).sum(1)
     (-(policy * (preference - 0.5 - tau * price)).mean()).backward()
     for name, value in model.named_parameters():
         torch.testing.assert_close(got[name], value.grad, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
@@ -146,7 +146,7 @@ def test_bfloat16_stays_near_float32(adapters, tmp_path) -> None:
         trainer = make_trainer(tmp_path / str(bf16), peft_config=lora() if adapters else None, **options)
         trainer.train()
         assert all(value.dtype == torch.float32 for value in trainer.model.parameters()), "weights stay exact"
-        assert trainer.played.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        assert trainer.rollout_policy.dtype == (torch.bfloat16 if bf16 else torch.float32)
         return torch.tensor(history(trainer, "entropy", "length"))
 
     exact, rough = first(False), first(True)
@@ -233,10 +233,10 @@ def test_an_end_token_of_the_model_alone_ends_answers(tmp_path) -> None:
     model.generation_config.eos_token_id = [2, 50, 51]
     trainer = make_trainer(tmp_path, model=model, max_new_tokens=40, samples_per_prompt=8, max_steps=1)
     trainer.train()
-    (made,) = trainer.made
-    last = [row[row >= 0][-1].item() for row in made.targets]
-    assert {50, 51} & set(last) and trainer.collect.settings.end_ids == (2, 50, 51)
-    assert all(not set(row[row >= 0][:-1].tolist()) & {2, 50, 51} for row in made.targets)
+    (experience,) = trainer.experiences
+    last = [row[row >= 0][-1].item() for row in experience.targets]
+    assert {50, 51} & set(last) and trainer.collector.settings.end_ids == (2, 50, 51)
+    assert all(not set(row[row >= 0][:-1].tolist()) & {2, 50, 51} for row in experience.targets)
 
 
 def test_the_judge_is_asked_once_an_update(tmp_path) -> None:

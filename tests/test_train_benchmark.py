@@ -78,7 +78,7 @@ def test_bfloat16_is_autocast_around_float32_weights(tmp_path) -> None:
     sizes = {"prompts": 4, "prompt": 16, "new": 8, "width": 64, "layers": 2, "vocabulary": 1000}
     rival = train_step.nash_rival(str(tmp_path), Shape(sizes, "bfloat16"), torch.device("cpu"), None)
     assert {value.dtype for value in rival.trainer.model.parameters()} == {torch.float32}
-    assert rival.trainer.played.dtype == torch.bfloat16
+    assert rival.trainer.rollout_policy.dtype == torch.bfloat16
     assert train_step.gradient_error(rival) < train_step.ALLOWED_ERROR["bfloat16"]
     rival.run()
     assert rival.finished(1)["loss"]

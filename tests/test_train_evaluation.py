@@ -75,7 +75,7 @@ def test_rivals_that_do_not_change_answer_once(tmp_path) -> None:
     again = trainer.evaluate()
     assert len(runs) == 4 * 3, "the reference's answers are kept"
     assert first == again
-    rivals = {f"eval_{part}_win_rate_{who}" for part in ("seen", "new") for who in ("reference", "saved_opponent")}
+    rivals = {f"eval_{part}_win_rate_{who}" for part in ("seen", "new") for who in ("reference", "eval_opponent")}
     assert rivals < first.keys()
 
 
@@ -149,18 +149,18 @@ def test_samples_are_shown_and_cannot_drive_the_terminal(tmp_path, capsys) -> No
     trainer = make_trainer(tmp_path, max_steps=1, log_samples=2, samples_per_prompt=3)
     trainer.train()
     shown = capsys.readouterr().err
-    assert len(set(trainer.made[0].prompts[:4])) == 2, "the first three rows are of one prompt"
+    assert len(set(trainer.experiences[0].prompts[:4])) == 2, "the first three rows are of one prompt"
     assert "update 1" in shown and "P(y > y')" in shown and shown.count("say") + shown.count("tell me") == 2
-    (made,) = trainer.made
-    made.answers[0][0] = "\x1b[31mred" + "x" * 400
+    (experience,) = trainer.experiences
+    experience.answers[0][0] = "\x1b[31mred" + "x" * 400
     console = new_console(record=True, width=100)
-    samples.show(samples.samples_of(made, 1), 7, console)
+    samples.show(samples.samples_of(experience, 1), 7, console)
     text = console.export_text()
     assert "\x1b" not in text and "..." in text and "update 7" in text
 
 
 def test_samples_go_where_numbers_go() -> None:
-    """With the writers that tensorboard and wandb would have made."""
+    """With the writers that tensorboard and wandb would have experience."""
     sent = []
     board, wandb = TensorBoardCallback.__new__(TensorBoardCallback), WandbCallback.__new__(WandbCallback)
     board.tb_writer = SimpleNamespace(add_text=lambda *arguments: sent.append(arguments))

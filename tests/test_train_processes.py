@@ -23,8 +23,8 @@ HALF = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp
 def test_two_processes_are_one(tmp_path) -> None:
     """The same 8 prompts an update: 8 in one process, or 2 processes with 2 micro-batches of 2 each. The baseline is a
     mean over all of them, the opponent an average that every process keeps."""
-    made = train_run.start(tmp_path / "two", processes=2, **RUN, **HALF)
-    assert made.returncode == 0, made.stderr
+    result = train_run.start(tmp_path / "two", processes=2, **RUN, **HALF)
+    assert result.returncode == 0, result.stderr
     trainer = make_trainer(tmp_path / "one", **RUN, per_device_train_batch_size=8)
     trainer.train()
     alone, together = train_run.outcome(trainer), train_run.result(tmp_path / "two")
@@ -52,8 +52,8 @@ def test_all_processes_play_the_same(algorithm, options, tmp_path) -> None:
     """Processes whose generators differ, and even their models: policy, opponent and reference are the same everywhere,
     when the trainer is made and after training; first adapters are a function of args.seed, which one process shows."""
     run = {"algorithm": algorithm, "max_steps": 1, "learning_rate": 1e-2, "seed": 11, **options}
-    made = train_run.start(tmp_path, processes=2, per_device_train_batch_size=2, ddp_backend="gloo", **run)
-    assert made.returncode == 0, made.stderr
+    result = train_run.start(tmp_path, processes=2, per_device_train_batch_size=2, ddp_backend="gloo", **run)
+    assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"process-{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert first[0] != first[1], "the policy has learned"

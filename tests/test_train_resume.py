@@ -169,7 +169,7 @@ def test_adapters_are_part_of_a_run_and_their_first_values_are_not(tmp_path) -> 
         other.train(resume_from_checkpoint=True)
     again = make_trainer(tmp_path, peft_config=lora(), **{**RUN, "max_steps": 3})
     with torch.no_grad():
-        for parameter in opponents.trained(again.model).values():
+        for parameter in opponents.trainable_parameters(again.model).values():
             parameter.add_(1.0)
     again.train(resume_from_checkpoint=True)
 

@@ -154,8 +154,8 @@ def test_min_p_reaches_the_sampler(tmp_path) -> None:
             tmp_path / str(seed), judge=likes_e, min_p=1.0, seed=seed, train_dataset=PROMPTS[:4], mixture_coef=0.0
         )
         trainer.train()
-        made = trainer.made[0]
-        answers.append(dict(zip(made.prompts, made.answers[0], strict=True)))
+        experience = trainer.experiences[0]
+        answers.append(dict(zip(experience.prompts, experience.answers[0], strict=True)))
     assert answers[0] == answers[1] and len(answers[0]) == 4
 
 
@@ -186,7 +186,7 @@ def test_the_reference_of_an_adapted_model_is_a_copy_of_it(tmp_path) -> None:
     far = last_kl(make_trainer(tmp_path / "base", model=adapted, ref_model=base, judge=likes_e))
     assert abs(far) > 0.1, "this adapter is far from its base"
     fresh = make_trainer(tmp_path / "fresh", judge=likes_e, peft_config=lora())
-    assert fresh.learner.reference is None and last_kl(fresh) == pytest.approx(0, abs=1e-5)
+    assert fresh.policy_loss.reference is None and last_kl(fresh) == pytest.approx(0, abs=1e-5)
 
 
 def test_what_was_given_is_found_under_trls_names(tmp_path) -> None:

@@ -225,9 +225,9 @@ def test_gradient_accumulation_averages(tmp_path) -> None:
             rows=PROMPTS[:4], train_sampling_strategy="sequential",
             per_device_train_batch_size=4 // count, gradient_accumulation_steps=count,
         )  # fmt: skip
-        made = gradients(trainer)
+        values = gradients(trainer)
         (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-        return made, loss
+        return values, loss
 
     with accelerate_trl(kl="token"):
         (whole, loss), (parts, parts_loss) = found("whole", 1), found("parts", 2)

@@ -28,8 +28,8 @@ def length(prompts, completions, **columns):
 
 def expected(trainer, score) -> torch.Tensor:
     """sigmoid of the difference of scores, of the micro-batch that was made last."""
-    made = trainer.made[0]
-    return torch.tensor([score(a) - score(b) for a, b in zip(*made.answers, strict=True)]).double().sigmoid()
+    experience = trainer.experiences[0]
+    return torch.tensor([score(a) - score(b) for a, b in zip(*experience.answers, strict=True)]).double().sigmoid()
 
 
 def test_rewards_are_summed_by_their_weights(tmp_path) -> None:
@@ -38,10 +38,10 @@ def test_rewards_are_summed_by_their_weights(tmp_path) -> None:
 
     trainer = make_trainer(tmp_path, reward_funcs=[length, value], reward_weights=[0.5, 0.25], beta=0.0)
     trainer.train()
-    found, wanted = trainer.made[0].value, expected(trainer, lambda text: 0.5 * len(text) + 0.25 * worth(text))
+    found, wanted = trainer.experiences[0].value, expected(trainer, lambda text: 0.5 * len(text) + 0.25 * worth(text))
     torch.testing.assert_close(found, wanted)
     assert found.unique().numel() > 1
-    torch.testing.assert_close(trainer.made[0].advantage, wanted - 0.5)
+    torch.testing.assert_close(trainer.experiences[0].advantage, wanted - 0.5)
 
 
 def test_a_missing_end_costs_reward_on_both_sides(tmp_path) -> None:
@@ -51,19 +51,19 @@ def test_a_missing_end_costs_reward_on_both_sides(tmp_path) -> None:
         tmp_path, reward_funcs=length, missing_eos_penalty=3.0, train_dataset=rows, per_device_train_batch_size=32
     )
     trainer.train()
-    made = trainer.made[0]
-    one, two = made.unended.double().unbind(1)
+    experience = trainer.experiences[0]
+    one, two = experience.unended.double().unbind(1)
     assert float((one - two).abs().sum()) > 0, "answers that end beside answers that do not"
     plain = expected(trainer, len)
-    torch.testing.assert_close(made.value, (plain.logit() - 3.0 * (one - two)).sigmoid())
-    torch.testing.assert_close(made.advantage, made.value - 0.5)
+    torch.testing.assert_close(experience.value, (plain.logit() - 3.0 * (one - two)).sigmoid())
+    torch.testing.assert_close(experience.advantage, experience.value - 0.5)
 
 
 def test_a_missing_end_costs_preference_with_a_judge(tmp_path) -> None:
     trainer = make_trainer(tmp_path, judge=likes_e, missing_eos_penalty=0.25, per_device_train_batch_size=16)
     trainer.train()
-    made = trainer.made[0]
-    torch.testing.assert_close(made.advantage, made.value - 0.25 * made.unended[:, 0].double() - 0.5)
+    experience = trainer.experiences[0]
+    torch.testing.assert_close(experience.advantage, experience.value - 0.25 * experience.unended[:, 0].double() - 0.5)
 
 
 def test_functions_get_the_rows_own_prompts_and_columns(tmp_path) -> None:
@@ -90,16 +90,16 @@ def test_reward_models_score_the_end_of_the_whole_text(tmp_path) -> None:
     rows = [{"prompt": "a"}, {"prompt": "a longer one"}, {"prompt": "b"}, {"prompt": "two"}]
     trainer = make_trainer(tmp_path, reward_funcs=model, train_dataset=rows)
     trainer.train()
-    made = trainer.made[0]
+    experience = trainer.experiences[0]
 
     def score(prompt: str, answer: str) -> float:
         ids = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         return float(model(input_ids=torch.tensor([ids])).logits)
 
     with torch.no_grad():
-        sides = [[score(p, a) for p, a in zip(made.prompts, side, strict=True)] for side in made.answers]
+        sides = [[score(p, a) for p, a in zip(experience.prompts, side, strict=True)] for side in experience.answers]
     wanted = (torch.tensor(sides[0]) - torch.tensor(sides[1])).double().sigmoid()
-    torch.testing.assert_close(made.value, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(experience.value, wanted, rtol=1e-4, atol=1e-5)
     assert float((wanted - 0.5).abs().max()) > 0.01
     assert not any(value.requires_grad for value in model.parameters())
 
@@ -113,7 +113,7 @@ def test_reward_models_read_conversations_by_their_own_template(tmp_path) -> Non
         tmp_path, reward_funcs=[reward_model()], reward_processing_classes=[template], train_dataset=CHAT,
         processing_class=tiny_tokenizer(chat=True),
     )  # fmt: skip
-    (reward,) = trainer.collect.judge.rewards
+    (reward,) = trainer.collector.judge.rewards
     ids = reward._encode("<bos>[say a]", "no")
     assert template.decode(ids) == "u:say a;a:no;"
     trainer.train()
@@ -127,7 +127,7 @@ def test_reward_models_by_name(tmp_path) -> None:
     given = make_trainer(tmp_path / "given", reward_funcs=reward_model(seed=3))
     for trainer in (named, given):
         trainer.train()
-    torch.testing.assert_close(named.made[0].value, given.made[0].value)
+    torch.testing.assert_close(named.experiences[0].value, given.experiences[0].value)
 
 
 def test_models_of_the_library_are_judges_and_rewards(tmp_path) -> None:
@@ -135,8 +135,10 @@ def test_models_of_the_library_are_judges_and_rewards(tmp_path) -> None:
     for name, model in (("pairwise", pairwise), ("reward", bradley_terry)):
         trainer = make_trainer(tmp_path / name, reward_funcs=model)
         trainer.train()
-        made = trainer.made[0]
-        torch.testing.assert_close(made.value, model.probabilities(made.prompts, *made.answers), rtol=1e-4, atol=1e-5)
+        experience = trainer.experiences[0]
+        torch.testing.assert_close(
+            experience.value, model.probabilities(experience.prompts, *experience.answers), rtol=1e-4, atol=1e-5
+        )
 
 
 class Soft:
@@ -161,7 +163,7 @@ def test_trls_judge_objects(tmp_path, caplog) -> None:
     for name in ("judge", "reward_funcs"):
         trainer = make_trainer(tmp_path / name, **{name: Hard(0, 1)})
         trainer.train()
-        assert trainer.made[0].value.tolist() == [1.0, 0.0, 1.0, 0.0]
+        assert trainer.experiences[0].value.tolist() == [1.0, 0.0, 1.0, 0.0]
     with pytest.raises(JudgeError, match="judge Hard: raised ValueError: expected 0, 1, or -1 .*; got 2"):
         make_trainer(tmp_path / "wrong", judge=Hard(2)).train()
 
@@ -169,7 +171,7 @@ def test_trls_judge_objects(tmp_path, caplog) -> None:
 def test_several_judges_are_averaged(tmp_path) -> None:
     trainer = make_trainer(tmp_path, reward_funcs=[Hard(0), Hard(1)], reward_weights=[3.0, 1.0])
     trainer.train()
-    assert trainer.made[0].value.tolist() == [0.75] * 4
+    assert trainer.experiences[0].value.tolist() == [0.75] * 4
     with pytest.raises(ValueError, match="AverageJudge: weights: "):
         make_trainer(tmp_path, judge=likes_e, reward_weights=[0.0])
 

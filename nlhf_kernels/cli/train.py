@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     require("nlhf-kernels train", ("transformers", "accelerate", "yaml"), "train")
     if arguments.keys:
-        from ..train.reference import configuration_page
+        from ..train.config_page import configuration_page
 
         print(configuration_page(), end="")
         return 0

@@ -75,7 +75,7 @@ def make_trainer(
         eval_dataset=[{"prompt": row.prompt} for row in setting.corpus.test],
         processing_class=setting.corpus.tokenizer,
         callbacks=list(callbacks),
-        reward=reward if config.plan.judged_by == "reward" else None,
+        reward=reward if config.algorithm_spec.judged_by == "reward" else None,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

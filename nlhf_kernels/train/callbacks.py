@@ -1,4 +1,4 @@
-"""The trainer's ears in its own loop, and its progress bar."""
+"""Callbacks around the optimizer step, and the progress bar."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback
 
 
-class Updates(TrainerCallback):
-    """Before the optimizer looks at gradients, and after it has moved the weights."""
+class OptimizerHooks(TrainerCallback):
+    """Call the trainer before and after the optimizer step, and after a checkpoint."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.trainer.clock.start()
+        self.trainer.timer.start()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.trainer.before_optimizer()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..core import atomic, manifest
-from .identity import HELD, OP, Identity, check_changes, differences
+from .identity import OP, STORED, Identity, check_changes, differences
 
 KIND = "checkpoint"
 RUN = "nash_run.json"
@@ -119,7 +119,7 @@ def _check_identity(path: Path, identity: Identity, changes: Sequence[str]) -> N
     found = differences(json.loads((path / RUN).read_text()), identity)
     wrong = [text for name, text in found.items() if name not in changes]
     if wrong:
-        asked = sorted(found.keys() - set(HELD))
+        asked = sorted(found.keys() - set(STORED))
         way = f" (resume_changes={asked} goes on with this run's)" if len(asked) == len(found) else ""
         raise ValueError(f"{OP}: resume_from_checkpoint: {path} is another run's: {'; '.join(wrong)}{way}")
     for name in found:

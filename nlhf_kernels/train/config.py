@@ -184,12 +184,13 @@ class NashConfig(TrainingArguments):
         check_integer(OP, "seed", self.seed, 0, 2**31 - 1)
 
     @property
-    def plan(self) -> Algorithm:
+    def algorithm_spec(self) -> Algorithm:
+        """The row of ALGORITHMS that `algorithm` names."""
         return ALGORITHMS[self.algorithm]
 
     def _check_numbers(self) -> None:
         self.beta = check_schedule("beta", self.beta)
-        self.tau = check_schedule("tau", self.tau, open_low=self.plan.loss == "ipo")
+        self.tau = check_schedule("tau", self.tau, open_low=self.algorithm_spec.loss == "ipo")
         check_option(OP, "kl", self.kl, KL_MODES)
         check_option(OP, "nonfinite", self.nonfinite, ("skip", "stop"))
         if isinstance(self.baseline, str):
@@ -213,7 +214,7 @@ class NashConfig(TrainingArguments):
         self.ema_decay = check_number(OP, "ema_decay", self.ema_decay, 0.0, 1.0)
         self.anchor_weight = check_number(OP, "anchor_weight", self.anchor_weight, 0.0)
 
-        if self.kl == "exact" and self.plan.opponent == "snapshot":
+        if self.kl == "exact" and self.algorithm_spec.opponent == "snapshot":
             raise ValueError(f"{OP}: kl: {self.algorithm} has two references and needs to_go or sequence; got 'exact'")
 
     def _check_inherited(self) -> None:
@@ -233,14 +234,14 @@ class NashConfig(TrainingArguments):
 
     def _check_unused(self) -> None:
         """What the chosen algorithm would not look at must be as it was: an option accepted is an option used."""
-        plan, unused = self.plan, []
-        if plan.beta is not None:
+        algorithm, unused = self.algorithm_spec, []
+        if algorithm.beta is not None:
             unused.append("beta")
-        if plan.loss == "ipo":
+        if algorithm.loss == "ipo":
             unused += ["kl", "baseline"]
-        if plan.opponent != "average":
+        if algorithm.opponent != "average":
             unused.append("ema_decay")
-        if plan.opponent != "snapshot":
+        if algorithm.opponent != "snapshot":
             unused += ["refresh_steps", "anchor_weight"]
         usual = defaults()
         for name in unused:

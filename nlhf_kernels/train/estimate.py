@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 
-from .callbacks import Updates
+from .callbacks import OptimizerHooks
 from .prompts import PromptDataset
 
 UNMEASURED = ("logging_strategy", "eval_strategy", "save_strategy")
@@ -67,18 +67,18 @@ def estimate(trainer: Any) -> Estimate:
     )
 
 
-def describe(found: Estimate) -> list[str]:
-    share = f"{100 * found.memory / found.device_memory:.0f} % of {_size(found.device_memory)}"
-    lines = [f"an update: {_time(found.update_seconds)}; {found.updates} of them"]
-    if found.evaluations:
-        lines.append(f"an evaluation: {_time(found.evaluation_seconds)}; {found.evaluations} of them")
+def describe(estimate: Estimate) -> list[str]:
+    share = f"{100 * estimate.memory / estimate.device_memory:.0f} % of {_size(estimate.device_memory)}"
+    lines = [f"an update: {_time(estimate.update_seconds)}; {estimate.updates} of them"]
+    if estimate.evaluations:
+        lines.append(f"an evaluation: {_time(estimate.evaluation_seconds)}; {estimate.evaluations} of them")
     lines += [
-        f"all: {_time(found.seconds)} at most, as measured with the longest prompts",
-        f"memory: {_size(found.memory)}, {share}",
+        f"all: {_time(estimate.seconds)} at most, as measured with the longest prompts",
+        f"memory: {_size(estimate.memory)}, {share}",
     ]
-    if found.checkpoints:
-        each = f"{found.checkpoints} checkpoints of {_size(found.checkpoint)}"
-        lines.append(f"disk: {_size(found.checkpoint * found.checkpoints)}, {each}")
+    if estimate.checkpoints:
+        each = f"{estimate.checkpoints} checkpoints of {_size(estimate.checkpoint)}"
+        lines.append(f"disk: {_size(estimate.checkpoint * estimate.checkpoints)}, {each}")
     return lines
 
 
@@ -96,9 +96,9 @@ def _train(trainer: Any) -> float:
     args.max_steps, args.load_best_model_at_end, args.eval_on_start, args.logging_first_step = 2, False, False, False
     for name in UNMEASURED:
         setattr(args, name, type(getattr(args, name))("no"))
-    kept = (DefaultFlowCallback, Updates)
+    needed = (DefaultFlowCallback, OptimizerHooks)
     callbacks = trainer.callback_handler.callbacks
-    trainer.callback_handler.callbacks = [each for each in callbacks if isinstance(each, kept)]
+    trainer.callback_handler.callbacks = [each for each in callbacks if isinstance(each, needed)]
     trainer.add_callback(times)
     whole, trainer.train_dataset = trainer.train_dataset, _longest(trainer.train_dataset, _prompts_per_update(args))
     before, trainer.args = trainer.args, args
@@ -114,7 +114,7 @@ def _evaluate(trainer: Any, prompts: PromptDataset) -> float:
     """Seconds of all prompts, from one batch of the longest."""
     size = int(trainer.args.per_device_eval_batch_size * trainer.args.world_size)
     began = time.perf_counter()
-    trainer.judged(_longest(prompts, size), "estimate")
+    trainer.evaluator(_longest(prompts, size), "estimate")
     return (time.perf_counter() - began) * math.ceil(len(prompts) / size)
 
 

@@ -1,7 +1,7 @@
-"""Evaluation during training: does the judge prefer the policy's answers, and how far has the policy gone for it?
+"""Evaluation during training: does the judge prefer the policy's answers, and how far is the policy from the reference?
 
-Every evaluation draws with the same noise, so two of them differ by what the policy has learned. Rivals that do not
-change (the reference, a saved opponent) answer once; their answers are kept.
+Every evaluation samples with the same noise, so that two of them differ by what the policy has learned. The answers of
+models that do not change (the reference, `eval_opponent`) are sampled once and cached.
 """
 
 from __future__ import annotations
@@ -19,91 +19,110 @@ from ..preference import Judge, checked
 from .config import NashConfig
 from .experience import rollout_seed
 from .meters import Meters
-from .prompts import Collator, PromptDataset
+from .prompts import PromptCollator, PromptDataset
 from .rewards import Reward, rewards
 
-_STEP = 2**32 - 1  # of no update
+_STEP = 2**32 - 1  # a step that no update has
 Rollout = Callable[..., RolloutResult]
 
 
 class Evaluator:
+    """Measure the policy on prompts, against the reference, the opponent and `eval_opponent`.
+
+    Args:
+        config: the run's configuration.
+        rollout: rollout of the training engine with the current weights.
+        eval_opponent_rollout: likewise of `eval_opponent`; None where there is none.
+        tokenizer: decodes answers.
+        settings: of sampling in training; temperature and seed are replaced.
+        collator: makes batches of prompts.
+        judge: compares answers; None: no win rates.
+        reward: measures answers; None: no rewards.
+        accelerator: of the trainer: device, processes, sums over processes.
+    """
+
     def __init__(
         self,
         config: NashConfig,
-        rollout: Rollout,  # of the training's engine
-        saved: Rollout | None,  # of the saved opponent's
+        rollout: Rollout,
+        eval_opponent_rollout: Rollout | None,
         tokenizer: Any,
         settings: RolloutSettings,
-        collator: Collator,
+        collator: PromptCollator,
         judge: Judge | None,
         reward: Reward | None,
         accelerator: Any,
     ) -> None:
-        self.config, self.rollout, self.saved, self.tokenizer = config, rollout, saved, tokenizer
+        self.config, self.rollout, self.eval_opponent_rollout = config, rollout, eval_opponent_rollout
         seed = rollout_seed(config.seed, _STEP)
         self.settings = replace(settings, temperature=config.eval_temperature, seed=seed)
-        self.collator, self.judge, self.reward, self.accelerator = collator, judge, reward, accelerator
-        self._kept: dict[tuple[str, str, int], list[str]] = {}  # (rival, prompts, batch) -> answers
+        self.tokenizer, self.collator, self.accelerator = tokenizer, collator, accelerator
+        self.judge, self.reward = judge, reward
+        self._cache: dict[tuple[str, str, int], list[str]] = {}  # (rival, prompts, batch) -> answers
 
     def __call__(self, prompts: PromptDataset, prefix: str) -> dict[str, float]:
-        """Every process takes its share of the prompts; the means are over all."""
+        """Return the metrics over all prompts; every process takes its share of them.
+
+        Args:
+            prompts: the prompts.
+            prefix: of the metrics' names.
+        """
         meters, digest = Meters(), prompts.digest()
-        mine = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
+        indices = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
         size = self.config.per_device_eval_batch_size
-        for start in range(0, len(mine), size):
-            batch = self.collator([prompts[index] for index in mine[start : start + size]])
-            batch = {name: self._place(value) for name, value in batch.items()}
+        for start in range(0, len(indices), size):
+            batch = self.collator([prompts[index] for index in indices[start : start + size]])
+            batch = {name: self._to_device(value) for name, value in batch.items()}
             self._measure(meters, batch, (digest, start))
         return {f"{prefix}_{name}": value for name, value in meters.means(self.accelerator).items()}
 
-    def _place(self, value: Any) -> Any:
+    def _to_device(self, value: Any) -> Any:
         return value.to(self.accelerator.device) if isinstance(value, torch.Tensor) else value
 
     def _measure(self, meters: Meters, batch: dict[str, Any], key: tuple[str, int]) -> None:
         players = [self._player(0, batch)]
-        if self.config.plan.own_parameters:
+        if self.config.algorithm_spec.own_parameters:
             players.append(replace(self._player(2, batch), parameters="opponent"))
-        policy, *opponent = self._answer(self.rollout, batch, players)
+        policy, *opponent = self._sample(self.rollout, batch, players)
         assert policy.policy_logprobs is not None
         meters.add("kl", response_kl(policy))
         meters.add("entropy", -policy.policy_logprobs[policy.mask])
         meters.add("length", policy.lengths.float())
         meters.add("end_rate", (policy.finish == Finish.END).float())
-        answers, rivals = response_texts(self.tokenizer, policy), {"reference": self._reference(batch, key)}
-        if self.saved is not None:
-            rivals["saved_opponent"] = self._saved(batch, key)
+        answers = response_texts(self.tokenizer, policy)
+        rivals = {"reference": self._cached("reference", key, self.rollout, batch, self._player(1, batch, beta=1.0))}
+        if self.eval_opponent_rollout is not None:
+            rivals["eval_opponent"] = self._cached(
+                "eval_opponent", key, self.eval_opponent_rollout, batch, self._player(3, batch)
+            )
         for responses in opponent:
             rivals["opponent"] = response_texts(self.tokenizer, responses)
         prompts = [text for text in batch["texts"] for _ in range(self.config.eval_samples_per_prompt)]
-        for name, theirs in rivals.items():
+        for name, rival_answers in rivals.items():
             if self.judge is not None:
-                wins = checked(self.judge)(prompts, answers, theirs)
+                wins = checked(self.judge)(prompts, answers, rival_answers)
                 meters.add(f"win_rate_{name}", wins.to(self.accelerator.device))
             if self.reward is not None:
-                meters.add(f"reward_{name}", rewards(self.reward, prompts, theirs).to(self.accelerator.device))
+                values = rewards(self.reward, prompts, rival_answers)
+                meters.add(f"reward_{name}", values.to(self.accelerator.device))
         if self.reward is not None:
             meters.add("reward", rewards(self.reward, prompts, answers).to(self.accelerator.device))
 
     def _player(self, stream: int, batch: dict[str, Any], beta: float = 0.0) -> Player:
         return Player(beta, Stream.USER + stream, self.config.eval_samples_per_prompt, batch["index"])
 
-    def _answer(self, rollout: Rollout, batch: dict[str, Any], players: list[Player]) -> list[Responses]:
-        found = list(rollout(batch["input_ids"], batch["attention_mask"], players, self.settings))
-        for responses in found:
+    def _sample(self, rollout: Rollout, batch: dict[str, Any], players: list[Player]) -> list[Responses]:
+        result = list(rollout(batch["input_ids"], batch["attention_mask"], players, self.settings))
+        for responses in result:
             responses.check_finite("NashTrainer: evaluate")
-        return found
+        return result
 
-    def _reference(self, batch: dict[str, Any], key: tuple[str, int]) -> list[str]:
-        return self._keep("reference", key, self.rollout, batch, self._player(1, batch, beta=1.0))
-
-    def _saved(self, batch: dict[str, Any], key: tuple[str, int]) -> list[str]:
-        assert self.saved is not None
-        return self._keep("saved_opponent", key, self.saved, batch, self._player(3, batch))
-
-    def _keep(
+    def _cached(
         self, rival: str, key: tuple[str, int], rollout: Rollout, batch: dict[str, Any], player: Player
     ) -> list[str]:
-        place = (rival, *key)
-        if place not in self._kept:
-            self._kept[place] = response_texts(self.tokenizer, self._answer(rollout, batch, [player])[0])
-        return self._kept[place]
+        """Return the answers of a model that does not change, sampled at the first evaluation."""
+        entry = (rival, *key)
+        if entry not in self._cache:
+            (responses,) = self._sample(rollout, batch, [player])
+            self._cache[entry] = response_texts(self.tokenizer, responses)
+        return self._cache[entry]

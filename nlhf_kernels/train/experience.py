@@ -1,5 +1,8 @@
-"""What an update learns from: answers to its prompts, and what they were worth. Made for all micro-batches at once, so
-that a baseline over the batch sees the whole batch, and the judge is asked once."""
+"""What an update learns from: sampled answers to its prompts, and their advantages.
+
+Experiences are made for all micro-batches of an update at once, so that a baseline over the batch covers the whole
+batch, and the judge is called once.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from ..evaluation import response_kl, response_texts
 from ..ops.logprobs.layout import IGNORED
 from ..preference import checked
 from .config import NashConfig
-from .meters import Clock, Meters
+from .meters import Meters, PhaseTimer
 from .rewards import rewards
 
 
@@ -39,14 +42,14 @@ class Experience:
 
 
 def rollout_seed(seed: int, step: int) -> int:
-    """A key of its own for every update of every run."""
+    """Return a key that differs for every update of every run."""
     return seed << 32 | step
 
 
 def teacher_forced(
     batch: dict[str, Any], answers: Sequence[Responses]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Answers behind their prompts, one player's rows after the other's: ids, mask, targets, reference log-probs."""
+    """Return ids, mask, targets and reference log-probabilities of prompts with their answers, player after player."""
     width = max(answer.tokens.shape[1] for answer in answers)
     tokens, mask, reference = (
         torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
@@ -64,83 +67,104 @@ def teacher_forced(
     )
 
 
-class Collector:
-    """Prompts -> answers -> judgements -> advantages."""
+class ExperienceCollector:
+    """Prompts -> answers -> judgements -> advantages. A subclass may override `judge_answers`.
+
+    Args:
+        config: the run's configuration.
+        rollout: the engine's rollout with the current weights.
+        tokenizer: decodes answers.
+        settings: of sampling; the seed is replaced for every update.
+        judge: a Judge, or a Reward where the algorithm is judged by one.
+        total: returns the sum of a tensor over all processes.
+        meters: what is measured about answers and judgements goes there.
+        timer: times the phases "rollout" and "judge" and counts tokens.
+    """
 
     def __init__(
         self,
         config: NashConfig,
-        rollout: Callable[..., RolloutResult],  # the engine's
+        rollout: Callable[..., RolloutResult],
         tokenizer: Any,
-        settings: RolloutSettings,  # of sampling; the seed is set for every update
-        judge: Any,  # a Judge, or a Reward where the algorithm is judged by one
-        total: Callable[[torch.Tensor], torch.Tensor],  # a sum over all processes
+        settings: RolloutSettings,
+        judge: Any,
+        total: Callable[[torch.Tensor], torch.Tensor],
         meters: Meters,
-        clock: Clock,
+        timer: PhaseTimer,
     ) -> None:
         self.config, self.rollout, self.tokenizer, self.settings = config, rollout, tokenizer, settings
-        self.judge, self.total, self.meters, self.clock = judge, total, meters, clock
+        self.judge, self.total, self.meters, self.timer = judge, total, meters, timer
 
     def __call__(self, batches: Sequence[dict[str, Any]], step: int, beta: float) -> list[Experience]:
-        with self.clock.phase("rollout"):
+        """Return the experiences of an update.
+
+        Args:
+            batches: prompts of each micro-batch.
+            step: number of the update.
+            beta: the reference's weight in the opponent's mixture.
+        """
+        with self.timer.phase("rollout"):
             settings = replace(self.settings, seed=rollout_seed(self.config.seed, step))
-            made = [self._answer(batch, settings, beta) for batch in batches]
-        with self.clock.phase("judge"):
-            return self._with_advantages(self._judged(made))
+            experiences = [self._answer(batch, settings, beta) for batch in batches]
+        with self.timer.phase("judge"):
+            return self._with_advantages(self.judge_answers(experiences))
 
     def _answer(self, batch: dict[str, Any], settings: RolloutSettings, beta: float) -> Experience:
-        plan, samples = self.config.plan, self.config.samples_per_prompt
-        players = plan.players(beta, samples, batch["index"])
+        algorithm, count = self.config.algorithm_spec, self.config.samples_per_prompt
+        players = algorithm.players(beta, count, batch["index"])
         answers = list(self.rollout(batch["input_ids"], batch["attention_mask"], players, settings))
         self._measure(answers, beta)
-        nothing = torch.empty(0, dtype=torch.float64, device="cpu")
+        unknown = torch.empty(0, dtype=torch.float64, device="cpu")
         return Experience(
-            *teacher_forced(batch, answers if plan.loss == "ipo" else answers[:1]),
+            *teacher_forced(batch, answers if algorithm.loss == "ipo" else answers[:1]),
             unended=torch.stack([answer.finish != Finish.END for answer in answers], 1).cpu(),
-            prompts=[text for text in batch["texts"] for _ in range(samples)],
+            prompts=[text for text in batch["texts"] for _ in range(count)],
             answers=tuple(response_texts(self.tokenizer, answer) for answer in answers),
-            value=nothing,
-            advantage=nothing,
+            value=unknown,
+            advantage=unknown,
         )
 
     def _measure(self, answers: Sequence[Responses], beta: float) -> None:
         first = answers[0]
-        self.clock.tokens += sum(int(answer.lengths.sum()) for answer in answers)
+        self.timer.tokens += sum(int(answer.lengths.sum()) for answer in answers)
         self.meters.add("length", first.lengths.float())
         self.meters.add("end_rate", (first.finish == Finish.END).float())
-        if self.config.plan.loss != "ipo" or beta == 0:  # else y is not the policy's, and tells nothing of these
+        if self.config.algorithm_spec.loss != "ipo" or beta == 0:  # else y is the mixture's, not the policy's
             assert first.policy_logprobs is not None
             self.meters.add("kl", response_kl(first))
             self.meters.add("entropy", -first.policy_logprobs[first.mask])
 
-    def _judged(self, made: Sequence[Experience]) -> list[Experience]:
-        prompts = [text for each in made for text in each.prompts]
-        answers = [[text for each in made for text in each.answers[side]] for side in range(len(made[0].answers))]
-        if self.config.plan.judged_by == "reward":
-            values = rewards(self.judge, prompts, *answers)
-        else:
-            values = checked(self.judge)(prompts, *answers)
-        self.meters.add(
-            "reward" if self.config.plan.judged_by == "reward" else "preference",
-            values.to(made[0].input_ids.device),
-        )
-        parts = values.split([each.pairs for each in made])
-        return [replace(each, value=value) for each, value in zip(made, parts, strict=True)]
+    def judge_answers(self, experiences: Sequence[Experience]) -> list[Experience]:
+        """Return the experiences with their values, from one call of the judge or reward.
 
-    def _with_advantages(self, made: Sequence[Experience]) -> list[Experience]:
-        penalty = self.config.missing_eos_penalty
-        baseline = self.config.baseline
-        if baseline is None:
-            baseline = "batch" if self.config.plan.judged_by == "reward" else 0.5
-        worth = [each.value - penalty * each.unended[:, 0] for each in made]
-        if self.config.plan.loss == "ipo":  # the other answer is trained on too: its missing end counts for this one
-            worth = [value + penalty * each.unended[:, 1] for each, value in zip(made, worth, strict=True)]
-            baseline = 0.5
-        if isinstance(baseline, str):  # the mean of all others
-            every = torch.cat(worth)
-            facts = torch.tensor([float(every.sum()), len(every)], dtype=torch.float64, device="cpu")
-            total, count = self.total(facts.to(made[0].input_ids.device)).tolist()
-            less = [(total - value) / max(count - 1, 1) for value in worth]
+        Args:
+            experiences: all micro-batches of an update, not judged yet.
+        """
+        prompts = [text for part in experiences for text in part.prompts]
+        sides = range(len(experiences[0].answers))
+        answers = [[text for part in experiences for text in part.answers[side]] for side in sides]
+        if self.config.algorithm_spec.judged_by == "reward":
+            name, values = "reward", rewards(self.judge, prompts, *answers)
         else:
-            less = [torch.full_like(value, baseline) for value in worth]
-        return [replace(each, advantage=value - base) for each, value, base in zip(made, worth, less, strict=True)]
+            name, values = "preference", checked(self.judge)(prompts, *answers)
+        self.meters.add(name, values.to(experiences[0].input_ids.device))
+        parts = values.split([part.pairs for part in experiences])
+        return [replace(part, value=value) for part, value in zip(experiences, parts, strict=True)]
+
+    def _with_advantages(self, experiences: Sequence[Experience]) -> list[Experience]:
+        penalty, baseline = self.config.missing_eos_penalty, self.config.baseline
+        if baseline is None:
+            baseline = "batch" if self.config.algorithm_spec.judged_by == "reward" else 0.5
+        values = [part.value - penalty * part.unended[:, 0] for part in experiences]
+        if self.config.algorithm_spec.loss == "ipo":  # y' is trained on too: its missing end counts in favour of y
+            values = [value + penalty * part.unended[:, 1] for part, value in zip(experiences, values, strict=True)]
+            baseline = 0.5
+        if isinstance(baseline, str):  # the mean of all other pairs
+            every = torch.cat(values)
+            sums = torch.tensor([float(every.sum()), len(every)], dtype=torch.float64, device="cpu")
+            total, count = self.total(sums.to(experiences[0].input_ids.device)).tolist()
+            baselines = [(total - value) / max(count - 1, 1) for value in values]
+        else:
+            baselines = [torch.full_like(value, baseline) for value in values]
+        triples = zip(experiences, values, baselines, strict=True)
+        return [replace(part, advantage=value - base) for part, value, base in triples]

@@ -27,37 +27,37 @@ TRAINING = (
     "bf16", "data_seed", "dataloader_drop_last", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm",
     "train_sampling_strategy", "seed", "warmup_steps",
 )  # fmt: skip
-#: What a checkpoint holds the state of, so that a resumed run could not do it another way.
-HELD = ("algorithm", "trained_parameters", "adapters", *OPTIMIZER)
+#: What a checkpoint stores the state of, so that a resumed run cannot change it.
+STORED = ("algorithm", "trained_parameters", "adapters", *OPTIMIZER)
 
 
 def fields_of_a_run() -> tuple[str, ...]:
-    """Of NashConfig: those that change what is learned."""
+    """Return the fields of NashConfig that change what is learned."""
     own = (entry.name for entry in own_fields())
     return (*(name for name in own if name not in NEUTRAL and name not in FIXED), *OPTIMIZER, *TRAINING)
 
 
 def identity_of(trainer: Any) -> Identity:
-    """Before the first update: weights are those of the start."""
-    args, model, reference = trainer.args, trainer.model, trainer.learner.reference
+    """Return the identity of a trainer's run. Called before the first update: weights are those of the start."""
+    args, model, reference = trainer.args, trainer.model, trainer.policy_loss.reference
     settings = args.to_dict()
-    found = {name: settings.get(name) for name in fields_of_a_run()}
-    found |= {name: describe(value) for name in ("beta", "tau") if callable(value := getattr(args, name))}
-    found |= {
+    facts = {name: settings.get(name) for name in fields_of_a_run()}
+    facts |= {name: describe(value) for name in ("beta", "tau") if callable(value := getattr(args, name))}
+    facts |= {
         "prompts": trainer.train_dataset.digest(),
         "prompts_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "trained_parameters": sum(value.numel() for value in opponents.trained(model).values()),
+        "trained_parameters": sum(value.numel() for value in opponents.trainable_parameters(model).values()),
         "start": start_digest(model, adapted=is_adapted(model)),
         "reference": "the base" if reference is None else weights_digest(reference.named_parameters()),
-        args.plan.judged_by: describe(trainer.collect.judge),
+        args.algorithm_spec.judged_by: describe(trainer.collector.judge),
         "adapters": adapter_settings(model),
     }
-    identity: Identity = as_json(found)
+    identity: Identity = as_json(facts)
     return identity
 
 
 def differences(known: Identity, identity: Identity) -> dict[str, str]:
-    """name -> what differs, the checkpoint's before this run's."""
+    """Return name -> what differs, the checkpoint's value before this run's."""
     usual = defaults()
     before = {name: known.get(name, usual.get(name)) for name in identity}
     return {
@@ -68,9 +68,9 @@ def differences(known: Identity, identity: Identity) -> dict[str, str]:
 
 
 def check_changes(changes: Sequence[str], identity: Identity) -> None:
-    """That `resume_changes` names what can differ."""
+    """Raise where `resume_changes` names what cannot differ."""
     for name in changes:
-        if name in HELD or name not in identity:
-            possible = ", ".join(sorted(identity.keys() - set(HELD)))
-            why = "which the checkpoint holds the state of" if name in HELD else "which is nothing of a run"
+        if name in STORED or name not in identity:
+            possible = ", ".join(sorted(identity.keys() - set(STORED)))
+            why = "which the checkpoint holds the state of" if name in STORED else "which is nothing of a run"
             raise ValueError(f"{OP}: resume_changes: expected some of {possible}; got {name!r}, {why}")

@@ -1,4 +1,4 @@
-"""From experience to a loss: one forward pass of the policy's body, and the fused losses on its hidden states."""
+"""From experience to a loss: one forward pass of the policy's body, and a fused loss on its hidden states."""
 
 from __future__ import annotations
 
@@ -14,46 +14,62 @@ from .experience import Experience
 from .heads import head_of, hidden_states
 
 
-class Learner:
-    """`reference` None: the policy's own base, adapters off. `anchor`: mirror prox's snapshot, a model."""
+class PolicyLoss:
+    """The loss of a micro-batch: policy gradient or IPO, as the algorithm says.
+
+    Args:
+        config: the run's configuration.
+        policy: the trained model.
+        reference: the frozen reference; None: the policy's own base, adapters off.
+        anchor: mirror prox's snapshot, a model; None for other algorithms.
+    """
 
     def __init__(self, config: NashConfig, policy: Any, reference: Any, anchor: Any) -> None:
         self.config, self.policy, self.reference, self.anchor = config, policy, reference, anchor
 
-    def loss(self, model: Any, made: Experience, tau: float, normalizer: float) -> torch.Tensor:
-        """`model`: the policy in whatever wrapper trains it. The normalizer is pairs, of the whole batch."""
-        hidden = _answers(hidden_states(model, made.input_ids[:, :-1], made.attention_mask[:, :-1]), made)
-        head = head_of(self.policy)
-        if self.config.plan.loss == "ipo":
-            return self._ipo(hidden, head, made, tau, normalizer)
-        return self._policy_gradient(hidden, head, made, tau, normalizer)
+    def __call__(self, model: Any, experience: Experience, tau: float, normalizer: float) -> torch.Tensor:
+        """Return the loss of one micro-batch, divided by `normalizer`.
 
-    def _ipo(self, hidden: torch.Tensor, head: Head, made: Experience, tau: float, normalizer: float) -> torch.Tensor:
-        preference = (0.5 + made.advantage).clamp(0, 1)
+        Args:
+            model: the policy in the wrapper that trains it.
+            experience: the micro-batch.
+            tau: price of the KL penalty.
+            normalizer: pairs of the whole update.
+        """
+        hidden = _answer_states(model, experience)
+        head = head_of(self.policy)
+        if self.config.algorithm_spec.loss == "ipo":
+            return self._ipo(hidden, head, experience, tau, normalizer)
+        return self._policy_gradient(hidden, head, experience, tau, normalizer)
+
+    def _ipo(
+        self, hidden: torch.Tensor, head: Head, experience: Experience, tau: float, normalizer: float
+    ) -> torch.Tensor:
+        preference = (0.5 + experience.advantage).clamp(0, 1)
         return linear_preference_loss(
             hidden,
             head,
-            made.targets,
+            experience.targets,
             preference=preference.float().to(hidden.device),
-            reference_logprobs=made.reference_logprobs,
+            reference_logprobs=experience.reference_logprobs,
             tau=tau,
             normalizer=normalizer,
             backend=self.config.backend,
         ).loss
 
     def _policy_gradient(
-        self, hidden: torch.Tensor, head: Head, made: Experience, tau: float, normalizer: float
+        self, hidden: torch.Tensor, head: Head, experience: Experience, tau: float, normalizer: float
     ) -> torch.Tensor:
-        reference: dict[str, Any] = {"reference_logprobs": made.reference_logprobs}
+        reference: dict[str, Any] = {"reference_logprobs": experience.reference_logprobs}
         if self.config.kl == "exact":
-            reference = self._reference_states(made)
+            reference = self._reference_states(experience)
         elif self.anchor is not None:
-            tau, reference = self._between(made, tau)
+            tau, reference = self._towards_anchor(experience, tau)
         return linear_nash_pg_loss(
             hidden,
             head,
-            made.targets,
-            advantage=made.advantage.to(hidden.device),
+            experience.targets,
+            advantage=experience.advantage.to(hidden.device),
             tau=tau,
             kl=self.config.kl,
             normalizer=normalizer,
@@ -62,26 +78,29 @@ class Learner:
         ).loss
 
     @torch.no_grad()
-    def _reference_states(self, made: Experience) -> dict[str, Any]:
-        inputs = made.input_ids[:, :-1], made.attention_mask[:, :-1]
+    def _reference_states(self, experience: Experience) -> dict[str, Any]:
+        """Return the reference's hidden states and head, which the exact KL needs."""
         if self.reference is not None:
-            hidden, head = hidden_states(self.reference, *inputs), head_of(self.reference)
+            hidden, head = _answer_states(self.reference, experience), head_of(self.reference)
         else:  # one frozen head for both
             with evaluating(self.policy), adapters_off(self.policy):
-                hidden, head = hidden_states(self.policy, *inputs), None
-        return {"reference_hidden": _answers(hidden, made), "reference_head": head}
+                hidden, head = _answer_states(self.policy, experience), None
+        return {"reference_hidden": hidden, "reference_head": head}
 
     @torch.no_grad()
-    def _between(self, made: Experience, tau: float) -> tuple[float, dict[str, Any]]:
-        """tau log(pi / mu) + a log(pi / anchor) is (tau + a) log(pi / m), with m between mu and the anchor."""
-        inputs = made.input_ids[:, :-1], made.attention_mask[:, :-1]
-        hidden = _answers(hidden_states(self.anchor, *inputs), made)
-        anchored = linear_logprobs(hidden, head_of(self.anchor), made.targets, backend=self.config.backend).policy
+    def _towards_anchor(self, experience: Experience, tau: float) -> tuple[float, dict[str, Any]]:
+        """Return one price and one reference for the penalties towards the reference mu and the anchor.
+
+        tau log(pi / mu) + a log(pi / anchor) is (tau + a) log(pi / m), where log m is between log mu and log anchor.
+        """
+        hidden, targets = _answer_states(self.anchor, experience), experience.targets
+        anchor_logprobs = linear_logprobs(hidden, head_of(self.anchor), targets, backend=self.config.backend).policy
         price = tau + self.config.anchor_weight
         share = self.config.anchor_weight / price if price else 0.0
-        return price, {"reference_logprobs": torch.lerp(made.reference_logprobs, anchored, share)}
+        return price, {"reference_logprobs": torch.lerp(experience.reference_logprobs, anchor_logprobs, share)}
 
 
-def _answers(hidden: torch.Tensor, made: Experience) -> torch.Tensor:  # (R, T, D)
-    """The states that predict the answer's tokens. A slice is copied: the losses want rows that lie together."""
-    return hidden[:, -made.targets.shape[1] :].contiguous()
+def _answer_states(model: Any, experience: Experience) -> torch.Tensor:  # (R, T, D)
+    """Return the hidden states that predict the answers' tokens, contiguous, as the losses need them."""
+    hidden = hidden_states(model, experience.input_ids[:, :-1], experience.attention_mask[:, :-1])
+    return hidden[:, -experience.targets.shape[1] :].contiguous()

@@ -35,8 +35,8 @@ class Meters:
         return {name: s / c for name, s, c in zip(names, total, count, strict=True) if c}
 
 
-class Clock:
-    """Seconds by phase. A phase ends when the device has done its work."""
+class PhaseTimer:
+    """Seconds by phase; a phase ends when the device has finished its work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -49,9 +49,10 @@ class Clock:
     def phase(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.ended(name, began)
+        self.add(name, began)
 
-    def ended(self, name: str, began: float) -> None:
+    def add(self, name: str, began: float) -> None:
+        """Count the time since `began`, a reading of time.perf_counter(), as the phase's."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the trainer looks at the loss after every micro-batch anyway
         self.seconds[name] += time.perf_counter() - began

@@ -1,7 +1,8 @@
-"""Parameters that play beside the policy's: a moving average of them (Nash-EMA), snapshots of them (mirror prox).
+"""Weights that answer prompts beside the trained ones: the policy's view for rollouts, a moving average of the policy
+(Nash-EMA), snapshots of it (mirror prox).
 
-They are tensors by the names of the policy's trained parameters, updated in place: the engine plays with them as they
-are, a checkpoint holds them under those names. What is frozen (a base under adapters) is shared, not copied.
+Opponents are tensors under the names of the policy's trainable parameters, updated in place: the engine reads them as
+they are, and a checkpoint stores them under those names. Frozen weights (a base under adapters) are shared, not copied.
 """
 
 from __future__ import annotations
@@ -17,104 +18,148 @@ from ..engine.models import twin
 Tensors = dict[str, torch.Tensor]
 
 
-def trained(model: Any) -> Tensors:
+def trainable_parameters(model: Any) -> Tensors:
+    """Return the parameters of `model` that require a gradient, by name."""
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-class Played:
-    """The policy as rollouts see it: the same weights, in a twin that nothing of training touches (wrappers, autocast,
-    gradient checkpointing). Where training computes in another dtype than the weights', a copy of them in that dtype,
-    made anew before every rollout."""
+class RolloutPolicy:
+    """The policy as rollouts see it: a twin module around the same weights, which nothing of training touches
+    (wrappers, autocast, activation checkpointing). Where rollouts compute in another dtype than the weights', it holds
+    a copy in that dtype, which `refresh` updates before every rollout.
+
+    Args:
+        model: the trained policy.
+        dtype: of rollouts; None: the weights' own.
+    """
 
     def __init__(self, model: Any, dtype: torch.dtype | None) -> None:
         weights = dict(model.named_parameters())
         self.dtype = dtype or next(iter(weights.values())).dtype
-        cast = {name: value.detach() if dtype is None else value.detach().to(dtype) for name, value in weights.items()}
-        self.model = twin(model, cast, "NashTrainer").eval()
+        rollout_weights = {name: value.detach().to(dtype or value.dtype) for name, value in weights.items()}
+        self.model = twin(model, rollout_weights, "NashTrainer").eval()
         pairs = [(value, weights[name]) for name, value in self.model.named_parameters()]
-        self._cast = [(cast, value) for cast, value in pairs if cast.dtype != value.dtype]
-        self._shared = [(same, value) for same, value in pairs if same.dtype == value.dtype]
+        self._copies = [(copy, value) for copy, value in pairs if copy.dtype != value.dtype]
+        self._aliases = [(alias, value) for alias, value in pairs if alias.dtype == value.dtype]
 
     @torch.no_grad()
     def refresh(self) -> bool:
-        """Before every rollout. Whether weights lie elsewhere than before: what preparing a model for several
-        processes may do, once."""
-        for cast, value in self._cast:
-            cast.copy_(value)
-        moved = [(same, value) for same, value in self._shared if same.data_ptr() != value.data_ptr()]
-        for same, value in moved:
-            same.data = value.data
+        """Take over the policy's current weights; return whether some of them moved to other memory.
+
+        Preparing a model for several processes may move its weights, once.
+        """
+        for copy, value in self._copies:
+            copy.copy_(value)
+        moved = [(alias, value) for alias, value in self._aliases if alias.data_ptr() != value.data_ptr()]
+        for alias, value in moved:
+            alias.data = value.data
         return bool(moved)
 
 
 class Average:
-    """average <- decay average + (1 - decay) policy, after each update. In float32, played in the rollouts' dtype:
-    in bfloat16 a step of 1 - decay = 0.001 would round to nothing."""
+    """A moving average: average <- decay average + (1 - decay) policy, after each update.
+
+    The average is float32 and its copy for rollouts in their dtype: in bfloat16 a step of 1 - decay = 0.001 would
+    round to nothing.
+
+    Args:
+        model: the trained policy.
+        dtype: of rollouts; None: the weights' own.
+        decay: share of the average that an update keeps.
+    """
 
     def __init__(self, model: Any, dtype: torch.dtype | None, decay: float) -> None:
         self.decay, self.model = decay, model
-        weights = trained(model)
+        weights = trainable_parameters(model)
         self.average = {name: value.detach().float().clone() for name, value in weights.items()}
-        self.played = {  # the same tensors where dtypes are
+        self.rollout_weights = {  # the same tensors where dtypes are
             name: value.to(dtype or weights[name].dtype) for name, value in self.average.items()
         }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        for name, value in trained(self.model).items():
+        """Move the average towards the policy.
+
+        Args:
+            step: updates made so far.
+        """
+        for name, value in trainable_parameters(self.model).items():
             self.average[name].lerp_(value.float(), 1 - self.decay)
-        self._play()
+        _copy_into(self.rollout_weights, self.average)
 
     def state(self) -> Tensors:
+        """Return the tensors that a checkpoint stores."""
         return self.average
 
     @torch.no_grad()
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        _fill(self.average, state)
-        self._play()
+        """Restore the average.
 
-    def _play(self) -> None:
-        _fill(self.played, self.average)
+        Args:
+            state: tensors of `state()`.
+        """
+        _copy_into(self.average, state)
+        _copy_into(self.rollout_weights, self.average)
 
 
 class Snapshots:
-    """Mirror prox in two half steps of `refresh` updates. In the first, opponent and anchor are the policy as it was at
-    its beginning; in the second the opponent is what the first half has found, the anchor stays. Then anew."""
+    """Snapshots of mirror prox, which makes two half steps of `refresh` updates each.
+
+    During the first half step the opponent and the anchor are the policy as it was at its beginning; during the second
+    the opponent is the result of the first, and the anchor stays. Then both are taken anew.
+
+    Args:
+        model: the trained policy.
+        dtype: of rollouts; None: the weights' own.
+        refresh: updates of a half step.
+    """
 
     def __init__(self, model: Any, dtype: torch.dtype | None, refresh: int) -> None:
         self.refresh, self.model = refresh, model
-        self.anchor = {name: value.detach().clone() for name, value in trained(model).items()}
-        self.played = {name: value.to(dtype or value.dtype, copy=True) for name, value in self.anchor.items()}
+        self.anchor = {name: value.detach().clone() for name, value in trainable_parameters(model).items()}
+        self.rollout_weights = {name: value.to(dtype or value.dtype, copy=True) for name, value in self.anchor.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """`step` updates have been made."""
+        """Take snapshots at the end of a half step.
+
+        Args:
+            step: updates made so far.
+        """
         if step % self.refresh:
             return
-        fresh = trained(self.model)
-        _fill(self.played, fresh)
+        current = trainable_parameters(self.model)
+        _copy_into(self.rollout_weights, current)
         if step // self.refresh % 2 == 0:
-            _fill(self.anchor, fresh)
+            _copy_into(self.anchor, current)
 
     def state(self) -> Tensors:
-        parts = {"played": self.played, "anchor": self.anchor}
+        """Return the tensors that a checkpoint stores."""
+        parts = {"opponent": self.rollout_weights, "anchor": self.anchor}
         return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        _fill(self.state(), state)
+        """Restore both snapshots.
+
+        Args:
+            state: tensors of `state()`.
+        """
+        _copy_into(self.state(), state)
 
 
 Opponent = Average | Snapshots
 
 
-def save(opponent: Opponent, path: Path) -> None:
+def save_opponent(opponent: Opponent, path: Path) -> None:
+    """Write an opponent's state as safetensors."""
     from safetensors.torch import save_file
 
     save_file({name: value.detach().cpu().contiguous() for name, value in opponent.state().items()}, path)
 
 
-def load(opponent: Opponent, path: Path) -> None:
+def load_opponent(opponent: Opponent, path: Path) -> None:
+    """Restore an opponent's state from `path`; raise where it belongs to other parameters."""
     from safetensors.torch import load_file
 
     state = load_file(path)
@@ -123,7 +168,7 @@ def load(opponent: Opponent, path: Path) -> None:
     opponent.load(state)
 
 
-def _fill(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-    for name, value in tensors.items():
-        if value is not values[name]:
-            value.copy_(values[name])
+def _copy_into(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not values[name]:
+            tensor.copy_(values[name])

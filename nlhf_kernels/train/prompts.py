@@ -52,8 +52,8 @@ class PromptDataset(torch.utils.data.Dataset[Prompt]):
         return digest(repr([(prompt.text, prompt.ids) for prompt in self.prompts]))
 
 
-class Collator:
-    """Prompts into a batch: what the engine is given. A class, so that worker processes can have one."""
+class PromptCollator:
+    """Pad prompts to a batch for the engine. A class, so that worker processes can pickle it."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id

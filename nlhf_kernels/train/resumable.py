@@ -30,7 +30,7 @@ _Trainer: Any = Trainer  # its annotations contradict what subclasses are meant 
 
 
 class ResumableTrainer(_Trainer):  # type: ignore[misc]
-    skipped: int  # updates whose gradients were not finite
+    skipped_updates: int  # updates whose gradients were not finite
     opponent: opponents.Opponent | None
     identity: Identity | None = None  # as of the start; None where nothing is saved or resumed
     _stopping = False  # SIGTERM came, and this update is the last
@@ -49,11 +49,11 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
     def _train(self, resume: str | bool | None, options: dict[str, Any]) -> Any:
         output = Path(self.args.output_dir)
         with ExitStack() as held:
-            found: str | None = self._on_first(lambda: self._enter(output, resume, held))
+            found: str | None = self._on_first_process(lambda: self._enter(output, resume, held))
             self._identify(resume)  # on processes that save beside the first
-            self.skipped = 0 if found is None else checkpoints.skipped_updates(found)
+            self.skipped_updates = 0 if found is None else checkpoints.skipped_updates(found)
             if found is not None and self.opponent is not None:
-                opponents.load(self.opponent, Path(found) / checkpoints.OPPONENT)
+                opponents.load_opponent(self.opponent, Path(found) / checkpoints.OPPONENT)
             if found is not None and 0 < self.args.max_steps <= checkpoints.update_of(found):
                 return self._as_it_ended(found)
             try:
@@ -79,7 +79,7 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
     def _saves(self) -> bool:
         return str(self.args.save_strategy.value) != "no"
 
-    def _on_first(self, act: Callable[[], Any]) -> Any:
+    def _on_first_process(self, act: Callable[[], Any]) -> Any:
         """What `act` returns on the first process, on all of them; so does an error end all of them."""
         if self.args.world_size == 1:
             return act()
@@ -158,7 +158,7 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        work = self._on_first(lambda: checkpoints.work_folder(output))
+        work = self._on_first_process(lambda: checkpoints.work_folder(output))
         try:
             with atomic.explaining(output / name):
                 self._work = work
@@ -180,7 +180,7 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(work / "trainer_state.json"))
         if self.opponent is not None:
-            opponents.save(self.opponent, work / checkpoints.OPPONENT)
-        checkpoints.write_run(work, self.identity or {}, self.skipped)
+            opponents.save_opponent(self.opponent, work / checkpoints.OPPONENT)
+        checkpoints.write_run(work, self.identity or {}, self.skipped_updates)
         checkpoints.publish(work, final)
         checkpoints.rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint)

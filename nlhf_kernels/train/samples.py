@@ -24,13 +24,16 @@ class Samples(NamedTuple):
     rows: list[list[str]]
 
 
-def samples_of(made: Experience, count: int, each: int = 1) -> Samples:
+def samples_of(experience: Experience, count: int, each: int = 1) -> Samples:
     """Of the first `count` prompts, the first of their `each` pairs."""
-    sides = ("y", "y'")[: len(made.answers)]
+    sides = ("y", "y'")[: len(experience.answers)]
     value = "P(y > y')" if len(sides) == 2 else "reward"
     rows = [
-        [*map(_shown, (made.prompts[row], *(side[row] for side in made.answers))), f"{float(made.value[row]):.3f}"]
-        for row in range(0, made.pairs, each)[:count]
+        [
+            *map(_shown, (experience.prompts[row], *(side[row] for side in experience.answers))),
+            f"{float(experience.value[row]):.3f}",
+        ]
+        for row in range(0, experience.pairs, each)[:count]
     ]
     return Samples(("prompt", *sides, value), rows)
 

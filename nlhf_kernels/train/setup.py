@@ -1,4 +1,4 @@
-"""What a trainer is built from, checked and brought together before training starts."""
+"""Checks and preparation of a trainer's models, judges and processes before training starts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _log = logging.getLogger(__name__)
 
 
 def check_judges(args: NashConfig, judge: Any, reward: Any) -> None:
-    needed = {"judge": judge, "reward": reward}[args.plan.judged_by]
+    needed = {"judge": judge, "reward": reward}[args.algorithm_spec.judged_by]
     if needed is None:
-        raise ValueError(f"{OP}: {args.plan.judged_by}: expected one, for {args.algorithm}; got None")
-    for name, given in (("judge", judge), ("reward", reward)):
-        if given is not None and not callable(given):
-            raise TypeError(f"{OP}: {name}: expected a callable; got {type(given).__name__}")
+        raise ValueError(f"{OP}: {args.algorithm_spec.judged_by}: expected one, for {args.algorithm}; got None")
+    for name, value in (("judge", judge), ("reward", reward)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{OP}: {name}: expected a callable; got {type(value).__name__}")
 
 
 def check_processes(args: NashConfig, accelerator: Any, prompts: Mapping[str, Sized]) -> None:
@@ -49,7 +49,7 @@ def check_processes(args: NashConfig, accelerator: Any, prompts: Mapping[str, Si
 
 
 def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> tuple[Any, Any]:
-    """The policy, adapters put on, and its reference: None where that is the policy's own base."""
+    """Return the policy with its adapters, and its reference: None where that is the policy's own base."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{OP}: model: expected a causal language model; got {type(model).__name__}")
     if has_injected_adapter(model):  # no way to tell its base from it
@@ -68,20 +68,22 @@ def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> t
     elif reference is None:
         reference = copy.deepcopy(model)
     _check_weights(model)
-    for name, checked in (("model", model), ("reference_model", reference)):
-        if checked is not None:
-            check_finite(f"{OP}: {name}", checked)
+    for name, checked_model in (("model", model), ("reference_model", reference)):
+        if checked_model is not None:
+            check_finite(f"{OP}: {name}", checked_model)
     return model, reference
 
 
 def _check_weights(model: torch.nn.Module) -> None:
-    if not opponents.trained(model):
+    if not opponents.trainable_parameters(model):
         hint = " (is_trainable=True loads an adapter to train it)" if is_adapted(model) else ""
         raise ValueError(f"{OP}: model: expected parameters to train; got none that require a gradient{hint}")
     for name, value in model.named_parameters():
         if not value.is_floating_point():
             raise ValueError(f"{OP}: model: expected weights that are not quantised; got {value.dtype} in {name}")
-    low = next((value.dtype for value in opponents.trained(model).values() if value.dtype.itemsize < 4), None)
+    low = next(
+        (value.dtype for value in opponents.trainable_parameters(model).values() if value.dtype.itemsize < 4), None
+    )
     if low is not None:
         warnings.warn(
             f"{OP}: model: expected float32 weights, since steps smaller than 1/{round(2 / torch.finfo(low).eps)} of a "
@@ -94,12 +96,22 @@ def _check_weights(model: torch.nn.Module) -> None:
         raise ValueError(f"{OP}: model: expected the whole model on one device; got it on {', '.join(devices)}")
 
 
+def freeze_for_rollouts(args: NashConfig, reference: Any, eval_opponent: Any) -> None:
+    """Freeze models that are not trained, and move them to the device and dtype of rollouts; None is skipped."""
+    options: dict[str, Any] = {"device": args.device} | ({"dtype": torch.bfloat16} if args.bf16 else {})
+    for model in (reference, eval_opponent):
+        if model is not None:
+            model.requires_grad_(False).eval().to(**options)
+    if eval_opponent is not None:
+        check_finite(f"{OP}: eval_opponent", eval_opponent)
+
+
 @torch.no_grad()
 def broadcast_weights(*models: Any) -> None:
-    """Give all processes the first one's weights, of the models that are there.
+    """Give all processes the first one's weights; None among the models is skipped.
 
-    Before anything is copied from them: preparing a model for several processes does this for the trained one alone,
-    and later, when a reference or an opponent would be a copy of what no other process has.
+    Done before anything is copied from them: preparing a model for several processes broadcasts the trained model
+    alone, and only later, when each process's reference and opponent would be copies of its own weights.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -131,19 +143,21 @@ def _adapted(model: Any, peft_config: Any, seed: int) -> Any:
 
 
 def _check_base_stays(model: Any) -> None:
-    """The base is the reference only as long as nothing of it is trained."""
+    """Raise where a weight of the base is trained: then the base would not stay the reference."""
     adapters = tuple(f".{name}." for name in model.peft_config)
-    moved = [name for name in opponents.trained(model) if not any(part in f".{name}." for part in adapters)]
-    if moved:
+    changing = [
+        name for name in opponents.trainable_parameters(model) if not any(part in f".{name}." for part in adapters)
+    ]
+    if changing:
         raise ValueError(
-            f"{OP}: reference_model: expected one, as the model trains {moved[0]} beside its adapters, and its base "
+            f"{OP}: reference_model: expected one, as the model trains {changing[0]} beside its adapters, and its base "
             "would not stay what it was; got None"
         )
 
 
 @contextmanager
 def naming_arguments() -> Iterator[None]:
-    """The engine's errors name its own arguments; this trainer calls them otherwise."""
+    """Replace the engine's argument names in its errors by the trainer's."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -153,22 +167,22 @@ def naming_arguments() -> Iterator[None]:
         raise type(error)(text) from error
 
 
-def opponent_of(model: Any, dtype: torch.dtype | None, args: NashConfig) -> tuple[opponents.Opponent | None, Any]:
-    """Parameters beside the policy's, and mirror prox's anchor as a model around them."""
-    if args.plan.opponent == "average":
+def make_opponent(model: Any, dtype: torch.dtype | None, args: NashConfig) -> tuple[opponents.Opponent | None, Any]:
+    """Return the opponent where it has weights of its own, and mirror prox's anchor as a model around its weights."""
+    if args.algorithm_spec.opponent == "average":
         return opponents.Average(model, dtype, args.ema_decay), None
-    if args.plan.opponent == "snapshot":
-        kept = opponents.Snapshots(model, dtype, args.refresh_steps)
-        return kept, twin(model, kept.anchor, OP).eval()
+    if args.algorithm_spec.opponent == "snapshot":
+        snapshots = opponents.Snapshots(model, dtype, args.refresh_steps)
+        return snapshots, twin(model, snapshots.anchor, OP).eval()
     return None, None
 
 
 @contextmanager
 def without_dropout(model: Any) -> Iterator[None]:
-    """What was sampled without dropout is scored without it: else the loss would be another distribution's.
+    """Score answers without dropout, as they were sampled; with it the loss would be another distribution's.
 
-    So the model is in evaluation mode; only modules that recompute their activations are told that they train, or they
-    would not. They may apply dropout in their own forward pass, so their rates are zero meanwhile.
+    The model is in evaluation mode; only modules that recompute their activations are in training mode, without which
+    they do not. They may apply dropout in their own forward pass, so their rates are zero meanwhile.
     """
     recomputing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     rates = [

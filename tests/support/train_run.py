@@ -65,18 +65,18 @@ def outcome(trainer: Any) -> dict[str, Any]:
         "history": history(trainer, *LOGGED),
         "weights": {name: [float(value.sum()), float(value.square().sum())] for name, value in weights.items()},
         "evaluations": [entry for entry in trainer.state.log_history if "eval_kl" in entry],
-        "batch": len(trainer.made[0].prompts),
+        "batch": len(trainer.experiences[0].prompts),
     }
 
 
 def players(trainer: Any) -> dict[str, str]:
     """A checksum of every tensor that plays: the policy, what the opponent keeps, the reference."""
-    tensors = {f"policy/{name}": value for name, value in trainer.played.model.named_parameters()}
+    tensors = {f"policy/{name}": value for name, value in trainer.rollout_policy.model.named_parameters()}
     if trainer.opponent is not None:
         tensors |= {f"opponent/{name}": value for name, value in trainer.opponent.state().items()}
-        tensors |= {f"played/{name}": value for name, value in trainer.opponent.played.items()}
-    if trainer.learner.reference is not None:
-        tensors |= {f"reference/{name}": value for name, value in trainer.learner.reference.named_parameters()}
+        tensors |= {f"played/{name}": value for name, value in trainer.opponent.rollout_weights.items()}
+    if trainer.policy_loss.reference is not None:
+        tensors |= {f"reference/{name}": value for name, value in trainer.policy_loss.reference.named_parameters()}
     return {name: hashlib.sha256(value.detach().numpy().tobytes()).hexdigest() for name, value in tensors.items()}
 
 

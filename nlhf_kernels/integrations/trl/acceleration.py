@@ -21,7 +21,7 @@ from ...core.upstream import finite_attention_gradients
 from ...engine import Responses, RolloutEngine, RolloutSettings, nash_md
 from ...ops import linear_nash_pg_loss
 from ...train.heads import check_head, head_of, hidden_states
-from ...train.opponents import Played
+from ...train.opponents import RolloutPolicy
 from ...train.schedules import value_at
 from . import upstream
 
@@ -145,18 +145,18 @@ class Rollouts:
         dtype = torch.bfloat16 if trainer.args.bf16 else None
         with _bare(trainer.model):
             check_head(trainer.model, "model")
-            self.played = Played(trainer.model, dtype)
+            self.rollout_policy = RolloutPolicy(trainer.model, dtype)
         self.reference = None
         if trainer.ref_model is not None:
             with _bare(trainer.ref_model):
-                self.reference = Played(trainer.ref_model, self.played.dtype).model
-        self.engine = RolloutEngine(self.played.model, self.reference, op=OP)
+                self.reference = RolloutPolicy(trainer.ref_model, self.rollout_policy.dtype).model
+        self.engine = RolloutEngine(self.rollout_policy.model, self.reference, op=OP)
 
     def _trainer(self) -> Any:
         return self.trainer()
 
     def generate(self, prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.played.refresh():
+        if self.rollout_policy.refresh():
             self.engine.release()
         ids, mask = prompts["input_ids"], prompts["attention_mask"]
         y, other = self.engine.rollout(ids, mask, nash_md(self._trainer().mixture_coef), self.settings)

@@ -19,7 +19,7 @@ from ...core.identity import describe
 from ...core.loading import load_model, load_tokenizer
 from ...data import encode_prompts
 from ...preference import AverageJudge, Judge, PairwisePreferenceModel, PreferenceModelJudge, RewardModel
-from ...train.experience import Collector, Experience
+from ...train.experience import Experience, ExperienceCollector
 from ...train.rewards import Reward, rewards
 from .config import NashMDConfig
 from .rows import OP, Rows, spoken
@@ -54,15 +54,16 @@ class RewardDifference:
         return torch.stack(parts).sum(0)
 
 
-class PenalisingCollector(Collector):
-    """Tells a `RewardDifference` which answers have no end: their texts do not say."""
+class PenalisingCollector(ExperienceCollector):
+    """An ExperienceCollector that passes a `RewardDifference` the mask of answers without an end token, which their
+    texts do not show."""
 
-    def _judged(self, made: Sequence[Experience]) -> list[Experience]:
+    def judge_answers(self, experiences: Sequence[Experience]) -> list[Experience]:
         judge = self.judge
         if isinstance(judge, RewardDifference):
-            self.judge = replace(judge, unended=torch.cat([each.unended for each in made]))
+            self.judge = replace(judge, unended=torch.cat([part.unended for part in experiences]))
         try:
-            return super()._judged(made)
+            return super().judge_answers(experiences)
         finally:
             self.judge = judge
 

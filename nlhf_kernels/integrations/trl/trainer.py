@@ -13,8 +13,7 @@ import torch
 from ...core.loading import load_model
 from ...engine import RolloutSettings
 from ...engine.peft_models import is_adapted
-from ...preference import Judge
-from ...train import NashConfig, NashTrainer, Reward
+from ...train import NashTrainer
 from .config import NashMDConfig
 from .judging import PenalisingCollector, judge_of
 from .rows import OP, Rows
@@ -29,10 +28,11 @@ class NashMDTrainer(NashTrainer):
     reward_processing_classes  tokenizers of the reward models; None: the one saved with a model, else the policy's
 
     `beta` and `mixture_coef`, of the trainer and of its logs, are TRL's. `args` of the trainer is the NashConfig that
-    the NashMDConfig amounts to; the latter stays in `given`.
+    the NashMDConfig amounts to; the latter stays in `trl_config`.
     """
 
     SCHEDULES = MappingProxyType({"beta": "mixture_coef", "tau": "beta"})
+    COLLECTOR = PenalisingCollector
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class NashMDTrainer(NashTrainer):
             raise TypeError(f"{OP}: processing_class: expected a tokenizer; got {type(processing_class).__name__}")
         if getattr(processing_class, "pad_token", "") is None:
             processing_class.pad_token = processing_class.eos_token  # as TRL does; padding is masked
-        self.given = args
+        self.trl_config = args
         self.rows = Rows(processing_class)
         asked = judge_of(args, reward_funcs, judge, reward_processing_classes, processing_class, self.rows)
         self._reward_funcs = asked.reward_funcs
@@ -88,17 +88,17 @@ class NashMDTrainer(NashTrainer):
     @property
     def beta(self) -> float:
         """As in TRL: the price of leaving the reference, of the update that is being made."""
-        return self._scheduled("tau")
+        return self.scheduled_value("tau")
 
     @property
     def mixture_coef(self) -> float:
         """As in TRL: the reference's weight in the opponent, of the update that is being made."""
-        return self._scheduled("beta")
+        return self.scheduled_value("beta")
 
     @property
     def ref_model(self) -> Any:
         """As in TRL: None where `peft_config` put adapters on the model, whose base is the reference."""
-        return self.learner.reference
+        return self.policy_loss.reference
 
     @property
     def reward_funcs(self) -> Any:
@@ -111,21 +111,26 @@ class NashMDTrainer(NashTrainer):
         """Write the model's README.md; transformers' options beside TRL's."""
         super().create_model_card(model_name=model_name, tags=tags, **{"dataset": dataset_name, **options})
 
-    def _evaluated(self, rows: Any) -> Any:
-        if isinstance(rows, Mapping):
-            read: Any = {name: self.rows.read(f"eval_dataset[{name!r}]", part) for name, part in rows.items()}
-        else:
-            read = None if rows is None else self.rows.read("eval_dataset", rows)
-        return super()._evaluated(read)
+    def read_eval_dataset(self, rows: Any) -> Any:
+        """Read rows by TRL's rules for conversations, then as NashTrainer does.
 
-    def _build_judged(
-        self, args: NashConfig, settings: RolloutSettings, judge: Judge | None, reward: Reward | None
-    ) -> None:
-        super()._build_judged(args, replace(settings, min_p=self.given.sampling()["min_p"]), judge, reward)
-        made = self.collect
-        self.collect = PenalisingCollector(
-            args, made.rollout, made.tokenizer, made.settings, made.judge, made.total, made.meters, made.clock
-        )
+        Args:
+            rows: rows with a column `prompt`, or a mapping of names to such; None: there are none.
+        """
+        if isinstance(rows, Mapping):
+            texts: Any = {name: self.rows.read(f"eval_dataset[{name!r}]", part) for name, part in rows.items()}
+        else:
+            texts = None if rows is None else self.rows.read("eval_dataset", rows)
+        return super().read_eval_dataset(texts)
+
+    def rollout_settings(self, end_ids: tuple[int, ...], pad_id: int) -> RolloutSettings:
+        """Return how training samples answers, with TRL's `min_p`.
+
+        Args:
+            end_ids: tokens that end an answer.
+            pad_id: token that fills rows after the end.
+        """
+        return replace(super().rollout_settings(end_ids, pad_id), min_p=self.trl_config.sampling()["min_p"])
 
 
 def _refuse(name: str, given: Any, reason: str) -> None:
