@@ -71,7 +71,8 @@ class Frontier:
             comparisons (int): number of estimates from which the best is picked.
         """
         _check_range([self], kl)
-        return bootstrap(lambda weights: self.interpolated(weights, kl), *self.kl.shape[1:], comparisons)
+        _, runs, prompts = self.kl.shape
+        return bootstrap(lambda weights: self.interpolated(weights, kl), runs, prompts, comparisons)
 
     def interpolated(self, weights: Weights, kl: float) -> torch.Tensor:
         """The win rate at a KL in each of B resamples, (B,).
@@ -114,7 +115,8 @@ def difference_at(first: Frontier, second: Frontier, kl: float, comparisons: int
     def difference(weights: Weights) -> torch.Tensor:
         return first.interpolated(weights, kl) - second.interpolated(weights, kl)
 
-    return bootstrap(difference, *first.kl.shape[1:], comparisons)
+    _, runs, prompts = first.kl.shape
+    return bootstrap(difference, runs, prompts, comparisons)
 
 
 def rate_at_equal_kl(
