@@ -47,8 +47,8 @@ class _Watched:
 
         return watched
 
-    def side_by_side(self, reads):
-        return [read() for read in reads]
+    def run_concurrently(self, calls):
+        return [call() for call in calls]
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama", "gemma3"])  # each places tokens in its own way
@@ -58,18 +58,18 @@ def test_engine_steps(architecture) -> None:
         model.config.pad_token_id = None  # transformers would look for it in the prompts, to warn
     engine = RolloutEngine(*models, recorder=_Watched(), bucket=16)
     batch = padded(prompts((9, 9)))
-    plan = engine._plan(batch["input_ids"], None, nash_md(BETA), settings(4, backend="torch"), Hooks())
-    assert not plan.notes
-    plan = replace(plan, prompts=replace(plan.prompts, **on_device(vars(plan.prompts))))
-    facts = engine.ensemble.facts
-    engine.ensemble.facts = {name: replace(f, model=f.model.to(DEVICE), device=DEVICE) for name, f in facts.items()}
+    request = engine._resolve(batch["input_ids"], None, nash_md(BETA), settings(4, backend="torch"), Hooks())
+    assert not request.notes
+    request = replace(request, prompts=replace(request.prompts, **on_device(vars(request.prompts))))
+    info = engine.models.info
+    engine.models.info = {name: replace(f, model=f.model.to(DEVICE), device=DEVICE) for name, f in info.items()}
     engine.device = DEVICE
-    with torch.no_grad(), engine.ensemble.playing():
-        rollout = Rollout(plan, engine._workspace(plan), engine.graphs)
-        rollout._start()
+    with torch.no_grad(), engine.models.decoding_mode():
+        rollout = Rollout(request, engine._workspace(request), engine.graphs)
+        rollout.prefill()
         for _ in range(3):
-            rollout._advance()
-    assert rollout.drawn == 4
+            rollout.step()
+    assert rollout.steps == 4
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_every_linear_layer_is_adapted_in_one_pass(architecture) -> None:
     names = [name for name, m in base.named_modules() if type(m).__name__ in ("Linear", "Conv1D", "FalconLinear")]
     policy = lora(copy.deepcopy(base), target_modules=[name for name in names if "lm_head" not in name])
     engine, worst = error(policy, base)
-    assert engine.ensemble.one_pass, engine.ensemble.notes
+    assert engine.models.one_pass, engine.models.notes
     assert worst < 5e-5
 
 
@@ -94,14 +94,14 @@ def test_a_model_that_mixes_rows_takes_two_passes(flatten, reason, dtype) -> Non
         assert worst < 5e-5
     else:
         engine = RolloutEngine(lora(base.to(dtype), trained=False))
-    assert not engine.ensemble.one_pass
-    assert any(reason in note for note in engine.ensemble.notes)
+    assert not engine.models.one_pass
+    assert any(reason in note for note in engine.models.notes)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "mixtral"])
 def test_rounding_alone_does_not_cost_one_pass(architecture) -> None:
     base = tiny(architecture, hidden=64).to(torch.bfloat16)
-    assert RolloutEngine(lora(base, target_modules=["q_proj", "v_proj"])).ensemble.one_pass
+    assert RolloutEngine(lora(base, target_modules=["q_proj", "v_proj"])).models.one_pass
 
 
 def test_the_comparison_leaves_a_new_adapter_as_it_was() -> None:
@@ -111,7 +111,7 @@ def test_the_comparison_leaves_a_new_adapter_as_it_was() -> None:
     scaling = [dict(m.scaling) for m in policy.modules() if hasattr(m, "scaling") and hasattr(m, "lora_A")]
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    assert not RolloutEngine(policy).ensemble.one_pass
+    assert not RolloutEngine(policy).models.one_pass
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in policy.named_parameters():
         same, place, content = before[name]
@@ -142,7 +142,7 @@ def test_a_forward_that_others_put_into_a_layer_stays() -> None:
     layer = policy.get_base_model().model.layers[0].self_attn.q_proj
     layer.forward = own = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
     engine = RolloutEngine(policy)
-    assert not engine.ensemble.one_pass
+    assert not engine.models.one_pass
     engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(2))
     assert vars(layer)["forward"] is own
 
@@ -153,7 +153,7 @@ def test_without_a_cache_the_base_is_read_whole_too(architecture) -> None:
     targets = ["in_proj"] if architecture == "mamba" else TARGETS
     engine, worst = error(lora(copy.deepcopy(base), target_modules=targets), base, use_cache=False)
     assert worst < 5e-5
-    assert any("use_cache=False" in note for note in engine.ensemble.notes)
+    assert any("use_cache=False" in note for note in engine.models.notes)
 
 
 # ---- peft's other adapters -------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_options_of_lora(name) -> None:
     base = tiny("qwen2" if name == "lora_bias" else "llama")
     engine, worst = error(lora(copy.deepcopy(base), **options), base)
     assert worst < 5e-5
-    assert engine.ensemble.one_pass is one_pass
+    assert engine.models.one_pass is one_pass
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -203,7 +203,7 @@ def test_other_kinds_take_two_passes(name) -> None:
     config = make_kind(name)(**{"target_modules": TARGETS, "task_type": "CAUSAL_LM", **KINDS[name]})
     policy = train(peft.get_peft_model(copy.deepcopy(base), config))
     engine, worst = error(policy, base)
-    assert worst < 5e-5 and not engine.ensemble.one_pass
+    assert worst < 5e-5 and not engine.models.one_pass
 
 
 def test_every_kind_that_is_served_is_tested() -> None:

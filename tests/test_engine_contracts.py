@@ -212,8 +212,10 @@ def test_memory_is_what_was_planned(architecture) -> None:
     asked = settings(20)
     plan = engine.memory_plan(3, 9, nash_md(BETA, samples=2), asked)
     engine.rollout(**padded(prompts()), players=nash_md(BETA, samples=2), settings=asked)
-    for reader, name in zip(engine._space.readers, ("policy cache", "reference cache"), strict=True):
-        held = sum(t.numel() * t.element_size() for layer in reader.cache.kept for t in (layer.keys, layer.values))
+    for runner, name in zip(engine._space.runners, ("policy cache", "reference cache"), strict=True):
+        held = sum(
+            t.numel() * t.element_size() for layer in runner.cache.static_layers for t in (layer.keys, layer.values)
+        )
         assert plan.parts[name] == held
     assert plan.total == sum(plan.parts.values()) and plan.rows == 12
     assert "reference cache" in str(plan)
@@ -307,7 +309,7 @@ def test_models_that_do_not_fit_each_other_are_refused() -> None:
         ValueError, match="reference: expected policy and reference of one vocabulary; got 97 tokens and 104"
     ):
         RolloutEngine(policy, wider)
-    assert RolloutEngine(policy, wider, vocab_size=VOCABULARY).ensemble.vocabulary == VOCABULARY
+    assert RolloutEngine(policy, wider, vocab_size=VOCABULARY).models.vocabulary == VOCABULARY
     with pytest.raises(ValueError, match="reference: expected dtype float32, as the policy; got bfloat16"):
         RolloutEngine(policy, reference.bfloat16())
     with pytest.raises(TypeError, match="policy: expected a causal language model; got str"):

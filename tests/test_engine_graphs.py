@@ -8,9 +8,9 @@ import transformers
 
 from nlhf_kernels import use_backend
 from nlhf_kernels.engine import Hooks, Player, RolloutEngine, nash_md
-from nlhf_kernels.engine.graphs import Graphs, Unrecorded
-from nlhf_kernels.engine.openness import OpenRows
-from nlhf_kernels.engine.table import Seat, who_stays
+from nlhf_kernels.engine.batch import PlayerRows, remaining_rows
+from nlhf_kernels.engine.graphs import EagerRecorder, Graphs
+from nlhf_kernels.engine.outputs import OpenRowsReader
 from tests.support.engine import TINY, settings, tiny, tiny_pair, worst_error
 from tests.support.tiny_models import BETA, one_thread, padded, prompts
 
@@ -35,20 +35,20 @@ class FakeRecorder:
         step()
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
-        clock = self.engine._space.clock
-        recorded = clock.filled, clock.padded
+        decode_state = self.engine._space.state
+        recorded = decode_state.filled, decode_state.padded
 
         def replay() -> None:
-            now = clock.filled, clock.padded
-            clock.filled, clock.padded = recorded  # a graph knows nothing of the host's view
+            now = decode_state.filled, decode_state.padded
+            decode_state.filled, decode_state.padded = recorded  # a graph knows nothing of the host's view
             step()
-            clock.filled, clock.padded = now
+            decode_state.filled, decode_state.padded = now
             self.replays += 1
 
         return replay
 
-    def side_by_side(self, reads):
-        return [read() for read in reads]
+    def run_concurrently(self, calls):
+        return [call() for call in calls]
 
 
 def recorded(policy, reference, bucket=8, **options) -> tuple[RolloutEngine, FakeRecorder]:
@@ -75,7 +75,7 @@ def test_the_next_rollout_replays_what_this_one_recorded() -> None:
     engine, recorder = recorded(policy, reference)
     first = engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(12))
     records = recorder.records
-    engine._space.readers[0].cache.kept[0].values.fill_(torch.nan)  # what a broken rollout may leave behind
+    engine._space.runners[0].cache.static_layers[0].values.fill_(torch.nan)  # what a broken rollout may leave behind
     again = engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(12))
     assert recorder.records == records
     assert torch.equal(first[1].tokens, again[1].tokens) and again[1].ok.all()
@@ -145,7 +145,7 @@ def test_compiled_models_say_the_same(monkeypatch) -> None:
 
 def test_steps_that_nobody_recorded_are_those_of_the_rollout_that_takes_them() -> None:
     """Not the first rollout's, which is past its minimal length."""
-    engine = RolloutEngine(*tiny_pair("gpt2"), recorder=Unrecorded(), bucket=32)
+    engine = RolloutEngine(*tiny_pair("gpt2"), recorder=EagerRecorder(), bucket=32)
     asked = settings(12, min_new_tokens=6, end_ids=range(3, 60))
     first, again = (engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=asked) for _ in range(2))
     for one, two in zip(first, again, strict=True):
@@ -159,7 +159,7 @@ def test_books() -> None:
 
 
 @pytest.mark.parametrize(
-    ("is_open", "in_powers", "kept"),
+    ("is_open", "powers_of_two", "remaining"),
     [
         ("1111 1111", False, None),  # nobody has ended
         ("1110 1111", False, [[0, 1, 2], [4, 5, 6, 7]]),
@@ -170,9 +170,9 @@ def test_books() -> None:
         ("0000 0000", False, None),
     ],
 )
-def test_who_stays(is_open, in_powers, kept) -> None:
-    seats = (Seat(0, "policy", 0, 0, 4), Seat(1, "policy", 1, 4, 8))
-    assert who_stays(seats, [mark == "1" for mark in is_open.replace(" ", "")], in_powers) == kept
+def test_remaining_rows(is_open, powers_of_two, remaining) -> None:
+    players_rows = (PlayerRows(0, "policy", 0, 0, 4), PlayerRows(1, "policy", 1, 4, 8))
+    assert remaining_rows(players_rows, [mark == "1" for mark in is_open.replace(" ", "")], powers_of_two) == remaining
 
 
 def test_an_answer_that_has_not_arrived_stops_nobody() -> None:
@@ -184,12 +184,12 @@ def test_an_answer_that_has_not_arrived_stops_nobody() -> None:
         def query(self) -> bool:
             return self.done
 
-    rows, event = OpenRows(), Event()
+    rows, event = OpenRowsReader(), Event()
     rows._pending = (torch.tensor([True, False]), event)
     assert rows.read() is None
     event.done = True
     assert rows.read() == [True, False] and rows.read() is None
-    rows.post(torch.tensor([False]))
+    rows.request(torch.tensor([False]))
     assert rows.read() == [False]
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from nlhf_kernels.engine import Player, RolloutEngine, ensemble
-from nlhf_kernels.engine.graphs import Unrecorded
-from nlhf_kernels.engine.models import inspect_model
-from nlhf_kernels.engine.probes import examine, why_not_standing
+from nlhf_kernels.engine import Player, RolloutEngine, model_set
+from nlhf_kernels.engine.graphs import EagerRecorder
+from nlhf_kernels.engine.model_info import inspect_model
+from nlhf_kernels.engine.probes import examine, why_not_static
 from tests.support.engine import TINY, settings, tiny, worst_error
 from tests.support.tiny_models import _SHAPE, VOCABULARY, _config, one_thread, padded, prompts, random_model
 
@@ -78,7 +78,7 @@ def error(engine: RolloutEngine, model: torch.nn.Module, rows: list[torch.Tensor
 
 
 def standing(model: torch.nn.Module, bucket: int = 48, **options) -> RolloutEngine:
-    return RolloutEngine(model, recorder=Unrecorded(), bucket=bucket, **options)
+    return RolloutEngine(model, recorder=EagerRecorder(), bucket=bucket, **options)
 
 
 # ---- standing shapes -------------------------------------------------------------------------------------------------
@@ -89,11 +89,11 @@ def standing(model: torch.nn.Module, bucket: int = 48, **options) -> RolloutEngi
 def test_standing_shapes_say_what_full_forward_passes_say(name, lengths, monkeypatch) -> None:
     """A cache of 48 slots, a text that goes from within windows of four to far past them."""
     for name_of_check in ("_routes_on_host", "_indexes_from_host"):  # which no recorder here minds
-        monkeypatch.setattr(ensemble, name_of_check, lambda model: False)
+        monkeypatch.setattr(model_set, name_of_check, lambda model: False)
     model = make(name)
     engine = standing(model)
     assert error(engine, model, prompts(lengths)) < TOLERANCE
-    assert engine.ensemble.why_not_recorded() == []
+    assert engine.models.why_not_recorded() == []
 
 
 @pytest.mark.parametrize(("name", "bucket"), [("gpt_neo", 48), ("gpt_neo", 8), ("mpt", 48)])
@@ -103,7 +103,7 @@ def test_a_model_that_takes_the_caches_length_for_the_texts_has_growing_shapes(n
     monkeypatch.setattr(torch, "compile", lambda model: lambda **_: pytest.fail("a compiled model was run"))
     model = make(name)
     engine = standing(model, bucket, compile=True)
-    (reason,) = engine.ensemble.why_not_recorded()
+    (reason,) = engine.models.why_not_recorded()
     assert reason.startswith(f"the policy, {type(model).__name__}, ") and "cache" in reason
     result = engine.rollout(**padded(prompts((9, 9))), players=(Player(),), settings=settings(3))
     assert result.notes == (f"eager steps: {reason}",)
@@ -114,7 +114,7 @@ def test_a_model_that_takes_the_caches_length_for_the_texts_has_growing_shapes(n
 
 
 def takes_kernel(model: torch.nn.Module) -> bool:
-    return RolloutEngine(model).ensemble.facts["policy"].decode_attention
+    return RolloutEngine(model).models.info["policy"].decode_attention
 
 
 @pytest.mark.parametrize("lengths", [LONG, (9, 9)], ids=["padded", "whole"])
@@ -254,9 +254,9 @@ def test_models_without_a_language_models_head_are_refused(role, kind, message) 
 def test_rounding_is_no_reason(name, dtype) -> None:
     """What float32 models may do, those in 16 bits may."""
     exact = examine(inspect_model("policy", tiny(name), True), True, "test")
-    facts = examine(inspect_model("policy", tiny(name).to(dtype), True), True, "test")
-    assert facts.padding is None and facts.decode_attention is exact.decode_attention
-    assert why_not_standing(facts, 32) is None
+    info = examine(inspect_model("policy", tiny(name).to(dtype), True), True, "test")
+    assert info.padding_fault is None and info.decode_attention is exact.decode_attention
+    assert why_not_static(info, 32) is None
 
 
 def test_what_was_found_is_remembered_with_the_model() -> None:

@@ -35,7 +35,7 @@ def test_one_pass_serves_the_adapter_and_its_base() -> None:
     base = tiny("llama")
     policy = adapted(base)
     engine = RolloutEngine(policy)
-    assert engine.ensemble.one_pass
+    assert engine.models.one_pass
     calls = []
     policy.get_base_model().register_forward_pre_hook(lambda *_: calls.append(1))
     rows = prompts()

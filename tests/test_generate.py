@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from nlhf_kernels.core.upstream import cache_argument
-from nlhf_kernels.engine import ensemble, readers
+from nlhf_kernels.engine import model_set, runners
 from nlhf_kernels.engine.caches import StaticRowsCache
 from nlhf_kernels.integrations import generate_mixture, mixture_generate
 from tests.support.statistics import assert_plausible, chi_square_p
@@ -125,19 +125,21 @@ def test_caches_are_separate() -> None:
 
 
 def _share_the_cache(monkeypatch) -> None:
-    make, made = ensemble.CachedReader, []
+    make_runner, all_runners = model_set.CachedRunner, []
 
-    def reader(*arguments):
-        made.append(make(*arguments))
-        made[-1].cache = made[0].cache
-        return made[-1]
+    def runner(*arguments):
+        all_runners.append(make_runner(*arguments))
+        all_runners[-1].cache = all_runners[0].cache
+        return all_runners[-1]
 
-    monkeypatch.setattr(ensemble, "CachedReader", reader)
+    monkeypatch.setattr(model_set, "CachedRunner", runner)
 
 
 def _drop_positions(monkeypatch) -> None:
-    call = readers.call
-    monkeypatch.setattr(readers, "call", lambda *places, position_ids, **inputs: call(*places, **inputs))
+    last_logits = runners.last_logits
+    monkeypatch.setattr(
+        runners, "last_logits", lambda *arguments, position_ids, **inputs: last_logits(*arguments, **inputs)
+    )
 
 
 @pytest.mark.parametrize(("break_it", "lengths"), [(_share_the_cache, (6, 6)), (_drop_positions, LENGTHS)])

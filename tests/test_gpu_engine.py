@@ -59,7 +59,7 @@ def test_adapter_and_base_in_one_captured_pass() -> None:
     policy = adapted(tiny("llama")).cuda()
     engine, rows = RolloutEngine(policy), prompts()
     result = engine.rollout(**_batch(rows), players=nash_md(BETA, samples=2), settings=settings(12))
-    assert engine.ensemble.one_pass and engine.graphs.recorded and result.notes == ()
+    assert engine.models.one_pass and engine.graphs.recorded and result.notes == ()
     merged = copy.deepcopy(policy).merge_and_unload()
     for responses, beta in zip(result, (0.0, BETA), strict=True):
         assert worst_error(responses, merged, base, [row.cuda() for row in rows], beta, samples=2) < 1e-3

@@ -14,7 +14,7 @@ import transformers
 from nlhf_kernels.core import upstream
 from nlhf_kernels.core.upstream import CACHES, cache_argument, finite_attention_gradients
 from nlhf_kernels.engine.caches import ProbeLayer
-from nlhf_kernels.engine.models import has_key_value_cache
+from nlhf_kernels.engine.model_info import has_key_value_cache
 from tests.support.tiny_models import ARCHITECTURES, random_model, tiny_model
 
 MATH = [torch.nn.attention.SDPBackend.MATH]
@@ -172,7 +172,7 @@ def test_cache_layers() -> None:
 
 
 def test_plain_lora_layers() -> None:
-    """Their forward is the sum that engine/one_pass.py writes for a part of the rows."""
+    """Their forward is the sum that engine/lora.py writes for a part of the rows."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)

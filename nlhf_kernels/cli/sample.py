@@ -25,6 +25,7 @@ from ..core.optional import require
 from ..core.places import locate
 from ..core.terminal import cut_lines, new_console, new_progress, printable
 from ..core.text import read_text
+from ..core.tokens import end_token_ids
 from ..data import encode_prompts, load_prompts
 from .errors import BadInput
 from .loading import find_device, read_data
@@ -151,7 +152,8 @@ def _generate(arguments: argparse.Namespace) -> list[Sample]:
     encoded = encode_prompts(tokenizer, [text for _, text in prompts])
     rows = [ids for ids in encoded for _ in range(arguments.num_samples)]
     _check_room((policy, reference), max(map(len, rows)) + arguments.max_new_tokens)
-    eos, pad = _special(tokenizer, policy)
+    end_ids = end_token_ids(policy, tokenizer)
+    pad = next(iter(end_ids), 0)  # padding is masked: any id of the vocabulary will do
     cached = all(has_key_value_cache(model) for model in (policy, reference) if model is not None)
     engine = RolloutEngine(policy, reference, vocab_size=width, use_cache=cached, op="sample")
     settings = RolloutSettings(
@@ -161,7 +163,7 @@ def _generate(arguments: argparse.Namespace) -> list[Sample]:
         top_p=arguments.top_p,
         min_p=arguments.min_p,
         seed=arguments.seed,
-        end_ids=eos,
+        end_ids=end_ids,
         pad_id=pad,
     )
     samples: list[Sample] = []
@@ -276,15 +278,6 @@ def _check_room(models: Sequence[Any], length: int) -> None:
                 f"sample: --max-new-tokens: expected prompt and new tokens within {room} positions of "
                 f"{type(model).__name__}; got {length}"
             )
-
-
-def _special(tokenizer: Any, policy: Any) -> tuple[list[int], int]:
-    """End-of-sequence ids, the model's and the tokenizer's, and what to pad with."""
-    ends = policy.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or ())
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    return ends, ends[0] if ends else 0  # padding is masked: any id of the vocabulary will do
 
 
 def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

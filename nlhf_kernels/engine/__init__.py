@@ -1,4 +1,4 @@
-"""Rollouts: a policy and a reference decode in lockstep. Importing this folder imports transformers."""
+"""Rollouts: a policy and a reference decode in lockstep. Importing this package imports transformers."""
 
 try:
     import transformers  # noqa: F401
@@ -8,9 +8,8 @@ except ImportError as error:
 from .engine import RolloutEngine
 from .hooks import Hooks
 from .memory import MemoryPlan
-from .models import has_key_value_cache
-from .request import Player, RolloutSettings, nash_ema, nash_md
-from .result import Finish, Responses, RolloutResult
+from .model_info import has_key_value_cache
+from .request import Finish, Player, Responses, RolloutResult, RolloutSettings, nash_ema, nash_md
 
 __all__ = [
     "Finish",

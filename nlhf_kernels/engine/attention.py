@@ -2,8 +2,8 @@
 
 Registered through transformers' public AttentionInterface and AttentionMaskInterface. Inside a `decode_window`, and
 without gradients, a step of one token takes the kernel: no mask is made, no key or value is copied. Everything else,
-prefill and training above all, goes to transformers' sdpa; models that sdpa cannot serve (soft caps, sinks) to a plain
-softmax here.
+prefill and training above all, takes transformers' sdpa, or a plain softmax here where sdpa cannot serve (soft caps,
+sinks).
 """
 
 from __future__ import annotations
@@ -29,22 +29,20 @@ try:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 except ImportError as error:
-    raise ImportError("nlhf_kernels.integrations needs transformers: pip install nlhf-kernels[transformers]") from error
+    raise ImportError("nlhf_kernels.engine needs transformers: pip install nlhf-kernels[transformers]") from error
 
 NAME = "nlhf_decode"
 _PROBE = "nlhf_decode_probe"
-REPLACED = ("sdpa", "eager")  # what a model has by default; whoever chose another one has a reason
+REPLACED = ("sdpa", "eager")  # models' defaults; another attention was chosen on purpose
 
 
 def _is_decoding(query_length: int) -> bool:
     return query_length == 1 and current_decode_window() is not None and not torch.is_grad_enabled()
 
 
-def _range_says_it_all(
-    mask_function: Callable[..., Any], local_size: int | None, use_vmap: bool, config: Any, **_: Any
-) -> bool:
-    """Whether the mask is causal, or causal within the model's sliding window, and nothing else: chunks, blocks and
-    masks of a model's own are made as ever. A name that transformers changes costs a mask, not a wrong result."""
+def _is_range(mask_function: Callable[..., Any], local_size: int | None, use_vmap: bool, config: Any, **_: Any) -> bool:
+    """Whether the mask is causal, or causal within the model's sliding window, and nothing else (chunks, blocks, masks
+    of a model's own). A name that transformers changes costs a mask, not a wrong result."""
     if use_vmap:
         return False
     if local_size is None:
@@ -58,8 +56,18 @@ def nlhf_decode_mask(
     mask_function: Callable[..., Any] = causal_mask_function, attention_mask: torch.Tensor | None = None,
     config: Any = None, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any,
 ) -> torch.Tensor | None:  # fmt: skip
-    """No mask where `nlhf_decode_attention` will take the kernel; else the one that sdpa takes."""
-    if _is_decoding(q_length) and _range_says_it_all(mask_function, local_size, use_vmap, config):
+    """Return no mask where `nlhf_decode_attention` will take the kernel; else the one that sdpa takes.
+
+    Args:
+        batch_size, q_length, kv_length, q_offset, kv_offset: of the scores.
+        mask_function: transformers' predicate on (batch, head, query, key).
+        attention_mask ((B, L)): 0 at padding.
+        config: the model's configuration.
+        local_size: of the sliding window; None: there is none.
+        use_vmap: whether the predicate has to be vectorised.
+        kwargs: passed on to transformers' sdpa_mask.
+    """
+    if _is_decoding(q_length) and _is_range(mask_function, local_size, use_vmap, config):
         return None
     mask: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -71,18 +79,34 @@ def nlhf_decode_mask(
 
 def nlhf_decode_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,  # (B, Hq, T, D)
-    key: torch.Tensor,  # (B, Hkv, L, D)
-    value: torch.Tensor,  # (B, Hkv, L, Dv)
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,  # (Hq,) sinks
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # (B, T, Hq, Dv)
-    """transformers' attention function: see the file's docstring for which call goes where."""
+) -> tuple[torch.Tensor, None]:
+    """Attend, as transformers' attention functions do: by the kernel in a step of one token, else by sdpa.
+
+    Returns (B, T, Hq, Dv), and None in place of attention weights.
+
+    Args:
+        module: the attention layer.
+        query ((B, Hq, T, D)): of T tokens.
+        key ((B, Hkv, L, D)): of L slots.
+        value ((B, Hkv, L, Dv)): of L slots.
+        attention_mask ((B, 1, T, L)): bool or additive; None: causal.
+        dropout (float): of attention weights.
+        scaling (float): of scores; None: D ** -0.5.
+        sliding_window (int): tokens a query sees; None: all before it.
+        softcap (float): bound of scores, by tanh.
+        s_aux ((Hq,)): a further score per head that takes weight and has no value (a sink).
+        kwargs: passed on to transformers' sdpa attention.
+    """
     window = current_decode_window()
     if window is not None and _takes_kernel(module, query, attention_mask, kwargs):
         if kwargs.get("position_bias") is not None:
@@ -102,10 +126,10 @@ def nlhf_decode_attention(
 
 
 def _takes_kernel(
-    module: torch.nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None, named: dict[str, Any]
+    module: torch.nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None, options: dict[str, Any]
 ) -> bool:
-    """`named`: the further arguments of the attention function."""
-    causal = named.get("is_causal")
+    """`options`: the further arguments of the attention function."""
+    causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     return attention_mask is None and bool(causal) and _is_decoding(query.shape[2])
 
@@ -147,29 +171,31 @@ AttentionMaskInterface.register(NAME, nlhf_decode_mask)
 
 
 @contextmanager
-def attending(models: Sequence[Any], name: str = NAME) -> Iterator[None]:
-    """These models' attention, for a while."""
+def use_attention(models: Sequence[Any], name: str = NAME) -> Iterator[None]:
+    """Set these models' attention, and restore their own afterwards."""
     before = [(config, attention_name(config)) for model in models for config in _configs(model)]
     try:
         for model in models:
             model.set_attn_implementation(name)
         yield
     finally:
-        for config, own in before:
-            set_attention_name(config, own)
+        for config, previous in before:
+            set_attention_name(config, previous)
 
 
 def _configs(model: Any) -> list[Any]:
-    """Of a model and its parts, each of which may attend in its own way; a whole before its parts, as setting the
-    attention of one sets that of the others."""
-    found: dict[int, Any] = {}
-    ahead = [module.config for module in model.modules() if hasattr(module, "config")][::-1]
-    while ahead:
-        config = ahead.pop()
-        if id(config) not in found and names_attention(config):
-            found[id(config)] = config
-            ahead += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
-    return list(found.values())
+    """Configurations of a model and its parts, each of which may name an attention of its own.
+
+    A whole comes before its parts, as setting its attention sets theirs.
+    """
+    configs: dict[int, Any] = {}
+    stack = [module.config for module in model.modules() if hasattr(module, "config")][::-1]
+    while stack:
+        config = stack.pop()
+        if id(config) not in configs and names_attention(config):
+            configs[id(config)] = config
+            stack += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return list(configs.values())
 
 
 class _Call(NamedTuple):
@@ -183,36 +209,37 @@ class _Call(NamedTuple):
 def takes_decode_attention(model: Any, step: Callable[[], tuple[int, int, int]]) -> bool:
     """Whether this model decodes right under NAME, as far as masks tell.
 
-    `step` takes one step of one token past every window, and returns how many layers kept keys, and the range of slots
-    that may be seen. Each of those layers must come to the attention function, without a mask of its own making, and
-    take the kernel there: a layer that attends by itself, or in both directions, would miss the mask that is not made.
-    And the masks that the model makes under sdpa must be the ranges that the kernel reads.
+    `step` takes one step of one token past every window, and returns how many layers stored keys, and the range of
+    slots that may be seen. Each of those layers must call the attention function, without a mask of the model's own,
+    and take the kernel there: a layer that attends by itself, or in both directions, would miss the mask that is not
+    made. And the masks that the model makes under sdpa must be the ranges that the kernel reads.
     """
     if not hands_attention_over(model) or model.dtype not in FLOATS:
         return False
     if attention_name(model.config) not in REPLACED:
         return False
     try:
-        (layers, start, end), ours = _calls(model, step, nlhf_decode_mask)
-        _, own = _calls(model, step, _every_mask)
+        (layers, start, end), kernel_calls = _calls(model, step, nlhf_decode_mask)
+        _, sdpa_calls = _calls(model, step, _explicit_mask)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # whatever a model does with a cache that is not its own
+    except Exception:  # the model fails on a cache that is not its own
         return False
-    if not layers == len(ours) == len(own) or not all(call.by_kernel for call in ours):
+    if not layers == len(kernel_calls) == len(sdpa_calls) or not all(call.by_kernel for call in kernel_calls):
         return False
     slots = torch.arange(end, dtype=torch.int64, device=model.device)
-    for call, masked in zip(ours, own, strict=True):
-        seen = slots >= max(start, 0 if call.window is None else end - call.window)
-        if masked.mask is None or masked.mask.dtype != torch.bool or not torch.equal(masked.mask.flatten(), seen):
+    for call, sdpa_call in zip(kernel_calls, sdpa_calls, strict=True):
+        visible = slots >= max(start, 0 if call.window is None else end - call.window)
+        mask = sdpa_call.mask
+        if mask is None or mask.dtype != torch.bool or not torch.equal(mask.flatten(), visible):
             return False
     return True
 
 
-def _every_mask(*arguments: Any, **named: Any) -> torch.Tensor | None:
-    """The mask that sdpa takes, made where sdpa could do without one as well."""
+def _explicit_mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
+    """The mask that sdpa takes, also where sdpa could do without."""
     mask: torch.Tensor | None = sdpa_mask(
-        *arguments, **{**named, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        *arguments, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     )
     return mask
 
@@ -220,23 +247,23 @@ def _every_mask(*arguments: Any, **named: Any) -> torch.Tensor | None:
 def _calls(
     model: Any, step: Callable[[], tuple[int, int, int]], mask: Callable[..., torch.Tensor | None]
 ) -> tuple[tuple[int, int, int], list[_Call]]:
-    """What `step` returns, and its calls of an attention function that computes nothing."""
+    """Return the result of `step`, and its calls of an attention function that computes nothing."""
     calls: list[_Call] = []
     # Gemma 2's soft cap, until transformers made its attention eager by default.
     ignored = ("softcap", "s_aux") if attention_name(model.config) == "sdpa" else ()
 
     def attention(
         module: Any, query: torch.Tensor, key: Any, value: torch.Tensor, attention_mask: torch.Tensor | None,
-        *_: Any, **named: Any,
+        *_: Any, **options: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        alien = [name for name in ("position_bias", *ignored) if named.get(name) is not None]
-        by_kernel = _takes_kernel(module, query, attention_mask, named) and not alien
-        calls.append(_Call(attention_mask, named.get("sliding_window"), by_kernel))
+        unsupported = [name for name in ("position_bias", *ignored) if options.get(name) is not None]
+        by_kernel = _takes_kernel(module, query, attention_mask, options) and not unsupported
+        calls.append(_Call(attention_mask, options.get("sliding_window"), by_kernel))
         batch, heads, length = query.shape[:3]
         return query.new_zeros(batch, length, heads, value.shape[-1]), None
 
     AttentionInterface.register(_PROBE, attention)
     AttentionMaskInterface.register(_PROBE, mask)
     one = torch.ones(1, dtype=torch.int64, device=model.device)
-    with torch.no_grad(), attending([model], _PROBE), decode_window(None, one):
+    with torch.no_grad(), use_attention([model], _PROBE), decode_window(None, one):
         return step(), calls

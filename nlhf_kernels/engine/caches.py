@@ -1,7 +1,7 @@
-"""Key/value caches that are allocated once: a prompt's entries are fanned out to its rows, a step writes one column.
+"""Key/value caches that are allocated once: a prompt's entries are written to all its rows, a step writes one column.
 
-Built on transformers' public cache classes. Sliding layers keep every position and leave the window to the mask, as
-the model itself makes it: one kind of layer, right for full, sliding and chunked attention alike.
+Built on transformers' public cache classes. Sliding layers keep every position and leave the window to the mask that
+the model makes, so that one kind of layer is right for full, sliding and chunked attention.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .clock import Clock
+from .decode_state import DecodeState
 
 
 class LayerShape(NamedTuple):
@@ -29,7 +29,7 @@ class LayerShape(NamedTuple):
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """The part of a cache layer that transformers asks for and none of ours uses."""
+    """The methods of a cache layer that transformers requires and that are never called here."""
 
     is_sliding = False
 
@@ -43,7 +43,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class ProbeLayer(_Layer):  # type: ignore[no-untyped-call]
-    """Remembers the shape of what a model stores, and stores nothing."""
+    """Records the shape of what a model stores, and stores nothing."""
 
     shape: LayerShape | None = None
 
@@ -60,30 +60,32 @@ class ProbeLayer(_Layer):  # type: ignore[no-untyped-call]
 
 
 class FarLayer(ProbeLayer):  # type: ignore[no-untyped-call]
-    """Claims to hold `seen` tokens, and gives the new one in the place of each."""
+    """Pretends to hold `length` tokens, all of them copies of the new one."""
 
-    def __init__(self, seen: int) -> None:
+    def __init__(self, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = seen
+        self.length = length
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         super().update(key_states, value_states)
-        return tuple(new.expand(-1, -1, self.seen + 1, -1) for new in (key_states, value_states))
+        return tuple(new.expand(-1, -1, self.length + 1, -1) for new in (key_states, value_states))
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return self.seen + _query_length(query_length), 0
+        return self.length + _query_length(query_length), 0
 
     def get_seq_length(self, *_: Any) -> int:
-        return self.seen
+        return self.length
 
 
-class StaticRows(_Layer):
+class StaticRowsLayer(_Layer):
     """(rows, heads, length, dim) of keys and of values. What a step reads is a view, never a copy."""
 
-    def __init__(self, shape: LayerShape | None, rows: int, length: int, clock: Clock, device: torch.device) -> None:
+    def __init__(
+        self, shape: LayerShape | None, rows: int, length: int, state: DecodeState, device: torch.device
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.clock, self.rows = clock, rows
-        self.fan_out: torch.Tensor | None = None  # (rows,): each row's prompt, while prompts are read
+        self.state, self.rows = state, rows
+        self.fan_out: torch.Tensor | None = None  # (rows,): each row's prompt, during prefill
         if shape is not None:  # a layer that reads another's entries stores none
             slots = rows, shape.heads, length
             self.keys = torch.zeros(*slots, shape.key_dim, dtype=shape.key_dtype, device=device)
@@ -91,73 +93,70 @@ class StaticRows(_Layer):
         self.is_initialized = True
 
     @property
+    def storage(self) -> list[torch.Tensor]:
+        return [tensor for tensor in (self.keys, self.values) if tensor is not None]
+
+    @property
     def is_compileable(self) -> bool:  # type: ignore[override]
-        """Tells transformers' masks not to look at values, which a captured graph could not."""
-        return self.clock.static
+        """Tells transformers' masks not to read values, which a captured graph could not."""
+        return self.state.static
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         assert self.keys is not None and self.values is not None
         if self.fan_out is not None:
-            for kept, new in ((self.keys, key_states), (self.values, value_states)):
-                if kept.dtype != new.dtype:
+            for stored, new in ((self.keys, key_states), (self.values, value_states)):
+                if stored.dtype != new.dtype:
                     raise ValueError(
-                        f"rollout: expected keys and values of {kept.dtype}, as when the engine was made; "
+                        f"rollout: expected keys and values of {stored.dtype}, as when the engine was made; "
                         f"got {new.dtype}"
                     )
-                torch.index_select(new, 0, self.fan_out, out=kept[: self.rows, :, : new.shape[2]])
+                torch.index_select(new, 0, self.fan_out, out=stored[: self.rows, :, : new.shape[2]])
             return key_states, value_states
         keys, values = self.keys[: self.rows], self.values[: self.rows]
-        keys.index_copy_(2, self.clock.cursor, key_states)
-        values.index_copy_(2, self.clock.cursor, value_states)
-        return keys[:, :, : self.clock.visible], values[:, :, : self.clock.visible]
+        keys.index_copy_(2, self.state.cursor, key_states)
+        values.index_copy_(2, self.state.cursor, value_states)
+        return keys[:, :, : self.state.visible_slots], values[:, :, : self.state.visible_slots]
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return (_query_length(query_length) if self.fan_out is not None else self.clock.visible), 0
+        return (_query_length(query_length) if self.fan_out is not None else self.state.visible_slots), 0
 
     def get_seq_length(self, *_: Any) -> Any:
-        return 0 if self.fan_out is not None else self.clock.seen
+        return 0 if self.fan_out is not None else self.state.filled_slots
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Only `rows` go on, at the front of the same storage. Beyond what was written there is nothing to move."""
-        for kept in (self.keys, self.values):
-            if kept is not None:
-                kept[: len(rows), :, : self.clock.filled] = kept[rows, :, : self.clock.filled]
+    def compact(self, rows: torch.Tensor) -> None:
+        """Keep these rows, at the front of the same storage. Slots beyond the filled ones need no copy."""
+        for stored in self.storage:
+            stored[: len(rows), :, : self.state.filled] = stored[rows, :, : self.state.filled]
         self.rows = len(rows)
 
 
 class StaticRowsCache(Cache):
-    """One model's layers. Each model has a cache of its own: there is no way to hand one to two."""
+    """One model's layers. Each model has a cache of its own."""
 
     def __init__(
-        self, shapes: tuple[LayerShape | None, ...], rows: int, length: int, clock: Clock, device: torch.device
+        self, shapes: tuple[LayerShape | None, ...], rows: int, length: int, state: DecodeState, device: torch.device
     ) -> None:
-        self.kept = [StaticRows(shape, rows, length, clock, device) for shape in shapes]
-        self.clock = clock
-        super().__init__(layers=list(self.kept))
+        self.static_layers = [StaticRowsLayer(shape, rows, length, state, device) for shape in shapes]
+        self.state = state
+        super().__init__(layers=list(self.static_layers))
 
-    def start(self, fan_out: torch.Tensor) -> None:
-        """The next forward reads prompts; row r of this cache answers prompt fan_out[r]."""
-        if self.clock.recorded:
-            self._clear()
-        for layer in self.kept:
+    def begin_prefill(self, fan_out: torch.Tensor) -> None:
+        """The next forward pass reads prompts; row r of this cache answers prompt fan_out[r]."""
+        for layer in self.static_layers:
             layer.rows, layer.fan_out = len(fan_out), fan_out
+            # Recorded steps read masked slots, too: a NaN from an earlier rollout would reach the output at weight 0.
+            for stored in layer.storage if self.state.recorded else ():
+                stored.zero_()
 
-    def begin_steps(self) -> None:
-        for layer in self.kept:
+    def end_prefill(self) -> None:
+        for layer in self.static_layers:
             layer.fan_out = None
 
-    def keep(self, rows: torch.Tensor) -> None:
-        for layer in self.kept:
-            layer.keep(rows)
-
-    def _clear(self) -> None:
-        """Recorded steps read masked slots too, and a NaN from an earlier rollout would poison them at weight 0."""
-        for layer in self.kept:
-            for kept in (layer.keys, layer.values):
-                if kept is not None:
-                    kept.zero_()
+    def compact(self, rows: torch.Tensor) -> None:
+        for layer in self.static_layers:
+            layer.compact(rows)
 
 
-def _query_length(given: Any) -> int:
+def _query_length(length: Any) -> int:
     """A number, or, before transformers 5.19, the positions that are written."""
-    return len(given) if isinstance(given, torch.Tensor) else int(given)
+    return len(length) if isinstance(length, torch.Tensor) else int(length)

@@ -1,28 +1,29 @@
-"""CUDA graphs of a step: recorded once per (rows of every player, cache bucket), replayed from then on.
+"""CUDA graphs of a decode step, recorded once per (rows of every player, cache bucket) and replayed from then on.
 
-`Graphs` keeps the books and knows nothing of CUDA; `CudaRecorder` is the part that does. A recorder is given a step and
-the small tensors that the step advances, and returns what replays it; recording must leave those tensors as they were.
+`Graphs` keeps what was recorded and knows nothing of CUDA; `CudaRecorder` records. A recorder gets a step and the small
+tensors that the step advances, and returns a function that replays it; recording must leave those tensors unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 BUCKET = 256  # cache slots a graph reads: fewer waste attention on masked slots, more cost graphs and memory
 WARM_UPS = 2  # steps run before recording: libraries allocate and tune on their first calls
 Run = Callable[[], None]
+Result = TypeVar("Result")
 
 
 class Recorder(Protocol):
     def record(self, step: Run, state: Sequence[torch.Tensor]) -> Run:
-        """`step` as something that replays it, or `step` itself where nothing is kept of it. `state` is what a step
-        advances: it is as before when this returns."""
+        """Return a function that replays `step`, or `step` itself where it is not recorded. The tensors of `state`,
+        which a step advances, are unchanged when this returns."""
 
-    def side_by_side(self, reads: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Runs forwards that do not depend on each other, and gives their results."""
+    def run_concurrently(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Run forward passes that do not depend on each other and return their results."""
 
 
 class Graphs:
@@ -31,27 +32,24 @@ class Graphs:
         self.recorded: dict[Hashable, Run] = {}
 
     def bucket(self, length: int) -> int:
-        """`length` rounded up to whole buckets."""
+        """Round a length up to whole buckets."""
         return -(-length // self.slots) * self.slots
 
     def run(self, key: Hashable, step: Run, state: Sequence[torch.Tensor]) -> None:
         replay = self.recorded.get(key) or self.recorder.record(step, state)
-        if replay is not step:  # what nobody recorded is this rollout's own, and looks at it
+        if replay is not step:  # a step that was not recorded belongs to its rollout: the next must not run it
             self.recorded[key] = replay
         replay()
 
-    def side_by_side(self, reads: Sequence[Callable[[], Any]]) -> list[Any]:
-        return self.recorder.side_by_side(reads)
 
-
-class Unrecorded:
-    """Steps of standing shapes that nobody records: what compiled models want where there are no graphs."""
+class EagerRecorder:
+    """Records nothing: for compiled models without graphs, which want static shapes all the same."""
 
     def record(self, step: Run, state: Sequence[torch.Tensor]) -> Run:
         return step
 
-    def side_by_side(self, reads: Sequence[Callable[[], Any]]) -> list[Any]:
-        return [read() for read in reads]
+    def run_concurrently(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
+        return [call() for call in calls]
 
 
 class CudaRecorder:
@@ -70,7 +68,8 @@ class CudaRecorder:
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 step()
-                _restore(state, before)
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=side):
@@ -78,18 +77,16 @@ class CudaRecorder:
         self.pool = graph.pool()
         return graph.replay
 
-    def side_by_side(self, reads: Sequence[Callable[[], Any]]) -> list[Any]:
+    def run_concurrently(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
         main = torch.cuda.current_stream(self.device)
         results = []
-        for index, read in enumerate(reads):
-            if index == 0:
-                continue
+        for index, call in enumerate(calls[1:], 1):
             stream = self._stream(index)
             stream.wait_stream(main)
             with torch.cuda.stream(stream):
-                results.append(read())
-        first = reads[0]()
-        for index in range(1, len(reads)):
+                results.append(call())
+        first = calls[0]()
+        for index in range(1, len(calls)):
             main.wait_stream(self._stream(index))
         return [first, *results]
 
@@ -97,8 +94,3 @@ class CudaRecorder:
         while len(self.streams) <= index:
             self.streams.append(torch.cuda.Stream(self.device))
         return self.streams[index]
-
-
-def _restore(state: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> None:
-    for tensor, value in zip(state, before, strict=True):
-        tensor.copy_(value)

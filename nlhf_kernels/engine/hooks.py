@@ -1,6 +1,6 @@
-"""What a caller may hang into the loop: logits processors, stopping criteria and a streamer, as transformers has them.
+"""Hooks of the decoding loop: logits processors, stopping criteria and a streamer, as in transformers' generate().
 
-They look at every token, on the host, so a rollout with hooks checks every step and keeps every row in its place.
+They see every token on the host, so a rollout with hooks checks for ends after every step and never compacts its batch.
 """
 
 from __future__ import annotations
@@ -17,26 +17,44 @@ Criterion = Callable[[torch.Tensor, Any], "torch.Tensor | bool"]  # token ids (B
 
 @dataclass(frozen=True)
 class Hooks:
-    processors: Sequence[Processor] = ()  # see the mixture's raw logits, before temperature and filters
+    """Callables that a rollout of one player runs at every token.
+
+    Args:
+        processors: logits processors, called with the token ids (B, L) and the mixture's raw logits (B, V) float32,
+            before temperature and filters.
+        criteria: stopping criteria, called with the token ids (B, L) and None; True ends a row, or all of them.
+        streamer: an object with `put(tokens)`, called with every column of new tokens (B,), and `end()`.
+    """
+
+    processors: Sequence[Processor] = ()
     criteria: Sequence[Criterion] = ()
-    streamer: Any = None  # put(tokens), end()
+    streamer: Any = None
 
     def __bool__(self) -> bool:
         return bool(self.processors or self.criteria) or self.streamer is not None
 
-    def scores(
-        self, text: torch.Tensor, logits: Sequence[torch.Tensor], weights: torch.Tensor
-    ) -> torch.Tensor:  # (B, L), of (B, V), (B, models) -> (B, V) float32
-        """What the processors make of the mixture. A model of weight 0 is not touched: 0 * -inf is NaN."""
-        mixed = torch.zeros_like(logits[0], dtype=torch.float32)
-        for weight, model in zip(weights.unbind(1), logits, strict=True):
-            column = weight[:, None]
-            mixed = mixed + torch.where(column == 0, 0.0, column * model.float())
-        for processor in self.processors:
-            mixed = processor(text, mixed).float()
-        return mixed
+    def process(self, text: torch.Tensor, logits: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+        """Mix the models' logits and apply the processors. Returns scores, (B, V) float32.
 
-    def stopped(self, text: torch.Tensor) -> torch.Tensor:  # (B,) bool
+        Args:
+            text ((B, L) int64): the tokens so far.
+            logits (sequence of (B, V)): one per model.
+            weights ((B, models) float32): of the mixture.
+        """
+        scores = torch.zeros_like(logits[0], dtype=torch.float32)
+        for weight, model_logits in zip(weights.unbind(1), logits, strict=True):
+            column = weight[:, None]
+            scores = scores + torch.where(column == 0, 0.0, column * model_logits.float())  # 0 * -inf would be NaN
+        for processor in self.processors:
+            scores = processor(text, scores).float()
+        return scores
+
+    def should_stop(self, text: torch.Tensor) -> torch.Tensor:
+        """Return which rows a criterion ends, (B,) bool.
+
+        Args:
+            text ((B, L) int64): the tokens so far.
+        """
         stops = torch.zeros(len(text), dtype=torch.bool, device=text.device)
         for criterion in self.criteria:
             stops = stops | criterion(text, None)

@@ -1,11 +1,11 @@
-"""The loop: read, draw, write; now and then look who has ended.
+"""The decoding loop: prefill, then a step per token: decode, sample, write; every few steps, check which rows ended.
 
-`Workspace` is what rollouts need allocated, and outlives them; `Rollout` is one request in it.
+`Workspace` is the storage that rollouts share; `Rollout` is one request in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,156 +13,141 @@ import torch
 
 from ..core.settings import requested
 from ..ops import log_linear_sample
-from .clock import Clock
+from .batch import Batch, PlayerRows, remaining_rows
+from .decode_state import DecodeState
 from .graphs import Graphs
-from .hooks import Hooks
-from .ledger import Ledger
-from .openness import OpenRows
-from .readers import Reader
-from .request import Player, Prompts, RolloutSettings
-from .result import RolloutResult
-from .table import Seat, Table, who_stays
+from .outputs import OpenRowsReader, TokenBuffers
+from .request import Request, RolloutResult
+from .runners import Runner
 
-CHECK_EVERY = 8  # steps between looks at who has ended; a row decodes about as many tokens in vain
+CHECK_EVERY = 8  # steps between checks for ends; a row decodes up to so many tokens after its end
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Everything preallocated. Addresses stay from rollout to rollout."""
+    """Everything that is allocated for rollouts. Addresses stay the same from rollout to rollout."""
 
-    clock: Clock
-    ledger: Ledger
-    table: Table
-    readers: Sequence[Reader]
+    state: DecodeState
+    outputs: TokenBuffers
+    batch: Batch
+    runners: Sequence[Runner]
     seed: torch.Tensor  # () int64
     bias: torch.Tensor  # (V,) float32: -inf at the end tokens, for responses of a minimal length
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One request, checked and resolved."""
-
-    prompts: Prompts
-    players: Sequence[Player]
-    settings: RolloutSettings
-    hooks: Hooks
-    seed: int
-    ends: tuple[int, ...]
-    pad: int
-    logprobs: tuple[str, ...]  # of policy, reference, mixture
-    mixes: bool  # whether there is a reference
-    vocabulary: int  # columns of the heads that count
-    state: Hashable  # what recorded steps have fixed of the models
-    notes: tuple[str, ...]
-
-
 class Rollout:
-    """`graphs` replays recorded steps; None runs every step eagerly."""
+    """One request. `graphs` replays recorded steps; None runs every step eagerly."""
 
-    def __init__(self, plan: Plan, space: Workspace, graphs: Graphs | None) -> None:
-        self.plan, self.space, self.graphs = plan, space, graphs
-        self.open_rows, self.checked, self.row_steps, self.drawn = OpenRows(), 0, 0, 0
+    def __init__(self, request: Request, space: Workspace, graphs: Graphs | None) -> None:
+        self.request, self.space, self.graphs = request, space, graphs
+        self.open_rows = OpenRowsReader()
+        self.steps = 0  # tokens sampled per row
+        self.checked = 0  # of them, searched for ends
+        self.row_steps = 0  # rows sampled, summed over steps
 
     def run(self) -> RolloutResult:
-        self._start()
-        while self._goes_on() and self.drawn < self.plan.settings.max_new_tokens:
-            self._advance()
+        self.prefill()
+        while self._any_open() and self.steps < self.request.settings.max_new_tokens:
+            self.step()
         return self._result()
 
-    def _start(self) -> None:
-        """Everyone sits down, every model reads the prompts, the first tokens are drawn."""
-        plan, space = self.plan, self.space
-        table, prompts, device = space.table, plan.prompts, space.seed.device
-        fan_out = table.start(plan.players, len(prompts.ids), plan.settings, plan.mixes, bool(plan.hooks.processors))
-        ends = torch.tensor(plan.ends, dtype=torch.int64, device=device)
-        space.clock.start(prompts, fan_out, recorded=self.graphs is not None)
-        space.ledger.start(len(fan_out), plan.settings.max_new_tokens, ends)
-        space.seed.fill_(plan.seed)
-        space.bias.zero_().index_fill_(0, ends, -torch.inf)
-        self.prompt_of, self.host_rows = fan_out, list(range(len(fan_out)))  # (rows,); the ledger's row of each row
+    def prefill(self) -> None:
+        """Assign rows to players, prefill every model, sample the first token."""
+        request, space = self.request, self.space
+        batch, prompts, device = space.batch, request.prompts, space.seed.device
+        processed = bool(request.hooks.processors)
+        fan_out = batch.assign(request.players, len(prompts.ids), request.settings, request.has_reference, processed)
+        end_ids = torch.tensor(request.end_ids, dtype=torch.int64, device=device)
+        space.state.reset(prompts, fan_out, recorded=self.graphs is not None)
+        space.outputs.reset(len(fan_out), request.settings.max_new_tokens, end_ids)
+        space.seed.fill_(request.seed)
+        space.bias.zero_().index_fill_(0, end_ids, -torch.inf)
+        self.fan_out = fan_out  # (rows,): each row's prompt
+        self.output_rows = list(range(len(fan_out)))  # batch.output_rows on the host
         logits: dict[str, torch.Tensor] = {}
-        for reader in space.readers:
-            logits |= reader.start(prompts, fan_out, table.spans)
-        self._draw(logits)
+        for runner in space.runners:
+            logits |= runner.prefill(prompts, fan_out, batch.spans)
+        self._sample(logits)
         self._count()
 
-    def _advance(self) -> None:
-        """One token for every row of the batch."""
-        clock, table = self.space.clock, self.space.table
+    def step(self) -> None:
+        """Decode and sample one token for every row of the batch."""
+        state, batch = self.space.state, self.space.batch
         if self.graphs is None:
-            self._step()
+            self._step_on_device()
         else:
-            clock.bucket = self.graphs.bucket(clock.filled + 1)
-            key = (tuple((seat.source, seat.stream, seat.start, seat.stop) for seat in table.seats), clock.bucket,
-                   self._ends_forbidden(), table.filtered, table.columns, self.plan.logprobs,
-                   requested(self.plan.settings.backend).backend, self.plan.state)  # fmt: skip
-            self.graphs.run(key, self._step, (clock.cursor, clock.step, clock.positions, table.tokens))
-        clock.filled += 1
+            state.bucket = self.graphs.bucket(state.filled + 1)
+            rows = tuple((player.source, player.stream, player.start, player.stop) for player in batch.players)
+            key = (rows, state.bucket, self._ends_forbidden(), batch.filtered, batch.columns, self.request.logprobs,
+                   requested(self.request.settings.backend).backend, self.request.model_state)  # fmt: skip
+            self.graphs.run(key, self._step_on_device, (state.cursor, state.step, state.positions, batch.tokens))
+        state.filled += 1
         self._count()
 
-    def _count(self) -> None:
-        self.drawn += 1
-        self.row_steps += self.space.table.rows
-
-    def _step(self) -> None:
-        """The device's part of a step: the same function eagerly and in a graph."""
+    def _step_on_device(self) -> None:
+        """The device's part of a step, which a graph may record."""
         space = self.space
-        space.clock.open_slot()
-        readers = [reader for reader in space.readers if any(_size(space.table.spans[name]) for name in reader.names)]
-        reads = [partial(reader.step, space.table.tokens, space.clock) for reader in readers]
-        results = [read() for read in reads] if self.graphs is None else self.graphs.side_by_side(reads)
-        logits = {name: columns for result in results for name, columns in result.items()}
-        space.clock.close_slot()
-        self._draw(logits)
+        space.state.open_slot()
+        spans = space.batch.spans
+        runners = [runner for runner in space.runners if any(spans[role][1] > spans[role][0] for role in runner.roles)]
+        calls = [partial(runner.decode, space.batch.tokens, space.state) for runner in runners]
+        results = [call() for call in calls] if self.graphs is None else self.graphs.recorder.run_concurrently(calls)
+        space.state.advance()
+        self._sample({role: logits for result in results for role, logits in result.items()})
 
-    def _draw(self, logits: dict[str, torch.Tensor]) -> None:
-        for seat in self.space.table.seats:
-            if seat.size:
-                self._draw_for(seat, logits)
-        self.space.clock.step.add_(1)
+    def _sample(self, logits: dict[str, torch.Tensor]) -> None:
+        for player in self.space.batch.players:
+            if player.size:
+                self._sample_player(player, logits)
+        self.space.state.step.add_(1)
 
-    def _draw_for(self, seat: Seat, logits: dict[str, torch.Tensor]) -> None:
-        plan, space, table = self.plan, self.space, self.space.table
-        names = [seat.source, "reference"] if plan.mixes else [seat.source]
-        models = [logits[name][_within(seat, table.spans[name]), : plan.vocabulary] for name in names]
+    def _sample_player(self, player: PlayerRows, logits: dict[str, torch.Tensor]) -> None:
+        request, space, batch = self.request, self.space, self.space.batch
+        roles = [player.source, "reference"] if request.has_reference else [player.source]
+        models = [logits[role][player.within(batch.spans[role]), : request.vocabulary] for role in roles]
         indices: dict[str, int | str] = {"policy": 0, "reference": 1, "mixture": "mixture"}
-        if plan.hooks.processors:
-            models = [*models, plan.hooks.scores(self._text(), models, table.mixing)]
+        if request.hooks.processors:
+            models = [*models, request.hooks.process(self._text(), models, batch.mixture_weights)]
         sample = log_linear_sample(
             models,
-            [0.0] * len(models),  # settings hold them
-            settings=table.settings(seat),
+            [0.0] * len(models),  # the packed settings hold the weights
+            settings=batch.settings(player),
             seed=space.seed,
-            row_ids=table.row_ids[seat.rows],
-            step=space.clock.step,
-            stream=seat.stream,
+            row_ids=batch.row_ids[player.rows],
+            step=space.state.step,
+            stream=player.stream,
             bias=space.bias if self._ends_forbidden() else None,
-            logprobs=[indices[name] for name in plan.logprobs],
-            backend=plan.settings.backend,
+            logprobs=[indices[name] for name in request.logprobs],
+            backend=request.settings.backend,
         )
-        table.tokens[seat.rows] = sample.tokens
-        where = (space.clock.step, table.row_of[seat.rows])
-        space.ledger.write(*where, sample.tokens, sample.ok)
-        for name in plan.logprobs:
+        batch.tokens[player.rows] = sample.tokens
+        step, rows = space.state.step, batch.output_rows[player.rows]
+        space.outputs.write(step, rows, sample.tokens, sample.ok)
+        for name in request.logprobs:
             index = indices[name]
             values = sample.mixture_logprob if isinstance(index, str) else sample.logprobs[index]
             assert values is not None
-            space.ledger.write_logprob(name, *where, values)
+            space.outputs.write_logprob(name, step, rows, values)
 
     def _ends_forbidden(self) -> bool:
-        return bool(self.plan.ends) and self.drawn < self.plan.settings.min_new_tokens
+        return bool(self.request.end_ids) and self.steps < self.request.settings.min_new_tokens
 
-    # ---- who has ended -----------------------------------------------------------------------------------------------
+    def _count(self) -> None:
+        self.steps += 1
+        self.row_steps += self.space.batch.rows
 
-    def _goes_on(self) -> bool:
-        if self.plan.hooks:
-            return self._watch()
-        if self.drawn - self.checked < CHECK_EVERY or not self.plan.ends:
+    # ---- ends --------------------------------------------------------------------------------------------------------
+
+    def _any_open(self) -> bool:
+        """Whether any row goes on. Checks for ends when it is time to, and compacts the batch."""
+        if self.request.hooks:
+            return self._any_open_with_hooks()
+        if self.steps - self.checked < CHECK_EVERY or not self.request.end_ids:
             return True
-        space = self.space
-        space.ledger.settle(self.checked, self.drawn)
-        self.checked = self.drawn
-        self.open_rows.post(space.ledger.open)
+        outputs = self.space.outputs
+        outputs.find_ends(self.checked, self.steps)
+        self.checked = self.steps
+        self.open_rows.request(outputs.is_open)
         is_open = self.open_rows.read()
         if is_open is None:
             return True
@@ -171,52 +156,42 @@ class Rollout:
         return any(is_open)
 
     def _compact(self, is_open: Sequence[bool]) -> None:
-        """`is_open`: one per row of the ledger."""
-        space, table = self.space, self.space.table
-        batch = [is_open[row] for row in self.host_rows]
-        kept = who_stays(table.seats, batch, in_powers=self.graphs is not None)
-        if kept is None:
+        """Remove rows that have ended. `is_open`: one per row of the outputs."""
+        space, batch = self.space, self.space.batch
+        open_in_batch = [is_open[row] for row in self.output_rows]
+        remaining = remaining_rows(batch.players, open_in_batch, powers_of_two=self.graphs is not None)
+        if remaining is None:
             return
-        self.host_rows = [self.host_rows[row] for seat in kept for row in seat]
-        rows = table.keep(kept)
-        space.clock.keep(rows)
-        for reader in space.readers:
-            reader.keep(rows, table.spans)
+        self.output_rows = [self.output_rows[row] for player_rows in remaining for row in player_rows]
+        rows = batch.compact(remaining)
+        space.state.compact(rows)
+        for runner in space.runners:
+            runner.compact(rows, batch.spans)
 
-    def _watch(self) -> bool:
-        """With hooks, every token is looked at; a row that has ended goes on with pad tokens, as in transformers."""
-        ledger, table, step = self.space.ledger, self.space.table, self.drawn - 1
-        closed = ~ledger.open
-        table.tokens[: table.rows].masked_fill_(closed, self.plan.pad)
-        ledger.tokens[step, : table.rows] = table.tokens[: table.rows]
-        if self.plan.hooks.streamer is not None:
-            self.plan.hooks.streamer.put(table.tokens[: table.rows].cpu())
-        ledger.settle(step, self.drawn)
-        self.checked = self.drawn
-        if self.plan.hooks.criteria:
-            ledger.stop(self.plan.hooks.stopped(self._text()), step)
-        return bool(ledger.open.any())
+    def _any_open_with_hooks(self) -> bool:
+        """Check every token; rows that have ended go on with pad tokens, as in transformers."""
+        outputs, batch, step = self.space.outputs, self.space.batch, self.steps - 1
+        tokens = batch.tokens[: batch.rows]
+        tokens.masked_fill_(~outputs.is_open, self.request.pad_id)
+        outputs.tokens[step, : batch.rows] = tokens
+        if self.request.hooks.streamer is not None:
+            self.request.hooks.streamer.put(tokens.cpu())
+        outputs.find_ends(step, self.steps)
+        self.checked = self.steps
+        if self.request.hooks.criteria:
+            outputs.stop(self.request.hooks.should_stop(self._text()), step)
+        return bool(outputs.is_open.any())
 
-    def _text(self) -> torch.Tensor:  # (B, S + drawn)
-        rows = self.space.table.rows
-        new = self.space.ledger.tokens[: self.drawn, :rows].T
-        return torch.cat([self.plan.prompts.ids[self.prompt_of], new], 1)
+    def _text(self) -> torch.Tensor:  # (B, S + steps)
+        new = self.space.outputs.tokens[: self.steps, : self.space.batch.rows].T
+        return torch.cat([self.request.prompts.ids[self.fan_out], new], 1)
 
     def _result(self) -> RolloutResult:
-        plan, space = self.plan, self.space
-        space.ledger.settle(self.checked, self.drawn)
-        if plan.hooks.streamer is not None:
-            plan.hooks.streamer.end()
-        width = int(space.ledger.lengths.max())
-        rows = [space.table.ledger_rows[player] for player in range(len(plan.players))]
-        responses = tuple(space.ledger.responses(span, width, plan.pad) for span in rows)
-        return RolloutResult(responses, plan.seed, plan.ends, self.drawn, self.row_steps, plan.notes)
-
-
-def _size(span: tuple[int, int]) -> int:
-    return span[1] - span[0]
-
-
-def _within(seat: Seat, span: tuple[int, int]) -> slice:
-    """The seat's rows among those of a model's span."""
-    return slice(seat.start - span[0], seat.stop - span[0])
+        request, outputs = self.request, self.space.outputs
+        outputs.find_ends(self.checked, self.steps)
+        if request.hooks.streamer is not None:
+            request.hooks.streamer.end()
+        width = int(outputs.lengths.max())
+        spans = [self.space.batch.output_spans[player] for player in range(len(request.players))]
+        responses = tuple(outputs.responses(rows, width, request.pad_id) for rows in spans)
+        return RolloutResult(responses, request.seed, request.end_ids, self.steps, self.row_steps, request.notes)

@@ -1,4 +1,4 @@
-"""How much a rollout holds, by part, before the first token; and an error that helps where it will not fit."""
+"""What a rollout allocates, by part, before the first token; and an error that helps where it will not fit."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ import torch
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes. Caches grow with rows x length, logits with rows x vocabulary; activations come on top."""
+    """What a rollout allocates. Caches grow with rows x length, logits with rows x vocabulary; activations come on top.
+
+    Args:
+        parts (mapping of str to int): bytes by part.
+        rows (int): rows of the batch, all players'.
+        length (int): cache slots per row.
+        prompt (int): of them for the prompt.
+    """
 
     parts: Mapping[str, int]
     rows: int
-    length: int  # cache slots a row
-    prompt: int  # of them for the prompt
+    length: int
+    prompt: int
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
@@ -28,25 +36,34 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a rollout's memory depends on, and its owner can change."""
+class RequestSize:
+    """The numbers of a request that its memory depends on and its owner can lower."""
 
     prompts: int
     samples: int  # of all players, to each prompt
     prompt_length: int
     new_tokens: int
-    least_new_tokens: int
+    min_new_tokens: int
 
 
 def check_fits(
-    op: str, plan: MemoryPlan, limit: int | None, device: torch.device, asked: Request, total: Callable[[Request], int]
+    op: str,
+    plan: MemoryPlan,
+    limit: int | None,
+    device: torch.device,
+    size: RequestSize,
+    total: Callable[[RequestSize], int],
 ) -> None:
     """Raise where the plan does not fit, with what would.
 
     Args:
+        op: the name that opens the error.
+        plan: of the request.
         limit: in bytes; None: what the device has free.
-        asked: the request that the plan is of.
-        total: bytes of another request. Advice is found by asking it, since not all parts shrink with all numbers.
+        device: where the plan is allocated.
+        size: of the request.
+        total: returns the bytes of another size. Advice is found by asking it, as not every part shrinks with every
+            number.
     """
     available = limit if limit is not None else _free(device)
     if available is None or plan.total <= available:
@@ -54,17 +71,17 @@ def check_fits(
     room = available if limit is not None else int(0.95 * available)  # what is free changes meanwhile
 
     def largest(name: str, least: int) -> int | None:
-        """The largest value of one number with which all fits, the others unchanged."""
-        low, high = least - 1, getattr(asked, name)  # fits (if it is allowed), does not
+        """The largest value of one number with which the request fits, the others unchanged."""
+        low, high = least - 1, getattr(size, name)  # fits (if it is allowed), does not
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if total(replace(asked, **{name: middle})) <= room else (low, middle)
+            low, high = (middle, high) if total(replace(size, **{name: middle})) <= room else (low, middle)
         return low if low >= least else None
 
     advice = []
     if (prompts := largest("prompts", 1)) is not None:
-        advice.append(f"at most {prompts * asked.samples} rows (prompts x samples of all players) a call")
-    if (new := largest("new_tokens", max(1, asked.least_new_tokens))) is not None:
+        advice.append(f"at most {prompts * size.samples} rows (prompts x samples of all players) a call")
+    if (new := largest("new_tokens", max(1, size.min_new_tokens))) is not None:
         advice.append(f"max_new_tokens at most {new}")
     if (length := largest("prompt_length", 1)) is not None:
         advice.append(f"prompts of at most {length} tokens")

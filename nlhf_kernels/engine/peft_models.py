@@ -12,18 +12,20 @@ from ..core.upstream import ADAPTERS_PER_TOKEN, INITS_BESIDE_BASE
 
 
 def is_adapted(model: Any) -> bool:
-    """A peft model, whose base can be the reference."""
+    """Whether this is a peft model, whose base can be the reference."""
     return callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config")
 
 
 def adapted_layers(model: torch.nn.Module) -> list[Any]:
-    """peft's layers that hold adapters: modules that say which are active, around a base layer."""
+    """Return peft's layers that hold adapters: modules around a base layer, with a list of active adapters."""
     return [m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "active_adapters")]
 
 
 def check_served(role: str, model: Any, op: str) -> None:
-    """Rollouts call the model inside a peft model, a token at a time: adapters must act within its layers, and on every
-    token by itself."""
+    """Refuse adapters that do not act within layers on every token by itself.
+
+    Rollouts call the model inside a peft model, one token at a time.
+    """
     for name, config in model.peft_config.items() if is_adapted(model) else ():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if getattr(config, "is_prompt_learning", False):
@@ -41,7 +43,7 @@ def check_served(role: str, model: Any, op: str) -> None:
 
 
 def check_base(model: Any, op: str) -> None:
-    """The adapters can be switched off, and what is left is the model they were put on."""
+    """Check that without its adapters the model is the one that they were put on."""
     if any(layer.merged for layer in adapted_layers(model)):
         raise ValueError(f"{op}: policy: expected an adapter beside the base's weights; got one merged into them")
     for name, config in model.peft_config.items():
@@ -53,14 +55,14 @@ def check_base(model: Any, op: str) -> None:
                 config, "layer_replication", None
             ),
         }
-        for change, found in changes.items():
-            if found:
+        for change, applies in changes.items():
+            if applies:
                 expected = "an adapter that leaves its base as it is, or a reference beside it"
                 raise ValueError(f"{op}: policy: expected {expected}; got {change}")
 
 
 def adapter_state(model: torch.nn.Module) -> tuple[Any, ...]:
-    """What a recorded step holds of the adapters, beside their weights: which act, and how strongly."""
+    """What a recorded step assumes of the adapters, beside their weights: which act, and how strongly."""
     layers = adapted_layers(model)
     return tuple(
         (layer.disable_adapters, tuple(layer.active_adapters), tuple(getattr(layer, "scaling", {}).items()))
@@ -70,7 +72,7 @@ def adapter_state(model: torch.nn.Module) -> tuple[Any, ...]:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """peft's own switch, with what it does to requires_grad undone."""
+    """Switch adapters off by peft's own context, and undo what that does to requires_grad."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         with model.disable_adapter():

@@ -1,82 +1,223 @@
-"""What is asked of a rollout: prompts, who answers them, and how tokens are drawn. All checks happen here, before work.
+"""A rollout's request and its result: prompts, players and settings going in, tokens and log-probabilities coming out.
 
 A player is a distribution that answers every prompt: y ~ pi is `Player()`, y' ~ pi^beta is `Player(beta, OPPONENT)`.
+All checks of a request are made here, before any forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
 
 from ..core.checks import INTEGERS, Sizes, check_integer, check_number, check_option, check_tensor
 from ..core.rng import Stream
+from ..core.tokens import end_token_ids, flatten_ids
+from .hooks import Hooks
 
 LOGPROBS = ("policy", "reference", "mixture")
 PARAMETERS = ("policy", "opponent")
 _MASKS = (torch.int64, torch.int32, torch.bool)
 
 
+# ---- what a caller asks for ------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Player:
-    """Answers every prompt `samples` times with draws from p^(1 - beta) mu^beta, token by token.
+    """A distribution that answers every prompt: p^(1 - beta) mu^beta, sampled token by token.
 
-    p is the policy, or the engine's opponent where `parameters` says so. The noise of sample j of a prompt is a
-    function of (seed, its row id * samples + j, the token's index, stream): two players of one stream that answer the
-    same prompts would share their noise.
+    p is the policy, or the engine's opponent where `parameters` says so; mu is the reference. The noise of sample j of
+    a prompt is a function of (seed, its row id * samples + j, the token's index, stream): two players of one stream
+    that answer the same prompts share their noise.
+
+    Args:
+        beta (number, (P,) or (P * samples,)): the reference's weight: one, one per prompt, or one per response.
+        stream (int in [0, 255]): which noise the player draws from; see `nlhf_kernels.core.rng.Stream`.
+        samples (int): responses to each prompt.
+        row_ids ((P,) or (P * samples,) int64): ids that the noise depends on; None numbers the prompts.
+        parameters ("policy" or "opponent"): whose parameters p has.
     """
 
-    beta: float | torch.Tensor = 0.0  # number, (P,) one per prompt, or (P * samples,) one per response
+    beta: float | torch.Tensor = 0.0
     stream: int = Stream.POLICY
     samples: int = 1
-    row_ids: torch.Tensor | None = None  # (P,) or (P * samples,) int64; None counts the prompts
-    parameters: str = "policy"  # or "opponent"
+    row_ids: torch.Tensor | None = None
+    parameters: str = "policy"
 
 
 def nash_md(beta: float | torch.Tensor, samples: int = 1, row_ids: torch.Tensor | None = None) -> tuple[Player, Player]:
-    """y ~ pi and y' ~ pi^beta, independent of each other."""
+    """Return the players of Nash-MD: y ~ pi and y' ~ pi^beta, independent of each other.
+
+    Args:
+        beta (number, (P,) or (P * samples,)): the reference's weight in y'.
+        samples (int): responses of each player to each prompt.
+        row_ids ((P,) or (P * samples,) int64): ids that the noise depends on; None numbers the prompts.
+    """
     return Player(0.0, Stream.POLICY, samples, row_ids), Player(beta, Stream.OPPONENT, samples, row_ids)
 
 
 def nash_ema(
     beta: float | torch.Tensor = 0.0, samples: int = 1, row_ids: torch.Tensor | None = None
 ) -> tuple[Player, Player]:
-    """y ~ pi, and y' from the engine's opponent parameters, mixed with the reference where beta is not 0."""
+    """Return the players of Nash-EMA: y ~ pi, and y' from the engine's opponent parameters.
+
+    Args:
+        beta (number, (P,) or (P * samples,)): the reference's weight in y'; 0: the opponent alone.
+        samples (int): responses of each player to each prompt.
+        row_ids ((P,) or (P * samples,) int64): ids that the noise depends on; None numbers the prompts.
+    """
     return Player(0.0, Stream.POLICY, samples, row_ids), Player(beta, Stream.OPPONENT, samples, row_ids, "opponent")
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """How tokens are drawn and when a response ends. The filters are those of `mixture_sample`."""
+    """How tokens are sampled and when a response ends. The filters are those of `mixture_sample`.
+
+    Args:
+        max_new_tokens (int): tokens of a response, at most.
+        min_new_tokens (int): tokens before which no end token is sampled.
+        temperature (float): 0 takes the likeliest token.
+        top_k (int): 0 keeps all.
+        top_p (float in (0, 1]): 1 keeps all.
+        min_p (float in [0, 1]): 0 keeps all.
+        seed (int): None draws one from torch's default generator.
+        end_ids (int, sequence or tensor of ints): tokens that end a response; None: the policy's own; (): none.
+        pad_id (int): token that fills a response after its end; None: the first end id, or 0.
+        logprobs (sequence of "policy", "reference", "mixture"): what is computed and returned; None: all there are.
+        backend (str): backend of the sampler; None: chosen by `use_backend`, or automatically.
+    """
 
     max_new_tokens: int
-    min_new_tokens: int = 0  # no end token before
-    temperature: float = 1.0  # 0 takes the likeliest token
+    min_new_tokens: int = 0
+    temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int | None = None  # None draws one from torch's default generator
-    end_ids: int | Sequence[int] | torch.Tensor | None = None  # None: the policy's own; () none
-    pad_id: int | None = None  # None: the first end id, or 0
-    logprobs: Sequence[str] | None = None  # what is computed and kept, of policy, reference, mixture; None: all
-    backend: str | None = None  # of the sampler
+    seed: int | None = None
+    end_ids: int | Sequence[int] | torch.Tensor | None = None
+    pad_id: int | None = None
+    logprobs: Sequence[str] | None = None
+    backend: str | None = None
+
+
+# ---- what comes back -------------------------------------------------------------------------------------------------
+
+
+class Finish(IntEnum):
+    """Why a response ended."""
+
+    LENGTH = 0  # max_new_tokens
+    END = 1  # an end token, which is the response's last
+    STOPPED = 2  # a stopping criterion
+
+
+@dataclass(frozen=True)
+class Responses:
+    """One player's responses: row `prompt * samples + sample`; R rows, T tokens.
+
+    Args:
+        tokens ((R, T) int64): the pad id after a row's end.
+        mask ((R, T) bool): True at a row's tokens, its end token included.
+        lengths ((R,) int64): tokens of each row, its end token included.
+        finish ((R,) int8): values of `Finish`.
+        policy_logprobs ((R, T) float32): under the parameters that played, at temperature 1, unfiltered.
+        reference_logprobs ((R, T) float32): likewise under the reference; None without one.
+        mixture_logprobs ((R, T) float32): under the distribution that was sampled: after temperature and filters.
+        ok ((R,) bool): False where at some step the logits were no distribution (a NaN); the token there is 0.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    lengths: torch.Tensor
+    finish: torch.Tensor
+    policy_logprobs: torch.Tensor | None
+    reference_logprobs: torch.Tensor | None
+    mixture_logprobs: torch.Tensor | None
+    ok: torch.Tensor
+
+    def check_finite(self, op: str) -> None:
+        """Raise FloatingPointError where a row was sampled from logits that were no distribution.
+
+        Args:
+            op (str): the name that opens the error.
+        """
+        wrong = int((~self.ok).sum())
+        if wrong:
+            raise FloatingPointError(
+                f"{op}: expected finite logits; got NaN or infinity in {wrong} of {len(self.ok)} answers"
+            )
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """The names of `finish`, in lower case: "length", "end" or "stopped"."""
+        return [Finish(reason).name.lower() for reason in self.finish.tolist()]
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """The responses of all players, in the order of the request; unpacks as `y, y_prime = engine.rollout(...)`.
+
+    Args:
+        responses (tuple of Responses): one per player.
+        seed (int): gives the same responses again.
+        end_ids (tuple of ints): tokens that ended a response.
+        steps (int): tokens sampled per row, at most.
+        row_steps (int): rows decoded, summed over steps; less than rows * steps where rows ended early.
+        notes (tuple of str): what could not be done the fast way, and why.
+    """
+
+    responses: tuple[Responses, ...]
+    seed: int
+    end_ids: tuple[int, ...]
+    steps: int
+    row_steps: int
+    notes: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Responses]:
+        return iter(self.responses)
+
+    def __getitem__(self, player: int) -> Responses:
+        return self.responses[player]
+
+
+# ---- a request, checked and resolved ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prompts:
     ids: torch.Tensor  # (P, S) int64, padded on the left
     mask: torch.Tensor  # (P, S) int64, 0 at padding
-    padded: bool  # whether anything is
+    padded: bool  # whether any prompt is
 
     @property
     def width(self) -> int:
         return self.ids.shape[1]
 
 
+@dataclass(frozen=True)
+class Request:
+    """One call of `RolloutEngine.rollout`, its defaults resolved."""
+
+    prompts: Prompts
+    players: Sequence[Player]
+    settings: RolloutSettings
+    hooks: Hooks
+    seed: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+    logprobs: tuple[str, ...]  # of policy, reference, mixture
+    has_reference: bool
+    vocabulary: int  # columns of the heads that count
+    model_state: Hashable  # what recorded steps assume of the models; None where steps are not recorded
+    notes: tuple[str, ...]
+
+
 def check_prompts(op: str, ids: Any, mask: Any, device: torch.device) -> Prompts:
-    """The one place where a mask's values are read."""
+    """Check ids and mask. This is the one place that reads a mask's values on the host."""
     sizes: Sizes = {}
     check_tensor(op, "input_ids", ids, ("rows", "prompt"), INTEGERS, sizes, device)
     if not ids.numel():
@@ -122,8 +263,8 @@ def check_players(op: str, players: Sequence[Player], has_reference: bool, has_o
             raise ValueError(f"{op}: {name}.beta: expected 0, as the engine has no reference; got {player.beta!r}")
 
 
-def weights(op: str, player: Player, prompts: int, device: torch.device) -> list[float | torch.Tensor]:
-    """(1 - beta, beta) of the player's rows: numbers, or tensors of one per row."""
+def mixture_weights(op: str, player: Player, prompts: int, device: torch.device) -> list[float | torch.Tensor]:
+    """Return (1 - beta, beta) of a player's rows: two numbers, or two tensors of one value per row."""
     beta = player.beta
     if not isinstance(beta, torch.Tensor):
         beta = check_number(op, "beta", beta)
@@ -137,8 +278,8 @@ def weights(op: str, player: Player, prompts: int, device: torch.device) -> list
     return [1 - beta, beta]
 
 
-def row_ids(op: str, player: Player, prompts: int, device: torch.device) -> torch.Tensor:  # (P * samples,)
-    """Distinct wherever the prompts' ids are."""
+def noise_row_ids(op: str, player: Player, prompts: int, device: torch.device) -> torch.Tensor:  # (P * samples,)
+    """Return the ids that the noise of a player's rows depends on: distinct wherever the prompts' ids are."""
     ids, rows = player.row_ids, prompts * player.samples
     if ids is None:
         return torch.arange(rows, dtype=torch.int64, device=device)
@@ -151,13 +292,9 @@ def row_ids(op: str, player: Player, prompts: int, device: torch.device) -> torc
     return (ids[:, None] * player.samples + of_sample).flatten()
 
 
-def end_ids(op: str, policy: Any, given: Any, vocabulary: int) -> tuple[int, ...]:
-    if given is None:
-        given = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
-    if isinstance(given, int):
-        given = [given]
-    given = () if given is None else given
-    ids = tuple(torch.as_tensor(given, dtype=torch.int64, device="cpu").flatten().tolist())
+def resolve_end_ids(op: str, policy: Any, settings: RolloutSettings, vocabulary: int) -> tuple[int, ...]:
+    """Return the request's end ids, by default the policy's own, checked against the vocabulary."""
+    ids = end_token_ids(policy) if settings.end_ids is None else flatten_ids(settings.end_ids)
     for id in ids:
         check_integer(op, "end_ids", id, 0, vocabulary - 1)
     return ids

@@ -89,7 +89,7 @@ def sample_answers(
         seed=sampling.seed,
         end_ids=tuple(dict.fromkeys([*ends, tokenizer.eos_token_id])),
         pad_id=tokenizer.pad_token_id,
-        logprobs=("policy", "reference") if engine.mixes else (),
+        logprobs=("policy", "reference") if engine.has_reference else (),
     )
     samples = sampling.samples
     texts: list[str] = []
@@ -104,7 +104,7 @@ def sample_answers(
         texts += response_texts(tokenizer, responses)
         lengths.append(responses.lengths.view(-1, samples).cpu())
         ended.append((responses.finish == Finish.END).view(-1, samples).cpu())
-        if engine.mixes:
+        if engine.has_reference:
             kl.append(response_kl(responses).view(-1, samples).cpu())
         advance(start + len(batch_prompts))
     rows = [texts[start : start + samples] for start in range(0, len(texts), samples)]

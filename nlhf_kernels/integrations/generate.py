@@ -1,8 +1,8 @@
-"""`policy.generate(..., custom_generate=mixture_generate)`: transformers' front door to `generate_mixture`.
+"""`policy.generate(..., custom_generate=mixture_generate)`: `generate_mixture` behind transformers' generate().
 
 transformers prepares the configuration, the logits processors and the stopping criteria, then calls `mixture_generate`
-with them; whatever of them the mixture cannot honour is refused by name. What is relied on of transformers stands in
-README.md beside this file.
+with them; options that the mixture cannot honour are refused by name. README.md beside this file lists what is relied
+on of transformers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 
+from ..core.tokens import count_positions, flatten_ids
 from ..core.upstream import CACHES, dropped_by_generate
 from ..engine.hooks import Processor
 from ..engine.peft_models import is_adapted
@@ -36,8 +37,8 @@ except ImportError as error:
 
 _OP = "mixture_generate"
 
-#: The warpers that our sampler takes over, in the order in which transformers and the sampler apply them.
-_OURS: dict[type, str] = {
+#: Warpers that become settings of the sampler, in the order in which transformers and the sampler apply them.
+_SAMPLER_WARPERS: dict[type, str] = {
     TemperatureLogitsWarper: "temperature",
     TopKLogitsWarper: "top_k",
     TopPLogitsWarper: "top_p",
@@ -58,17 +59,25 @@ _PREPARED = {"attention_mask", "position_ids", *CACHES, "use_cache", "logits_to_
 
 @dataclass
 class MixtureGenerateOutput(GenerateDecoderOnlyOutput):
-    """transformers' output, with log-probabilities of the new tokens: see `MixtureGeneration`."""
+    """transformers' output, with log-probabilities of the new tokens.
 
-    mask: torch.Tensor | None = None  # (B, T) bool
-    policy_logprobs: torch.Tensor | None = None  # (B, T) float32
+    Args:
+        sequences ((B, S + T) int64): prompts and new tokens.
+        scores, logits, attentions, hidden_states, past_key_values: None; they are not stored.
+        mask ((B, T) bool): True at a row's new tokens, its end-of-sequence token included.
+        policy_logprobs, reference_logprobs ((B, T) float32): of the new tokens, at temperature 1, unfiltered.
+        mixture_logprobs ((B, T) float32): under the distribution that was sampled: after temperature and filters.
+    """
+
+    mask: torch.Tensor | None = None
+    policy_logprobs: torch.Tensor | None = None
     reference_logprobs: torch.Tensor | None = None
     mixture_logprobs: torch.Tensor | None = None
 
 
 def mixture_generate(
-    model: Any,
-    input_ids: torch.Tensor,  # (B, S), expanded by num_return_sequences
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
@@ -84,36 +93,51 @@ def mixture_generate(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> torch.Tensor | MixtureGenerateOutput:
-    """The `custom_generate` of `policy.generate`: decodes from the mixture of the policy and `reference_model`.
+    """Decode from the mixture of the policy and `reference_model`: the `custom_generate` of `policy.generate`.
 
-    beta, seed, row_ids, stream and vocab_size as in `generate_mixture`. do_sample, temperature, top_k, top_p, min_p,
-    eos and lengths are generate()'s own. Other logits processors act on the mixture's logits. transformers hands no
-    `streamer` to a custom function: pass it as `token_streamer`.
+    do_sample, temperature, top_k, top_p, min_p, eos and lengths are generate()'s own. Logits processors that the
+    sampler does not know act on the mixture's logits.
+
+    Args:
+        model: the policy, passed by generate().
+        input_ids ((B, S) int64): passed by generate(), which has repeated each row num_return_sequences times.
+        logits_processor, stopping_criteria, generation_config: made by generate() from its options.
+        reference_model: a causal language model; None: the base of a policy with adapters.
+        beta (number, (rows,) or (B,)): the reference's weight: one, one per prompt, or one per returned row.
+        seed (int): None draws one from torch's default generator.
+        row_ids ((rows,) or (B,) int64): ids that the noise depends on; see `generate_mixture`.
+        stream (int): which noise is drawn from; see `mixture_sample`.
+        vocab_size (int): columns of the heads that count; None: all, which must then be equally many.
+        token_streamer: an object with `put(tokens)` and `end()`; generate() hands no `streamer` to a custom function.
+        synced_gpus (bool): passed by generate(); refused where True.
+        streamer: as `token_streamer`, for callers other than generate().
+        model_kwargs: passed by generate(): attention mask, positions, an empty cache; others are refused.
     """
-    _require(model, reference_model, beta)
+    _check_models(model, reference_model, beta)
     frame = inspect.currentframe()
     _refuse_dropped(frame.f_back if frame else None)
     _refuse(generation_config, logits_processor, model_kwargs, synced_gpus)
     _refuse_inputs(input_ids, model_kwargs)
     if token_streamer is not None:
-        token_streamer.put(input_ids.cpu())  # as generate() does for its own
+        token_streamer.put(input_ids.cpu())  # as generate() does with its own streamer
     processors, sampling = _split(logits_processor, bool(generation_config.do_sample))
-    every = generation_config.num_return_sequences or 1  # generate() has repeated the rows; row_ids and beta it has not
+    samples = generation_config.num_return_sequences or 1  # generate() has repeated input_ids, not row_ids and beta
     mask = model_kwargs.get("attention_mask")
+    pad_id = generation_config.pad_token_id
     result = generate_mixture(
         model,
         reference_model,
-        input_ids[::every],
-        None if mask is None else mask[::every],
+        input_ids[::samples],
+        None if mask is None else mask[::samples],
         max_new_tokens=generation_config.max_length - input_ids.shape[1],
         beta=beta,
         **sampling,
         seed=seed,
         row_ids=row_ids,
         stream=stream,
-        num_return_sequences=every,
+        num_return_sequences=samples,
         eos_token_id=(),  # stopping_criteria holds them
-        pad_token_id=_pad_token_id(generation_config),
+        pad_token_id=next(iter(flatten_ids(generation_config.eos_token_id)), None) if pad_id is None else int(pad_id),
         vocab_size=vocab_size,
         logits_processor=processors,
         stopping_criteria=stopping_criteria,
@@ -124,7 +148,7 @@ def mixture_generate(
     return _output(result, bool(generation_config.return_dict_in_generate))
 
 
-def _require(model: Any, reference_model: torch.nn.Module | None, beta: Beta | None) -> None:
+def _check_models(model: torch.nn.Module, reference_model: torch.nn.Module | None, beta: Beta | None) -> None:
     if reference_model is None and not is_adapted(model):
         raise ValueError(
             f"{_OP}: reference_model: expected a causal language model; got None, which means the policy's own base, "
@@ -135,8 +159,11 @@ def _require(model: Any, reference_model: torch.nn.Module | None, beta: Beta | N
 
 
 def _refuse_dropped(caller: FrameType | None) -> None:
-    """generate() takes these two and hands them to no custom function: without a look at its frame they would be
-    ignored, and a streamer's reader would wait for ever. Elsewhere, and should the names change, nothing is refused."""
+    """Refuse what generate() takes and hands to no custom function, as its frame shows.
+
+    Ignored, a streamer would leave its consumer waiting for ever. For other callers, and should generate()'s names
+    change, nothing is refused.
+    """
     dropped = dropped_by_generate(caller)
     if "streamer" in dropped:
         raise ValueError(f"{_OP}: streamer: generate() does not hand it on; expected as token_streamer=...")
@@ -170,7 +197,7 @@ def _refuse(
 
 
 def _refuse_inputs(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
-    """What generate() prepares by itself is made anew for each model; what a caller chose otherwise cannot be."""
+    """Refuse caches and positions of the caller's own: each model gets those that generate() would prepare."""
     positions = model_kwargs.get("position_ids")
     for name in CACHES:
         if _holds_text(model_kwargs.get(name)):
@@ -178,13 +205,12 @@ def _refuse_inputs(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Non
     if positions is not None:
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
-        usual = mask.long().cumsum(-1) - 1
-        if positions.ndim != 2 or ((positions != usual) & (mask != 0)).any():
+        if positions.ndim != 2 or ((positions != count_positions(mask)) & (mask != 0)).any():
             raise ValueError(f"{_OP}: position_ids: expected those that count each row's own tokens")
 
 
 def _holds_text(cache: Any) -> bool:
-    """Layers of attention count their tokens; recurrent layers only say that they have a state."""
+    """Attention layers count their tokens; recurrent layers only have a flag for their state."""
     return any(
         (hasattr(layer, "get_seq_length") and layer.get_seq_length() > 0)
         or any(getattr(layer, "has_previous_state", {}).values())
@@ -193,33 +219,26 @@ def _holds_text(cache: Any) -> bool:
 
 
 def _split(processors: Sequence[Processor], do_sample: bool) -> tuple[list[Processor], dict[str, Any]]:
-    """The processors to apply to the mixture's logits, and the settings of our sampler, which acts after them.
+    """Split processors into those for the mixture's logits and settings of the sampler, which acts after them.
 
-    Ours is the longest tail of the list whose order is the sampler's own; a warper before it (another follows that the
-    sampler does not know, or order it differs) stays a processor like any other. So each is applied once, in its place.
+    The sampler takes the longest tail of the list that is in its own order. A warper before that tail stays a
+    processor, so that each acts once, in its place.
     """
-    kept = list(processors)
+    remaining = list(processors)
     if not do_sample:
-        return kept, {"temperature": 0.0}
-    order, sampling = list(_OURS), dict[str, Any]()
+        return remaining, {"temperature": 0.0}
+    order, sampling = list(_SAMPLER_WARPERS), dict[str, Any]()
     last = len(order)
-    while kept and type(kept[-1]) in order[:last] and _is_plain(kept[-1]):
-        last = order.index(type(kept[-1]))
-        name = _OURS[order[last]]
-        sampling[name] = getattr(kept.pop(), name)
-    return kept, sampling
+    while remaining and type(remaining[-1]) in order[:last] and _is_plain(remaining[-1]):
+        last = order.index(type(remaining[-1]))
+        name = _SAMPLER_WARPERS[order[last]]
+        sampling[name] = getattr(remaining.pop(), name)
+    return remaining, sampling
 
 
 def _is_plain(warper: Any) -> bool:
-    """Does what the sampler's filter of that name does: drops entirely, and may leave a single token."""
+    """Whether a warper filters as the sampler does: to probability 0, and possibly down to a single token."""
     return getattr(warper, "filter_value", -torch.inf) == -torch.inf and getattr(warper, "min_tokens_to_keep", 1) == 1
-
-
-def _pad_token_id(config: GenerationConfig) -> int | None:
-    if config.pad_token_id is not None:
-        return int(config.pad_token_id)
-    eos = config.eos_token_id
-    return None if eos is None else int(torch.as_tensor(eos, dtype=torch.int64, device="cpu").flatten()[0])
 
 
 def _output(result: MixtureGeneration, as_dict: bool) -> torch.Tensor | MixtureGenerateOutput:

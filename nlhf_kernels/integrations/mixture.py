@@ -1,7 +1,7 @@
-"""generate_mixture: one response per row from the mixture of two models, with transformers' vocabulary of options.
+"""generate_mixture: responses from the mixture of two models, with the option names of transformers' generate().
 
-The decoding is the rollout engine's (nlhf_kernels/engine); here its arguments and results take the shape that
-`generate()` callers know. A model without a key/value cache reads the whole text every step.
+The rollout engine (nlhf_kernels/engine) decodes; this module translates arguments and results. A model without a
+key/value cache reads the whole text every step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..engine import Hooks, Player, RolloutEngine, RolloutResult, RolloutSettings, has_key_value_cache
+from ..engine import Hooks, Player, RolloutEngine, RolloutSettings, has_key_value_cache
 from ..engine.hooks import Criterion, Processor
 
 _OP = "generate_mixture"
@@ -21,35 +21,46 @@ Beta = float | torch.Tensor
 
 @dataclass(frozen=True)
 class MixtureGeneration:
-    """What `generate_mixture` drew. B rows, prompts of S tokens, T new tokens."""
+    """The result of `generate_mixture`: B rows, prompts of S tokens, T new tokens.
 
-    sequences: torch.Tensor  # (B, S + T) int64; the pad id after a row's end
-    mask: torch.Tensor  # (B, T) bool: tokens the row generated, its end-of-sequence token included
-    policy_logprobs: torch.Tensor | None  # (B, T) float32, at temperature 1, unfiltered; 0 where mask is False
-    reference_logprobs: torch.Tensor | None  # likewise; None without a reference
-    mixture_logprobs: torch.Tensor | None  # (B, T) float32, of what was drawn from: after temperature and filters
-    ok: torch.Tensor  # (B,) bool; False: at some step the logits were no distribution (NaN), the token there is 0
-    seed: int  # gives the same rows again
+    Args:
+        sequences ((B, S + T) int64): prompts and new tokens; the pad id after a row's end.
+        mask ((B, T) bool): True at a row's new tokens, its end-of-sequence token included.
+        policy_logprobs ((B, T) float32): of the new tokens, at temperature 1, unfiltered; 0 where mask is False.
+        reference_logprobs ((B, T) float32): likewise; None without a reference.
+        mixture_logprobs ((B, T) float32): under the distribution that was sampled: after temperature and filters.
+        ok ((B,) bool): False where at some step the logits were no distribution (a NaN); the token there is 0.
+        seed (int): gives the same rows again.
+    """
+
+    sequences: torch.Tensor
+    mask: torch.Tensor
+    policy_logprobs: torch.Tensor | None
+    reference_logprobs: torch.Tensor | None
+    mixture_logprobs: torch.Tensor | None
+    ok: torch.Tensor
+    seed: int
 
     @property
-    def tokens(self) -> torch.Tensor:  # (B, T)
+    def tokens(self) -> torch.Tensor:
+        """The new tokens, (B, T)."""
         return self.sequences[:, self.sequences.shape[1] - self.mask.shape[1] :]
 
 
 def generate_mixture(
     policy: torch.nn.Module,
-    reference: torch.nn.Module | None,  # None: the base of a policy with adapters, else the policy alone
-    input_ids: torch.Tensor,  # (B, S) int64, padded on the left
-    attention_mask: torch.Tensor | None = None,  # (B, S), 0 at padding; None: there is none
+    reference: torch.nn.Module | None,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
     *,
     max_new_tokens: int,
-    beta: Beta | None = None,  # number, (B,) or one per returned row; needed with a reference
+    beta: Beta | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int | None = None,
-    row_ids: torch.Tensor | None = None,  # (B,) or one per returned row, int64
+    row_ids: torch.Tensor | None = None,
     stream: int = 0,
     num_return_sequences: int = 1,
     eos_token_id: int | Sequence[int] | torch.Tensor | None = None,
@@ -65,17 +76,37 @@ def generate_mixture(
 ) -> MixtureGeneration:
     """Decode with both models, token by token, from softmax(((1 - beta) z_policy + beta z_reference) / temperature).
 
-    temperature, top_k, top_p, min_p, vocab_size, stream and backend are those of `mixture_sample`; temperature 0 is
-    greedy. The noise of a row is a function of (seed, its row id, the new token's index, stream): not of the batch.
-    seed None draws one from torch's default generator. row_ids None counts the returned rows; (B,) ids give returned
-    sequence j of a prompt the id `row_id * num_return_sequences + j`.
+    The noise of a row is a function of (seed, its row id, the new token's index, stream): not of the batch. Dropout is
+    off meanwhile; the models' training flags come back as they were.
 
-    eos_token_id None means the policy's own, () none; pad_token_id None means the first of them. Processors see the
-    mixture's raw logits, before temperature and filters. logprobs names what is kept, of policy, reference, mixture.
-    Dropout is off meanwhile; the models' training flags come back as they were.
+    Args:
+        policy: a causal language model of transformers, or a peft model around one.
+        reference: likewise; None: the base of a policy with adapters, else the policy decodes alone.
+        input_ids ((B, S) int64): prompts, padded on the left.
+        attention_mask ((B, S) integers or bool): 0 at padding; None: nothing is padded.
+        max_new_tokens (int): new tokens of a row, at most.
+        beta (number, (B,) or one per returned row): the reference's weight; needed with a reference.
+        temperature, top_k, top_p, min_p: as in `mixture_sample`; temperature 0 is greedy.
+        seed (int): None draws one from torch's default generator.
+        row_ids ((B,) or one per returned row, int64): ids that the noise depends on; None numbers the returned rows;
+            of (B,) ids, returned sequence j of a prompt takes `row_id * num_return_sequences + j`.
+        stream (int): which noise is drawn from; see `mixture_sample`.
+        num_return_sequences (int): returned rows per prompt.
+        eos_token_id (int, sequence or tensor of ints): None: the policy's own; (): none.
+        pad_token_id (int): None: the first of the end-of-sequence ids.
+        min_new_tokens (int): new tokens before which no end of sequence is sampled.
+        vocab_size (int): columns of the heads that count; None: all, which must then be equally many.
+        logits_processor: callables on (ids, scores); they see the mixture's logits, before temperature and filters.
+        stopping_criteria: callables on (ids, None); True ends a row.
+        streamer: an object with `put(tokens)` and `end()`.
+        use_cache (bool): False reads the whole text every step.
+        logprobs (sequence of "policy", "reference", "mixture"): what is computed and returned; None: all there are.
+        backend (str): backend of the sampler; None: chosen by `use_backend`, or automatically.
     """
-    engine = _engine(policy, reference, vocab_size, use_cache)
-    if (beta is None) is engine.mixes:
+    models = [policy] if reference is None else [policy, reference]
+    cached = use_cache and all(has_key_value_cache(model) for model in models)
+    engine = RolloutEngine(policy, reference, vocab_size=vocab_size, use_cache=cached, op=_OP)
+    if (beta is None) is engine.has_reference:
         raise ValueError(f"{_OP}: beta: expected with a reference and not without; got {beta!r}")
     player = Player(0.0 if beta is None else beta, stream, num_return_sequences, row_ids)
     settings = RolloutSettings(
@@ -84,25 +115,15 @@ def generate_mixture(
     )  # fmt: skip
     hooks = Hooks(logits_processor, stopping_criteria, streamer)
     result = engine.rollout(input_ids, attention_mask, (player,), settings, hooks)
-    if pad_token_id is None and not result.ends and not result[0].mask.all():
+    if pad_token_id is None and not result.end_ids and not result[0].mask.all():
         raise ValueError(f"{_OP}: pad_token_id: expected an id, as a row ended before the others; got None")
-    return _generation(input_ids.repeat_interleave(num_return_sequences, 0), result)
-
-
-def _engine(policy: Any, reference: Any, vocab_size: int | None, use_cache: bool) -> RolloutEngine:
-    models = [policy] if reference is None else [policy, reference]
-    cached = use_cache and all(has_key_value_cache(model) for model in models)
-    return RolloutEngine(policy, reference, vocab_size=vocab_size, use_cache=cached, op=_OP)
-
-
-def _generation(prompts: torch.Tensor, result: RolloutResult) -> MixtureGeneration:
-    drawn = result[0]
+    (responses,) = result
     return MixtureGeneration(
-        sequences=torch.cat([prompts, drawn.tokens], 1),
-        mask=drawn.mask,
-        policy_logprobs=drawn.policy_logprobs,
-        reference_logprobs=drawn.reference_logprobs,
-        mixture_logprobs=drawn.mixture_logprobs,
-        ok=drawn.ok,
+        sequences=torch.cat([input_ids.repeat_interleave(num_return_sequences, 0), responses.tokens], 1),
+        mask=responses.mask,
+        policy_logprobs=responses.policy_logprobs,
+        reference_logprobs=responses.reference_logprobs,
+        mixture_logprobs=responses.mixture_logprobs,
+        ok=responses.ok,
         seed=result.seed,
     )

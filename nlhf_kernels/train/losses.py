@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..engine.models import evaluating
+from ..engine.contexts import eval_mode
 from ..engine.peft_models import adapters_off
 from ..ops import Head, linear_logprobs, linear_nash_pg_loss, linear_preference_loss
 from .config import NashConfig
@@ -83,7 +83,7 @@ class PolicyLoss:
         if self.reference is not None:
             hidden, head = _answer_states(self.reference, experience), head_of(self.reference)
         else:  # one frozen head for both
-            with evaluating(self.policy), adapters_off(self.policy):
+            with eval_mode(self.policy), adapters_off(self.policy):
                 hidden, head = _answer_states(self.policy, experience), None
         return {"reference_hidden": hidden, "reference_head": head}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..engine.models import twin
+from ..engine.model_info import clone_with_parameters
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,7 +37,7 @@ class RolloutPolicy:
         weights = dict(model.named_parameters())
         self.dtype = dtype or next(iter(weights.values())).dtype
         rollout_weights = {name: value.detach().to(dtype or value.dtype) for name, value in weights.items()}
-        self.model = twin(model, rollout_weights, "NashTrainer").eval()
+        self.model = clone_with_parameters(model, rollout_weights, "NashTrainer").eval()
         pairs = [(value, weights[name]) for name, value in self.model.named_parameters()]
         self._copies = [(copy, value) for copy, value in pairs if copy.dtype != value.dtype]
         self._aliases = [(alias, value) for alias, value in pairs if alias.dtype == value.dtype]

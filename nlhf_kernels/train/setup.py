@@ -16,7 +16,8 @@ from ..core.checks import check_number
 from ..core.loading import check_finite
 from ..core.optional import need
 from ..core.upstream import has_injected_adapter
-from ..engine.models import evaluating, twin
+from ..engine.contexts import eval_mode
+from ..engine.model_info import clone_with_parameters
 from ..engine.peft_models import is_adapted
 from . import opponents
 from .config import NashConfig
@@ -173,7 +174,7 @@ def make_opponent(model: Any, dtype: torch.dtype | None, args: NashConfig) -> tu
         return opponents.Average(model, dtype, args.ema_decay), None
     if args.algorithm_spec.opponent == "snapshot":
         snapshots = opponents.Snapshots(model, dtype, args.refresh_steps)
-        return snapshots, twin(model, snapshots.anchor, OP).eval()
+        return snapshots, clone_with_parameters(model, snapshots.anchor, OP).eval()
     return None, None
 
 
@@ -191,7 +192,7 @@ def without_dropout(model: Any) -> Iterator[None]:
         for name, value in vars(module).items()
         if "dropout" in name and isinstance(value, float) and value
     ]
-    with evaluating(model):
+    with eval_mode(model):
         for module in recomputing:
             module.training = True
         for module, name, _ in rates:

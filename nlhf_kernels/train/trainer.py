@@ -179,7 +179,7 @@ class NashTrainer(ResumableTrainer):
             try:
                 for engine in (self.engine, self.eval_opponent_engine):
                     if engine is not None:
-                        engine.ensemble.check_room(longest, self.args.max_new_tokens)
+                        engine.models.check_length(longest, self.args.max_new_tokens)
             except ValueError as error:
                 raise ValueError(f"{error} ({name})") from error
 

@@ -1,0 +1,63 @@
+"""Context managers around forward passes: gradients and autocast off, evaluation mode, one thread at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Lock, RLock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+_locks: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()  # an RLock per model
+_locks_lock = Lock()
+
+
+@contextmanager
+def no_autocast(device: torch.device) -> Iterator[None]:
+    """Switch autocast, gradients and inference mode off.
+
+    A rollout's caches outlive it: their dtype must not be autocast's, and tensors made under torch.inference_mode could
+    be written to in that mode only.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode, and give every submodule its own flag back: some may be frozen in it.
+
+    That switches dropout off, and gradient checkpointing, under which models do not use their caches.
+    """
+    flags = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+@contextmanager
+def locked(*models: torch.nn.Module) -> Iterator[None]:
+    """Keep other threads from these models, whose forwards and attention are changed for a while."""
+    with _locks_lock:
+        locks = [_locks.setdefault(model, RLock()) for model in sorted(set(models), key=id)]
+    with ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
+        yield
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute float32 products in float32: the rounding of TF32 would hide small differences."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

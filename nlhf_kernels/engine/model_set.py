@@ -1,0 +1,278 @@
+"""The models that decode together: checked against each other before any work, and the runners made from them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..core.checks import check_integer
+from ..core.upstream import attention_name, experts_name
+from .attention import NAME, REPLACED, use_attention
+from .contexts import eval_mode, locked
+from .cpu_head import fast_cpu_heads
+from .decode_state import DecodeState
+from .lora import BaseRunner, OnePassRunner, why_not_one_pass, why_one_pass_differs
+from .model_info import clone_with_parameters, inspect_model, rotations
+from .peft_models import adapted_layers, adapter_state, check_base, is_adapted
+from .probes import examine, why_not_static
+from .request import Player, Prompts
+from .runners import CachedRunner, Forward, Runner, WholeTextRunner
+
+_log = logging.getLogger(__name__)
+
+CAPTURED_ATTENTION = (*REPLACED, NAME)  # those whose masks and kernels need nothing of the host
+CAPTURED_EXPERTS = ("batched_mm", "grouped_mm")
+
+
+class ModelSet:
+    """Policy, reference and opponent of one engine.
+
+    `has_reference`: whether there is one. `notes`: what cannot be done the fast way, and why.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        policy: Any,
+        reference: Any,  # None: the policy's base where it has adapters, else there is none
+        opponent: Any,  # a model, a mapping of parameters, or None
+        vocab_size: int | None,
+        use_cache: bool,
+        attention: str | None,
+        compile: bool,
+    ) -> None:
+        self.op, self.policy = op, policy
+        self.notes: list[str] = []
+        self._compared_layers: list[int] = []  # ids of the layers that one pass was last compared with two for
+        if isinstance(opponent, Mapping):
+            opponent = clone_with_parameters(policy, opponent, op)
+        roles = {"policy": policy, "reference": reference, "opponent": opponent}
+        models = {role: model for role, model in roles.items() if model is not None}
+        self.shares_base = reference is None and is_adapted(policy)
+        if self.shares_base:
+            check_base(policy, op)
+        if attention is not None:
+            for model in models.values():
+                model.set_attn_implementation(attention)
+        self.info = {
+            role: examine(inspect_model(role, model, use_cache, op), attention is None, op)
+            for role, model in models.items()
+        }
+        self.not_static: dict[str, str] = {}  # role -> what its model does wrong over a cache longer than the text
+        self.has_reference = reference is not None or self.shares_base
+        self.device = self.info["policy"].device
+        self._check_devices_and_dtypes()
+        self.vocabulary = self._common_vocabulary(vocab_size)
+        self.one_pass = self.shares_base and self._can_take_one_pass(use_cache)
+        self.compiled = self._compile() if compile else {}
+
+    # ---- checks at construction --------------------------------------------------------------------------------------
+
+    def _check_devices_and_dtypes(self) -> None:
+        policy = self.info["policy"]
+        for role, info in self.info.items():
+            if info.device != policy.device:
+                raise ValueError(
+                    f"{self.op}: {role}: expected a model on {policy.device}, as the policy; got {info.device}"
+                )
+            if info.dtype != policy.dtype:
+                expected, got = (str(dtype).removeprefix("torch.") for dtype in (policy.dtype, info.dtype))
+                raise ValueError(f"{self.op}: {role}: expected dtype {expected}, as the policy; got {got}")
+
+    def _common_vocabulary(self, vocab_size: int | None) -> int:
+        widths = {role: info.vocabulary for role, info in self.info.items()}
+        if vocab_size is not None:
+            return check_integer(self.op, "vocab_size", vocab_size, 1, min(widths.values()))
+        for role, width in widths.items():
+            if width != widths["policy"]:
+                raise ValueError(
+                    f"{self.op}: {role}: expected policy and {role} of one vocabulary; got {widths['policy']} tokens "
+                    f"and {width} (vocab_size=... leaves out the columns that only pad a head)"
+                )
+        return widths["policy"]
+
+    def _can_take_one_pass(self, use_cache: bool) -> bool:
+        reason = self._why_two_passes() if use_cache else "use_cache=False reads the whole text"
+        if reason is not None:
+            self._note(f"shared weights: the policy and its base take a forward pass each: {reason}")
+        return reason is None
+
+    def _why_two_passes(self) -> str | None:
+        """Compare by forward passes only where other layers are adapted than at the last comparison."""
+        reason, layers = why_not_one_pass(self.policy), [id(layer) for layer in adapted_layers(self.policy)]
+        if reason is None and layers != self._compared_layers:
+            reason, self._compared_layers = why_one_pass_differs(self.policy, self.info["policy"]), layers
+        return reason
+
+    def _compile(self) -> dict[str, Forward]:
+        """Compiled forwards for steps of static shapes. Prompts have lengths of their own and are read uncompiled."""
+        forwards: dict[str, Forward] = {}
+        for role, info in self.info.items():
+            if not info.cached:
+                self._note(f"not compiled: the {role} reads the whole text every step")
+            elif role == "policy" and self.shares_base:
+                self._note("not compiled: the policy's adapters are switched by the host")
+            else:
+                forwards[role] = torch.compile(info.model)
+        return forwards
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        _log.info("%s: %s", self.op, text)
+
+    def check_static_shapes(self, slots: int) -> None:
+        """Find out whether steps may have static shapes, over caches whose length is a multiple of `slots`."""
+        for role, info in self.info.items():
+            if (reason := why_not_static(info, slots)) is not None:
+                self.not_static[role] = reason
+
+    # ---- checks of a request -----------------------------------------------------------------------------------------
+
+    def check_padding(self, prompts: Prompts, new_tokens: int) -> None:
+        for role, info in self.info.items() if prompts.padded else ():
+            prefix = f"{self.op}: attention_mask: expected prompts of one length; got padding: the {role}, {info.name},"
+            if info.padding_fault is not None:
+                raise ValueError(f"{prefix} {info.padding_fault}")
+            if info.counted_slots is not None and prompts.width + new_tokens > info.counted_slots:
+                raise ValueError(
+                    f"{prefix} counts it as text in batches of {info.counted_slots} tokens and more "
+                    f"(attn_temperature_tuning); got {prompts.width} + {new_tokens} tokens"
+                )
+
+    def check_length(self, longest: int, new_tokens: int, shortest: int | None = None) -> None:
+        """Check texts against the models' limits. `longest`, `shortest`: tokens of such a prompt.
+
+        The last new token is never read.
+        """
+        for role, info in self.info.items():
+            if info.max_positions is not None and longest + new_tokens - 1 > info.max_positions:
+                raise ValueError(
+                    f"{self.op}: max_new_tokens: expected prompt and response within the {role}'s "
+                    f"{info.max_positions} positions; got {longest} + {new_tokens} tokens"
+                )
+            turn = info.rotation_turn
+            if turn is not None and shortest is not None and shortest <= turn < longest + new_tokens - 1:
+                raise ValueError(
+                    f"{self.op}: input_ids: expected all texts within {turn} tokens, or all prompts beyond: the "
+                    f"{role} rotates longer texts otherwise, what it has cached of them included (longrope); got "
+                    f"prompts of {shortest} to {longest} tokens and {new_tokens} new ones"
+                )
+
+    def check_ids(self, ids: torch.Tensor) -> None:
+        """Check ids, those of padding too: on a GPU an id without an embedding would abort the process."""
+        lowest, highest = (int(value) for value in torch.aminmax(ids))
+        for role, info in self.info.items():
+            count = getattr(info.model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+            if lowest < 0 or (count is not None and highest >= count):
+                wrong = lowest if lowest < 0 else highest
+                raise ValueError(
+                    f"{self.op}: input_ids: expected ids in [0, {count}), which the {role} embeds; got {wrong}"
+                )
+
+    def check_adapters(self) -> None:
+        """Repeat the checks of construction: adapters come, go and are merged between rollouts."""
+        if not self.shares_base:
+            return
+        check_base(self.policy, self.op)
+        if self.one_pass and (reason := self._why_two_passes()) is not None:
+            raise ValueError(f"{self.op}: policy: expected adapters as when the engine was made; now {reason}")
+
+    # ---- what a rollout takes ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def decoding_mode(self) -> Iterator[None]:
+        """Lock the models, switch dropout off and attention and heads to their fastest; restore all afterwards."""
+        models = [info.model for info in self.info.values()]
+        eager = [info.model for role, info in self.info.items() if role not in self.compiled]
+        by_kernel = [
+            info.model
+            for info in self.info.values()
+            if info.decode_attention and attention_name(info.model.config) in REPLACED
+        ]
+        with locked(*models), eval_mode(*models), fast_cpu_heads(eager), use_attention(by_kernel):
+            yield
+
+    def rows(self, prompts: int, players: Sequence[Player]) -> dict[str, int]:
+        """Rows that each model reads, for the models that these players need."""
+        rows = {
+            role: prompts * sum(player.samples for player in players if player.parameters == role)
+            for role in ("policy", "opponent")
+            if any(player.parameters == role for player in players)
+        }
+        return {**rows, "reference": sum(rows.values())} if self.has_reference else rows
+
+    def runners(self, rows: Mapping[str, int], length: int, state: DecodeState) -> list[Runner]:
+        if self.one_pass and "policy" in rows:
+            both = OnePassRunner(self.info["policy"], rows["policy"] + rows["reference"], length, state)
+            others = [role for role in rows if role not in both.roles]
+            return [both, *(self._runner(role, rows[role], length, state) for role in others)]
+        return [self._runner(role, count, length, state) for role, count in rows.items()]
+
+    def _runner(self, role: str, rows: int, length: int, state: DecodeState) -> Runner:
+        from_base = role == "reference" and self.shares_base
+        info = replace(self.info["policy"], role=role) if from_base else self.info[role]
+        runner: Runner
+        if info.cached:
+            runner = CachedRunner(info, rows, length, state, self.compiled.get(role))
+        else:
+            runner = WholeTextRunner(info, rows, length, state)
+        return BaseRunner(self.policy, runner) if from_base else runner
+
+    def cache_bytes(self, rows: Mapping[str, int], length: int) -> dict[str, int]:
+        """What `runners` allocates, model by model."""
+        parts = {}
+        for role, count in rows.items():
+            info = self.info["policy" if role == "reference" and self.shares_base else role]
+            parts[f"{role} cache"] = info.cache_bytes(count, length) if info.cached else count * length * 8
+        return parts
+
+    # ---- recording ---------------------------------------------------------------------------------------------------
+
+    @property
+    def recorded_state(self) -> tuple[Any, ...]:
+        """What a recorded step assumes of the models and their owner may change: addresses, attention, adapters."""
+        models = [info.model for info in self.info.values()]
+        addresses = tuple(parameter.data_ptr() for model in models for parameter in model.parameters())
+        return addresses, *((attention_name(m.config), adapter_state(m)) for m in models)
+
+    def why_not_recorded(self) -> list[str]:
+        """Why a step of these models cannot be captured in a graph."""
+        reasons = []
+        for role, info in self.info.items():
+            if not info.cached:
+                reasons.append(f"the {role} reads the whole text every step")
+            if (name := attention_name(info.model.config)) not in CAPTURED_ATTENTION:
+                reasons.append(f"the {role}'s attention, {name}, may look at values on the host")
+            if role in self.not_static:
+                reasons.append(f"the {role}, {info.name}, {self.not_static[role]}")
+            if _rotates_on_host(info.model):
+                reasons.append(f"the {role} looks at positions on the host, to rotate by them (dynamic)")
+            if _routes_on_host(info.model):
+                reasons.append(f"the {role} has experts, and sends tokens to them by their number")
+            if _indexes_from_host(info.model.config):
+                reasons.append(f"the {role}, {info.name}, indexes its keys and values by lists of the host")
+        if self.shares_base and not self.one_pass:
+            reasons.append("adapters are switched off and on by the host")
+        return reasons
+
+
+def _rotates_on_host(model: Any) -> bool:
+    return any(part.get("rope_type") == "dynamic" for part in rotations(model.config.get_text_config(decoder=True)))
+
+
+def _routes_on_host(model: Any) -> bool:
+    """Mixtures of experts count their tokens on the host, unless the implementation is a batched one."""
+    config = model.config.get_text_config(decoder=True)
+    experts = any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    return experts and experts_name(config) not in CAPTURED_EXPERTS
+
+
+def _indexes_from_host(config: Any) -> bool:
+    """Falcon takes the shared keys and values of its heads as [..., [-2], :], which copies the list to the device."""
+    shared = getattr(config, "multi_query", False) or getattr(config, "new_decoder_architecture", False)
+    return getattr(config, "model_type", None) == "falcon" and shared

@@ -1,0 +1,103 @@
+"""Output buffers: sampled tokens, their log-probabilities, and which rows have ended.
+
+Written a step at a time on the device, without reading values. A row that has ended goes on decoding until the next
+check removes it from the batch; the tokens after its end are cut off in `TokenBuffers.responses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .request import Finish, Responses
+
+
+class TokenBuffers:
+    """(T, rows) buffers. A row keeps its place here, wherever in the batch it is decoded."""
+
+    def __init__(self, steps: int, rows: int, logprobs: Sequence[str], device: torch.device) -> None:
+        self.tokens = torch.zeros(steps, rows, dtype=torch.int64, device=device)
+        self.ok = torch.zeros(steps, rows, dtype=torch.bool, device=device)
+        self.logprobs = {name: torch.zeros(steps, rows, dtype=torch.float32, device=device) for name in logprobs}
+
+    def reset(self, rows: int, steps: int, end_ids: torch.Tensor) -> None:
+        """Begin a rollout. Every row counts as `steps` long until its end is found."""
+        self.rows, self.end_ids = rows, end_ids
+        self.lengths = torch.full((rows,), steps, dtype=torch.int64, device=end_ids.device)
+        self.finish = torch.full((rows,), Finish.LENGTH, dtype=torch.int8, device=end_ids.device)
+
+    def write(
+        self, step: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, ok: torch.Tensor
+    ) -> None:  # (), (n,), (n,), (n,)
+        self.tokens.index_put_((step, rows), tokens)
+        self.ok.index_put_((step, rows), ok)
+
+    def write_logprob(self, name: str, step: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+        self.logprobs[name].index_put_((step, rows), values)
+
+    @property
+    def is_open(self) -> torch.Tensor:  # (rows,) bool
+        return self.finish == Finish.LENGTH
+
+    def find_ends(self, start: int, stop: int) -> None:
+        """Look for end tokens among steps [start, stop)."""
+        if stop > start and len(self.end_ids):
+            ended = torch.isin(self.tokens[start:stop, : self.rows], self.end_ids)
+            first = ended.int().argmax(0) + start + 1
+            self._close(ended.any(0), first, Finish.END)
+
+    def stop(self, rows: torch.Tensor, step: int) -> None:  # (rows,) bool
+        """End the open rows among these with the token of `step`."""
+        self._close(rows, torch.full_like(self.lengths, step + 1), Finish.STOPPED)
+
+    def _close(self, rows: torch.Tensor, lengths: torch.Tensor, reason: Finish) -> None:
+        closing = rows & self.is_open
+        self.lengths = torch.where(closing, lengths, self.lengths)
+        self.finish = self.finish.masked_fill(closing, int(reason))
+
+    def responses(self, rows: slice, width: int, pad_id: int) -> Responses:
+        """Copy these rows out, as the buffers serve the next rollout."""
+        lengths = self.lengths[rows]
+        mask = torch.arange(width, dtype=torch.int64, device=lengths.device) < lengths[:, None]
+        logprobs = {name: values[:width, rows].T.masked_fill(~mask, 0.0) for name, values in self.logprobs.items()}
+        return Responses(
+            tokens=self.tokens[:width, rows].T.masked_fill(~mask, pad_id),
+            mask=mask,
+            lengths=lengths,
+            finish=self.finish[rows],
+            policy_logprobs=logprobs.get("policy"),
+            reference_logprobs=logprobs.get("reference"),
+            mixture_logprobs=logprobs.get("mixture"),
+            ok=(self.ok[:width, rows].T | ~mask).all(1),
+        )
+
+
+class OpenRowsReader:
+    """Copies `TokenBuffers.is_open` to the host without stalling the device.
+
+    On a GPU the copy runs beside the next steps, so an answer may be a few steps old. Rows never reopen: an old answer
+    only keeps rows in the batch a little longer.
+    """
+
+    def __init__(self) -> None:
+        self._latest: list[bool] | None = None
+        self._pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def request(self, is_open: torch.Tensor) -> None:  # (rows,) bool
+        """Start a copy, unless one is under way."""
+        if is_open.device.type != "cuda":
+            self._latest = is_open.tolist()
+        elif self._pending is None:
+            host = torch.empty(is_open.shape, dtype=torch.bool, device="cpu", pin_memory=True)
+            host.copy_(is_open, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending = (host, event)
+
+    def read(self) -> list[bool] | None:
+        """Return the latest answer, once; None while there is no new one."""
+        if self._pending is not None and self._pending[1].query():
+            self._latest, self._pending = self._pending[0].tolist(), None
+        latest, self._latest = self._latest, None
+        return latest
