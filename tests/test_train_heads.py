@@ -8,8 +8,9 @@ import transformers
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
+from nlhf_kernels.core.tokens import count_positions
 from nlhf_kernels.ops import linear_logprobs
-from nlhf_kernels.train.heads import check_head, head_of, hidden_states, positions
+from nlhf_kernels.train.heads import check_head, head_of, hidden_states
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, padded, prompts, random_model, tiny_model
 from tests.support.training import history, make_trainer, single_thread  # noqa: F401
 
@@ -42,7 +43,9 @@ def test_the_head_gives_the_models_log_probabilities(architecture) -> None:
     mask, targets = batch["attention_mask"].bool(), batch["input_ids"].roll(-1, 1)
     with torch.no_grad():
         found = linear_logprobs(hidden_states(model, **batch), head_of(model), targets).policy
-        placed = {"position_ids": positions(batch["attention_mask"])} if architecture not in ("falcon_h1",) else {}
+        placed = (
+            {"position_ids": count_positions(batch["attention_mask"])} if architecture not in ("falcon_h1",) else {}
+        )
         logits = model(**batch, **placed, use_cache=False).logits.double()
     expected = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
     assert torch.allclose(found[mask].double(), expected[mask], atol=1e-4)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from ..core.settings import requested
-from ..ops import log_linear_sample
+from ..ops.mixture_sample.op import sample_packed
 from .batch import Batch, PlayerRows, remaining_rows
 from .decode_state import DecodeState
 from .graphs import Graphs
@@ -105,29 +105,25 @@ class Rollout:
         request, space, batch = self.request, self.space, self.space.batch
         roles = [player.source, "reference"] if request.has_reference else [player.source]
         models = [logits[role][player.within(batch.spans[role]), : request.vocabulary] for role in roles]
-        indices: dict[str, int | str] = {"policy": 0, "reference": 1, "mixture": "mixture"}
         if request.hooks.processors:
-            models = [*models, request.hooks.process(self._text(), models, batch.mixture_weights)]
-        sample = log_linear_sample(
+            models = [*models, request.hooks.process(self._text(), models, batch.mixture_weights).contiguous()]
+        indices = {"policy": 0, "reference": 1, "mixture": len(models)}
+        sample = sample_packed(
             models,
-            [0.0] * len(models),  # the packed settings hold the weights
-            settings=batch.settings(player),
+            batch.settings(player),
             seed=space.seed,
             row_ids=batch.row_ids[player.rows],
             step=space.state.step,
             stream=player.stream,
             bias=space.bias if self._ends_forbidden() else None,
-            logprobs=[indices[name] for name in request.logprobs],
+            wanted=sum({1 << indices[name] for name in request.logprobs}),
             backend=request.settings.backend,
         )
         batch.tokens[player.rows] = sample.tokens
         step, rows = space.state.step, batch.output_rows[player.rows]
         space.outputs.write(step, rows, sample.tokens, sample.ok)
         for name in request.logprobs:
-            index = indices[name]
-            values = sample.mixture_logprob if isinstance(index, str) else sample.logprobs[index]
-            assert values is not None
-            space.outputs.write_logprob(name, step, rows, values)
+            space.outputs.write_logprob(name, step, rows, sample.logprobs[indices[name]])
 
     def _ends_forbidden(self) -> bool:
         return bool(self.request.end_ids) and self.steps < self.request.settings.min_new_tokens

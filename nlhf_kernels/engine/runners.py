@@ -53,7 +53,8 @@ def last_logits(
     inputs |= {"use_cache": cache is not None, "logits_to_keep": 1, "return_dict": True}
     accepted = {name: value for name, value in inputs.items() if name in info.accepted or name == "return_dict"}
     logits: torch.Tensor = (info.model if forward is None else forward)(**accepted).logits[:, -1]
-    return logits.float() if logits.dtype == torch.float64 else logits
+    logits = logits.float() if logits.dtype == torch.float64 else logits
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
 def rows_within(rows: torch.Tensor, span: Span) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from ..core.checks import check_integer, check_number
 from ..core.rng import Stream
+from ..core.tokens import end_token_ids
 from ..data import prompt_batch
 from ..engine import Finish, Player, Responses, RolloutEngine, RolloutSettings
 
@@ -81,13 +82,11 @@ def sample_answers(
         advance (callable): called with the number of prompts answered so far.
     """
     engine = RolloutEngine(policy, reference, vocab_size=None, op="answers")
-    model_ends = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
-    ends = [model_ends] if isinstance(model_ends, int) else list(model_ends or ())
     settings = RolloutSettings(
         max_new_tokens=sampling.answer_tokens,
         temperature=sampling.temperature,
         seed=sampling.seed,
-        end_ids=tuple(dict.fromkeys([*ends, tokenizer.eos_token_id])),
+        end_ids=end_token_ids(policy, tokenizer),
         pad_id=tokenizer.pad_token_id,
         logprobs=("policy", "reference") if engine.has_reference else (),
     )

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..core.tokens import count_positions
 from ..ops import Head
 
 OP = "NashTrainer"
@@ -29,11 +30,6 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
 
 
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Counted over a row's own tokens, as the engine does."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
 def hidden_states(
     model: Any,  # any wrapper: its forward pass is the one that is called
     input_ids: torch.Tensor,  # (R, S)
@@ -42,7 +38,7 @@ def hidden_states(
     inner = unwrapped(model)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if "position_ids" in inspect.signature(type(inner).forward).parameters:
-        inputs["position_ids"] = positions(attention_mask)
+        inputs["position_ids"] = count_positions(attention_mask)
     seen: list[torch.Tensor] = []
 
     def record(states: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core.identity import digest
+from ..core.tokens import end_token_ids
 from ..data import encode_prompts, load_prompts
 
 _log = logging.getLogger(__name__)
@@ -74,18 +75,15 @@ def special_tokens(tokenizer: Any, model: Any) -> tuple[tuple[int, ...], int]:
     """The end tokens, the tokenizer's and the model's, and the token that pads."""
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
         raise TypeError(f"NashTrainer: processing_class: expected a tokenizer; got {type(tokenizer).__name__}")
-    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [known] if isinstance(known, int) else list(known or ())
-    if tokenizer.eos_token_id is not None:
-        ends.append(tokenizer.eos_token_id)
-    if not ends:
+    end_ids = end_token_ids(model, tokenizer)
+    if not end_ids:
         raise ValueError("NashTrainer: processing_class: expected a tokenizer with an end token; got one without")
     if tokenizer.pad_token_id is None:
         raise ValueError(
             "NashTrainer: processing_class: expected a tokenizer with a padding token; got one without "
             "(tokenizer.pad_token = tokenizer.eos_token will do: padding is masked)"
         )
-    return tuple(dict.fromkeys(ends)), int(tokenizer.pad_token_id)
+    return end_ids, int(tokenizer.pad_token_id)
 
 
 def check_vocabulary(tokenizer: Any, width: int) -> None:
