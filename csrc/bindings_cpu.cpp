@@ -1,11 +1,11 @@
-// The Python module `_cpu`: raw pointers in, kernels of the best level this machine runs behind.
+// The Python module `_cpu`: takes raw pointers and runs the kernels at the best level of this machine.
 //
 // Nothing of torch is included or linked, so one binary serves every torch version. Operators have checked shapes,
-// dtypes and devices (core/checks.py); here the numbers that kernels index with are bounded once more. Tuples are read
-// under Python's lock, the work is done without it (common/binding.h).
+// dtypes and devices (core/checks.py); the numbers that kernels index with are bounded here once more. Arguments are
+// read while Python's lock is held, kernels run without it (common/binding.h).
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
+#include "common/binding.h"
 #include "common/levels.h"
 #include "decode_attention/decode_attention_binding.h"
 #include "logprobs/logprobs_binding.h"
@@ -17,82 +17,76 @@ namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// Every operation's last argument is the number of OpenMP threads.
+int read_threads(nlhf::Arguments& arguments) {
+  int threads;
+  arguments >> threads;
+  arguments.finish();
+  return threads;
 }
 
-void row_uniforms(std::uintptr_t seed, int64_t seed_stride, std::uintptr_t row_ids, std::uintptr_t step,
-                  int64_t step_stride, uint32_t stream, int64_t rows, std::uintptr_t out, int threads) {
-  const auto problem = nlhf::row_uniforms_problem(seed, seed_stride, row_ids, step, step_stride, stream, rows, out);
-  nlhf::interruptibly(rows, 1, threads, [&](nlhf::Part part) { NLHF_DISPATCH(row_uniforms, problem, part, threads) });
+void row_uniforms(const py::args& values) {
+  nlhf::Arguments arguments("row_uniforms", values);
+  const nlhf::RowUniforms problem = nlhf::read_row_uniforms(arguments);
+  const int threads = read_threads(arguments);
+  nlhf::run_interruptible(problem.rows, 1, threads,
+                          [&](nlhf::Part part) { NLHF_DISPATCH(row_uniforms, problem, part, threads) });
 }
 
-void mirror_descent(bool is_double, std::uintptr_t log_policy, std::uintptr_t preference,
-                    std::uintptr_t log_reference, std::uintptr_t tau, int64_t tau_stride, std::uintptr_t step_sizes,
-                    int64_t games, int64_t actions, int64_t iterations, int opponent, std::uintptr_t log_opponent,
-                    std::uintptr_t out, int threads) {
-  const double cost = static_cast<double>(actions) * actions * (iterations + 1);
+template <typename Real>
+double game_cost(const nlhf::MirrorDescent<Real>& problem) {
+  return static_cast<double>(problem.actions) * problem.actions * (problem.iterations + 1);
+}
+
+void mirror_descent(const py::args& values) {
+  nlhf::Arguments arguments("mirror_descent", values);
+  bool is_double;
+  arguments >> is_double;
   if (is_double) {
-    const auto problem =
-        nlhf::mirror_descent_problem<double>(log_policy, preference, log_reference, tau, tau_stride, step_sizes, games,
-                                             actions, iterations, opponent, log_opponent, out);
-    nlhf::interruptibly(games, cost, threads,
-                        [&](nlhf::Part part) { NLHF_DISPATCH(mirror_descent_f64, problem, part, threads) });
+    const auto problem = nlhf::read_mirror_descent<double>(arguments);
+    const int threads = read_threads(arguments);
+    nlhf::run_interruptible(problem.games, game_cost(problem), threads,
+                            [&](nlhf::Part part) { NLHF_DISPATCH(mirror_descent_f64, problem, part, threads) });
   } else {
-    const auto problem =
-        nlhf::mirror_descent_problem<float>(log_policy, preference, log_reference, tau, tau_stride, step_sizes, games,
-                                            actions, iterations, opponent, log_opponent, out);
-    nlhf::interruptibly(games, cost, threads,
-                        [&](nlhf::Part part) { NLHF_DISPATCH(mirror_descent_f32, problem, part, threads) });
+    const auto problem = nlhf::read_mirror_descent<float>(arguments);
+    const int threads = read_threads(arguments);
+    nlhf::run_interruptible(problem.games, game_cost(problem), threads,
+                            [&](nlhf::Part part) { NLHF_DISPATCH(mirror_descent_f32, problem, part, threads) });
   }
 }
 
-void mixture_sample(const py::tuple& models, std::uintptr_t settings, int64_t settings_stride, bool filtered,
-                    std::uintptr_t bias, int64_t bias_stride, std::uintptr_t uniforms, std::uintptr_t seed,
-                    int64_t seed_stride, std::uintptr_t row_ids, std::uintptr_t step, int64_t step_stride,
-                    uint32_t stream, int64_t rows, int64_t vocabulary, uint32_t wanted, std::uintptr_t tokens,
-                    std::uintptr_t logprobs, std::uintptr_t ok, int threads) {
-  const nlhf::MixtureSample problem = nlhf::mixture_sample_problem(
-      models, settings, settings_stride, filtered, bias, bias_stride, uniforms, seed, seed_stride, row_ids, step,
-      step_stride, stream, rows, vocabulary, wanted, tokens, logprobs, ok);
-  const double cost = static_cast<double>(vocabulary) * problem.models * (filtered ? 8 : 2);
-  nlhf::interruptibly(rows, cost, threads,
-                      [&](nlhf::Part part) { NLHF_DISPATCH(mixture_sample, problem, part, threads) });
+void mixture_sample(const py::args& values) {
+  nlhf::Arguments arguments("mixture_sample", values);
+  const nlhf::MixtureSample problem = nlhf::read_mixture_sample(arguments);
+  const int threads = read_threads(arguments);
+  const double cost = static_cast<double>(problem.vocabulary) * problem.models * (problem.filtered ? 8 : 2);
+  nlhf::run_interruptible(problem.rows, cost, threads,
+                          [&](nlhf::Part part) { NLHF_DISPATCH(mixture_sample, problem, part, threads) });
 }
 
-void logprobs(const py::tuple& policy, const py::tuple& reference, std::uintptr_t targets, std::uintptr_t beta,
-              int64_t beta_stride, double temperature, uint32_t wanted, int64_t rows, int64_t vocabulary,
-              std::uintptr_t values, std::uintptr_t normalizers, int threads) {
-  const nlhf::Logprobs problem = nlhf::logprobs_problem(policy, reference, targets, beta, beta_stride, temperature,
-                                                        wanted, rows, vocabulary, values, normalizers);
-  const double cost = 2.0 * static_cast<double>(vocabulary);
-  nlhf::interruptibly(rows, cost, threads, [&](nlhf::Part part) { NLHF_DISPATCH(logprobs, problem, part, threads) });
+void logprobs(const py::args& values) {
+  nlhf::Arguments arguments("logprobs", values);
+  const nlhf::Logprobs problem = nlhf::read_logprobs(arguments);
+  const int threads = read_threads(arguments);
+  nlhf::run_interruptible(problem.rows, 2.0 * static_cast<double>(problem.vocabulary), threads,
+                          [&](nlhf::Part part) { NLHF_DISPATCH(logprobs, problem, part, threads) });
 }
 
-void logprobs_backward(const py::tuple& policy, const py::tuple& reference, std::uintptr_t targets,
-                       std::uintptr_t beta, int64_t beta_stride, double temperature, uint32_t wanted, int64_t rows,
-                       int64_t vocabulary, std::uintptr_t values, std::uintptr_t normalizers, std::uintptr_t upstream,
-                       std::uintptr_t out, int64_t out_stride, int threads) {
-  const nlhf::Logprobs forward = nlhf::logprobs_problem(policy, reference, targets, beta, beta_stride, temperature,
-                                                        wanted, rows, vocabulary, values, normalizers);
-  nlhf::require(rows == 0 || (upstream != 0 && out != 0), "logprobs_backward: upstream, out: expected addresses");
-  const nlhf::LogprobsBackward problem{forward, pointer<const float>(upstream), pointer<void>(out), out_stride};
-  const double cost = 2.0 * static_cast<double>(vocabulary);
-  nlhf::interruptibly(rows, cost, threads,
-                      [&](nlhf::Part part) { NLHF_DISPATCH(logprobs_backward, problem, part, threads) });
+void logprobs_backward(const py::args& values) {
+  nlhf::Arguments arguments("logprobs_backward", values);
+  const nlhf::LogprobsBackward problem = nlhf::read_logprobs_backward(arguments);
+  const int threads = read_threads(arguments);
+  nlhf::run_interruptible(problem.forward.rows, 2.0 * static_cast<double>(problem.forward.vocabulary), threads,
+                          [&](nlhf::Part part) { NLHF_DISPATCH(logprobs_backward, problem, part, threads) });
 }
 
-void decode_attention(int dtype, const std::array<std::uintptr_t, 3>& tensors,
-                      const std::array<int64_t, 3>& key_strides, const std::array<int64_t, 3>& value_strides,
-                      std::uintptr_t starts, std::uintptr_t ends, std::uintptr_t sinks,
-                      const std::array<int64_t, 7>& sizes, float scale, float softcap, std::uintptr_t out,
-                      int threads) {
-  const nlhf::DecodeAttention problem = nlhf::decode_attention_problem(
-      dtype, tensors, key_strides, value_strides, starts, ends, sinks, sizes, scale, softcap, out);
+void decode_attention(const py::args& values) {
+  nlhf::Arguments arguments("decode_attention", values);
+  const nlhf::DecodeAttention problem = nlhf::read_decode_attention(arguments);
+  const int threads = read_threads(arguments);
   const double cost = static_cast<double>(problem.heads) * problem.positions * (problem.dim + problem.value_dim);
-  nlhf::interruptibly(problem.rows, cost, threads,
-                      [&](nlhf::Part part) { NLHF_DISPATCH(decode_attention, problem, part, threads) });
+  nlhf::run_interruptible(problem.rows, cost, threads,
+                          [&](nlhf::Part part) { NLHF_DISPATCH(decode_attention, problem, part, threads) });
 }
 
 const char* level_name(nlhf::Level level) {

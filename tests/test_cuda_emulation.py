@@ -136,7 +136,7 @@ def make_games(games: int, actions: int, iterations: int, dtype: type, tau_per_g
     return Games(*(np.ascontiguousarray(array.astype(dtype)) for array in arrays))
 
 
-GIVEN = 2  # enum class Opponent of mirror_descent.h; 0 and 1 are the policy and the mixture
+FIXED = 2  # enum class Opponent of mirror_descent.h; 0 and 1 are the policy and the mixture
 
 
 def descend(
@@ -152,7 +152,7 @@ def descend(
         count,
         actions,
         len(games.step_sizes),
-        GIVEN if log_opponent is not None else int(opponent_is_mixture),
+        FIXED if log_opponent is not None else int(opponent_is_mixture),
         0 if log_opponent is None else _address(log_opponent),
         _address(out),
         0,
@@ -162,7 +162,7 @@ def descend(
 
 
 @pytest.mark.parametrize("actions", [7, 33, 100, 300])
-def test_mirror_descent_against_a_given_opponent(emulation: Emulation, actions: int) -> None:
+def test_mirror_descent_against_a_fixed_opponent(emulation: Emulation, actions: int) -> None:
     """Twice as large logits, unnormalised: the opponent is their softmax, the same in every iteration."""
     games = make_games(3, actions, 4, np.float64)
     log_opponent = np.ascontiguousarray(games.log_reference * 2 + 1)

@@ -260,7 +260,7 @@ def test_the_modules_bound_what_they_index(name) -> None:
         module.mirror_descent(True, at, at, at, at, 0, at, 1, 2, 3, 2, 0, at, *last)
     if name == "_cpu":
         scored, nothing = (at, 0, 5, 1.0, 0.0), (0, 0, 0, 1.0, 0.0)
-        with pytest.raises(ValueError, match="logprobs: wanted: KL and mixture need"):
+        with pytest.raises(ValueError, match="logprobs: output_mask: KL and mixture need"):
             module.logprobs(scored, nothing, at, 0, 0, 1.0, 2, 1, 5, at, at, 1)
         sizes = (1, 3, 2, 4, 8, 8, 1)
         with pytest.raises(ValueError, match="decode_attention: heads: expected a multiple"):

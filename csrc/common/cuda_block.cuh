@@ -1,4 +1,4 @@
-// What the threads of one block do together: warp and block reductions, and the block's dynamic shared memory.
+// Block primitives: warp and block reductions, and the block's dynamic shared memory.
 //
 // Everything is `static`, as in host_device.h: nothing here has a name that a linker could merge.
 #pragma once
@@ -14,8 +14,8 @@ namespace nlhf {
 constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
-// The block's dynamic shared memory, 16-byte aligned. One spelling for all kernels: CUDA lets a translation unit
-// declare the array under one type only, and the emulated runtime hands the memory out by a call.
+// Return the block's dynamic shared memory, 16-byte aligned. One spelling for all kernels: CUDA lets a translation unit
+// declare the array under one type only, and the emulated runtime returns the memory from a call.
 template <typename T>
 NLHF_DEVICE T* dynamic_shared() {
 #if defined(__CUDACC__)
@@ -37,7 +37,7 @@ struct Sum {
   }
 };
 
-// NaN loses against any number: a caller who cares finds it in the sum that follows a maximum.
+// NaN loses against any number; the sum of exponentials that follows a maximum is NaN then.
 struct Max {
   template <typename T>
   NLHF_DEVICE T combine(T a, T b) {
@@ -75,12 +75,12 @@ template <typename T>
 NLHF_DEVICE T warp_sum_of_four(const T (&values)[4]) {
   const int lane = threadIdx.x % kWarpSize;
   const bool upper_half = lane & 16, upper_quarter = lane & 8;
-  const T kept0 = upper_half ? values[2] : values[0], sent0 = upper_half ? values[0] : values[2];
-  const T kept1 = upper_half ? values[3] : values[1], sent1 = upper_half ? values[1] : values[3];
-  const T pair0 = kept0 + __shfl_xor_sync(kWholeWarp, sent0, 16);
-  const T pair1 = kept1 + __shfl_xor_sync(kWholeWarp, sent1, 16);
-  const T kept = upper_quarter ? pair1 : pair0, sent = upper_quarter ? pair0 : pair1;
-  return warp_sum<8>(kept + __shfl_xor_sync(kWholeWarp, sent, 8));
+  const T own0 = upper_half ? values[2] : values[0], other0 = upper_half ? values[0] : values[2];
+  const T own1 = upper_half ? values[3] : values[1], other1 = upper_half ? values[1] : values[3];
+  const T pair0 = own0 + __shfl_xor_sync(kWholeWarp, other0, 16);
+  const T pair1 = own1 + __shfl_xor_sync(kWholeWarp, other1, 16);
+  const T own = upper_quarter ? pair1 : pair0, other = upper_quarter ? pair0 : pair1;
+  return warp_sum<8>(own + __shfl_xor_sync(kWholeWarp, other, 8));
 }
 
 // Over a one-dimensional block of whole warps; every thread gets the result. One barrier inside: what a thread wrote

@@ -1,4 +1,4 @@
-// The host side of every CUDA operation: what the device offers, and the one place where a kernel is launched.
+// The host side of every CUDA operation: device limits and kernel launches.
 //
 // Launches go through cudaLaunchKernel instead of <<<>>>, so that the same sources also compile as plain C++ against
 // the emulated runtime in tests/emulation.
@@ -18,10 +18,11 @@ struct DeviceLimits {
   int shared_bytes;  // the most dynamic shared memory a block may ask for, opt-in included
 };
 
-// Limits of the current device. Asking the driver costs about a microsecond an attribute, so each device is asked once.
+// Return limits of the current device. A query costs about a microsecond an attribute, so results are cached per
+// device.
 static inline cudaError_t device_limits(DeviceLimits* limits) {
   constexpr int kCachedDevices = 64;
-  static std::atomic<uint64_t> cache[kCachedDevices];  // both numbers in one word: never half written; 0: not asked
+  static std::atomic<uint64_t> cache[kCachedDevices];  // both numbers in one word, written atomically; 0: not cached
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -39,8 +40,9 @@ static inline cudaError_t device_limits(DeviceLimits* limits) {
   return cudaSuccess;
 }
 
-// Blocks for `items` that a kernel walks in strides of gridDim.x: no more than can ever be resident at once (32 a
-// multiprocessor), because items of one launch cost the same and a later wave would only pay its start again.
+// Return the number of blocks for `items` that a kernel walks in strides of gridDim.x: at most as many as can be
+// resident at once (32 a multiprocessor), because items of one launch cost the same and a further wave would only add
+// its start-up time.
 static inline unsigned strided_grid(int64_t items, const DeviceLimits& limits) {
   const int64_t resident = int64_t{32} * limits.multiprocessors;
   return static_cast<unsigned>(items < resident ? items : resident);
@@ -52,7 +54,7 @@ struct LaunchShape {
   size_t shared_bytes;  // dynamic shared memory of one block
 };
 
-// Launches on the current device. `arguments` are converted to the kernel's own parameter types, as in a call.
+// Launch on the current device. `arguments` are converted to the kernel's own parameter types, as in a call.
 template <typename... Parameters>
 static cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shape, void* cuda_stream,
                           const std::common_type_t<Parameters>&... arguments) {
@@ -67,7 +69,7 @@ static cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shap
     error = cudaLaunchKernel(kernel, shape.blocks, shape.threads, addresses, shape.shared_bytes,
                              static_cast<cudaStream_t>(cuda_stream));
   }
-  if (error != cudaSuccess) cudaGetLastError();  // returned here, so it must not greet the next caller as well
+  if (error != cudaSuccess) cudaGetLastError();  // clear the error, or the next call would report it again
   return error;
 }
 

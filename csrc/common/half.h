@@ -1,5 +1,5 @@
 // bfloat16 and float16 as float32, from their bits and without a branch, so that loops over them vectorise at every
-// level, and back, to the nearest and to even. Infinities and NaN stay what they are.
+// level, and back, rounded to nearest even. Infinities and NaN are preserved.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@ NLHF_HOST_DEVICE float float_from_bits(uint32_t bits) {
 
 NLHF_HOST_DEVICE float bf16_to_float(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
 
-// The exponent and mantissa, moved to where float32 has them, are the number times 2^-112: 2^112 puts the exponent
-// right, subnormals included. Exponent 31, infinity and NaN, must become 255.
+// Exponent and mantissa, shifted to their places in float32, read as the number times 2^-112; the product with 2^112
+// corrects that, subnormals included. Exponent 31 (infinity and NaN) must become 255.
 NLHF_HOST_DEVICE float f16_to_float(uint16_t bits) {
   const uint32_t magnitude = (bits & 0x7FFFu) << 13;
   const float scaled = float_from_bits(magnitude) * 0x1p112f;
@@ -41,9 +41,9 @@ NLHF_HOST_DEVICE uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : nearest);
 }
 
-// Normal numbers are rounded where they stand, their exponent moved; below 2^-14 adding 0.5 rounds to float16's
-// smallest step and leaves the result in the sum's low bits; from 65536 on it is infinity, as rounding makes it from
-// 65520 on.
+// Normal numbers are rounded in place and their exponent is re-biased; below 2^-14 the sum with 0.5 is rounded to
+// float16's smallest step and has the result in its low bits; from 65536 on the result is infinity, as it is by
+// rounding from 65520 on.
 NLHF_HOST_DEVICE uint16_t float_to_f16(float value) {
   const uint32_t bits = bits_of_float(value), magnitude = bits & 0x7FFFFFFFu;
   const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;

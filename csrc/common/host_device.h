@@ -1,8 +1,7 @@
-// One spelling for functions that live on the host, on the device, or on both.
+// NLHF_HOST_DEVICE: qualifiers of functions that are compiled for the host and, by nvcc, for the device.
 //
-// Everything is `static`: the same header is compiled into objects of different instruction sets, and a function
-// with external linkage would be merged by the linker into whichever copy it met first, AVX-512 code on a machine
-// that has none.
+// Functions are `static`: the same header is compiled into objects of different instruction sets, and the linker merges
+// functions with external linkage into one copy, which may be the AVX-512 one on a machine without AVX-512.
 #pragma once
 
 #if defined(__CUDACC__)

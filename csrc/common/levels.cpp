@@ -1,4 +1,4 @@
-// Which instruction-set level the CPU kernels run at: the best this machine has, unless capped.
+// The instruction-set level of the CPU kernels: the best of this machine, unless capped.
 #include "levels.h"
 
 #include <atomic>
@@ -9,7 +9,7 @@ Level best_level() {
 #if defined(NLHF_X86_LEVELS)
   static const Level best = [] {
     __builtin_cpu_init();
-    // What -march=x86-64-v3 and -v4 ask for, as far as the kernels can use it; the CPU features imply the rest.
+    // The features of -march=x86-64-v3 and -v4 that the kernels can use; they imply the rest.
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&

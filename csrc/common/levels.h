@@ -1,7 +1,7 @@
 // Instruction-set levels of the CPU kernels.
 //
 // Every <op>_cpu.cpp is compiled once per level with NLHF_LEVEL set to the level's name and defines its kernel inside
-// `namespace nlhf::NLHF_LEVEL`; levels.cpp knows which level this machine runs, NLHF_DISPATCH calls it.
+// `namespace nlhf::NLHF_LEVEL`; levels.cpp finds the level of this machine, NLHF_DISPATCH calls that level's kernel.
 #pragma once
 
 #include <cstdint>

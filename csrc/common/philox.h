@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al., SC 2011) and the library's counter layout: the randomness contract of core/rng.py,
-// in C++ and CUDA. A random word depends on (seed, row id, step, stream, block) and on nothing else.
+// in C++ and CUDA. A random word is a function of (seed, row id, step, stream, block) alone.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ NLHF_HOST_DEVICE PhiloxBlock philox_4x32_10(PhiloxBlock counter, uint32_t key0, 
   return counter;
 }
 
-// Words of one (row, step, stream): key = seed, counter = (row low, row high, step, stream << 24 | block).
+// Return four words of one (row, step, stream): key = seed, counter = (row low, row high, step, stream << 24 | block).
 NLHF_HOST_DEVICE PhiloxBlock random_block(int64_t seed, int64_t row_id, int64_t step, uint32_t stream,
                                           uint32_t block) {
   const uint64_t key = static_cast<uint64_t>(seed);
@@ -34,13 +34,13 @@ NLHF_HOST_DEVICE PhiloxBlock random_block(int64_t seed, int64_t row_id, int64_t 
                         static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
 }
 
-// The row's one 64-bit uniform: the first two words of block 0.
+// Return the 64 random bits of a row: the first two words of block 0.
 NLHF_HOST_DEVICE uint64_t random_bits(int64_t seed, int64_t row_id, int64_t step, uint32_t stream) {
   const PhiloxBlock block = random_block(seed, row_id, step, stream, 0);
   return (static_cast<uint64_t>(block.word[1]) << 32) | block.word[0];
 }
 
-// (k + 1/2) / 2^52 for the upper 52 bits k: exact in double, never 0, never 1.
+// Return (k + 1/2) / 2^52 for the upper 52 bits k: exact in double, never 0, never 1.
 NLHF_HOST_DEVICE double open_unit(uint64_t bits) {
   return (static_cast<double>(static_cast<int64_t>(bits >> 12)) + 0.5) * 0x1p-52;
 }

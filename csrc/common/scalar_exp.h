@@ -1,9 +1,9 @@
-// exp of one double, the same to the last bit on the CPU and on a GPU: no table, no branch, no libm. Whole vectors of
-// them are in simd_float.h and simd_double.h.
+// exp of one double, bit for bit the same on the CPU and on a GPU: no table, no branch, no libm. The vectorised forms
+// are in simd_float.h and simd_double.h.
 //
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, with exp(r) as its Taylor polynomial of degree 13, which
 // leaves 4e-18: under half an ulp. Adding 1.5 * 2^52 rounds to an integer and leaves n in the low bits of the sum,
-// which a shift turns into the exponent of 2^n.
+// and a shift turns n into the exponent of 2^n.
 //
 // Arguments are at most 0 here (a maximum was subtracted); below `flush` the result is exactly 0.
 #pragma once

@@ -1,5 +1,5 @@
-// A vector of the level's width, through the compilers' vector extensions: values stay in registers where an array
-// would be left to the optimiser. Include in files that are compiled per level only.
+// A vector of the level's width, by the compilers' vector extensions: values stay in registers, which for an array is
+// up to the optimiser. Include in files that are compiled per level only.
 #pragma once
 
 #include <cstdint>
@@ -40,19 +40,19 @@ static inline Vector<Real> broadcast(Real value) {
   return value - Vector<Real>{};
 }
 
-// The larger of each lane; `best` where `x` is NaN, so a NaN loses against any number.
+// Return the larger of each lane; `best` where `x` is NaN, so NaN loses against any number.
 template <typename Values>
 static inline Values larger(Values x, Values best) {
   return x > best ? x : best;
 }
 
-// Lane i gets lane i ^ distance.
+// Return a vector whose lane i is lane i ^ distance of `values`.
 template <int distance, typename Values, int... lane>
 static inline Values exchanged(Values values, std::integer_sequence<int, lane...>) {
   return Values{values[lane ^ distance]...};
 }
 
-// All lanes combined by `combine`, in every lane of the result: a tree of exchanges, which never leaves the registers.
+// Combine all lanes by `combine`, with the result in every lane: a tree of exchanges between registers.
 template <typename Real, int distance = VectorOf<Real>::lanes / 2, typename Combine>
 static inline Vector<Real> over_lanes(Vector<Real> values, const Combine& combine) {
   if constexpr (distance == 0) {

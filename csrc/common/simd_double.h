@@ -10,7 +10,7 @@ namespace NLHF_LEVEL {
 using Doubles = Vector<double>;
 
 // exp of arguments at most 0, to 1 ulp; 0 below -708, NaN for NaN. As for float32 in simd_float.h; the polynomial is
-// the best of degree 11 with p(0) = p'(0) = 1 (relative error 1e-17).
+// the minimax one of degree 11 with p(0) = p'(0) = 1 (relative error 1e-17).
 static inline Doubles exp_nonpositive(Doubles x) {
   constexpr double flush = -708.0, magic = 0x1.8p52 + 1023.0;
   const Doubles shifted = x * 0x1.71547652b82fep0 + magic;

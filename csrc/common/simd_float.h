@@ -19,7 +19,7 @@ using Mask = Vector<int32_t>;  // a lane is all ones or all zeros, as comparison
 
 constexpr int64_t kLanes = VectorOf<float>::lanes;
 
-// The value itself, but a product that went through here is not fused with a sum: it was rounded.
+// Return the value unchanged, but keep the compiler from fusing a product with a later sum: the product is rounded.
 static inline Floats rounded(Floats value) {
 #if defined(__AVX512F__)
   asm("" : "+v"(value));
@@ -56,8 +56,8 @@ static inline uint32_t lane_bits(Mask mask) {
 static inline Floats where(Mask mask, Floats values) { return mask ? values : Floats{}; }  // 0 elsewhere
 
 // exp(x) = scale * (1 + tail) for arguments at most 0 and not below kExpFlush. See scalar_exp.h for the idea; here the
-// polynomial is the best of degree 6 with p(0) = p'(0) = 1 (relative error 3e-9) and the exponent's bias rides in
-// `magic`.
+// polynomial is the minimax one of degree 6 with p(0) = p'(0) = 1 (relative error 3e-9) and `magic` includes the
+// exponent's bias.
 struct ExpParts {
   Floats tail, scale;
 };
@@ -77,20 +77,20 @@ static inline ExpParts exp_parts(Floats x) {
   return {p * r, (Floats)((Words)shifted << 23)};
 }
 
-// exp of arguments at most 0, to 1 ulp; 0 below -87, NaN for NaN. What overflows below -87 is thrown away at the end
-// instead of being kept away at the start.
+// exp of arguments at most 0, to 1 ulp; 0 below -87, NaN for NaN. Results that overflow below -87 are
+// replaced at the end; clamping the argument first would cost more.
 static inline Floats exp_nonpositive(Floats x) {
   const ExpParts parts = exp_parts(x);
   return x < kExpFlush ? Floats{} : (parts.tail + 1.0f) * parts.scale;
 }
 
-// exp(x) - 1 of arguments at most 0, to 2 ulp: without the cancellation near 0.
+// exp(x) - 1 of arguments at most 0, to 2 ulp, without cancellation near 0.
 static inline Floats expm1_nonpositive(Floats x) {
   const ExpParts parts = exp_parts(x);
   return x < kExpFlush ? broadcast(-1.0f) : parts.tail * parts.scale + (parts.scale - 1.0f);
 }
 
-// Adds the lanes to kLanes sums in double.
+// Add each lane to one of kLanes sums in double.
 static inline void add_lanes(Floats values, double* sums) {
   float lanes[kLanes];
   store(lanes, values);

@@ -4,11 +4,10 @@
 
 #include <cstdint>
 
+#include "../common/dtype.h"
 #include "../common/levels.h"
 
 namespace nlhf {
-
-enum class CacheDtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 struct Cache {
   const void* data;  // (rows, kv_heads, positions, dim), the last dimension contiguous
@@ -16,14 +15,14 @@ struct Cache {
 };
 
 struct DecodeAttention {
-  CacheDtype dtype;     // of query, keys and values
+  DType dtype;     // of query, keys and values
   const void* query;    // (rows, heads, dim)
   Cache keys, values;
   const int64_t* starts;  // (rows), or null: all 0
   const int64_t* ends;    // (rows)
   const float* sinks;     // (heads), or null
   int64_t rows, heads, kv_heads, positions, dim, value_dim;
-  int64_t window;  // the last so many positions before a row's end
+  int64_t window;  // a row reads at most this many positions before its end
   float scale, softcap;  // softcap 0: none
   float* out;  // (rows, heads, value_dim)
 };

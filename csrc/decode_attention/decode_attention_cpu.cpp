@@ -1,5 +1,5 @@
-// decode_attention on the CPU: rows and key/value heads over threads. The cache passes through the core once, in strips
-// of kStrip slots that all query heads of the group use while they are near.
+// decode_attention on the CPU: pairs of row and key/value head over threads. The cache is read once, in strips of
+// kStrip slots that all query heads of the group use while the strip is in the first-level cache.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -30,7 +30,7 @@ float widened(float x) { return x; }
 float widened(Bf16 x) { return bf16_to_float(x.bits); }
 float widened(F16 x) { return f16_to_float(x.bits); }
 
-// Rows of n elements as float32, each padded with zeros to whole vectors.
+// Convert rows of n elements to float32, each padded with zeros to whole vectors.
 template <typename Element>
 void widen(const Element* from, int64_t stride, int64_t rows, int64_t n, float* to) {
   const int64_t width = padded(n);
@@ -47,7 +47,7 @@ struct Rows {
   const float* operator[](int64_t index) const { return data + index * stride; }
 };
 
-// `count` slots of the cache as float32 rows of whole vectors: in place where they are that, else a copy in `room`.
+// Return `count` slots of the cache as float32 rows of whole vectors: in place where they have that form, else a copy.
 template <typename Element>
 Rows slots(const Cache& cache, const Element* first, int64_t count, int64_t n, float* room) {
   widen(first, cache.slot_stride, count, n, room);
@@ -60,13 +60,14 @@ Rows slots(const Cache& cache, const float* first, int64_t count, int64_t n, flo
   return {room, padded(n)};
 }
 
-// From each lane of a and the lane `kDistance` away from it, added; where the lane's number has that bit, of b.
+// Return sums of each lane and the lane `kDistance` away: of b where the lane's number has the bit kDistance, else of
+// a.
 template <int kDistance>
 inline Floats folded(Floats a, Floats b) {
-  Mask kept{}, other{};
+  Mask own{}, other{};
   for (int lane = 0; lane < kLanes; ++lane) {
     const int second = (lane & kDistance) != 0 ? static_cast<int>(kLanes) : 0;
-    kept[lane] = lane + second;
+    own[lane] = lane + second;
     other[lane] = (lane ^ kDistance) + second;
   }
 #if defined(__clang__)
@@ -77,7 +78,7 @@ inline Floats folded(Floats a, Floats b) {
   }
   return sum;
 #else
-  return __builtin_shuffle(a, b, kept) + __builtin_shuffle(a, b, other);
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
 #endif
 }
 
@@ -91,8 +92,8 @@ __attribute__((always_inline)) inline Floats sums_of_lanes(const Floats (&sums)[
   }
 }
 
-// query[h] . keys[i] of H heads for kLanes / H keys: as many sums at once, as one would wait on its own multiply-adds.
-// Lane h kLanes / H + i has head h and key i.
+// Return query[h] . keys[i] for H heads and kLanes / H keys, in lane h kLanes / H + i: kLanes independent sums, as one
+// chain of multiply-adds would be bound by their latency.
 template <int H>
 Floats products(const float* query, const Rows& keys, int64_t first, int64_t width) {
   constexpr int kKeys = kLanes / H;
@@ -111,7 +112,7 @@ Floats products(const float* query, const Rows& keys, int64_t first, int64_t wid
   return sums_of_lanes(sums);
 }
 
-// Near 0 by a polynomial (Cephes), so that the error stays relative; elsewhere exactly +-1 in the end.
+// tanh: near 0 a polynomial (Cephes), so that the relative error stays small; elsewhere by exp, exactly +-1 far out.
 Floats tanh_of(Floats x) {
   const Floats z = x * x, size = x < 0.0f ? -x : x;
   Floats p = z * -5.70498872745e-3f + 2.06390887954e-2f;
@@ -123,14 +124,14 @@ Floats tanh_of(Floats x) {
   return size < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 
-// A query head on its way through the cache: README.md (1).
+// A query head's running softmax over the cache: README.md (1).
 struct Head {
   Floats total;  // by lanes
   float top;
-  float factor;  // from what was summed before this strip to the new maximum
+  float factor;  // rescales the sums before this strip to the new maximum
 };
 
-// The largest lane, by halves: lane after lane, each would wait for the one before.
+// Return the largest lane, by halves: a chain over the lanes would be bound by latency.
 float highest_lane(Floats values) {
   float lanes[kLanes];
   store(lanes, values);
@@ -141,7 +142,7 @@ float highest_lane(Floats values) {
   return lanes[0];
 }
 
-// Scores of a strip become weights; what is beyond `count` weighs nothing.
+// Turn the scores of a strip into weights; slots beyond `count` get weight 0.
 void weigh(const DecodeAttention& p, float* scores, int64_t count, Head& head) {
   Floats best = broadcast(-kInfinity);
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -191,7 +192,7 @@ void accumulate_heads(const float* weights, const Rows& values, int64_t count, c
   for (; at < width; at += kLanes) accumulate<H, 1>(weights, values, at, count, heads, acc, width);
 }
 
-// What a thread needs: queries and sums of the group, its weights in a strip, and a strip of the cache as float32.
+// A thread's memory: queries and sums of the group, its weights in a strip, and a strip of the cache as float32.
 struct Scratch {
   Scratch(const DecodeAttention& p)
       : group(p.heads / p.kv_heads), width(padded(p.dim)), value_width(padded(p.value_dim)) {
@@ -292,7 +293,7 @@ void attend(const DecodeAttention& p, int64_t row, int64_t kv_head, const Scratc
     const int64_t count = std::min(kStrip, range.last - slot), whole = count / kLanes * kLanes;
     const Element* first_key = keys + slot * p.keys.slot_stride;
     if (whole > 0) score_strip(slots(p.keys, first_key, whole, p.dim, s.room), whole, s, s.weights);
-    if (whole < count) {  // fewer than a vector's lanes: from a copy, as nothing beyond the range is read
+    if (whole < count) {  // fewer than a vector's lanes: from a copy, as slots beyond the range must not be read
       widen(first_key + whole * p.keys.slot_stride, p.keys.slot_stride, count - whole, p.dim, s.room);
       score_strip({s.room, s.width}, kLanes, s, s.weights + whole);
     }
@@ -306,7 +307,7 @@ template <typename Element>
 void attend_all(const DecodeAttention& p, Part rows, int threads) {
   bool out_of_memory = false;
   const int64_t pairs = rows.count() * p.kv_heads;
-  // Waking threads takes microseconds: about what this many multiply-adds take on one.
+  // Starting threads takes microseconds, about as long as this many multiply-adds on one thread.
   const bool worth_sharing = rows.count() * p.heads * p.positions * (p.dim + p.value_dim) > (int64_t{1} << 17);
 #pragma omp parallel num_threads(threads) if (threads > 1 && pairs > 1 && worth_sharing)
   {
@@ -327,8 +328,8 @@ void attend_all(const DecodeAttention& p, Part rows, int threads) {
 
 void decode_attention(const DecodeAttention& problem, Part rows, int threads) {
   switch (problem.dtype) {
-    case CacheDtype::bf16: return attend_all<Bf16>(problem, rows, threads);
-    case CacheDtype::f16: return attend_all<F16>(problem, rows, threads);
+    case DType::bf16: return attend_all<Bf16>(problem, rows, threads);
+    case DType::f16: return attend_all<F16>(problem, rows, threads);
     default: return attend_all<float>(problem, rows, threads);
   }
 }

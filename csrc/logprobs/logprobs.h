@@ -1,19 +1,18 @@
-// logprobs: from the logits of one or two models, log-probabilities of given tokens, entropy, KL; and their gradient.
+// logprobs: log-probabilities of target tokens, entropy and KL from the logits of one or two models; and the gradient.
 //
 // The contract is nlhf_kernels/ops/logprobs/layout.py; the oracle is oracle.py, its equations are in README.md.
 #pragma once
 
 #include <cstdint>
 
+#include "../common/dtype.h"
 #include "../common/levels.h"
 
 namespace nlhf {
 
-enum class LogitType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
-
 struct ModelLogits {
   const void* data;  // (rows, vocabulary), the columns contiguous; null: there is no such model
-  LogitType type;
+  DType dtype;
   int64_t row_stride;  // in elements; may exceed the vocabulary
   float scale;         // a score is scale * x or, with a softcap, softcap * tanh(scale * x / softcap)
   float softcap;       // 0: none
@@ -21,19 +20,19 @@ struct ModelLogits {
 
 constexpr int64_t kIgnoredTarget = -100;
 
-// Rows of `values` and of its gradient, rows of `normalizers`, bits of `wanted`: layout.py in C++.
+// Rows of `values` and of its gradient, rows of `normalizers`, bits of `output_mask`: the same as in layout.py.
 enum Output : int { kPolicy = 0, kReference = 1, kEntropy = 2, kKl = 3, kMixture = 4, kOutputs = 5 };
 enum Normalizer : int { kPolicyNormalizers = 0, kReferenceNormalizers = 2, kMixtureNormalizers = 4, kNormalizers = 6 };
-enum Want : uint32_t { kWantEntropy = 1, kWantKl = 2, kWantMixture = 4 };
+enum OutputBit : uint32_t { kWithEntropy = 1, kWithKl = 2, kWithMixture = 4 };
 
 struct Logprobs {
   ModelLogits policy;
   ModelLogits reference;
   const int64_t* targets;  // (rows)
-  const float* beta;       // null where no mixture is wanted
+  const float* beta;       // null without kWithMixture
   int64_t beta_stride;     // 0: one for all rows
   double temperature;
-  uint32_t wanted;
+  uint32_t output_mask;
   int64_t rows;
   int64_t vocabulary;
   float* values;       // (kOutputs, rows); read by backward

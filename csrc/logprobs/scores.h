@@ -1,4 +1,4 @@
-// One tile of a row for logprobs on the CPU: logits as float32 scores, their mixture, and gradients on their way out.
+// One tile of a row for logprobs on the CPU: logits as float32 scores, their mixture, and the store of gradients.
 //
 // A tile stays in the first-level cache between the passes over it. Every loop runs over whole blocks of vectors: the
 // end of a row is copied and padded with -inf, which no maximum and no sum sees.
@@ -18,26 +18,24 @@ namespace NLHF_LEVEL {
 constexpr int64_t kTile = 2048;
 constexpr int64_t kBlock = 64;  // tiles are padded to whole blocks
 
-// One row of a model: its logits and what makes scores of them.
+// One row of a model: its logits, and the scale and softcap that turn them into scores.
 struct ScoreRow {
   const char* data;
-  LogitType type;
+  DType dtype;
   float scale, softcap;
 };
 
-// One tile of it, or of a mixture.
+// One tile of a row's scores, or of the mixture's.
 struct ScoreTile {
   const float* scores;  // padded to whole blocks
   int64_t count;
-  const char* ahead;  // the logits a tile further on, to be fetched meanwhile; at a row's end the next row's
-  int64_t bytes;      // a logit there; 0: nothing to fetch
+  const char* ahead;  // the logits one tile ahead, to prefetch; at a row's end the next row's
+  int64_t bytes;      // of a logit there; 0: nothing to prefetch
 };
 
-static inline int64_t bytes_of(LogitType type) { return type == LogitType::f32 ? 4 : 2; }
-
 static inline ScoreRow score_row(const ModelLogits& model, int64_t row) {
-  const char* data = static_cast<const char*>(model.data) + row * model.row_stride * bytes_of(model.type);
-  return {data, model.type, model.scale, model.softcap};
+  const char* data = static_cast<const char*>(model.data) + row * model.row_stride * bytes_of(model.dtype);
+  return {data, model.dtype, model.scale, model.softcap};
 }
 
 static inline int64_t padded(int64_t count) { return (count + kBlock - 1) / kBlock * kBlock; }
@@ -53,34 +51,34 @@ static inline Floats tanh(Floats u) {
   return (Floats)((Words)(-m / (2.0f + m)) | sign);
 }
 
-// A score from a logit (equation 1). Rounded, so that one element alone gives what it gives among its tile.
+// Return scores of logits (equation 1), rounded, so that an element alone and within its tile gives the same bits.
 static inline Floats transformed(Floats x, const ScoreRow& row) {
   return rounded(row.softcap == 0 ? x * row.scale : tanh(x * (row.scale / row.softcap)) * row.softcap);
 }
 
 static inline Floats mixed(Floats u, Floats v, float beta) { return rounded((1 - beta) * u) + rounded(beta * v); }
 
-// Elements [first, first + count) as float32.
+// Copy elements [first, first + count) as float32.
 static inline void copy_logits(const ScoreRow& row, int64_t first, int64_t count, float* to) {
-  const char* from = row.data + first * bytes_of(row.type);
+  const char* from = row.data + first * bytes_of(row.dtype);
   const uint16_t* half = reinterpret_cast<const uint16_t*>(from);
-  switch (row.type) {
-    case LogitType::f32: std::memcpy(to, from, count * sizeof(float)); break;
-    case LogitType::bf16:
+  switch (row.dtype) {
+    case DType::f32: std::memcpy(to, from, count * sizeof(float)); break;
+    case DType::bf16:
       for (int64_t i = 0; i < count; ++i) to[i] = bf16_to_float(half[i]);
       break;
-    case LogitType::f16:
+    case DType::f16:
       for (int64_t i = 0; i < count; ++i) to[i] = f16_to_float(half[i]);
       break;
   }
 }
 
-// The tile's scores: where the logits stand if that is what they are.
+// Return the tile's scores: in place where the logits already are float32 scores, else in `scratch`.
 static inline ScoreTile load_scores(const ScoreRow& row, int64_t first, int64_t count, float* scratch) {
-  const int64_t bytes = bytes_of(row.type);
+  const int64_t bytes = bytes_of(row.dtype);
   ScoreTile tile{scratch, count, row.data + (first + kTile) * bytes, bytes};
   const bool plain = row.scale == 1 && row.softcap == 0;
-  if (plain && row.type == LogitType::f32 && count % kBlock == 0) {
+  if (plain && row.dtype == DType::f32 && count % kBlock == 0) {
     tile.scores = reinterpret_cast<const float*>(row.data) + first;
     return tile;
   }
@@ -98,7 +96,7 @@ static inline float score_at(const ScoreRow& row, int64_t index) {
   return row.scale == 1 && row.softcap == 0 ? logit : transformed(broadcast(logit), row)[0];
 }
 
-// (1 - beta) u + beta v; an end of the interval must not touch the other side: 0 * -inf is NaN.
+// Return (1 - beta) u + beta v. At beta 0 and 1 one side is not read: 0 * -inf is NaN.
 static inline ScoreTile load_mixture(const ScoreTile& u, const ScoreTile& v, float beta, float* scratch) {
   if (beta == 0 || beta == 1) return {beta == 0 ? u.scores : v.scores, u.count, nullptr, 0};
   for (int64_t i = 0; i < padded(u.count); i += kLanes) {
@@ -112,33 +110,33 @@ static inline float mixture_at(float u, float v, float beta) {
   return beta == 0 ? u : beta == 1 ? v : mixed(broadcast(u), broadcast(v), beta)[0];
 }
 
-// Asks for the cache line of the logits that lie a tile further on than the vector at `i`.
+// Prefetch the cache line of the logits that lie one tile ahead of the vector at `i`.
 static inline void fetch_ahead(const ScoreTile& tile, int64_t i) {
   if (tile.bytes != 0) __builtin_prefetch(tile.ahead + i * tile.bytes);
 }
 
-// The largest score that is not NaN; -inf where there is none.
+// Return the largest score that is not NaN; -inf where there is none.
 static inline float maximum(const ScoreTile& tile) {
   Floats best = broadcast(-INFINITY);
   for (int64_t i = 0; i < padded(tile.count); i += kLanes) best = larger(load(tile.scores + i), best);
   return largest_lane(best);
 }
 
-// `count` gradients in the policy's type, which may take the place of the logits they belong to.
-static inline void store_gradients(const float* gradients, int64_t count, LogitType type, char* to) {
+// Store `count` gradients in the policy's dtype, possibly over the logits that they belong to.
+static inline void store_gradients(const float* gradients, int64_t count, DType dtype, char* to) {
   uint16_t* half = reinterpret_cast<uint16_t*>(to);
-  switch (type) {
-    case LogitType::f32: {
+  switch (dtype) {
+    case DType::f32: {
       float* out = reinterpret_cast<float*>(to);
-      int64_t i = 0;  // not memcpy, which for this length is slower into memory that is not in the cache
+      int64_t i = 0;  // not memcpy, which at this length is slower into uncached memory
       for (; i + kLanes <= count; i += kLanes) store(out + i, load(gradients + i));
       for (; i < count; ++i) out[i] = gradients[i];
       break;
     }
-    case LogitType::bf16:
+    case DType::bf16:
       for (int64_t i = 0; i < count; ++i) half[i] = float_to_bf16(gradients[i]);
       break;
-    case LogitType::f16:
+    case DType::f16:
       for (int64_t i = 0; i < count; ++i) half[i] = float_to_f16(gradients[i]);
       break;
   }

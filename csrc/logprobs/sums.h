@@ -11,7 +11,7 @@
 namespace nlhf {
 namespace NLHF_LEVEL {
 
-// Sum of exp((score - top) / temperature) over what was seen.
+// Sum of exp((score - top) / temperature) over the tiles so far.
 struct Series {
   float top = -INFINITY;
   double sum = 0;
@@ -24,10 +24,11 @@ struct RowSums {
   double gap = 0;     // sum of exp(a) (a - b): one sum, as both halves may be large where their difference is small
 };
 
-// What exponentials are taken relative to: the maximum, or 0 where there is none, as -inf - -inf is NaN.
+// Return the base of exponentials: the maximum, or 0 where there is none, as -inf - -inf is NaN.
 static float finite_base(float top) { return top == -INFINITY ? 0.0f : top; }
 
-// Lets `top` be the series' maximum if it is larger; (top before - top now) / temperature, 0 where nothing was seen.
+// Raise the series' maximum to `top` if that is larger. Return (old top - new top) / temperature, 0 for an empty
+// series.
 static double raise(Series& series, float top, double temperature) {
   const float before = series.top;
   if (!(top > before)) return 0;
@@ -38,12 +39,12 @@ static double raise(Series& series, float top, double temperature) {
   return shift;
 }
 
-// Lanes add up this many floats before double takes over, so that a token far below the largest counts beside it.
+// A lane sums this many floats before it adds to a double, so that a token far below the largest still counts.
 constexpr int kLinks = 8;
 
 struct TileSum {
   float top;   // of the tile
-  double sum;  // relative to the base that was given
+  double sum;  // relative to the caller's base
 };
 
 static TileSum sum_of_exponentials(const ScoreTile& tile, float base, float inverse) {
@@ -70,13 +71,13 @@ static TileSum sum_of_exponentials(const ScoreTile& tile, float base, float inve
   return {largest_lane(larger(larger(best[0], best[1]), larger(best[2], best[3]))), sum_of_lanes(totals)};
 }
 
-// Whether exponentials relative to `top` are too large, or meaningless, for a tile of maximum `tile_top`. Up to here
-// exp_nonpositive is as exact for positive arguments and lanes do not overflow.
+// Return whether exponentials relative to `top` are too large, or undefined, for a tile of maximum `tile_top`. Up to
+// this bound exp_nonpositive is as exact for positive arguments and lanes do not overflow.
 static bool exceeds(float tile_top, float top, float inverse) {
   return tile_top > top && !((tile_top - top) * inverse < 16);
 }
 
-// A tile's share in a series of its own.
+// Add a tile to a series that needs no moments.
 static void add_tile(Series& series, const ScoreTile& tile, double temperature, float inverse) {
   if (series.top == -INFINITY) raise(series, maximum(tile), temperature);
   TileSum sum = sum_of_exponentials(tile, finite_base(series.top), inverse);
@@ -93,8 +94,8 @@ struct TileMoments {
   double mass, moment, gap, reference_mass;
 };
 
-// Everything entropy and, where there is a reference, KL need. A token of probability 0 counts nothing.
-template <bool kReferenced>
+// Return the sums that entropy and, with a reference, KL need. A token of probability 0 contributes nothing.
+template <bool kHasReference>
 static TileMoments moments(const ScoreTile& u, const ScoreTile& v, float base_u, float base_v, float inverse) {
   enum { kMass, kMoment, kGap, kReferenceMass, kSums };
   constexpr int kChains = 2;
@@ -114,7 +115,7 @@ static TileMoments moments(const ScoreTile& u, const ScoreTile& v, float base_u,
         best_u = larger(x, best_u);
         sums[kMass][chain] += mass;
         sums[kMoment][chain] += mass == 0.0f ? Floats{} : mass * a;
-        if (!kReferenced) continue;
+        if (!kHasReference) continue;
         fetch_ahead(v, i + chain * kLanes);
         const Floats y = load(v.scores + i + chain * kLanes);
         const Floats b = (y - bases_v) * inverse;
@@ -129,7 +130,7 @@ static TileMoments moments(const ScoreTile& u, const ScoreTile& v, float base_u,
           sum_of_lanes(totals[kMoment]),  sum_of_lanes(totals[kGap]),  sum_of_lanes(totals[kReferenceMass])};
 }
 
-// Lets `top` and `reference_top` be the maxima where they are larger, and all sums be relative to them.
+// Raise both maxima where the new ones are larger, and rescale all sums to them.
 static void raise_tops(RowSums& sums, float top, float reference_top, double temperature) {
   const double mass = sums.policy.sum;
   const double policy = raise(sums.policy, top, temperature);
@@ -140,16 +141,16 @@ static void raise_tops(RowSums& sums, float top, float reference_top, double tem
   sums.gap = factor > 0 ? factor * (sums.gap + mass * (policy - reference)) : 0;  // it may be infinite: 0 * inf is NaN
 }
 
-template <bool kReferenced>
+template <bool kHasReference>
 static void add_moments(RowSums& sums, const ScoreTile& u, const ScoreTile& v, double temperature, float inverse) {
   const float &top = sums.policy.top, &reference_top = sums.reference.top;
-  if (top == -INFINITY || (kReferenced && reference_top == -INFINITY)) {
-    raise_tops(sums, maximum(u), kReferenced ? maximum(v) : -INFINITY, temperature);
+  if (top == -INFINITY || (kHasReference && reference_top == -INFINITY)) {
+    raise_tops(sums, maximum(u), kHasReference ? maximum(v) : -INFINITY, temperature);
   }
-  TileMoments tile = moments<kReferenced>(u, v, finite_base(top), finite_base(reference_top), inverse);
+  TileMoments tile = moments<kHasReference>(u, v, finite_base(top), finite_base(reference_top), inverse);
   if (exceeds(tile.top, top, inverse) || exceeds(tile.reference_top, reference_top, inverse)) {
     raise_tops(sums, tile.top, tile.reference_top, temperature);
-    tile = moments<kReferenced>(u, v, finite_base(top), finite_base(reference_top), inverse);
+    tile = moments<kHasReference>(u, v, finite_base(top), finite_base(reference_top), inverse);
   }
   sums.policy.sum += tile.mass;
   sums.moment += tile.moment;

@@ -7,7 +7,8 @@
 
 namespace nlhf {
 
-enum class Opponent : int { policy = 0, mixture = 1, given = 2 };
+// fixed: the same log_opponent in every iteration.
+enum class Opponent : int { policy = 0, mixture = 1, fixed = 2 };
 
 template <typename Real>
 struct MirrorDescent {
@@ -21,7 +22,7 @@ struct MirrorDescent {
   int64_t actions;
   int64_t iterations;
   Opponent opponent;
-  const Real* log_opponent;  // (games, actions) where the opponent is given, unnormalised is fine; else unused
+  const Real* log_opponent;  // (games, actions) where the opponent is fixed, unnormalised is fine; else unused
   Real* out;                 // (games, actions), normalised log-probabilities; may not alias log_policy
 };
 

@@ -1,8 +1,8 @@
-// mirror_descent on the CPU: games over threads; one game's preference matrix stays in the core's cache while all its
-// iterations run, and the next game's is on its way: that is where the time against a PyTorch loop is won.
+// mirror_descent on the CPU: games over threads. One game's preference matrix stays in the core's cache during all its
+// iterations while the next game's matrix is prefetched; a PyTorch loop reads every matrix from memory each iteration.
 //
 // Vectors of actions are padded with -inf to whole SIMD vectors: no loop has a remainder, and no maximum and no sum of
-// exponentials sees the padding.
+// exponentials is changed by the padding.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -35,7 +35,7 @@ int64_t padded(int64_t actions) {
   return (actions + whole - 1) / whole * whole;
 }
 
-// What a thread needs beside the output: vectors and, for games small enough to gain by it, the transposed matrix.
+// A thread's memory: vectors and, for games small enough to gain by it, the transposed matrix.
 template <typename Real>
 struct Scratch {
   static constexpr int64_t kMaxTransposed = 256;  // 512 KiB in float64: within a core's second-level cache
@@ -57,7 +57,7 @@ struct Scratch {
 
   const int64_t stride;
   Real *memory, *log_policy, *log_reference, *log_opponent, *mixture, *opponent, *expected;
-  Real* transposed = nullptr;  // (stride, stride), the padding zero for ever; null: the matrix is read as it stands
+  Real* transposed = nullptr;  // (stride, stride), the padding always zero; null: the matrix is read in place
 };
 
 template <typename Real>
@@ -66,13 +66,13 @@ void load_padded(const Real* from, int64_t actions, Real* to) {
   std::fill(to + actions, to + padded<Real>(actions), kMinusInfinity<Real>);
 }
 
-// The largest lane, in every lane.
+// Return the largest lane, in every lane.
 template <typename Real>
 Vector<Real> maximum_over_lanes(Vector<Real> values) {
   return over_lanes<Real>(values, [](Vector<Real> x, Vector<Real> y) { return larger(x, y); });
 }
 
-// The largest that is not NaN, in every lane; -inf where there is none.
+// Return the largest value that is not NaN, in every lane; -inf where there is none.
 template <typename Real>
 Vector<Real> maximum(const Real* x, int64_t stride) {
   Vector<Real> best = broadcast(kMinusInfinity<Real>);
@@ -80,8 +80,8 @@ Vector<Real> maximum(const Real* x, int64_t stride) {
   return maximum_over_lanes<Real>(best);
 }
 
-// out = exp(x - top); returns the sum, in every lane. A row of -inf only has no distribution: it gives NaN, as
-// PyTorch's softmax.
+// Store exp(x - top) in `out` and return the sum, in every lane. A row of -inf only has no distribution and gives NaN,
+// as in PyTorch's softmax.
 template <typename Real>
 Vector<Real> exponentials(const Real* x, Vector<Real> top, int64_t stride, Real* out) {
   Vector<Real> sum = {};
@@ -93,12 +93,13 @@ Vector<Real> exponentials(const Real* x, Vector<Real> top, int64_t stride, Real*
   return over_lanes<Real>(sum, [](Vector<Real> x, Vector<Real> y) { return x + y; });
 }
 
-// Ends a step, log_policy = mixture - top + scale * expected, and begins the next one with its mixture,
-// (1 - b) log_policy + b log_reference, whose maximum is returned, in every lane. An end of the interval must not touch
-// the other side: 0 * -inf is NaN. So is, outside the interval, the mixture of the padding.
+// End a step, log_policy = mixture - top + scale * expected, and begin the next one with its mixture,
+// (1 - b) log_policy + b log_reference. Return the mixture's maximum, in every lane. At b = 0 and b = 1 one side is not
+// read, as 0 * -inf is NaN; outside [0, 1] the mixture of the padding would be NaN and is set to -inf.
 template <typename Real>
 Vector<Real> advance(const Scratch<Real>& s, int64_t n, Vector<Real> top, Vector<Real> scale, Real b) {
-  Vector<Real> best = broadcast(kMinusInfinity<Real>), other_best = best;  // two: one waits on its own comparisons
+  // Two chains of maxima, as one is bound by the latency of comparisons.
+  Vector<Real> best = broadcast(kMinusInfinity<Real>), other_best = best;
   for (int64_t i = 0; i < s.stride; i += kWidth<Real>) {
     const Vector<Real> log_policy = (load(s.mixture + i) - top) + scale * load(s.expected + i);
     const Vector<Real> log_reference = load(s.log_reference + i);
@@ -114,8 +115,8 @@ Vector<Real> advance(const Scratch<Real>& s, int64_t n, Vector<Real> top, Vector
   return maximum_over_lanes<Real>(larger(best, other_best));
 }
 
-// Asks for a range of memory, a line at a time between other work: asked for at once, the lines would queue up and the
-// work behind them would wait. What was not asked for in the end is read when it is needed.
+// Prefetches a range of memory, one cache line at a time between other work: all at once, the requests would fill the
+// queue and later loads would wait. Lines that are never prefetched are read when they are needed.
 class Prefetch {
  public:
   Prefetch() = default;
@@ -126,7 +127,7 @@ class Prefetch {
 
   void line() {
     if (next_ >= end_) return;
-    __builtin_prefetch(next_, 0, 2);  // into the second-level cache: the first is full
+    __builtin_prefetch(next_, 0, 2);  // into the second-level cache, as the first is full
     next_ += kLineBytes;
   }
 
@@ -138,7 +139,7 @@ class Prefetch {
   const char *next_ = nullptr, *end_ = nullptr;
 };
 
-// What is to be asked for in iteration k: its share of the next game's matrix.
+// Return the prefetches of iteration k: its share of the next game's matrix.
 template <typename Real>
 Prefetch share_of_next_game(const MirrorDescent<Real>& p, int64_t game, int64_t k) {
   if (game + 1 == p.games) return {};
@@ -157,7 +158,7 @@ void expect_by_rows(const Real* preference, const Real* opponent, int64_t n, Rea
   int64_t a = 0;
   for (; a + 4 <= n; a += 4) {
     const Real* row = preference + a * n;
-    Real sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;  // one sum would wait on its own multiply-adds
+    Real sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;  // four chains, as one is bound by the latency of multiply-adds
 #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
     for (int64_t i = 0; i < n; ++i) {
       sum0 += row[i] * opponent[i];
@@ -213,7 +214,7 @@ void expect_by_columns(const Scratch<Real>& s, int64_t n, Prefetch& ahead) {
   blocks_of(std::integral_constant<int, 1>());
 }
 
-// x, or y, after the two exchanged blocks of `distance` lanes: the upper ones of x for the lower ones of y.
+// Exchange blocks of `distance` lanes, the upper ones of x for the lower ones of y; return x or, for `second`, y.
 template <int distance, bool second, typename Values, int... lane>
 Values half_exchanged(Values x, Values y, std::integer_sequence<int, lane...>) {
   if constexpr (second) {
@@ -223,7 +224,7 @@ Values half_exchanged(Values x, Values y, std::integer_sequence<int, lane...>) {
   }
 }
 
-// A square block in registers: halves are exchanged, then quarters within them, and so on.
+// Transpose a square block in registers: exchange halves, then quarters within them, and so on.
 template <typename Real, int distance = kWidth<Real> / 2>
 void transpose_block(Vector<Real>* rows) {
   if constexpr (distance > 0) {
@@ -238,7 +239,8 @@ void transpose_block(Vector<Real>* rows) {
   }
 }
 
-// Element by element, this would outweigh the iterations of a short run. The last blocks overlap those before them.
+// Transpose by blocks: element by element it would take longer than the iterations of a short run. The last blocks
+// overlap those before them.
 template <typename Real>
 void transpose(const Real* matrix, int64_t n, int64_t stride, Real* out) {
   constexpr int64_t width = kWidth<Real>;
@@ -259,29 +261,30 @@ void transpose(const Real* matrix, int64_t n, int64_t stride, Real* out) {
   }
 }
 
-// All iterations of one game. log_policy is normalised at the end only, as a constant of the row changes no softmax;
-// but a maximum that is known anyway is taken off, or the constant grows towards 1 / (2 tau) and costs digits.
+// Run all iterations of one game. log_policy is normalised at the end only, as a constant added to a row changes no
+// softmax; but the known maximum is subtracted in each iteration, or the constant grows towards 1 / (2 tau) and costs
+// digits.
 template <typename Real>
 void solve_game(const MirrorDescent<Real>& p, int64_t game, const Scratch<Real>& s) {
   const int64_t n = p.actions;
   const Real* preference = p.preference + game * n * n;
   const Real tau = p.tau[game * p.tau_stride];
-  const bool by_columns = s.transposed != nullptr && p.iterations > 2;  // fewer do not repay the transposition
+  const bool by_columns = s.transposed != nullptr && p.iterations > 2;  // fewer do not repay it
   if (by_columns) transpose(preference, n, s.stride, s.transposed);
   load_padded(p.log_reference + game * n, n, s.log_reference);
-  if (p.opponent == Opponent::given) load_padded(p.log_opponent + game * n, n, s.log_opponent);
-  const Real* played = p.opponent == Opponent::mixture  ? s.mixture
+  if (p.opponent == Opponent::fixed) load_padded(p.log_opponent + game * n, n, s.log_opponent);
+  const Real* opponent_logits = p.opponent == Opponent::mixture  ? s.mixture
                        : p.opponent == Opponent::policy ? s.log_policy
                                                         : s.log_opponent;
 
-  load_padded(p.log_policy + game * n, n, s.mixture);  // as if a step that changes nothing came before the first
+  load_padded(p.log_policy + game * n, n, s.mixture);  // as after a step that changed nothing
   std::fill(s.expected, s.expected + s.stride, Real(0));
   Vector<Real> top = {}, scale = {};
   for (int64_t k = 0; k < p.iterations; ++k) {
     const Real step = p.step_sizes[k];
     top = advance(s, n, top, scale, step * tau);
-    const Vector<Real> played_top = played == s.mixture ? top : maximum(played, s.stride);
-    scale = step / exponentials(played, played_top, s.stride, s.opponent);
+    const Vector<Real> opponent_top = opponent_logits == s.mixture ? top : maximum(opponent_logits, s.stride);
+    scale = step / exponentials(opponent_logits, opponent_top, s.stride, s.opponent);
     if (by_columns) {
       Prefetch ahead = share_of_next_game(p, game, k);
       expect_by_columns(s, n, ahead);
@@ -300,7 +303,7 @@ template <typename Real>
 void solve(const MirrorDescent<Real>& problem, Part games, int threads) {
   const MirrorDescent<Real> p = problem;
   bool out_of_memory = false;
-  // Waking threads takes microseconds: about what this many multiply-adds take on one.
+  // Starting threads takes microseconds, about as long as this many multiply-adds on one thread.
   const bool worth_sharing = games.count() * p.actions * p.actions * (p.iterations + 1) > (int64_t{1} << 16);
 #pragma omp parallel num_threads(threads) if (threads > 1 && games.count() > 1 && worth_sharing)
   {

@@ -1,15 +1,14 @@
 // mirror_descent on the GPU: all iterations of all games in one launch, a block a game.
 //
-// What an iteration costs is the product of the preference matrix with the opponent, so the matrix stays as near to
-// the arithmetic as its size allows for all iterations of its game:
+// An iteration's cost is the product of the preference matrix with the opponent, so the matrix is kept during all
+// iterations in the fastest memory that holds it:
 //   up to 128 actions   in registers: 32 elements a thread, 1, 2 or 4 threads a row             (small_games)
 //   while it fits       in shared memory, about 230 actions in float and 160 in double         (large_games<true>)
 //   above               in global memory and the caches, read coalesced in every iteration    (large_games<false>)
 //
-// log_policy is normalised only at the end, since a constant added to a row changes no softmax. But left alone that
-// constant grows with every step, to (mean preference) / tau, and takes float's digits with it; so each iteration takes
-// off the maximum that its softmax has found anyway. A row of -inf only has no distribution and gives NaN, as PyTorch's
-// softmax does.
+// log_policy is normalised only at the end, since a constant added to a row changes no softmax. But that constant would
+// grow with every step, to (mean preference) / tau, and cost float digits; so each iteration subtracts the maximum that
+// its softmax has computed. A row of -inf only has no distribution and gives NaN, as in PyTorch's softmax.
 #include "../common/cuda_block.cuh"
 #include "../common/cuda_launch.cuh"
 #include "mirror_descent.h"
@@ -17,7 +16,7 @@
 namespace nlhf {
 namespace {
 
-// (1 - b) log_policy + b log_reference; an end of the interval must not touch the other side: 0 * -inf is NaN.
+// Return (1 - b) log_policy + b log_reference. At b = 0 and b = 1 one side is not read: 0 * -inf is NaN.
 template <typename Real>
 NLHF_DEVICE Real mix(Real log_policy, Real log_reference, Real b) {
   if (b == Real(0)) return log_policy;
@@ -27,24 +26,24 @@ NLHF_DEVICE Real mix(Real log_policy, Real log_reference, Real b) {
 
 // ------------------------------------------------------------------------------------------ matrix in registers
 
-constexpr int kTile = 32;  // matrix elements a thread keeps in registers
+constexpr int kTile = 32;  // matrix elements in a thread's registers
 
-// 16 bytes: what one shared-memory load instruction brings.
+// 16 bytes, one shared-memory load.
 template <typename Real>
 struct alignas(16) Chunk {
   static constexpr int kSize = 16 / sizeof(Real);
   Real value[kSize];
 };
 
-// A game of up to kTile * kLanes actions: kLanes threads share a row and hold its chunks in turn.
+// A game of up to kTile * kLanes actions: kLanes threads share a row and hold its chunks by turns.
 template <typename Real, int kLanes>
 struct SmallGame {
   static constexpr int kActions = kTile * kLanes;
   static constexpr int kThreads = kActions * kLanes;
   static constexpr int kWarps = kThreads / kWarpSize;
   // Registers for 1024 threads a multiprocessor in float, 512 in double: eight games of 64 actions then share one and
-  // 1024 games are one wave on 132 of them; left alone, the compiler takes 91 registers a thread and fits five.
-  // No GPU keeps fewer than 16 blocks resident, and some no more than 24, so 16 is as much as may be asked for.
+  // 1024 games are one wave on 132 of them; without this bound the compiler takes 91 registers a thread and five fit.
+  // Every GPU allows 16 resident blocks a multiprocessor and some no more than 24, so the bound is at most 16.
   static constexpr int kBlocksThatFit = 4096 / sizeof(Real) / kThreads;
   static constexpr int kResidentBlocks = kBlocksThatFit < 16 ? kBlocksThatFit : 16;
   static constexpr int kChunks = kActions / Chunk<Real>::kSize;
@@ -56,8 +55,8 @@ struct Softmax {
   Real total;  // of exp(logit - top)
 };
 
-// exp(logit - top) of all actions into the calling warp's own `weights`. Every warp computes them all: a few
-// exponentials more, but one barrier an iteration instead of three. `logit` is the calling thread's row's.
+// Write exp(logit - top) of all actions into the calling warp's own `weights`. Every warp computes them all: a few more
+// exponentials, but one barrier an iteration instead of three. `logit` is that of the calling thread's row.
 template <typename Real, int kLanes>
 NLHF_DEVICE Softmax<Real> share_softmax(Real logit, Real* published, Chunk<Real>* weights) {
   constexpr int kSize = Chunk<Real>::kSize;
@@ -84,7 +83,7 @@ NLHF_DEVICE Softmax<Real> share_softmax(Real logit, Real* published, Chunk<Real>
   return {top, warp_sum(total)};
 }
 
-// The calling thread's part of one matrix row; elements outside the matrix are 0.
+// Load the calling thread's part of one matrix row; elements outside the matrix are 0.
 template <typename Real, int kLanes>
 NLHF_DEVICE void load_tile(const Real* matrix, int actions, Real (&tile)[kTile]) {
   constexpr int kSize = Chunk<Real>::kSize;
@@ -96,8 +95,8 @@ NLHF_DEVICE void load_tile(const Real* matrix, int actions, Real (&tile)[kTile])
   }
 }
 
-// The row's product with `weights`, in all kLanes threads of the row. Neighbouring lanes read neighbouring chunks and
-// all rows of the warp the same ones, so each load is one conflict-free broadcast.
+// Return the row's product with `weights`, in all kLanes threads of the row. Neighbouring lanes read neighbouring
+// chunks and all rows of the warp the same ones, so each load is one conflict-free broadcast.
 template <typename Real, int kLanes>
 NLHF_DEVICE Real row_product(const Real (&tile)[kTile], const Chunk<Real>* weights) {
   constexpr int kSize = Chunk<Real>::kSize;
@@ -114,27 +113,27 @@ NLHF_DEVICE Real row_product(const Real (&tile)[kTile], const Chunk<Real>* weigh
 
 template <typename Real, int kLanes, typename Game = SmallGame<Real, kLanes>>
 __global__ void __launch_bounds__(Game::kThreads, Game::kResidentBlocks) small_games(const MirrorDescent<Real> p) {
-  // Two buffers in turn: while slow warps still read one, fast warps may already publish into the other.
+  // Two buffers by turns: slow warps may still read one while fast warps write the other.
   __shared__ Real published[2][Game::kActions];
   __shared__ Chunk<Real> weights_of_warp[Game::kWarps][Game::kChunks];
   Chunk<Real>* weights = weights_of_warp[threadIdx.x / kWarpSize];
   const int actions = static_cast<int>(p.actions), row = threadIdx.x / kLanes;
-  const bool is_action = row < actions;  // rows of padding publish -inf, which is probability 0
+  const bool is_action = row < actions;  // rows of padding have logit -inf, probability 0
   int turn = 0;
   for (int64_t game = blockIdx.x; game < p.games; game += gridDim.x) {
     Real tile[kTile];
     load_tile<Real, kLanes>(p.preference + game * actions * actions, actions, tile);
     Real log_policy = is_action ? p.log_policy[game * actions + row] : -Real(INFINITY);
     const Real log_reference = is_action ? p.log_reference[game * actions + row] : -Real(INFINITY);
-    const bool is_given = p.opponent == Opponent::given;
-    const Real log_opponent = is_given && is_action ? p.log_opponent[game * actions + row] : -Real(INFINITY);
+    const bool is_fixed = p.opponent == Opponent::fixed;
+    const Real log_opponent = is_fixed && is_action ? p.log_opponent[game * actions + row] : -Real(INFINITY);
     const Real tau = p.tau[game * p.tau_stride];
-    Real next_step = p.iterations > 0 ? p.step_sizes[0] : Real(0);  // read ahead, to hide the load
+    Real next_step = p.iterations > 0 ? p.step_sizes[0] : Real(0);  // loaded one iteration ahead, to hide its latency
     for (int64_t k = 0; k < p.iterations; ++k) {
       const Real step = next_step;
       next_step = k + 1 < p.iterations ? p.step_sizes[k + 1] : Real(0);
       const Real mixture = mix(log_policy, log_reference, step * tau);
-      const Real logit = is_given ? log_opponent : p.opponent == Opponent::mixture ? mixture : log_policy;
+      const Real logit = is_fixed ? log_opponent : p.opponent == Opponent::mixture ? mixture : log_policy;
       const Softmax<Real> opponent =
           share_softmax<Real, kLanes>(is_action ? logit : -Real(INFINITY), published[turn], weights);
       turn ^= 1;
@@ -151,8 +150,8 @@ __global__ void __launch_bounds__(Game::kThreads, Game::kResidentBlocks) small_g
 
 // ----------------------------------------------------------------------------- matrix in shared or global memory
 
-// 16 warps with four rows and four columns a lane keep 32 KB of float loads in flight, about what one multiprocessor's
-// share of the memory's bandwidth times its latency asks for; 32 warps would have to spill registers.
+// 16 warps with four rows and four columns a lane have 32 KB of float loads in flight, about one multiprocessor's share
+// of the memory's bandwidth times its latency; 32 warps would spill registers.
 constexpr int kLargeThreads = 512;
 
 // target[a] += scale * sum_b matrix[a][b] weights[b] - top. A warp takes four rows at once: each load of the weights
@@ -165,7 +164,7 @@ NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale
   for (int first = threadIdx.x / kWarpSize * 4; first < actions; first += rows_per_pass) {
     const Real* rows[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // past the end the last row is read once more and its sum dropped
+    for (int i = 0; i < 4; ++i) {  // past the end the last row is read again and its sum dropped
       rows[i] = matrix + static_cast<int64_t>(first + i < actions ? first + i : actions - 1) * actions;
     }
     Real sums[4] = {};
@@ -181,8 +180,8 @@ NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale
   }
 }
 
-// The numbers of all actions of one game live in shared memory and each thread walks its own. The policy of a game
-// whose matrix is in global memory lives in `out` instead: two vectors of 8192 doubles exceed what some GPUs have.
+// One block a game; its vectors are in shared memory and each thread owns every blockDim.x-th action. The policy of a
+// game whose matrix is in global memory is kept in `out`: two vectors of 8192 doubles exceed some GPUs' shared memory.
 template <typename Real, bool kMatrixInShared>
 __global__ void __launch_bounds__(kLargeThreads, 1) large_games(const MirrorDescent<Real> p) {
   __shared__ Real max_scratch[kWarpSize], sum_scratch[kWarpSize];
@@ -206,7 +205,7 @@ __global__ void __launch_bounds__(kLargeThreads, 1) large_games(const MirrorDesc
       Real top = -Real(INFINITY), total = 0;
       for (int a = threadIdx.x; a < actions; a += threads) {
         const Real mixture = mix(policy[a], log_reference[a], step * tau);
-        weights[a] = p.opponent == Opponent::given     ? p.log_opponent[game * actions + a]
+        weights[a] = p.opponent == Opponent::fixed     ? p.log_opponent[game * actions + a]
                      : p.opponent == Opponent::mixture ? mixture
                                                        : policy[a];
         policy[a] = mixture;
@@ -252,7 +251,7 @@ cudaError_t mirror_descent(const MirrorDescent<Real>& p, void* cuda_stream) {
   if (p.actions <= 64) return launch_small<Real, 2>(p, limits, cuda_stream);
   if (p.actions <= 128) return launch_small<Real, 4>(p, limits, cuda_stream);
 
-  const int64_t scratch_bytes = 2 * kWarpSize * sizeof(Real);  // static, but out of the same budget
+  const int64_t scratch_bytes = 2 * kWarpSize * sizeof(Real);  // static, but part of the same limit
   const int64_t vector_bytes = p.actions * sizeof(Real);
   const int64_t bytes_with_matrix = (p.actions + 2) * vector_bytes;
   if (bytes_with_matrix + scratch_bytes <= limits.shared_bytes) {

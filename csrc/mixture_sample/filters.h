@@ -1,9 +1,8 @@
 // top-k, top-p and min-p of mixture_sample on the CPU, as one threshold on z; equation numbers are the README's.
 //
-// Nothing is sorted. A threshold is found digit by digit in the order-preserving integers of the candidates' bits, with
-// a histogram of their mass a digit: at most four rounds whatever the values are. What makes it fast is how few
-// candidates there are: top-k keeps those above the k-th largest maximum of groups, top-p those in a bracket that three
-// passes with vectors narrowed.
+// No sorting: a radix selection over the order-preserving integers of the candidates' bits, with a histogram of their
+// mass per digit, in at most four rounds for any values. Candidates are few: for top-k those above the k-th largest
+// maximum of groups, for top-p those in a bracket that three vectorised passes have narrowed.
 #pragma once
 
 #include <cmath>
@@ -24,26 +23,26 @@ struct Filters {
   float min_p;    // 0: off
 };
 
-// A row's mixture and room to work in.
+// A row's mixture, and memory for the search.
 struct FilteredRow {
   float* z;  // (padded vocabulary), the padding -inf
   int64_t vocabulary;
   const float* tile_tops;  // (tiles)
-  float* group_tops;       // (tiles, kGroups); lost in the search
+  float* group_tops;       // (tiles, kGroups); overwritten by the search
   float* candidates;       // (padded vocabulary + kBlock)
   float* masses;           // likewise
   double* bins;            // (kBins)
 };
 
-// Integers in the order of the floats; without a branch, which signs at random would have mispredicted.
+// Return integers in the order of the floats; without a branch, as random signs would be mispredicted.
 static inline uint32_t ordered_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits ^ ((0u - (bits >> 31)) | 0x80000000u);
 }
 
-// A tile's maxima by groups; true if it holds a NaN.
-static inline bool survey_groups(const float* z, int64_t count, float* group_tops) {
+// Compute a tile's maxima by groups; return whether it contains a NaN.
+static inline bool group_maxima(const float* z, int64_t count, float* group_tops) {
   constexpr int kVectors = kGroups / kLanes;
   Floats best[kVectors];
   Mask nan{};
@@ -59,7 +58,7 @@ static inline bool survey_groups(const float* z, int64_t count, float* group_top
   return lane_bits(nan) != 0;
 }
 
-// What candidates a search is left with: keys are their ordered bits, at least `first` and less than 2^bits beyond.
+// The candidates left in a search: their keys, ordered bits, are in [first, first + 2^bits).
 struct KeyRange {
   uint32_t first;
   int bits;
@@ -75,7 +74,7 @@ static inline KeyRange key_range(const float* values, int64_t count) {
   return {smallest, largest > smallest ? 32 - __builtin_clz(largest - smallest) : 0};
 }
 
-// Adds the masses by digit; without masses each value weighs 1.
+// Sum the masses by digit; without masses each value has mass 1.
 static inline void histogram(const float* values, const float* masses, int64_t count, uint32_t first, int shift,
                              int64_t bins, double* sums) {
   for (int64_t bin = 0; bin < bins; ++bin) sums[bin] = 0;
@@ -86,14 +85,14 @@ static inline void histogram(const float* values, const float* masses, int64_t c
   }
 }
 
-// The lowest value such that the mass of strictly larger ones, `above` and what lies here, is below `target`;
-// `otherwise` if there is no candidate with mass. Values and masses are compacted in place.
+// Return the lowest candidate such that the mass of strictly larger ones, with `above` included, is below `target`;
+// `otherwise` if no candidate has mass. Values and masses are compacted in place.
 static inline float lowest_kept(float* values, float* masses, int64_t count, double above, double target,
                                 float otherwise, double* bins) {
   KeyRange range = key_range(values, count);
   while (range.bits > 0 && count > 1) {
-    const int wanted = count > 4 * kBins ? kWideDigit : kNarrowDigit;
-    const int width = wanted < range.bits ? wanted : range.bits;
+    const int digit_bits = count > 4 * kBins ? kWideDigit : kNarrowDigit;
+    const int width = digit_bits < range.bits ? digit_bits : range.bits;
     const int shift = range.bits - width;
     histogram(values, masses, count, range.first, shift, int64_t{1} << width, bins);
     int64_t digit = -1;
@@ -106,45 +105,45 @@ static inline float lowest_kept(float* values, float* masses, int64_t count, dou
     }
     if (digit < 0) return otherwise;
     above = before;
-    int64_t kept = 0;
+    int64_t survivors = 0;
     for (int64_t i = 0; i < count; ++i) {
       const bool here = (ordered_bits(values[i]) - range.first) >> shift == static_cast<uint32_t>(digit);
-      values[kept] = values[i];
-      if (masses != nullptr) masses[kept] = masses[i];
-      kept += here;
+      values[survivors] = values[i];
+      if (masses != nullptr) masses[survivors] = masses[i];
+      survivors += here;
     }
-    count = kept;
+    count = survivors;
     range = {range.first + (static_cast<uint32_t>(digit) << shift), shift};
   }
   return count > 0 ? values[0] : otherwise;
 }
 
-// The values in [low, high), in no particular order; how many. Tiles below `low` are not looked at.
+// Collect the values in [low, high), in no particular order, and return their number. Tiles below `low` are skipped.
 static inline int64_t collect(const FilteredRow& row, float low, float high) {
   const Floats lows = broadcast(low), highs = broadcast(high);
-  int64_t found = 0;
+  int64_t count = 0;
   for (int64_t first = 0, tile = 0; first < row.vocabulary; first += kTile, ++tile) {
     if (row.tile_tops[tile] < low) continue;
     const int64_t end = first + padded(tile_length(row.vocabulary, first));
     for (int64_t block = first; block < end; block += kBlock) {
-      uint64_t bits = 0;  // of a whole block: a branch a vector would be mispredicted too often
+      uint64_t bits = 0;  // of a whole block: one branch a vector would be mispredicted too often
       for (int64_t i = 0; i < kBlock; i += kLanes) {
         const Floats z = load(row.z + block + i);
         const uint32_t inside = lane_bits((z >= lows) & (z < highs));
 #if defined(__AVX512F__)
-        store(row.candidates + found, (Floats)_mm512_maskz_compress_ps(static_cast<__mmask16>(inside), (__m512)z));
-        found += __builtin_popcount(inside);
+        store(row.candidates + count, (Floats)_mm512_maskz_compress_ps(static_cast<__mmask16>(inside), (__m512)z));
+        count += __builtin_popcount(inside);
 #else
         bits |= static_cast<uint64_t>(inside) << i;
 #endif
       }
-      for (; bits != 0; bits &= bits - 1) row.candidates[found++] = row.z[block + __builtin_ctzll(bits)];
+      for (; bits != 0; bits &= bits - 1) row.candidates[count++] = row.z[block + __builtin_ctzll(bits)];
     }
   }
-  return found;
+  return count;
 }
 
-// exp(candidate - top) beside each candidate; their sum.
+// Store exp(candidate - top) of each candidate and return their sum.
 static inline double weigh_candidates(const FilteredRow& row, int64_t count, float top) {
   const Floats tops = broadcast(top);
   double total = 0;
@@ -153,7 +152,8 @@ static inline double weigh_candidates(const FilteredRow& row, int64_t count, flo
   return total;
 }
 
-// (3): the k-th largest value. That of the groups' maxima is a lower bound, as k groups hold such a value each.
+// (3): return the k-th largest value. The k-th largest maximum of groups is a lower bound, as k groups have such a
+// value.
 static inline float kth_largest(const FilteredRow& row, int64_t k) {
   const int64_t groups = tiles_of(row.vocabulary) * kGroups;
   const double target = static_cast<double>(k);
@@ -171,7 +171,7 @@ struct Bracket {
 
 constexpr int kPivots = 4, kPasses = 3;  // at most 1/343 of the bracket's width is left
 
-// Mass of the values from each pivot on, then of all from `low` on. The first pass weighs them.
+// Compute the mass of the values from each pivot on, then of all from `low` on. The first pass stores the masses.
 template <bool kFirst>
 static void masses_above(const FilteredRow& row, const float* pivots, float low, float top, double* sums) {
   constexpr int kLinks = 8;
@@ -200,10 +200,10 @@ static void masses_above(const FilteredRow& row, const float* pivots, float low,
   for (int j = 0; j < kPivots + kFirst; ++j) sums[j] = sum_of_lanes(lanes[j]);
 }
 
-static inline double nonzero(double target) { return target > 0 ? target : 1e-300; }  // the maximum always stays
+static inline double nonzero(double target) { return target > 0 ? target : 1e-300; }  // the maximum is always kept
 
-// (4) on all values from `low` on, however many. Those so small that even all of them together have less than
-// (1 - p) of the mass, which is at least 1, cannot stay; this bounds the bracket from below.
+// (4) on all values from `low` on, however many. Values so small that a whole row of them has less than (1 - p) of the
+// mass, which is at least 1, are dropped in any case; this bounds the bracket from below.
 static inline float smallest_of_nucleus(const FilteredRow& row, double top_p, float low, float top) {
   const double depth = std::log((1 - top_p) / static_cast<double>(row.vocabulary)) - 0.01;
   const float cut = top + static_cast<float>(depth);
@@ -228,11 +228,11 @@ static inline float smallest_of_nucleus(const FilteredRow& row, double top_p, fl
   return lowest_kept(row.candidates, row.masses, count, bracket.above, target, bracket.low, row.bins);
 }
 
-// The smallest z that all filters keep; `top` is the largest z, a number.
+// Return the smallest z that all filters keep; `top` is the largest z, a number.
 static inline float threshold(const FilteredRow& row, const Filters& filters, float top) {
   float low = -INFINITY;
   if (filters.top_k > 0) low = kth_largest(row, filters.top_k);
-  if (filters.top_p < 1 && filters.top_k > 0 && filters.top_k <= kTile) {  // few are left: no bracket is needed
+  if (filters.top_p < 1 && filters.top_k > 0 && filters.top_k <= kTile) {  // few candidates: no bracket is needed
     const int64_t count = collect(row, low, INFINITY);
     const double target = nonzero(filters.top_p * weigh_candidates(row, count, top));
     low = lowest_kept(row.candidates, row.masses, count, 0, target, low, row.bins);
@@ -240,13 +240,13 @@ static inline float threshold(const FilteredRow& row, const Filters& filters, fl
     low = smallest_of_nucleus(row, filters.top_p, low, top);
   }
   if (filters.min_p != 0) {
-    const float least = top + std::log(filters.min_p);  // (5); NaN stays NaN and keeps nothing
+    const float least = top + std::log(filters.min_p);  // (5); NaN keeps nothing
     low = low > least ? low : least;
   }
   return low;
 }
 
-// What lies below the threshold becomes -inf.
+// Set values below the threshold to -inf.
 static inline void drop_below(float low, int64_t count, float* z) {
   const Floats lows = broadcast(low), dropped = broadcast(-INFINITY);
   for (int64_t i = 0; i < count; i += kLanes) {

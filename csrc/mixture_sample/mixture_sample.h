@@ -5,17 +5,16 @@
 
 #include <cstdint>
 
+#include "../common/dtype.h"
 #include "../common/levels.h"
 
 namespace nlhf {
-
-enum class Float : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 constexpr int kMaxModels = 4;
 
 struct Logits {
   const void* data;  // (rows, vocabulary), the columns contiguous
-  Float dtype;
+  DType dtype;
   int64_t row_stride;  // in elements; may exceed the vocabulary
 };
 
@@ -30,7 +29,7 @@ struct MixtureSample {
   bool filtered;            // false: no row has a filter, whatever the settings say
   const float* bias;        // null, (vocabulary) or (rows, vocabulary); added before the temperature
   int64_t bias_stride;      // 0: one for all rows
-  const double* uniforms;   // null: drawn from (seed, row id, step, stream); else (rows), in [0, 1]
+  const double* uniforms;   // (rows), in [0, 1]; null: computed from (seed, row id, step, stream)
   const int64_t* seed;
   int64_t seed_stride;
   const int64_t* row_ids;
@@ -39,19 +38,19 @@ struct MixtureSample {
   uint32_t stream;
   int64_t rows;
   int64_t vocabulary;
-  uint32_t wanted;   // bit m: the log-probability under model m; bit `models`: under the mixture
+  uint32_t logprob_mask;  // bit m: compute the log-probability under model m; bit `models`: under the mixture
   int64_t* tokens;   // (rows)
-  float* logprobs;   // (models + 1, rows), written where wanted
+  float* logprobs;   // (models + 1, rows), written where logprob_mask has the bit
   bool* ok;          // (rows)
 };
 
 NLHF_DECLARE_CPU(mixture_sample, MixtureSample)
 
-// Bytes of device memory that a launch needs beside its outputs.
+// Return the bytes of device memory that a launch needs beside its outputs.
 int64_t mixture_sample_workspace(int64_t rows, int64_t vocabulary, int models, bool filtered);
-// Bytes of the counters that calls on one stream may share: zeroed once, every call leaves them so.
+// Return the bytes of the counters that calls on one stream may share: zeroed once, every call leaves them at 0.
 int64_t mixture_sample_counters(int64_t rows);
-// `counters` null: they are part of the workspace, and zeroed first. Returns a cudaError_t.
+// With `counters` null they are part of the workspace and zeroed first. Return a cudaError_t.
 int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* counters, void* cuda_stream);
 
 }  // namespace nlhf

@@ -1,12 +1,13 @@
-// Filters of mixture_sample, first half: a histogram over the distance to the row's maximum, and from it the few bins
-// that the thresholds of top-k and top-p lie in. (3)-(5) are equations of ops/mixture_sample/README.md.
+// Filters, first part: a histogram over the distance to the row's maximum, and from it the bracket, the few bins that
+// contain the thresholds of top-k and top-p. (3)-(5) are equations of ops/mixture_sample/README.md.
 //
-// A bin holds what is equally far from the maximum to within a 32nd of an octave before the temperature, so masses
-// follow from counts to within 2.2 % at temperature 1, and the whole row's mass, which is known, bounds them from the
-// other side. Temperature stays out of the distance, since logits of one model span the same range at any temperature.
+// A bin contains the elements at one distance from the maximum, to within a 32nd of an octave before the temperature.
+// So counts determine masses to within 2.2 % at temperature 1, and the known mass of the whole row bounds them from the
+// other side. Distances are taken before the temperature, since a model's logits span the same range at any
+// temperature.
 #pragma once
 
-#include "mixture_sample_job.cuh"
+#include "mixture_sample_params.cuh"
 
 namespace nlhf {
 namespace {
@@ -16,7 +17,7 @@ constexpr float kBinsPerOctave = 32.0f;
 struct Filters {
   int top_k;     // 0: off
   float top_p;   // 1: off
-  float floor;   // what min-p asks for, (5); -inf: off
+  float floor;   // min-p's threshold, (5); -inf: off
   __device__ __forceinline__ bool any() const { return top_k > 0 || top_p < 1.0f || floor != -INFINITY; }
 };
 
@@ -35,13 +36,14 @@ struct Bins {
   float per_unit;    // bins per unit of z
   float per_octave;  // bins per factor 2 of e^z
 
-  // Grows as z falls. Rounding is to nearest, so bin b reaches from b - 1/2 to b + 1/2; the last has no end.
+  // Return the bin of z, which grows as z falls. Rounding is to nearest, so bin b reaches from b - 1/2 to b + 1/2; the
+  // last one has no end.
   __device__ __forceinline__ int of(float z) const {
     constexpr float kToInteger = 8388608.0f;  // 2^23: the sum's low bits are the rounded integer
     const float distance = std::fmin(__fmul_rn(top - z, per_unit), kBins - 1.0f);
     return __float_as_int(distance + kToInteger) & (kBins - 1);
   }
-  // A value below which no z falls into `bin` or an earlier one: half a bin further down than it reaches.
+  // Return a value below which no z is in `bin` or an earlier one: half a bin below the bin's end.
   __device__ __forceinline__ float reach(int bin) const {
     return bin < kBins - 1 ? top - (bin + 1.0f) / per_unit : -INFINITY;
   }
@@ -60,18 +62,18 @@ NLHF_DEVICE Bins bins_of(const RowType& row, float top) {
   return {top, kBinsPerOctave * kLog2E * temperature, kBinsPerOctave * temperature};
 }
 
-// Whether e^(z - top) is more than 0 in float. What is 0 cannot be drawn, whether it is kept or not, so filters leave
-// it out: masked logits would otherwise be candidates by the thousand.
-NLHF_DEVICE bool is_alive(float z, float top) { return __fmul_rn(z - top, kLog2E) >= kSmallestExponent; }
+// Return whether e^(z - top) is more than 0 in float. An element of mass 0 cannot be sampled, so filters exclude it:
+// otherwise thousands of masked logits would become candidates.
+NLHF_DEVICE bool has_mass(float z, float top) { return __fmul_rn(z - top, kLog2E) >= kSmallestExponent; }
 
 struct BracketScratch {
   unsigned counts[kWarps];
   double most[kWarps], least[kWarps];
   int top_k_bin, first, last;
-  double shares[2];  // bounds of the mass that top-p takes its share of
+  double shares[2];  // bounds of the mass of which top-p is a share
 };
 
-// What lies before a thread's own bins of the row's histogram, and in all.
+// Counts and masses in the bins before a thread's own, and in all bins.
 struct BinRun {
   static constexpr int kSize = kBins / kThreads;
   const unsigned* bins;
@@ -97,8 +99,8 @@ NLHF_DEVICE BinRun read_bins(const unsigned* bins, const Bins& scale, BracketScr
   return run;
 }
 
-// Calls visit(bin, elements through it, most and least mass through it) for the thread's bins in order. The mass
-// through a bin is bounded by the counts so far and, from the row's whole mass, by the counts that follow.
+// Call visit(bin, elements through it, most and least mass through it) for the thread's bins in order. The mass through
+// a bin is bounded by the counts up to it and, through the row's whole mass, by the counts after it.
 template <typename Visit>
 NLHF_DEVICE void walk_bins(const BinRun& run, const Bins& scale, double total, Visit visit) {
   unsigned through = run.before;
@@ -115,7 +117,7 @@ NLHF_DEVICE void walk_bins(const BinRun& run, const Bins& scale, double total, V
   }
 }
 
-// The bins that the thresholds lie in, into the row's state. All threads call.
+// Find the bins that contain the thresholds and store them in the row's state. All threads call.
 static __device__ __noinline__ void find_bracket(const Filters filters, const Bins scale, const unsigned* bins,
                                                  RowState& state) {
   __shared__ BracketScratch s;
@@ -131,7 +133,7 @@ static __device__ __noinline__ void find_bracket(const Filters filters, const Bi
     if (top_k > 0 && through >= top_k) atomicMin(&s.top_k_bin, bin);
   });
   __syncthreads();
-  const int top_k_bin = s.top_k_bin;  // kBins: off, or fewer are alive than it keeps
+  const int top_k_bin = s.top_k_bin;  // kBins: off, or fewer elements than k have mass
   if (threadIdx.x == 0 && top_k_bin == kBins) s.shares[0] = total * (1 - 1e-6), s.shares[1] = total * (1 + 1e-6);
   walk_bins(run, scale, total, [&](int bin, unsigned, double most, double least) {
     if (bin == top_k_bin - 1) s.shares[0] = least;
@@ -151,12 +153,12 @@ static __device__ __noinline__ void find_bracket(const Filters filters, const Bi
   int last = top_k_searched ? top_k_bin : s.last;
   int search = kSearchPending | (top_k_searched ? kSearchTopK : 0) | (top_p_searched ? kSearchTopP : 0);
   const int floor_bin = state.floor == -INFINITY ? kBins : scale.of(state.floor);
-  if (!top_k_searched && !top_p_searched) first = last = floor_bin;  // kBins: all that is alive is kept
+  if (!top_k_searched && !top_p_searched) first = last = floor_bin;  // kBins: every element with mass is kept
   if (floor_bin < first) {  // min-p alone decides
     first = last = floor_bin;
     search = kSearchPending;
   }
-  __syncthreads();  // all have read the state
+  __syncthreads();  // all threads have read the state
   walk_bins(run, scale, total, [&](int bin, unsigned through, double, double) {
     if (bin == first - 1) state.above = through;
   });

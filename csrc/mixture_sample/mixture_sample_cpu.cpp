@@ -1,8 +1,9 @@
-// mixture_sample on the CPU: one pass over the logits for a maximum and a sum of exponentials per tile and per wanted
-// sum, then one tile of each row again for its token. Equation numbers are those of the op's README.md.
+// mixture_sample on the CPU: one pass over the logits for a maximum and a sum of exponentials per tile and series, then
+// one tile of each row again for its token. Equation numbers are those of the op's README.md.
 //
-// Rows go over the threads; where there are fewer rows than threads, the tiles of a row do. A tile's numbers do not
-// depend on who computed them and are combined in the tiles' order, so the token does not depend on the threads.
+// Rows are distributed over threads; where there are fewer rows than threads, the tiles of each row are. A tile's
+// numbers are the same on any thread and are combined in the tiles' order, so tokens do not depend on the number of
+// threads.
 #include "mixture_sample.h"
 
 #include <cmath>
@@ -22,14 +23,14 @@ namespace nlhf {
 namespace NLHF_LEVEL {
 namespace {
 
-// What is to be done for one row.
+// One row's inputs, settings and outputs.
 struct RowPlan {
   Source sources[kMaxTerms];
-  int terms;             // the sources that are mixed: those whose weight is not 0, and a bias
+  int terms;             // sources in the mixture: models of non-zero weight, and a bias
   int mixed[kMaxTerms];  // their indices
   float weights[kMaxTerms];
   float temperature;
-  uint32_t wanted;  // models whose log-probability is wanted
+  uint32_t logprob_mask;  // of the models alone
   bool greedy;
   bool filtered;
   Filters filters;
@@ -40,7 +41,7 @@ struct Total {
   double sum;  // of exp(x - top)
 };
 
-// Room for one row's statistics and, if rows are filtered, for the row itself. A view into Memory.
+// A view into Memory: one row's statistics and, for filters, its z.
 struct RowSpace {
   double* sums[kSeries];  // (tiles), relative to the tile's top, later to the row's
   float* tops[kSeries];   // (tiles)
@@ -59,15 +60,15 @@ RowPlan plan_row(const MixtureSample& p, int64_t row) {
   const float* settings = p.settings + row * p.settings_stride;
   plan.greedy = settings[kTemperature] <= 0;
   plan.temperature = plan.greedy ? 1.0f : settings[kTemperature];
-  plan.wanted = p.wanted & ((1u << p.models) - 1);
+  plan.logprob_mask = p.logprob_mask & ((1u << p.models) - 1);
   for (int m = 0; m < p.models; ++m) {
     const Logits& model = p.logits[m];
-    const int64_t size = model.dtype == Float::f32 ? 4 : 2;
+    const int64_t size = model.dtype == DType::f32 ? 4 : 2;
     plan.sources[m] = {static_cast<const char*>(model.data) + row * model.row_stride * size, model.dtype};
     if (settings[kWeights + m] != 0) add_term(plan, m, settings[kWeights + m]);
   }
   if (p.bias != nullptr) {
-    plan.sources[kBias] = {p.bias + row * p.bias_stride, Float::f32};
+    plan.sources[kBias] = {p.bias + row * p.bias_stride, DType::f32};
     add_term(plan, kBias, 1.0f);
   }
   const float top_k = settings[kTopK];
@@ -75,17 +76,17 @@ RowPlan plan_row(const MixtureSample& p, int64_t row) {
   plan.filters.top_p = settings[kTopP] < 1 ? settings[kTopP] : 1.0;
   plan.filters.min_p = settings[kMinP];
   const bool any = plan.filters.top_k > 0 || plan.filters.top_p < 1 || plan.filters.min_p != 0;
-  plan.filtered = p.filtered && any && !plan.greedy;  // the likeliest token survives every filter
+  plan.filtered = p.filtered && any && !plan.greedy;  // every filter keeps the likeliest token
   return plan;
 }
 
-// The model that z equals, or -1: its sums serve twice.
-int alias(const RowPlan& plan) {
+// Return the model that z equals, or -1: its sums are computed once for both.
+int model_equal_to_z(const RowPlan& plan) {
   const bool same = plan.terms == 1 && plan.mixed[0] != kBias && plan.weights[0] == 1 && plan.temperature == 1;
   return same && !plan.filtered ? plan.mixed[0] : -1;
 }
 
-// The tile's z, padded with -inf, and where the terms' logits are; maxima of the terms, then of z. (1)
+// Compute the tile's z, padded with -inf, the places of the terms' logits, and maxima of the terms, then of z. (1)
 const float* mixed_tile(const RowPlan& plan, int64_t first, int64_t count, TileScratch& scratch, float* z,
                         const float** inputs, float* maxima) {
   Term terms[kMaxTerms];
@@ -94,38 +95,38 @@ const float* mixed_tile(const RowPlan& plan, int64_t first, int64_t count, TileS
     inputs[source] = load_tile(plan.sources[source], first, count, scratch.inputs[source]);
     terms[i] = {inputs[source], plan.weights[i]};
   }
-  if (const int model = alias(plan); model >= 0) {
+  if (const int model = model_equal_to_z(plan); model >= 0) {
     maxima[0] = maxima[1] = maximum(inputs[model], padded(count));
     return inputs[model];
   }
-  // Filters compare values, and two of them may be equal in one rounding and not in another: those rows divide.
+  // Filters compare values, which may be equal in one rounding and not in another: rows with filters divide.
   const bool divide = plan.filtered && plan.temperature != 1;
   if (divide) {
     mix<true>(plan.terms, terms, plan.temperature, padded(count), z, maxima);
   } else {
     mix<false>(plan.terms, terms, plan.temperature, padded(count), z, maxima);
   }
-  if (count != padded(count)) {  // the weights made something else of the padding
+  if (count != padded(count)) {  // the weights changed the padding
     for (int64_t i = count; i < padded(count); ++i) z[i] = -INFINITY;
     maxima[plan.terms] = maximum(z, padded(count));
   }
   return z;
 }
 
-// Where the source's next tile begins, to be fetched meanwhile; nothing at the end of a row.
+// The beginning of the source's next tile, to prefetch; none at the end of a row.
 struct Ahead {
   const char* at;
-  int64_t bytes;  // an element; 0: nothing
+  int64_t bytes;  // of an element; 0: no prefetch
 };
 
 Ahead ahead_of(const Source& source, int64_t next, int64_t vocabulary) {
   if (next >= vocabulary) return {nullptr, 0};
-  const int64_t bytes = source.dtype == Float::f32 ? 4 : 2;
+  const int64_t bytes = source.dtype == DType::f32 ? 4 : 2;
   return {static_cast<const char*>(source.data) + next * bytes, bytes};
 }
 
-// Maximum and sum of a tile for every wanted model and for z.
-void survey_tile(const RowPlan& plan, int64_t vocabulary, int64_t tile, const RowSpace& space, TileScratch& scratch) {
+// Compute maximum and sum of a tile for every requested model and for z.
+void reduce_tile(const RowPlan& plan, int64_t vocabulary, int64_t tile, const RowSpace& space, TileScratch& scratch) {
   const int64_t first = tile * kTile;
   const int64_t count = tile_length(vocabulary, first);
   const float* inputs[kMaxTerms] = {};
@@ -136,12 +137,12 @@ void survey_tile(const RowPlan& plan, int64_t vocabulary, int64_t tile, const Ro
   for (int i = 0; i < plan.terms; ++i) {
     const int source = plan.mixed[i];
     if (source != kBias) tops[source] = maxima[i];
-    if (source == kBias || !(plan.wanted >> source & 1)) {
+    if (source == kBias || !(plan.logprob_mask >> source & 1)) {
       ahead_of_z = ahead_of(plan.sources[source], first + kTile, vocabulary);
     }
   }
   for (int m = 0; m < kMaxModels; ++m) {
-    if (!(plan.wanted >> m & 1)) continue;
+    if (!(plan.logprob_mask >> m & 1)) continue;
     if (inputs[m] == nullptr) {
       inputs[m] = load_tile(plan.sources[m], first, count, scratch.inputs[m]);
       tops[m] = maximum(inputs[m], padded(count));
@@ -150,12 +151,12 @@ void survey_tile(const RowPlan& plan, int64_t vocabulary, int64_t tile, const Ro
     space.tops[m][tile] = tops[m];
     space.sums[m][tile] = sum_of_exponentials(inputs[m], finite_base(tops[m]), padded(count), ahead.at, ahead.bytes);
   }
-  const int model = alias(plan);
+  const int model = model_equal_to_z(plan);
   const float top = maxima[plan.terms];
   double sum;
-  if (plan.filtered) {  // summed once the filters have spoken
-    sum = survey_groups(z, padded(count), space.filtered.group_tops + tile * kGroups) ? NAN : 0.0;
-  } else if (model >= 0 && (plan.wanted >> model & 1)) {
+  if (plan.filtered) {  // summed after the filters
+    sum = group_maxima(z, padded(count), space.filtered.group_tops + tile * kGroups) ? NAN : 0.0;
+  } else if (model >= 0 && (plan.logprob_mask >> model & 1)) {
     sum = space.sums[model][tile];
   } else {
     sum = sum_of_exponentials(z, finite_base(top), padded(count), ahead_of_z.at, ahead_of_z.bytes);
@@ -164,7 +165,7 @@ void survey_tile(const RowPlan& plan, int64_t vocabulary, int64_t tile, const Ro
   space.sums[kMixture][tile] = sum;
 }
 
-// The row's total of one series; its tile sums become relative to the row's maximum.
+// Return the row's total of one series, and make its tile sums relative to the row's maximum.
 Total combine(const float* tops, int64_t tiles, double* sums) {
   Total total{-INFINITY, 0};
   for (int64_t tile = 0; tile < tiles; ++tile) total.top = tops[tile] > total.top ? tops[tile] : total.top;
@@ -175,7 +176,7 @@ Total combine(const float* tops, int64_t tiles, double* sums) {
   return total;
 }
 
-// The filters' turn, once the whole row's z is there: what they drop becomes -inf, the rest is summed by tiles.
+// Apply the filters to the whole row's z: dropped elements become -inf, the others are summed by tiles.
 void filter_row(const RowPlan& plan, int64_t vocabulary, int64_t tiles, const RowSpace& space) {
   float* tops = space.tops[kMixture];
   double* sums = space.sums[kMixture];
@@ -202,17 +203,17 @@ void filter_row(const RowPlan& plan, int64_t vocabulary, int64_t tiles, const Ro
   }
 }
 
-struct Drawn {
+struct Sample {
   int64_t token;
   float z;
 };
 
-// (2), or the first of the largest if the row is greedy.
-Drawn draw(const RowPlan& plan, double uniform, int64_t vocabulary, int64_t tiles, const RowSpace& space,
+// Sample by (2), or take the first of the largest if the row is greedy.
+Sample draw(const RowPlan& plan, double uniform, int64_t vocabulary, int64_t tiles, const RowSpace& space,
            const Total& total, TileScratch& scratch) {
   const float* tops = space.tops[kMixture];
   const double *sums = space.sums[kMixture], target = uniform * total.sum;
-  double passed = 0, residual = INFINITY;  // as where rounding leaves no tile: the last token that has a mass
+  double passed = 0, residual = INFINITY;  // infinite where rounding leaves no tile: then the last token with mass
   int64_t tile = 0;
   if (plan.greedy) {
     while (tile + 1 < tiles && tops[tile] != total.top) ++tile;
@@ -247,32 +248,32 @@ double row_uniform(const MixtureSample& p, int64_t row) {
   return open_unit(random_bits(p.seed[row * p.seed_stride], p.row_ids[row], p.step[row * p.step_stride], p.stream));
 }
 
-// What follows once all tiles of a row are surveyed: filters, token, log-probabilities.
+// Finish a row whose tiles are all reduced: filters, token, log-probabilities.
 void finish_row(const MixtureSample& p, const RowPlan& plan, int64_t row, const RowSpace& space, TileScratch& scratch) {
   const int64_t tiles = tiles_of(p.vocabulary);
   if (plan.filtered) filter_row(plan, p.vocabulary, tiles, space);
   const Total mixture = combine(space.tops[kMixture], tiles, space.sums[kMixture]);
   const bool distribution = is_number(mixture.top) && is_number(mixture.sum) && mixture.sum > 0;
-  Drawn drawn{0, NAN};
-  if (distribution) drawn = draw(plan, row_uniform(p, row), p.vocabulary, tiles, space, mixture, scratch);
+  Sample sample{0, NAN};
+  if (distribution) sample = draw(plan, row_uniform(p, row), p.vocabulary, tiles, space, mixture, scratch);
   bool ok = distribution;
   for (int m = 0; m <= p.models; ++m) {
-    if (!(p.wanted >> m & 1)) continue;
+    if (!(p.logprob_mask >> m & 1)) continue;
     double logprob = NAN;
     if (distribution && m == p.models) {
-      logprob = plan.greedy ? 0.0 : static_cast<double>(drawn.z) - mixture.top - std::log(mixture.sum);
+      logprob = plan.greedy ? 0.0 : static_cast<double>(sample.z) - mixture.top - std::log(mixture.sum);
     } else if (distribution) {
       const Total total = combine(space.tops[m], tiles, space.sums[m]);
-      logprob = static_cast<double>(element(plan.sources[m], drawn.token)) - total.top - std::log(total.sum);
+      logprob = static_cast<double>(element(plan.sources[m], sample.token)) - total.top - std::log(total.sum);
     }
     p.logprobs[m * p.rows + row] = static_cast<float>(logprob);
     ok = ok && logprob == logprob;
   }
-  p.tokens[row] = drawn.token;
+  p.tokens[row] = sample.token;
   p.ok[row] = ok;
 }
 
-// All scratch of a call, in one piece: `workers` tile scratches and `spaces` row spaces.
+// All memory of a call, in one allocation: `workers` tile scratches and `spaces` row spaces.
 class Memory {
  public:
   Memory(int64_t vocabulary, bool filtered, int workers, int spaces)
@@ -339,7 +340,7 @@ void sample_rows(const MixtureSample& p, Part rows, int threads) {
     const RowPlan plan = plan_row(p, row);
     const RowSpace space = memory.space(this_thread());
     TileScratch& scratch = memory.scratch(this_thread());
-    for (int64_t tile = 0; tile < tiles; ++tile) survey_tile(plan, p.vocabulary, tile, space, scratch);
+    for (int64_t tile = 0; tile < tiles; ++tile) reduce_tile(plan, p.vocabulary, tile, space, scratch);
     finish_row(p, plan, row, space, scratch);
   }
 }
@@ -352,7 +353,7 @@ void sample_by_tiles(const MixtureSample& p, Part rows, int threads) {
     const RowPlan plan = plan_row(p, row);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      survey_tile(plan, p.vocabulary, tile, space, memory.scratch(this_thread()));
+      reduce_tile(plan, p.vocabulary, tile, space, memory.scratch(this_thread()));
     }
     finish_row(p, plan, row, space, memory.scratch(0));
   }
@@ -361,7 +362,7 @@ void sample_by_tiles(const MixtureSample& p, Part rows, int threads) {
 }  // namespace
 
 void mixture_sample(const MixtureSample& problem, Part rows, int threads) {
-  constexpr int64_t kWorthAThread = 32768;  // elements; starting threads costs about as much as surveying these
+  constexpr int64_t kWorthAThread = 32768;  // elements; starting threads takes about as long as reducing these
   if (threads < 1 || rows.count() * problem.vocabulary < kWorthAThread) threads = 1;
   if (rows.count() >= threads) return sample_rows(problem, rows, threads);
   sample_by_tiles(problem, rows, threads);

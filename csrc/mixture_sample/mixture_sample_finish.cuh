@@ -1,10 +1,10 @@
-// The end of a row of mixture_sample, by the last of its blocks: from the tiles' sums to a tile, from the tile to the
-// token, and the outputs.
+// The end of a row, by the last of its blocks: choose a tile by the tiles' sums, a token within the tile, and write the
+// outputs.
 //
-// What it costs is a chain of waits, so the chain is short. One load of the whole block brings the sums of all series
-// into shared memory; one warp chooses the tile while others add up a normaliser each; then a warp for each step of the
-// tile walks it, with z in registers, and the warp in whose step the token lies writes the row. Between these there is
-// a barrier of the block each, and one more where a tile has several steps; nothing else is waited for.
+// Its time is a chain of latencies, so the chain is short. The whole block loads the sums of all series into shared
+// memory at once; one warp chooses the tile while each other warp adds up one normaliser; then one warp for each step
+// of the tile scans it, with z in registers, and the warp whose step contains the token writes the row. There is one
+// block barrier between these stages, and one more where a tile has several steps.
 #pragma once
 
 #include "../common/philox.h"
@@ -13,10 +13,10 @@
 namespace nlhf {
 namespace {
 
-constexpr int kStagedTiles = 2 * kThreads;  // of a series; rows of more tiles are read where they lie
+constexpr int kStagedTiles = 2 * kThreads;  // of a series; rows with more tiles are read from global memory
 
-// A series' sums, a tile each, for a warp whose lanes own runs of neighbouring tiles. In shared memory each run is
-// followed by a gap, so that the lanes' reads fall into different banks.
+// A series' sums by tile, for a warp whose lanes own runs of neighbouring tiles. In shared memory each run is followed
+// by a gap, so that the lanes' reads fall into different banks.
 struct TileSums {
   const float2* values;
   int run;  // tiles a lane
@@ -34,21 +34,22 @@ using StagedSums = float2[kStagedTiles + kWarpSize];
 struct FinishScratch {
   Normaliser normalisers[kMaxModels + 1];  // of the models, and of z over the support at [models]
   double uniform;
-  int tile;         // chosen; negative: Ending
-  double fraction;  // how far into the tile's mass the uniform points
+  int tile;         // the chosen one, or a NoTile
+  double fraction;  // the share of the tile's mass below the uniform
   float row_top;    // the largest z
   double step_mass[kMaxTileSteps];
 };
 
-enum Ending : int { kBroken = -1, kPending = -2 };  // of rows without a tile: no distribution, or filters to apply first
+// Reasons why a row has no tile: it is no distribution, or its filters must be applied first.
+enum NoTile : int { kInvalidRow = -1, kFiltersPending = -2 };
 
 NLHF_DEVICE double uniform_of(const MixtureSample& p, int64_t row) {
   if (p.uniforms != nullptr) return p.uniforms[row];
   return open_unit(random_bits(p.seed[row * p.seed_stride], p.row_ids[row], p.step[row * p.step_stride], p.stream));
 }
 
-// How a row's token is drawn: with weight e^(z - top) where z reaches `threshold`; or, greedy, as the first of the
-// largest, which is the same walk with weight 1 there and a uniform of 0.
+// The weights of a row's tokens: e^(z - top) where z reaches `threshold`; greedy, 1 for the largest z, so that the same
+// scan with a uniform of 0 finds the first of the largest.
 struct Draw {
   float top;
   float threshold;
@@ -59,7 +60,7 @@ struct Draw {
   }
 };
 
-// The lane's run of tiles.
+// A lane's run of tiles.
 struct TileRun {
   int first, end;
 };
@@ -69,7 +70,7 @@ NLHF_DEVICE TileRun run_of(int tiles, int run) {
 }
 NLHF_DEVICE int tiles_a_lane(int tiles) { return (tiles + kWarpSize - 1) / kWarpSize; }
 
-// The sum of a series over its tiles, by one warp.
+// Sum a series over its tiles, by one warp.
 NLHF_DEVICE void normalise(const TileSums& sums, int tiles, Normaliser& result) {
   const TileRun run = run_of(tiles, sums.run);
   float top = -INFINITY;
@@ -81,8 +82,8 @@ NLHF_DEVICE void normalise(const TileSums& sums, int tiles, Normaliser& result) 
   if (threadIdx.x % kWarpSize == 0) result = {std::log(mass), top};  // NaN where the series is no distribution
 }
 
-// Chooses a tile, equation (2) over tiles, by one warp with mass_of(tile) as their masses; returns the sum of all.
-// `tile` is the tile, kBroken where there is no mass, and `fraction` how far into its mass the uniform points.
+// Choose a tile by equation (2) over tiles, by one warp, with masses mass_of(tile); return their sum. `tile` is set to
+// the tile, or to kInvalidRow where there is no mass, and `fraction` to the share of its mass below the uniform.
 template <typename MassOf>
 NLHF_DEVICE double choose_tile(int tiles, int a_lane, double uniform, MassOf mass_of, int& tile, double& fraction) {
   const TileRun run = run_of(tiles, a_lane);
@@ -93,7 +94,7 @@ NLHF_DEVICE double choose_tile(int tiles, int a_lane, double uniform, MassOf mas
   const Crossing crossing = warp_crossing(sums.before, mass, target);
   const int chosen = crossing.first >= 0 ? crossing.first : crossing.last;
   const int lane = threadIdx.x % kWarpSize;
-  if (chosen < 0 && lane == 0) tile = kBroken;
+  if (chosen < 0 && lane == 0) tile = kInvalidRow;
   if (chosen == lane) {
     double running = sums.before;
     for (int t = run.first; t < run.end; ++t) {
@@ -108,7 +109,7 @@ NLHF_DEVICE double choose_tile(int tiles, int a_lane, double uniform, MassOf mas
   return sums.all;
 }
 
-// Writes a row's outputs, by one thread. `ok` false: the row is no distribution.
+// Write a row's outputs, by one thread. `ok` false: the row is no distribution.
 template <Storage kStorage, int kModels>
 NLHF_DEVICE void write_row(const Row<kStorage, kModels>& row, bool ok, int token, float z, const Draw& draw,
                            const Normaliser* normalisers) {
@@ -116,7 +117,7 @@ NLHF_DEVICE void write_row(const Row<kStorage, kModels>& row, bool ok, int token
   bool all_numbers = true;
 #pragma unroll
   for (int m = 0; m <= kModels; ++m) {
-    if (m > p.models || !(p.wanted >> m & 1)) continue;
+    if (m > p.models || !(p.logprob_mask >> m & 1)) continue;
     double logprob = NAN;
     if (ok && m < p.models) {
       const float logit = load_element<kStorage>(row.model(m < kModels ? m : 0), token, row.vocabulary());
@@ -131,11 +132,12 @@ NLHF_DEVICE void write_row(const Row<kStorage, kModels>& row, bool ok, int token
   p.ok[row.index] = ok && all_numbers;
 }
 
-// Walks the chosen tile, a warp a step of it, and writes the row. All threads of the block call, after a barrier.
+// Scan the chosen tile, one warp a step, and write the row. All threads of the block call, after a barrier.
 template <Storage kStorage, int kModels>
-NLHF_DEVICE void draw_in_tile(const Job& job, const Row<kStorage, kModels>& row, const Draw& draw, FinishScratch& s) {
+NLHF_DEVICE void draw_in_tile(const Params& params, const Row<kStorage, kModels>& row, const Draw& draw,
+                              FinishScratch& s) {
   using S = Slice<kStorage>;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, steps = job.plan.tile_steps;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, steps = params.plan.tile_steps;
   const int first = (s.tile * steps + warp) * kStep;
   float z[kPerLane];
   double mass[S::kChunks];
@@ -152,7 +154,7 @@ NLHF_DEVICE void draw_in_tile(const Job& job, const Row<kStorage, kModels>& row,
       own += chunks[c].all;
     }
   }
-  // In units of what this walk sums up to, which differs by rounding from the tile's stored sum.
+  // In units of this scan's own sum, which differs by rounding from the tile's stored sum.
   double before = 0, all = own;
   int chosen = 0;
   if (steps > 1) {
@@ -174,11 +176,11 @@ NLHF_DEVICE void draw_in_tile(const Job& job, const Row<kStorage, kModels>& row,
   }
   if (warp != chosen) return;
   int chunk = -1, owner = 0, last_chunk = 0, last_owner = 0;
-  double chunk_before = before, found_before = before;
+  double chunk_before = before, chosen_before = before;
 #pragma unroll
   for (int c = 0; c < S::kChunks; ++c) {
     const Crossing crossing = warp_crossing(chunk_before + chunks[c].before, mass[c], target);
-    if (chunk < 0 && crossing.first >= 0) chunk = c, owner = crossing.first, found_before = chunk_before;
+    if (chunk < 0 && crossing.first >= 0) chunk = c, owner = crossing.first, chosen_before = chunk_before;
     if (crossing.last >= 0) last_chunk = c, last_owner = crossing.last;
     chunk_before += chunks[c].all;
   }
@@ -186,38 +188,38 @@ NLHF_DEVICE void draw_in_tile(const Job& job, const Row<kStorage, kModels>& row,
   if (lane != owner) return;
   int token = first + S::offset(0);
   float z_of_token = z[0];
-  bool found = false;
+  bool is_beyond = false;
 #pragma unroll
   for (int c = 0; c < S::kChunks; ++c) {
     if (c != chunk) continue;
-    double running = found_before + chunks[c].before;
+    double running = chosen_before + chunks[c].before;
 #pragma unroll
     for (int i = 0; i < S::kWidth; ++i) {
       const float weight = draw.weight(z[c * S::kWidth + i]);
       running += weight;
-      if (found || !(weight > 0)) continue;
+      if (is_beyond || !(weight > 0)) continue;
       token = first + S::offset(c * S::kWidth + i);
       z_of_token = z[c * S::kWidth + i];
-      found = running > target;
+      is_beyond = running > target;
     }
   }
   write_row(row, true, token, z_of_token, draw, s.normalisers);
 }
 
-// Brings the sums of z and of the wanted models' tiles into shared memory; a barrier must follow.
+// Load the sums of z and of the requested models' tiles into shared memory; a barrier must follow.
 template <int kModels>
-NLHF_DEVICE void stage_sums(const Job& job, int64_t index, int run, StagedSums (&staged)[kModels + 1]) {
+NLHF_DEVICE void stage_sums(const Params& params, int64_t index, int run, StagedSums (&staged)[kModels + 1]) {
   constexpr int kRounds = kStagedTiles / kThreads;
-  float2 own[kModels + 1][kRounds];  // all on their way before the first is stored
+  float2 own[kModels + 1][kRounds];  // all loads are issued before the first store
 #pragma unroll
   for (int series = 0; series <= kModels; ++series) {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       const int tile = round * kThreads + threadIdx.x;
       own[series][round] = {0, 0};
-      if (series > job.p.models || tile >= job.plan.tiles) continue;
-      if (series == job.p.models || job.p.wanted >> series & 1) {
-        own[series][round] = __ldcg(job.tile_sums(index, series) + tile);
+      if (series > params.p.models || tile >= params.plan.tiles) continue;
+      if (series == params.p.models || params.p.logprob_mask >> series & 1) {
+        own[series][round] = __ldcg(params.tile_sums(index, series) + tile);
       }
     }
   }
@@ -226,17 +228,17 @@ NLHF_DEVICE void stage_sums(const Job& job, int64_t index, int run, StagedSums (
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       const int tile = round * kThreads + threadIdx.x;
-      if (tile < job.plan.tiles) staged[series][tile + tile / run] = own[series][round];
+      if (tile < params.plan.tiles) staged[series][tile + tile / run] = own[series][round];
     }
   }
 }
 
-// Chooses the row's tile from the sums of z, by one warp; or finds that the row is broken, or has filters to apply, and
-// then leaves what they need in its state.
+// Choose the row's tile from the sums of z, by one warp; or find that the row is invalid, or that filters must be
+// applied first, and then store what they need in the row's state.
 template <typename RowType>
-NLHF_DEVICE void choose_from_sums(const Job& job, const RowType& row, const TileSums& sums, FinishScratch& s) {
+NLHF_DEVICE void choose_from_sums(const Params& params, const RowType& row, const TileSums& sums, FinishScratch& s) {
   const MixtureSample& p = row.p;
-  const TileRun run = run_of(job.plan.tiles, sums.run);
+  const TileRun run = run_of(params.plan.tiles, sums.run);
   const bool greedy = row.is_greedy();
   float top = -INFINITY;
   bool broken = false;
@@ -252,11 +254,11 @@ NLHF_DEVICE void choose_from_sums(const Job& job, const RowType& row, const Tile
   broken |= !(std::fabs(top) < INFINITY) || !(top >= filters.floor);
   const int lane = threadIdx.x % kWarpSize;
   if (__any_sync(kWholeWarp, broken)) {
-    if (lane == 0) s.tile = kBroken;
-    if (lane == 0 && p.filtered) job.states[row.index].search = 0;
+    if (lane == 0) s.tile = kInvalidRow;
+    if (lane == 0 && p.filtered) params.states[row.index].search = 0;
     return;
   }
-  const double total = choose_tile(job.plan.tiles, sums.run, greedy ? 0.0 : s.uniform, [&](int t) {
+  const double total = choose_tile(params.plan.tiles, sums.run, greedy ? 0.0 : s.uniform, [&](int t) {
     const float2 sum = sums(t);
     if (greedy) return static_cast<double>(sum.x == top);
     return static_cast<double>(mass_below(sum, top));
@@ -265,7 +267,7 @@ NLHF_DEVICE void choose_from_sums(const Job& job, const RowType& row, const Tile
   if (lane != 0) return;
   s.row_top = top;
   if (!p.filtered) return;
-  RowState& state = job.states[row.index];
+  RowState& state = params.states[row.index];
   state.search = 0;
   if (greedy || !filters.any()) return;
   const bool searched = filters.top_k > 0 || filters.top_p < 1.0f;
@@ -275,43 +277,43 @@ NLHF_DEVICE void choose_from_sums(const Job& job, const RowType& row, const Tile
   state.floor = filters.floor;
   state.first_bin = state.last_bin = bins_of(row, top).of(filters.floor);
   state.above = 0;
-  s.tile = kPending;
+  s.tile = kFiltersPending;
 }
 
-// After the last of a row's sums: its token, or, where filters need further passes, its state for them.
+// After the last of a row's sums: sample its token or, where filters need further passes, store its state for them.
 template <Storage kStorage, int kModels>
-__device__ __noinline__ void finish_streaming(const Job& job, int64_t index) {
+__device__ __noinline__ void finish_streaming(const Params& params, int64_t index) {
   __shared__ StagedSums staged_sums[kModels + 1];
   __shared__ FinishScratch s;
-  const MixtureSample& p = job.p;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, tiles = job.plan.tiles;
+  const MixtureSample& p = params.p;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, tiles = params.plan.tiles;
   const int a_lane = tiles_a_lane(tiles);
   const bool staged = tiles <= kStagedTiles;
   const auto sums_of = [&](int series) {
-    return TileSums{staged ? staged_sums[series] : job.tile_sums(index, series), a_lane, staged};
+    return TileSums{staged ? staged_sums[series] : params.tile_sums(index, series), a_lane, staged};
   };
-  if (staged) stage_sums<kModels>(job, index, a_lane, staged_sums);
+  if (staged) stage_sums<kModels>(params, index, a_lane, staged_sums);
   if (warp == kWarps - 1 && lane == 0) s.uniform = uniform_of(p, index);
   const Row<kStorage, kModels> row = open_row<kStorage, kModels>(p, index);
   __syncthreads();
   const int series = warp - 1;
   if (warp == 0) {
-    choose_from_sums(job, row, sums_of(p.models), s);
-  } else if (series <= p.models && p.wanted >> series & 1) {
+    choose_from_sums(params, row, sums_of(p.models), s);
+  } else if (series <= p.models && p.logprob_mask >> series & 1) {
     normalise(sums_of(series), tiles, s.normalisers[series]);
   }
   __syncthreads();
   Draw draw{s.row_top, -INFINITY, row.is_greedy()};
-  if (s.tile == kPending) {
+  if (s.tile == kFiltersPending) {
     if (threadIdx.x == 0) {
-      for (int m = 0; m < kMaxModels; ++m) job.states[index].normalisers[m] = s.normalisers[m];
+      for (int m = 0; m < kMaxModels; ++m) params.states[index].normalisers[m] = s.normalisers[m];
     }
-  } else if (s.tile == kBroken) {
+  } else if (s.tile == kInvalidRow) {
     if (threadIdx.x == 0) write_row(row, false, 0, 0.0f, draw, s.normalisers);
   } else {
-    // Within the tile in units of its own maximum, for small tiles to keep their digits.
+    // Within the tile, weights are relative to its own maximum, so that tiles of little mass keep their digits.
     if (!draw.greedy) draw.top = sums_of(p.models).of_any(s.tile).x;
-    draw_in_tile(job, row, draw, s);
+    draw_in_tile(params, row, draw, s);
   }
 }
 

@@ -1,10 +1,11 @@
 // One row of mixture_sample's inputs on the GPU: its settings, and how its logits are mixed to z, equation (1).
 //
-// z comes in one of two roundings, the row's for all passes over it:
+// z is rounded in one of two ways, the same in all passes over a row:
 //   exact    rows with filters, and greedy ones, compare values of z, two of which may be equal in one rounding and not
 //            in another. Products and sums are rounded one by one, as the oracle's are, with intrinsics that the
 //            compiler may not fuse.
-//   folded   rows that are only drawn from: the temperature is in the weights, and z a fused multiply-add a model.
+//   folded   rows without filters, sampled at a temperature: the weights include 1 / temperature, and each model adds
+//            one fused multiply-add to z.
 #pragma once
 
 #include <cfloat>
@@ -14,7 +15,7 @@
 namespace nlhf {
 namespace {
 
-// sum + weight * value, the product rounded before the sum. The first model's sum is 0, where fusing changes nothing.
+// Return sum + weight * value, the product rounded before the sum. The first model's sum is 0: fusing changes nothing.
 NLHF_DEVICE float add_product(bool is_first, float sum, float weight, float value) {
   return is_first ? __fmaf_rn(weight, value, 0.0f) : __fadd_rn(sum, __fmul_rn(weight, value));
 }
@@ -22,7 +23,7 @@ NLHF_DEVICE float add_product(bool is_first, float sum, float weight, float valu
 template <Storage kStorage, int kModels>
 struct Row {
   using LaneSlice = Slice<kStorage>;
-  const MixtureSample& p;  // what follows from the launch is read there, where it costs no registers
+  const MixtureSample& p;  // kernel parameters are read from there, which costs no registers
   int64_t index;
   const unsigned char* data[kModels];  // each model's first element
   float weights[kModels];
@@ -36,17 +37,18 @@ struct Row {
   }
   __device__ __forceinline__ const float* bias() const { return p.bias + index * p.bias_stride; }
 
-  static constexpr int kWanted = 8, kAligned = 16, kFolded = 29, kGreedy = 30, kDivides = 31;
-  __device__ __forceinline__ bool is_used(int m) const { return flags >> m & 1; }  // its weight is not 0: part of z
-  __device__ __forceinline__ bool is_wanted(int m) const { return flags >> (kWanted + m) & 1; }  // its log-probability
-  // The row starts so that whole chunks may be loaded; kModels asks for the bias.
+  static constexpr int kRequested = 8, kAligned = 16, kFolded = 29, kGreedy = 30, kDivides = 31;
+  __device__ __forceinline__ bool is_used(int m) const { return flags >> m & 1; }  // its weight is not 0
+  // Whether the model's log-probability is requested.
+  __device__ __forceinline__ bool is_requested(int m) const { return flags >> (kRequested + m) & 1; }
+  // Whether the row's address allows loads of whole chunks; index kModels stands for the bias.
   __device__ __forceinline__ bool is_aligned(int m) const { return flags >> (kAligned + m) & 1; }
   __device__ __forceinline__ bool is_folded() const { return flags >> kFolded & 1; }
   __device__ __forceinline__ bool is_greedy() const { return flags >> kGreedy & 1; }
   __device__ __forceinline__ bool divides() const { return flags >> kDivides & 1; }
 
-  // Mixed logits over the temperature, for exact rows. Where filters compare values, rounded as a division is
-  // (Markstein's theorem: one step from the product with a correctly rounded inverse); elsewhere the product will do.
+  // Divide mixed logits by the temperature, for exact rows. Where filters compare values, rounded as a division is
+  // (Markstein's theorem: one step from the product with a correctly rounded inverse); elsewhere the product suffices.
   template <int kCount>
   __device__ __forceinline__ void divide(float (&z)[kCount]) const {
     if (!divides()) {
@@ -67,7 +69,8 @@ NLHF_DEVICE bool is_multiple(const void* address, unsigned bytes) {
   return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
 }
 
-// weight * factor as a normal number: an overflow would make 0 * inf of a logit of 0, an underflow 0 * -inf of a mask.
+// Return weight * factor, clamped to normal numbers: overflow would give 0 * inf for a logit of 0, underflow 0 * -inf
+// for a masked one.
 NLHF_DEVICE float folded_weight(float weight, float factor) {
   const float size = std::fmin(std::fmax(std::fabs(weight) * factor, FLT_MIN), FLT_MAX);
   return std::copysign(size, weight);
@@ -90,7 +93,7 @@ NLHF_DEVICE Row<kStorage, kModels> open_row(const MixtureSample& p, int64_t inde
       row.flags |= 1u << RowType::kDivides;
     }
   }
-  row.flags |= (p.wanted & ((1u << p.models) - 1)) << RowType::kWanted;
+  row.flags |= (p.logprob_mask & ((1u << p.models) - 1)) << RowType::kRequested;
 #pragma unroll
   for (int m = 0; m < kModels; ++m) {
     row.weights[m] = m < p.models ? settings[kWeights + m] : 0.0f;
@@ -99,7 +102,7 @@ NLHF_DEVICE Row<kStorage, kModels> open_row(const MixtureSample& p, int64_t inde
       if (row.is_folded()) row.weights[m] = folded_weight(row.weights[m], row.inverse);
     }
     const Logits& logits = p.logits[m];
-    const unsigned bytes = logits.dtype == Float::f32 ? 4 : 2;
+    const unsigned bytes = logits.dtype == DType::f32 ? 4 : 2;
     row.data[m] = static_cast<const unsigned char*>(logits.data) + index * logits.row_stride * bytes;
     if (is_multiple(row.data[m], Slice<kStorage>::kWidth * bytes)) row.flags |= 1u << (RowType::kAligned + m);
   }
@@ -118,7 +121,7 @@ NLHF_DEVICE void load_slice(const Row<kStorage, kModels>& row, int m, int first,
   }
 }
 
-// z + factor * bias; the factor is 1 in exact rows, where the product changes nothing.
+// Add factor * bias to z; in exact rows the factor is 1, so the product is exact.
 template <Storage kStorage>
 NLHF_DEVICE void add_bias(const float* bias, bool aligned, float factor, int first, int vocabulary,
                           float (&z)[kPerLane]) {
@@ -139,30 +142,32 @@ NLHF_DEVICE void add_bias(const float* bias, bool aligned, float factor, int fir
   }
 }
 
-// What a pass does with a row. Nearly all rows are plain: folded, without a bias, every model part of z, and of the
-// models' log-probabilities all or none wanted; for these nothing is asked in the loop, so that a logit is unpacked once.
-enum class Pass { general, z_alone, plain_all_wanted, plain_none_wanted };
+// The version of the loop over a row. Nearly all rows are plain: folded, without a bias, every weight non-zero, and the
+// log-probabilities of all models or of none requested. Their loops have no branches on these, so that a logit is
+// unpacked once.
+enum class Pass { general, z_alone, plain_all_logprobs, plain_no_logprobs };
 
 template <Storage kStorage, int kModels>
 NLHF_DEVICE Pass pass_over(const Row<kStorage, kModels>& row) {
   constexpr unsigned kAll = (1u << kModels) - 1;
   const bool plain = row.is_folded() && row.p.bias == nullptr && (row.flags & kAll) == kAll;
-  const unsigned wanted = row.flags >> Row<kStorage, kModels>::kWanted & kAll;
-  if (!plain || (wanted != kAll && wanted != 0)) return Pass::general;
-  return wanted ? Pass::plain_all_wanted : Pass::plain_none_wanted;
+  const unsigned requested = row.flags >> Row<kStorage, kModels>::kRequested & kAll;
+  if (!plain || (requested != kAll && requested != 0)) return Pass::general;
+  return requested ? Pass::plain_all_logprobs : Pass::plain_no_logprobs;
 }
 
-// z of the lane's elements of a step, equation (1); -inf outside the row. A model of weight 0 takes no part: 0 * -inf
-// is NaN. visit(m, values, largest of them) sees each model whose log-probability is wanted, but in Pass::z_alone.
+// Compute z of the lane's elements of a step, equation (1); -inf outside the row. A model of weight 0 is skipped, as
+// 0 * -inf is NaN. Except in Pass::z_alone, call visit(m, values, their maximum) for each model whose log-probability
+// is requested.
 template <Pass kPass, Storage kStorage, int kModels, typename Visit>
 NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (&z)[kPerLane], Visit visit) {
-  constexpr bool kPlain = kPass == Pass::plain_all_wanted || kPass == Pass::plain_none_wanted;
+  constexpr bool kPlain = kPass == Pass::plain_all_logprobs || kPass == Pass::plain_no_logprobs;
   const bool folded = kPlain || row.is_folded();
   const auto is_used = [&](int m) { return kPlain || row.is_used(m); };
   const auto is_visited = [&](int m) {
-    return kPass == Pass::plain_all_wanted || (kPass == Pass::general && row.is_wanted(m));
+    return kPass == Pass::plain_all_logprobs || (kPass == Pass::general && row.is_requested(m));
   };
-  // Four 16-byte loads on their way before the first is used: of both models, or of one at a time where that is enough.
+  // Four 16-byte loads are issued before the first is used: of both models, or of one where it has four itself.
   constexpr bool kTogether = Slice<kStorage>::kPacked && kModels <= 2;
   Slice<kStorage> slices[kTogether ? kModels : 1];
 #pragma unroll
@@ -203,13 +208,13 @@ NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (
   }
 }
 
-// The same for passes that need nothing but z.
+// The same for passes that need only z.
 template <Storage kStorage, int kModels>
 NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (&z)[kPerLane]) {
   read_step<Pass::z_alone>(row, first, z, [](int, const float (&)[kPerLane], float) {});
 }
 
-// z of kCount neighbours of an exact row from `first` on, bit for bit as read_step computes it; -inf from `end` on.
+// Compute z of kCount neighbours of an exact row from `first` on, bit for bit as read_step does; -inf from `end` on.
 template <int kCount, Storage kStorage, int kModels>
 NLHF_DEVICE void read_run(const Row<kStorage, kModels>& row, int first, int end, float (&z)[kCount]) {
 #pragma unroll

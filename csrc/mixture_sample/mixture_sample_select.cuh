@@ -1,7 +1,7 @@
-// Filters of mixture_sample, second half: the exact thresholds of (3)-(5), by a block, among a row's candidates.
+// Filters, second part: find the exact thresholds of (3)-(5) among a row's candidates, by one block.
 //
-// The search goes over the digits of the keys, eight bits at a time from the highest bit in which any two candidates
-// differ: at most four passes whatever the values. Weights are integers (1 each for top-k, e^(z - top) in fixed point
+// A radix selection over the keys, eight bits a pass from the highest bit in which two candidates differ: at most four
+// passes for any values. Weights are integers (1 each for top-k, e^(z - top) in fixed point
 // for top-p), so sums do not depend on the order in which threads arrive.
 #pragma once
 
@@ -20,7 +20,7 @@ struct SelectScratch {
   double masses[kWarps];
 };
 
-// Grows with z; equal floats have equal keys, 0 and -0 too.
+// Return a key that grows with z; equal floats, 0 and -0 among them, have equal keys.
 NLHF_DEVICE unsigned key_of(float z) {
   const unsigned bits = __float_as_uint(z + 0.0f);
   return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
@@ -29,7 +29,7 @@ NLHF_DEVICE float value_of(unsigned key) {
   return __uint_as_float(key ^ (key >> 31 ? 0x80000000u : 0xFFFFFFFFu));
 }
 
-// e^(z - top) as a whole number of 2^-bits, at least 1: so wide that a whole row of ones does not overflow.
+// e^(z - top) as an integer multiple of 2^-bits, at least 1; `bits` is such that a whole row of ones does not overflow.
 struct FixedPoint {
   float scale;
   __device__ __forceinline__ unsigned long long of(float mass) const {
@@ -44,7 +44,7 @@ NLHF_DEVICE FixedPoint fixed_point(int vocabulary) {
   return {__uint_as_float(static_cast<unsigned>(127 + bits) << 23)};
 }
 
-// What is searched: `size` values of z. Here, those that fell in the bracket, in shared memory where there is room.
+// A source of `size` values of z to search: those in the bracket, in shared memory where they fit.
 struct CandidateList {
   static constexpr bool kWhole = false;
   const float* values;
@@ -53,7 +53,7 @@ struct CandidateList {
   __device__ __forceinline__ float z(int i) const { return values[int64_t{i} * stride]; }
 };
 
-// The whole row, for rows with more candidates than there is room for.
+// The same over a whole row, for rows with more candidates than the list can hold.
 template <typename RowType>
 struct WholeRow {
   static constexpr bool kWhole = true;
@@ -62,26 +62,26 @@ struct WholeRow {
   __device__ __forceinline__ float z(int i) const { return read_one(row, i); }
 };
 
-struct Searched {
+struct KeySearch {
   float top;
-  unsigned lowest_key;  // what lies below is left out
+  unsigned lowest_key;  // values below it are excluded
   FixedPoint fixed;
   bool by_mass;
-  __device__ __forceinline__ bool eligible(float z) const { return is_alive(z, top) && key_of(z) >= lowest_key; }
+  __device__ __forceinline__ bool eligible(float z) const { return has_mass(z, top) && key_of(z) >= lowest_key; }
   __device__ __forceinline__ unsigned long long weight(float z) const {
     return by_mass ? fixed.of(exp_below(z, top)) : 1;
   }
 };
 
-// Range of the eligible keys, into the scratch.
+// Compute the range of the eligible keys, into the scratch.
 template <typename Source>
-NLHF_DEVICE void key_range(const Source& source, const Searched& what, SelectScratch& s) {
+NLHF_DEVICE void key_range(const Source& source, const KeySearch& search, SelectScratch& s) {
   if (threadIdx.x == 0) s.lowest = 0xFFFFFFFFu, s.highest = 0;
   __syncthreads();
   unsigned lowest = 0xFFFFFFFFu, highest = 0;
   for (int i = threadIdx.x; i < source.size; i += kThreads) {
     const float z = source.z(i);
-    if (!what.eligible(z)) continue;
+    if (!search.eligible(z)) continue;
     const unsigned key = key_of(z);
     lowest = key < lowest ? key : lowest;
     highest = key > highest ? key : highest;
@@ -93,15 +93,16 @@ NLHF_DEVICE void key_range(const Source& source, const Searched& what, SelectScr
   __syncthreads();
 }
 
-// The smallest eligible value before which the values strictly above sum up to less than `limit`, as a key; false where
-// there is none. With weights of 1 and a limit of k it is the k-th largest (3); with masses, the nucleus' end (4).
+// Select the key of the smallest eligible value such that the values strictly above it sum to less than `limit`; return
+// false where there is none. With weights of 1 and a limit of k it is the k-th largest (3); with masses, the end of the
+// nucleus (4).
 template <typename Source>
-NLHF_DEVICE bool select_key(const Source& source, const Searched& what, unsigned long long limit, SelectScratch& s,
+NLHF_DEVICE bool select_key(const Source& source, const KeySearch& search, unsigned long long limit, SelectScratch& s,
                             unsigned* selected) {
-  key_range(source, what, s);
+  key_range(source, search, s);
   const unsigned lowest = s.lowest, highest = s.highest;
   if (lowest > highest || limit == 0) return false;
-  int bits = 32 - __clz(static_cast<int>(lowest ^ highest));  // low bits still to be found
+  int bits = 32 - __clz(static_cast<int>(lowest ^ highest));  // low bits still unknown
   unsigned prefix = bits == 32 ? 0 : highest >> bits;
   unsigned long long above = 0;
   while (bits > 0) {
@@ -112,8 +113,8 @@ NLHF_DEVICE bool select_key(const Source& source, const Searched& what, unsigned
     for (int i = threadIdx.x; i < source.size; i += kThreads) {
       const float z = source.z(i);
       const unsigned key = key_of(z);
-      if (!what.eligible(z) || (bits < 32 && key >> bits != prefix)) continue;
-      atomicAdd(&s.weights[(key >> shift) & ((1u << (bits - shift)) - 1)], what.weight(z));
+      if (!search.eligible(z) || (bits < 32 && key >> bits != prefix)) continue;
+      atomicAdd(&s.weights[(key >> shift) & ((1u << (bits - shift)) - 1)], search.weight(z));
     }
     __syncthreads();
     const unsigned long long weight = s.weights[kDigits - 1 - threadIdx.x];  // from the largest digit down
@@ -133,49 +134,49 @@ NLHF_DEVICE bool select_key(const Source& source, const Searched& what, unsigned
   return true;
 }
 
-// Mass of the eligible values.
+// Return the mass of the eligible values.
 template <typename Source>
-NLHF_DEVICE double eligible_mass(const Source& source, const Searched& what, SelectScratch& s) {
+NLHF_DEVICE double eligible_mass(const Source& source, const KeySearch& search, SelectScratch& s) {
   unsigned long long sum = 0;
   for (int i = threadIdx.x; i < source.size; i += kThreads) {
     const float z = source.z(i);
-    if (what.eligible(z)) sum += what.fixed.of(exp_below(z, what.top));
+    if (search.eligible(z)) sum += search.fixed.of(exp_below(z, search.top));
   }
   unsigned long long total;
   block_sum_before(sum, s.sums, &total);
   __syncthreads();  // the scratch is free again
-  return what.fixed.mass(total);
+  return search.fixed.mass(total);
 }
 
-// The value that a row's elements must reach to be kept, (3)-(5). `mass_above` and `count_above` are what is kept for
-// sure and not in `source`; false where the threshold is not in `source` after all. All threads call.
-// Not inlined: one copy of the search in lists serves all kernels.
+// Find the value that a row's elements must reach to be kept, (3)-(5). `mass_above` and `count_above` are of the
+// elements above the bracket, which are kept and not in `source`. Return false where the threshold turns out not to be
+// in `source`. All threads call. Not inlined: all kernels share one copy.
 template <typename Source>
 __device__ __noinline__ bool find_threshold(const Source& source, const RowState& state, const Filters& filters,
                                             int vocabulary, double mass_above, unsigned count_above,
                                             SelectScratch& s, float* threshold) {
-  Searched what{state.top, 0, fixed_point(vocabulary), false};
+  KeySearch search{state.top, 0, fixed_point(vocabulary), false};
   double share = state.total;
   if (state.search & kSearchTopK) {
     const int limit = filters.top_k - static_cast<int>(count_above);
-    if (limit <= 0 || !select_key(source, what, limit, s, &what.lowest_key)) return false;
+    if (limit <= 0 || !select_key(source, search, limit, s, &search.lowest_key)) return false;
     __syncthreads();
-    share = mass_above + eligible_mass(source, what, s);
+    share = mass_above + eligible_mass(source, search, s);
   }
   if (state.search & kSearchTopP) {
-    what.by_mass = true;
-    const double limit = std::ceil((filters.top_p * share - mass_above) * what.fixed.scale);
-    // The bracket was an estimate: the share must end inside it, neither above
+    search.by_mass = true;
+    const double limit = std::ceil((filters.top_p * share - mass_above) * search.fixed.scale);
+    // The bracket is an estimate: the nucleus must end inside it, neither above
     if (count_above > 0 && !(limit > 0)) return false;
-    // nor below, where there is more below that is alive.
+    // nor below, where more elements with mass lie below.
     const bool more_below = !Source::kWhole && !(state.search & kSearchTopK) && state.last_bin < kBins - 1;
-    if (more_below && !(eligible_mass(source, what, s) * what.fixed.scale >= limit)) return false;
+    if (more_below && !(eligible_mass(source, search, s) * search.fixed.scale >= limit)) return false;
     // The largest value is always kept, however small the share.
     const auto whole = limit >= 1 ? static_cast<unsigned long long>(limit) : 1ull;
-    if (!select_key(source, what, whole, s, &what.lowest_key)) return false;
+    if (!select_key(source, search, whole, s, &search.lowest_key)) return false;
     __syncthreads();
   }
-  *threshold = what.lowest_key == 0 ? state.floor : std::fmax(value_of(what.lowest_key), state.floor);
+  *threshold = search.lowest_key == 0 ? state.floor : std::fmax(value_of(search.lowest_key), state.floor);
   return true;
 }
 

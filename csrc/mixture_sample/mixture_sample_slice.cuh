@@ -1,8 +1,8 @@
-// A lane's share of a row's logits: how it lies in registers, and how it is loaded.
+// A lane's elements of a row's logits: their layout in registers, and their loads.
 //
-// A warp takes a row in steps of 512 elements, 16 a lane, whatever the dtype: 16-byte loads that coalesce, all of them
-// issued before the first is used. Which lane owns which element depends on the dtypes alone, so that sums come out the
-// same, bit for bit, however a row is aligned.
+// A warp reads a row in steps of 512 elements, 16 a lane, for every dtype: coalesced 16-byte loads, all issued before
+// the first is used. Which lane owns which element depends on the dtypes alone, so that sums are bit for bit the same
+// for every alignment of a row.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -16,7 +16,7 @@ namespace {
 constexpr int kPerLane = 16;
 constexpr int kStep = kPerLane * kWarpSize;
 
-// How the logits lie in memory: as `Float` says, the same for all models; or `mixed`, each model's own.
+// The dtype of the logits in memory: one of DType, the same for all models; or `mixed`, each model's own.
 enum class Storage : int { f32 = 0, bf16 = 1, f16 = 2, mixed = 3 };
 
 // A lane's elements of one step, in chunks of neighbours; `mixed` holds them converted to float.
@@ -50,10 +50,10 @@ NLHF_DEVICE float element(const Slice<kStorage>& slice, int i) {
 
 struct Model {
   const unsigned char* data;  // the row's first element
-  Float dtype;
+  DType dtype;
 };
 
-// The bits of one element; of -inf outside the row.
+// Return the bits of one element; outside the row those of -inf.
 template <typename T>
 NLHF_DEVICE uint32_t load_bits(const Model& model, int index, int vocabulary, uint32_t otherwise) {
   return index < vocabulary ? uint32_t{__ldg(reinterpret_cast<const T*>(model.data) + index)} : otherwise;
@@ -73,8 +73,8 @@ NLHF_DEVICE float load_element(const Model& model, int index, int vocabulary) {
   return f16_to_float(load_bits<uint16_t>(model, index, vocabulary, kMinusInfinityF16));
 }
 
-// 16 bytes from an address that is a multiple of 2, of which the first `inside` count: of the aligned blocks that hold
-// any of those, shifted together. How far to shift is the row's, the same for all its lanes and chunks.
+// Load 16 bytes, of which the first `inside` count, from an address that is a multiple of 2: load the aligned blocks
+// that contain any of those and shift them together. The shift is the same for all lanes and chunks of a row.
 NLHF_DEVICE uint4 load_across(const unsigned char* address, int inside) {
   const int skew = static_cast<int>(reinterpret_cast<std::uintptr_t>(address) % 16);
   const auto* blocks = reinterpret_cast<const uint4*>(address - skew);
@@ -91,7 +91,7 @@ NLHF_DEVICE uint4 load_across(const unsigned char* address, int inside) {
           __funnelshift_r(word[2], word[3], bits), __funnelshift_r(word[3], word[4], bits)};
 }
 
-// A word of a chunk, with -inf for what lies outside the row; `inside` elements of the chunk lie in it.
+// Return a word of a chunk with -inf for the elements outside the row; the chunk's first `inside` elements are inside.
 template <Storage kStorage>
 NLHF_DEVICE uint32_t masked(uint32_t word, int j, int inside) {
   if (!Slice<kStorage>::kPacked) return inside > j ? word : kMinusInfinity32;
@@ -100,7 +100,7 @@ NLHF_DEVICE uint32_t masked(uint32_t word, int j, int inside) {
   return high | (inside > 2 * j ? word & 0xFFFFu : outside);
 }
 
-// Whole blocks of 16 bytes, also where the row ends within one: memory is handed out in larger blocks than that.
+// Load whole blocks of 16 bytes, also where the row ends within one: allocations are multiples of larger blocks.
 template <bool kAligned, Storage kStorage>
 NLHF_DEVICE void load_chunks(const Model& model, int first, int vocabulary, Slice<kStorage>& slice) {
   using S = Slice<kStorage>;
@@ -122,7 +122,7 @@ NLHF_DEVICE void load_chunks(const Model& model, int first, int vocabulary, Slic
   }
 }
 
-// Of a model whose dtype is known at run time only, converted to float.
+// Load from a model whose dtype is known at run time only, and convert to float.
 NLHF_DEVICE void load_mixed(const Model& model, bool aligned, int first, int vocabulary,
                             Slice<Storage::mixed>& slice) {
   using S = Slice<Storage::mixed>;
@@ -131,7 +131,7 @@ NLHF_DEVICE void load_mixed(const Model& model, bool aligned, int first, int voc
   for (int c = 0; c < S::kChunks; ++c) {
     const int index = first + slice.offset(c * S::kWidth);
     uint32_t word[4];
-    if (in_chunks && model.dtype == Float::f32) {
+    if (in_chunks && model.dtype == DType::f32) {
       const uint4 chunk = __ldg(reinterpret_cast<const uint4*>(model.data + int64_t{index} * 4));
       word[0] = chunk.x, word[1] = chunk.y, word[2] = chunk.z, word[3] = chunk.w;
     } else if (in_chunks) {
@@ -139,7 +139,7 @@ NLHF_DEVICE void load_mixed(const Model& model, bool aligned, int first, int voc
       const uint32_t bits[4] = {chunk.x & 0xFFFFu, chunk.x >> 16, chunk.y & 0xFFFFu, chunk.y >> 16};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        word[j] = __float_as_uint(model.dtype == Float::bf16 ? bf16_to_float(bits[j]) : f16_to_float(bits[j]));
+        word[j] = __float_as_uint(model.dtype == DType::bf16 ? bf16_to_float(bits[j]) : f16_to_float(bits[j]));
       }
     } else {
 #pragma unroll
@@ -150,7 +150,7 @@ NLHF_DEVICE void load_mixed(const Model& model, bool aligned, int first, int voc
   }
 }
 
-// Of two pairs of halves, the larger of each; NaN loses against any number.
+// Return the larger halves of two pairs; NaN loses against any number.
 template <Storage kStorage>
 NLHF_DEVICE uint32_t larger_halves(uint32_t a, uint32_t b) {
   uint32_t larger = 0;
@@ -171,7 +171,7 @@ NLHF_DEVICE uint32_t larger_halves(uint32_t a, uint32_t b) {
   return larger;
 }
 
-// The largest of the lane's elements of a step; NaN loses against any number.
+// Return the largest of the lane's elements of a step; NaN loses against any number.
 NLHF_DEVICE float highest_of(const float (&values)[kPerLane]) {
   float highest = values[0];
 #pragma unroll

@@ -12,8 +12,7 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kSmallestExponent = -126.0f;  // 2 to anything below is 0 in exp2_fast
 
-// 2^x for x <= 0, one instruction: off by two units in the last place at most, exactly 1 at 0, results below the
-// normal floats are 0.
+// 2^x for x <= 0 in one instruction: error at most 2 ulp, exactly 1 at 0, and 0 for results below the normal floats.
 NLHF_DEVICE float exp2_fast(float x) {
 #if defined(__CUDACC__)
   float result;
@@ -24,20 +23,20 @@ NLHF_DEVICE float exp2_fast(float x) {
 #endif
 }
 
-// e^(z - top). The product is rounded before ex2, so that every pass gets the same bits.
+// e^(z - top). The product is rounded before ex2, so that every pass computes the same bits.
 NLHF_DEVICE float exp_below(float z, float top) { return exp2_fast(__fmul_rn(z - top, kLog2E)); }
 
 // Sum of e^x as e^top * mass. A tile of -inf only has top -inf and mass 0; NaN and +inf end as a mass of NaN.
-// In float, which swallows what is 2^-24 of the sum so far: a lane's share of a tile is 64 elements at most, so that one
-// large term costs no more than its neighbours in the lane; beyond a tile everything is summed in double.
+// In float, where terms below 2^-24 of the sum so far are lost: a lane sums at most 64 elements of a tile, so one large
+// term can lose only its neighbours in the lane; sums over tiles are in double.
 struct LogSum {
   float top = -INFINITY;
   float mass = 0.0f;
 
-  // -inf - -inf is NaN, so while there is nothing but -inf, subtract 0 instead.
+  // -inf - -inf is NaN, so subtract 0 while the maximum is -inf.
   NLHF_DEVICE float center(float top) { return top == -INFINITY ? 0.0f : top; }
 
-  // `highest` of x. One exponential an element and one a call to move the old sum; no branch.
+  // Add elements x with maximum `highest`: one exponential each and one to rescale the old sum; no branch.
   __device__ __forceinline__ void add(const float (&x)[kPerLane], float highest) {
     highest = std::fmax(highest, top);
     const float subtract = center(highest);
@@ -49,14 +48,14 @@ struct LogSum {
     top = highest;
   }
 
-  // The sum over the warp, in every lane.
+  // Return the sum over the warp, in every lane.
   __device__ __forceinline__ float2 over_warp() const {
     const float highest = warp_max(top);
     return {highest, warp_sum(mass * exp_below(top, center(highest)))};
   }
 };
 
-// A stored sum's mass in units of e^top. NaN stays NaN.
+// Return a stored sum's mass in units of e^top; NaN stays NaN.
 NLHF_DEVICE float mass_below(float2 sum, float top) { return sum.y * exp_below(sum.x, top); }
 
 // Sums over the lanes of a warp: before the calling one, and of all.
@@ -78,8 +77,8 @@ NLHF_DEVICE WarpSums<T> warp_sums(T value) {
   return {lane == 0 ? T(0) : exclusive, __shfl_sync(kWholeWarp, inclusive, kWarpSize - 1)};
 }
 
-// Sum of `value` over the threads before the calling one; `total` over all. One barrier inside; `scratch` (a value a
-// warp) may be reused only after a further one.
+// Return the sum of `value` over the threads before the calling one, and in `total` that over all. One barrier inside;
+// `scratch` (a value a warp) may be reused only after a further one.
 template <typename T>
 NLHF_DEVICE T block_sum_before(T value, T* scratch, T* total) {
   const int warp = threadIdx.x / kWarpSize;
@@ -96,11 +95,11 @@ NLHF_DEVICE T block_sum_before(T value, T* scratch, T* total) {
   return before + own.before;
 }
 
-// Equation (2) over the lanes of a warp: the first whose mass lifts the running sum above the target. The sum must grow
-// there, so a lane of no mass is never taken.
+// Equation (2) over the lanes of a warp: the first lane whose mass raises the running sum above the target. A lane
+// without mass is never chosen.
 struct Crossing {
-  int first;  // -1: none is beyond the target
-  int last;   // the last with any mass, which is taken where rounding leaves none beyond; -1: there is no mass at all
+  int first;  // -1: no running sum exceeds the target
+  int last;   // the last with any mass, chosen where rounding leaves no sum above the target; -1: no mass
 };
 
 NLHF_DEVICE Crossing warp_crossing(double before, double mass, double target) {

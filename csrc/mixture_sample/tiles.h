@@ -1,7 +1,7 @@
 // One tile of a row for mixture_sample on the CPU: logits as float32, their mixture z, maxima, sums of exponentials.
 //
 // A tile stays in the first-level cache between the pass that finds the maxima and the passes that sum. Every loop
-// runs over whole blocks of vectors: the end of a row is copied and padded with -inf, which no maximum and no sum sees.
+// runs over whole blocks of vectors: the end of a row is copied and padded with -inf, which changes no maximum or sum.
 #pragma once
 
 #include <cfloat>
@@ -19,13 +19,13 @@ constexpr int64_t kTile = 2048;
 constexpr int64_t kBlock = 64;     // tiles are padded to whole blocks
 constexpr int kBias = kMaxModels;  // the bias is mixed like a model
 constexpr int kMaxTerms = kMaxModels + 1;
-constexpr int kMixture = kMaxModels;  // the statistics' index of z, after those of the models
+constexpr int kMixture = kMaxModels;  // the index of z's statistics, after those of the models
 constexpr int kSeries = kMaxModels + 1;
 
-// Where one row of a model, or of the bias, lies.
+// One row of a model, or of the bias.
 struct Source {
   const void* data;
-  Float dtype;
+  DType dtype;
 };
 
 struct Term {
@@ -33,7 +33,7 @@ struct Term {
   float weight;
 };
 
-// A thread's own: tiles that had to be converted or padded, the mixture, and exponentials.
+// A thread's memory: converted or padded tiles, the mixture, and exponentials.
 struct TileScratch {
   float inputs[kMaxTerms][kTile];
   float z[kTile];
@@ -42,7 +42,7 @@ struct TileScratch {
 
 static inline int64_t tiles_of(int64_t vocabulary) { return (vocabulary + kTile - 1) / kTile; }
 
-// Elements of the tile that begins at `first`.
+// Return the number of elements of the tile that begins at `first`.
 static inline int64_t tile_length(int64_t vocabulary, int64_t first) {
   return vocabulary - first < kTile ? vocabulary - first : kTile;
 }
@@ -51,21 +51,21 @@ static inline int64_t padded(int64_t count) { return (count + kBlock - 1) / kBlo
 
 static inline float element(const Source& source, int64_t index) {
   switch (source.dtype) {
-    case Float::bf16: return bf16_to_float(static_cast<const uint16_t*>(source.data)[index]);
-    case Float::f16: return f16_to_float(static_cast<const uint16_t*>(source.data)[index]);
+    case DType::bf16: return bf16_to_float(static_cast<const uint16_t*>(source.data)[index]);
+    case DType::f16: return f16_to_float(static_cast<const uint16_t*>(source.data)[index]);
     default: return static_cast<const float*>(source.data)[index];
   }
 }
 
-// Elements [first, first + count) as float32, padded to whole blocks: where they stand if that is what they are.
+// Return elements [first, first + count) as float32, padded to whole blocks: in place where they have that form.
 static inline const float* load_tile(const Source& source, int64_t first, int64_t count, float* scratch) {
-  const bool is_float = source.dtype == Float::f32;
+  const bool is_float = source.dtype == DType::f32;
   if (is_float && count % kBlock == 0) return static_cast<const float*>(source.data) + first;
   if (is_float) {
     std::memcpy(scratch, static_cast<const float*>(source.data) + first, count * sizeof(float));
   } else {
     const uint16_t* half = static_cast<const uint16_t*>(source.data) + first;
-    if (source.dtype == Float::bf16) {
+    if (source.dtype == DType::bf16) {
       for (int64_t i = 0; i < count; ++i) scratch[i] = bf16_to_float(half[i]);
     } else {
       for (int64_t i = 0; i < count; ++i) scratch[i] = f16_to_float(half[i]);
@@ -75,7 +75,7 @@ static inline const float* load_tile(const Source& source, int64_t first, int64_
   return scratch;
 }
 
-// The largest that is not NaN; -inf where there is none.
+// Return the largest value that is not NaN; -inf where there is none.
 static inline float maximum(const float* x, int64_t count) {
   constexpr int kChains = 4;
   Floats best[kChains];
@@ -86,8 +86,8 @@ static inline float maximum(const float* x, int64_t count) {
   return largest_lane(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
-// z = (sum of weight * x over the terms) / temperature, every product and sum rounded as the oracle's; maxima of the
-// terms, then of z. (1)
+// Compute z = (sum of weight * x over the terms) / temperature, every product and sum rounded as in the oracle, and
+// maxima of the terms, then of z. (1)
 template <int kTerms, bool kDivide>
 static void mix(const Term* terms, float temperature, int64_t count, float* z, float* maxima) {
   constexpr int kChains = 2;
@@ -127,11 +127,11 @@ static void mix(int count_of_terms, const Term* terms, float temperature, int64_
   }
 }
 
-// What exponentials are taken relative to: the maximum, or 0 where there is none, as -inf - -inf is NaN.
+// Return the base of exponentials: the maximum, or 0 where there is none, as -inf - -inf is NaN.
 static inline float finite_base(float top) { return top == -INFINITY ? 0.0f : top; }
 
-// sum of exp(x - base). Lanes add up 8 floats before double takes over, so that a token far below the largest is
-// counted beside it; meanwhile the next tile's cache lines are asked for.
+// Return the sum of exp(x - base). A lane sums 8 floats before it adds to a double, so that a token far below the
+// largest still counts; the next tile's cache lines are prefetched meanwhile.
 static inline double sum_of_exponentials(const float* x, float base, int64_t count, const char* ahead,
                                          int64_t bytes_ahead) {
   constexpr int kChains = 4, kLinks = 8;
@@ -152,8 +152,8 @@ static inline double sum_of_exponentials(const float* x, float base, int64_t cou
   return sum_of_lanes(totals);
 }
 
-// The first of `count` values, relative to their maximum `base`, whose sum of exponentials from the front exceeds
-// `residual`; else the last whose exponential is not 0. Blocks first: one chain of additions would cost microseconds.
+// Return the first of `count` values at which the running sum of exp(z - base) exceeds `residual`; else the last whose
+// exponential is not 0. By blocks first: one chain of additions would take microseconds.
 static inline int64_t walk(const float* z, float base, int64_t count, double residual, float* exponentials) {
   const Floats top = broadcast(base);
   for (int64_t i = 0; i < count; i += kLanes) store(exponentials + i, exp_nonpositive(load(z + i) - top));

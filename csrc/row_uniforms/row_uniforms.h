@@ -1,4 +1,4 @@
-// row_uniforms: out[r] = the one uniform in (0, 1) of (seed, row id, step, stream). See common/philox.h.
+// row_uniforms: out[r] = the uniform in (0, 1) of (seed, row id, step, stream). See common/philox.h.
 #pragma once
 
 #include <cstdint>

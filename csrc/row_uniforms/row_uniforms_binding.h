@@ -1,4 +1,4 @@
-// The arguments of row_uniforms as they come from Python (ops/row_uniforms/native.py), for both bindings.
+// The arguments of row_uniforms, in the order of ops/row_uniforms/native.py.
 #pragma once
 
 #include "../common/binding.h"
@@ -6,15 +6,14 @@
 
 namespace nlhf {
 
-static RowUniforms row_uniforms_problem(std::uintptr_t seed, int64_t seed_stride, std::uintptr_t row_ids,
-                                        std::uintptr_t step, int64_t step_stride, uint32_t stream, int64_t rows,
-                                        std::uintptr_t out) {
-  require((seed_stride | step_stride) >> 1 == 0, "row_uniforms: seed_stride, step_stride: expected 0 or 1");
-  require(stream < 256, "row_uniforms: stream: expected at most 255");
-  require(rows >= 0, "row_uniforms: rows: expected at least 0");
-  require(rows == 0 || (seed != 0 && row_ids != 0 && step != 0 && out != 0), "row_uniforms: expected addresses");
-  return {reinterpret_cast<const int64_t*>(seed), seed_stride, reinterpret_cast<const int64_t*>(row_ids),
-          reinterpret_cast<const int64_t*>(step), step_stride, stream, rows, reinterpret_cast<double*>(out)};
+static RowUniforms read_row_uniforms(Arguments& arguments) {
+  RowUniforms p{};
+  arguments >> p.seed >> p.seed_stride >> p.row_ids >> p.step >> p.step_stride >> p.stream >> p.rows >> p.out;
+  require((p.seed_stride | p.step_stride) >> 1 == 0, "row_uniforms: seed_stride, step_stride: expected 0 or 1");
+  require(p.stream < 256, "row_uniforms: stream: expected at most 255");
+  require(p.rows >= 0, "row_uniforms: rows: expected at least 0");
+  require(p.rows == 0 || (p.seed && p.row_ids && p.step && p.out), "row_uniforms: expected addresses");
+  return p;
 }
 
 }  // namespace nlhf

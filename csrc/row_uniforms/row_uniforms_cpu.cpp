@@ -1,4 +1,4 @@
-// row_uniforms on the CPU: ten rounds of 32-bit multiplies a row, left to the compiler to vectorise.
+// row_uniforms on the CPU: ten rounds of 32-bit multiplications a row, vectorised by the compiler.
 #include "../common/philox.h"
 #include "row_uniforms.h"
 

@@ -1,4 +1,4 @@
-"""What a call into `_cuda` needs from PyTorch: the current stream, the right current device, counters at 0."""
+"""What calls into `_cpu` and `_cuda` need: numbers of dtypes, the current stream and device, counters at 0."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 
 import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum class DType of csrc/common/dtype.h
 
 
 def cuda_stream(device: torch.device) -> int:

@@ -1,1 +1,1 @@
-"""The CUDA sources on the CPU: an emulated runtime, and the kernels it is itself tested with."""
+"""The CUDA sources on the CPU: an emulated runtime, and kernels that test it."""

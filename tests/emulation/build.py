@@ -1,4 +1,4 @@
-"""Compiles the CUDA sources with g++ against the emulated runtime of this folder."""
+"""Compile the CUDA sources with g++ against the emulated runtime of this folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
 
 
 def _compile(folder: Path, jobs: list[tuple[Path, list[str]]]) -> list[str]:
-    """Compiles (source, extra flags) pairs side by side; returns the objects."""
+    """Compile (source, extra flags) pairs in parallel and return the objects."""
     if shutil.which("g++") is None:
         pytest.skip("the CUDA emulation is compiled by g++, which is not installed")
 
@@ -42,20 +42,20 @@ def _kernels() -> list[Path]:
 
 
 def build_module(folder: Path) -> Path:
-    """`_cuda` as setup.py builds it, but emulated; the planted kernels and the emulator's switches are inside too."""
+    """Build `_cuda` over the emulated runtime, with the kernels of planted.cpp and the emulator's switches."""
     pybind11 = pytest.importorskip("pybind11")
     bindings = ["-O0", "-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"], "-fvisibility=hidden"]
     bindings += ['-DNLHF_CUDA_ARCHITECTURES="none"', '-DNLHF_COMPILER="g++"']
     jobs = [(SOURCES / "bindings_cuda.cpp", bindings)]  # the slowest first
     jobs += [(source, ["-O1", "-g"]) for source in [*_kernels(), HERE / "emulator.cpp", HERE / "planted.cpp"]]
     module = folder / "_cuda.so"
-    # -Bsymbolic: the emulated runtime stays ours even where another library brought functions of the same name
+    # -Bsymbolic: calls bind to the emulated runtime even where another loaded library has functions of the same name
     _run(["g++", "-shared", "-Wl,-Bsymbolic", "-o", str(module), *_compile(folder, jobs)])
     return module
 
 
 def build_sanitized(folder: Path) -> Path:
-    """sanitized_main.cpp over all kernels, as a program under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """Build sanitized_main.cpp over all kernels with AddressSanitizer and UndefinedBehaviorSanitizer."""
     probe = folder / "probe.cpp"
     probe.write_text("int main() {}\n")
     objects = _compile(folder, [(probe, SANITIZERS)])

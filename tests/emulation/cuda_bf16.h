@@ -1,4 +1,4 @@
-// Stands in for NVIDIA's header of this name: bfloat16 as storage, converted to and from float.
+// Replaces NVIDIA's header of this name: bfloat16 as storage, converted to and from float.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -8,7 +8,7 @@ struct __nv_bfloat16 {
   __nv_bfloat16() = default;
   __nv_bfloat16(float value) {
     unsigned raw = __float_as_uint(value);
-    // Round to nearest, ties to even; a NaN must not be rounded up into an infinity.
+    // Round to nearest, ties to even; a NaN must not round up to an infinity.
     raw = value != value ? raw | 0x400000u : raw + 0x7FFFu + (raw >> 16 & 1u);
     bits = static_cast<unsigned short>(raw >> 16);
   }

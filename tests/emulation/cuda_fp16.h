@@ -1,4 +1,4 @@
-// Stands in for NVIDIA's header of this name: IEEE half precision as storage, converted to and from float.
+// Replaces NVIDIA's header of this name: IEEE half precision as storage, converted to and from float.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -1,5 +1,5 @@
-// Stands in for NVIDIA's header of this name: CUDA sources compile as plain C++ (g++ -x c++, this folder first on the
-// include path) and run on the CPU. Only what the kernels use is here; emulator.h says how it runs.
+// Replaces NVIDIA's header of this name: CUDA sources compile as plain C++ (g++ -x c++, this folder first on the
+// include path) and run on the CPU. It declares only what the kernels use; emulator.h describes the execution.
 #pragma once
 
 #include <algorithm>
@@ -17,12 +17,12 @@
 #define __host__
 #define __constant__ static
 #define __forceinline__ inline
-#define __noinline__  // libstdc++ spells an attribute like this, so it must vanish rather than become one
+#define __noinline__  // empty, as libstdc++ spells an attribute like this
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// Blocks run one at a time, so statics can play shared memory; one section for all lets the engine poison them before
-// each block. Kernels that are templates need internal linkage (an anonymous namespace), or the section clashes.
+// Blocks run one at a time, so shared memory can be static; one section for all variables lets the engine poison them
+// before each block. Kernels that are templates need internal linkage (an anonymous namespace), or the section clashes.
 #define __shared__ static __attribute__((section("emulated_shared")))
 
 struct uint3 {
@@ -50,19 +50,19 @@ EMULATED_VECTORS(unsigned short, ushort)
 #undef EMULATED_VECTORS
 
 // ------------------------------------------------------------------------------- barriers and warp collectives
-#define EMULATED_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define EMULATED_LOCATION const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-inline void __syncthreads(EMULATED_PLACE) { emulation::block_barrier(false, {"__syncthreads", file, line}); }
-inline int __syncthreads_count(int predicate, EMULATED_PLACE) {
+inline void __syncthreads(EMULATED_LOCATION) { emulation::block_barrier(false, {"__syncthreads", file, line}); }
+inline int __syncthreads_count(int predicate, EMULATED_LOCATION) {
   return emulation::block_barrier(predicate != 0, {"__syncthreads_count", file, line});
 }
-inline int __syncthreads_or(int predicate, EMULATED_PLACE) {
+inline int __syncthreads_or(int predicate, EMULATED_LOCATION) {
   return emulation::block_barrier(predicate != 0, {"__syncthreads_or", file, line}) > 0;
 }
-inline int __syncthreads_and(int predicate, EMULATED_PLACE) {
+inline int __syncthreads_and(int predicate, EMULATED_LOCATION) {
   return emulation::block_barrier(predicate == 0, {"__syncthreads_and", file, line}) == 0;
 }
-inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, EMULATED_PLACE) {
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, EMULATED_LOCATION) {
   emulation::warp_exchange(mask, 0, {"__syncwarp", file, line});
 }
 inline unsigned __activemask() {
@@ -70,7 +70,7 @@ inline unsigned __activemask() {
   for (int lane = 0; lane < warpSize; ++lane) mask |= unsigned{emulation::lane_exists(lane)} << lane;
   return mask;
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATED_PLACE) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATED_LOCATION) {
   const uint64_t* votes = emulation::warp_exchange(mask, predicate != 0, {"__ballot_sync", file, line});
   unsigned ballot = 0;
   for (int lane = 0; lane < warpSize; ++lane) {
@@ -78,10 +78,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATED_PLACE) {
   }
   return ballot;
 }
-inline int __any_sync(unsigned mask, int predicate, EMULATED_PLACE) {
+inline int __any_sync(unsigned mask, int predicate, EMULATED_LOCATION) {
   return __ballot_sync(mask, predicate, file, line) != 0;
 }
-inline int __all_sync(unsigned mask, int predicate, EMULATED_PLACE) {
+inline int __all_sync(unsigned mask, int predicate, EMULATED_LOCATION) {
   return __ballot_sync(mask, predicate, file, line) == mask;
 }
 
@@ -89,17 +89,17 @@ namespace emulation {
 
 inline int lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % kWarp; }
 
-// `source` outside the caller's segment of `width` lanes means the caller's own value. A source lane outside the mask
-// is undefined in CUDA; here it brings 0xFF.., which is NaN in every floating-point type.
+// Return the value of lane `source`; outside the caller's segment of `width` lanes, the caller's own. A source lane
+// outside the mask is undefined in CUDA; here its value is 0xFF.., NaN in every floating-point type.
 template <typename T>
-T shuffle(unsigned mask, T value, int source, int width, Place place) {
+T shuffle(unsigned mask, T value, int source, int width, SourceLocation location) {
   static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= sizeof(uint64_t), "what a shuffle can carry");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  const uint64_t* brought = warp_exchange(mask, bits, place);
+  const uint64_t* values = warp_exchange(mask, bits, location);
   const int segment = lane() / width * width;
   if (source < segment || source >= segment + width) source = lane();
-  bits = mask >> source & 1 ? brought[source] : ~uint64_t{0};
+  bits = mask >> source & 1 ? values[source] : ~uint64_t{0};
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -107,29 +107,29 @@ T shuffle(unsigned mask, T value, int source, int width, Place place) {
 }  // namespace emulation
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, EMULATED_PLACE) {
+T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, EMULATED_LOCATION) {
   const int segment = emulation::lane() / width * width;
   const int wrapped = segment + (source % width + width) % width;
   return emulation::shuffle(mask, value, wrapped, width, {"__shfl_sync", file, line});
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, EMULATED_PLACE) {
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, EMULATED_LOCATION) {
   const int source = emulation::lane() - static_cast<int>(delta);
   return emulation::shuffle(mask, value, source, width, {"__shfl_up_sync", file, line});
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, EMULATED_PLACE) {
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, EMULATED_LOCATION) {
   const int source = emulation::lane() + static_cast<int>(delta);
   return emulation::shuffle(mask, value, source, width, {"__shfl_down_sync", file, line});
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, EMULATED_PLACE) {
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, EMULATED_LOCATION) {
   return emulation::shuffle(mask, value, emulation::lane() ^ lane_mask, width, {"__shfl_xor_sync", file, line});
 }
-#undef EMULATED_PLACE
+#undef EMULATED_LOCATION
 
 // ------------------------------------------------------------------------------------- atomics, fences, loads
-// One fiber runs at a time and gives way only at waits, so plain arithmetic is atomic.
+// One fiber runs at a time and yields only where it waits, so plain arithmetic is atomic.
 template <typename T>
 T atomicExch(T* address, std::common_type_t<T> value) {
   return std::exchange(*address, value);
@@ -253,7 +253,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   return emulation::set_dynamic_shared_limit(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
-// Returns after the kernel has run, and with its failure: an emulated stream has nothing to wait for.
+// Run the kernel and return its error: launches on an emulated stream are synchronous.
 template <typename... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void** arguments,
                              size_t shared_bytes, cudaStream_t) {

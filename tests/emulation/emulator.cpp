@@ -25,7 +25,7 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// The linker's bounds of what __shared__ declares; weak, because a library may declare none.
+// The linker's bounds of the __shared__ variables; weak, because a library may have none.
 extern unsigned char __start_emulated_shared[] __attribute__((weak, visibility("hidden")));
 extern unsigned char __stop_emulated_shared[] __attribute__((weak, visibility("hidden")));
 
@@ -36,13 +36,14 @@ constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 256;
 constexpr unsigned char kPoison = 0xFF;  // all ones is NaN in every floating-point type, and -1 as an integer
 constexpr unsigned char kGuard = 0xA5;
 
-// Threads that wait for each other. `generation` counts how often they met, so a thread knows when to go on.
-struct Meeting {
-  Place place{};
+// A wait of several threads for each other. `generation` counts completed waits, so that a thread can tell that its own
+// is over.
+struct Rendezvous {
+  SourceLocation location{};
   uint64_t generation = 0;
   int arrived = 0;
   int true_predicates = 0, result_predicates = 0;
-  uint64_t brought[kWarp], result[kWarp];
+  uint64_t values[kWarp], result[kWarp];
 };
 
 struct Fiber {
@@ -50,13 +51,13 @@ struct Fiber {
   unsigned char* stack = nullptr;
   uint3 index;
   bool finished;
-  const Meeting* waits_for;
-  uint64_t waits_since;  // the meeting's generation on arrival
+  const Rendezvous* waits_for;
+  uint64_t waits_since;  // the generation on arrival
   void* sanitizer_stack;
 };
 
 struct Engine {
-  std::vector<Fiber> fibers;  // kept from launch to launch for their stacks
+  std::vector<Fiber> fibers;  // reused by later launches for their stacks
   int threads = 0;
   Fiber* running = nullptr;
   ucontext_t scheduler;
@@ -65,8 +66,8 @@ struct Engine {
   size_t scheduler_stack_bytes = 0;
   const std::function<void()>* body = nullptr;
   unsigned char* shared = nullptr;
-  Meeting block;
-  std::map<std::pair<int, unsigned>, Meeting> warps;  // by warp and mask: lanes that split up meet separately
+  Rendezvous block;
+  std::map<std::pair<int, unsigned>, Rendezvous> warps;  // by warp and mask: disjoint sets of lanes wait separately
   std::string fault, last_fault;
   uint64_t seed = 0;
   int device = 0;
@@ -76,14 +77,14 @@ struct Engine {
 int warp_of(const Fiber& fiber) { return static_cast<int>(&fiber - engine.fibers.data()) / kWarp; }
 int lane_of(const Fiber& fiber) { return static_cast<int>(&fiber - engine.fibers.data()) % kWarp; }
 
-std::string describe(const Place& place) {
-  return std::string(place.operation) + " at " + place.file + ":" + std::to_string(place.line);
+std::string describe(const SourceLocation& location) {
+  return std::string(location.operation) + " at " + location.file + ":" + std::to_string(location.line);
 }
 
 std::string describe(const Fiber& fiber) {
   const std::string name = "thread " + std::to_string(&fiber - engine.fibers.data());
   if (fiber.finished) return name + " has finished";
-  return name + (fiber.waits_for ? " waits in " + describe(fiber.waits_for->place) : " runs");
+  return name + (fiber.waits_for ? " waits in " + describe(fiber.waits_for->location) : " runs");
 }
 
 void leave_fiber(bool for_good) {
@@ -112,7 +113,7 @@ void enter_fiber(Fiber& fiber) {
 #endif
 }
 
-// Ends the launch: the scheduler reports, and no fiber of this block runs again.
+// End the launch with a fault: the scheduler reports it, and no fiber of this block runs again.
 [[noreturn]] void fail(const std::string& fault) {
   engine.fault = fault;
   leave_fiber(true);
@@ -135,7 +136,7 @@ void prepare(Fiber& fiber, unsigned thread) {
     if (stack == MAP_FAILED) std::perror("emulator: stack"), std::abort();
     fiber.stack = static_cast<unsigned char*>(stack);
   }
-  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStackBytes);  // an abandoned fiber leaves its frames' redzones behind
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStackBytes);  // a fiber that never finished has left its frames' redzones
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack;
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -147,41 +148,41 @@ void prepare(Fiber& fiber, unsigned thread) {
   fiber.sanitizer_stack = nullptr;
 }
 
-// Called by the `expected` threads of a meeting; returns once all have come.
-void meet(Meeting& meeting, int expected, const Place& place) {
-  if (meeting.arrived == 0) {
-    meeting.place = place;
-  } else if (meeting.place.line != place.line || std::strcmp(meeting.place.file, place.file) != 0 ||
-             std::strcmp(meeting.place.operation, place.operation) != 0) {
-    fail("threads meet at different places: " + describe(meeting.place) + " and " + describe(place));
+// Return once all `expected` threads have called.
+void wait_for_all(Rendezvous& rendezvous, int expected, const SourceLocation& location) {
+  if (rendezvous.arrived == 0) {
+    rendezvous.location = location;
+  } else if (rendezvous.location.line != location.line || std::strcmp(rendezvous.location.file, location.file) != 0 ||
+             std::strcmp(rendezvous.location.operation, location.operation) != 0) {
+    fail("threads meet at different places: " + describe(rendezvous.location) + " and " + describe(location));
   }
   Fiber* self = engine.running;
-  self->waits_since = meeting.generation;
-  if (++meeting.arrived < expected) {
-    self->waits_for = &meeting;
+  self->waits_since = rendezvous.generation;
+  if (++rendezvous.arrived < expected) {
+    self->waits_for = &rendezvous;
     leave_fiber(false);
     self->waits_for = nullptr;
     return;
   }
-  std::copy(meeting.brought, meeting.brought + kWarp, meeting.result);
-  meeting.result_predicates = std::exchange(meeting.true_predicates, 0);
-  meeting.arrived = 0;
-  ++meeting.generation;
+  std::copy(rendezvous.values, rendezvous.values + kWarp, rendezvous.result);
+  rendezvous.result_predicates = std::exchange(rendezvous.true_predicates, 0);
+  rendezvous.arrived = 0;
+  ++rendezvous.generation;
 }
 
-// Every thread left waits for another: names one waiting thread and the first that keeps it from going on.
+// Describe a deadlock: one waiting thread and the first thread that it waits for.
 std::string divergence() {
   std::string waiting, missing;
-  const Meeting* meeting = nullptr;
-  for (int i = 0; i < engine.threads && meeting == nullptr; ++i) {
+  const Rendezvous* rendezvous = nullptr;
+  for (int i = 0; i < engine.threads && rendezvous == nullptr; ++i) {
     const Fiber& fiber = engine.fibers[i];
     if (fiber.finished) continue;
-    meeting = fiber.waits_for;
-    waiting = describe(fiber) + " where only " + std::to_string(meeting->arrived) + " arrived";
+    rendezvous = fiber.waits_for;
+    waiting = describe(fiber) + " where only " + std::to_string(rendezvous->arrived) + " arrived";
   }
   for (int i = 0; i < engine.threads && missing.empty(); ++i) {
     const Fiber& fiber = engine.fibers[i];
-    if (fiber.finished || fiber.waits_for != meeting) missing = "; " + describe(fiber);
+    if (fiber.finished || fiber.waits_for != rendezvous) missing = "; " + describe(fiber);
   }
   return "divergent barrier: " + waiting + missing;
 }
@@ -190,8 +191,8 @@ bool can_run(const Fiber& fiber) {
   return !fiber.finished && (fiber.waits_for == nullptr || fiber.waits_for->generation != fiber.waits_since);
 }
 
-// With a seed, random warps hold still until the others can go no further: those run a barrier ahead, so that reuse of
-// shared memory without a barrier in between shows.
+// With a seed, random warps pause until no other can continue, so that those run one barrier ahead and expose reuse of
+// shared memory without a barrier in between.
 void run_block(const std::vector<int>& order, std::mt19937_64& random) {
   engine.block = {};
   engine.warps.clear();
@@ -219,7 +220,7 @@ void run_block(const std::vector<int>& order, std::mt19937_64& random) {
   }
 }
 
-// Dynamic shared memory of exactly the size asked for, between guards.
+// Dynamic shared memory of exactly the requested size, between guards.
 class SharedMemory {
  public:
   explicit SharedMemory(size_t bytes)
@@ -238,9 +239,9 @@ class SharedMemory {
     if (static_bytes > 0) std::memset(__start_emulated_shared, kPoison, static_bytes);
   }
 
-  bool guards_stand() {
+  bool guards_intact() {
 #if defined(__SANITIZE_ADDRESS__)
-    return true;  // poisoned: the sanitizer has already stopped whoever touched them
+    return true;  // poisoned: the sanitizer has already stopped any access
 #endif
     const auto intact = [](unsigned char byte) { return byte == kGuard; };
     return std::all_of(begin(), data(), intact) &&
@@ -272,24 +273,25 @@ bool lane_exists(int lane) {
   return thread < engine.threads && !engine.fibers[thread].finished;
 }
 
-int block_barrier(bool predicate, Place place) {
+int block_barrier(bool predicate, SourceLocation location) {
   engine.block.true_predicates += predicate;
-  meet(engine.block, engine.threads, place);
+  wait_for_all(engine.block, engine.threads, location);
   return engine.block.result_predicates;
 }
 
-const uint64_t* warp_exchange(unsigned mask, uint64_t value, Place place) {
+const uint64_t* warp_exchange(unsigned mask, uint64_t value, SourceLocation location) {
   const Fiber& self = *engine.running;
-  if (!(mask >> lane_of(self) & 1)) fail(describe(place) + ": " + describe(self) + " but is not in the mask");
+  if (!(mask >> lane_of(self) & 1)) fail(describe(location) + ": " + describe(self) + " but is not in the mask");
   for (int lane = 0; lane < kWarp; ++lane) {
     if ((mask >> lane & 1) && !lane_exists(lane)) {
-      fail("divergent warp: " + describe(place) + " waits for lane " + std::to_string(lane) + ", which has finished");
+      const std::string missing = " waits for lane " + std::to_string(lane) + ", which has finished";
+      fail("divergent warp: " + describe(location) + missing);
     }
   }
-  Meeting& meeting = engine.warps[{warp_of(self), mask}];
-  meeting.brought[lane_of(self)] = value;
-  meet(meeting, __builtin_popcount(mask), place);
-  return meeting.result;
+  Rendezvous& rendezvous = engine.warps[{warp_of(self), mask}];
+  rendezvous.values[lane_of(self)] = value;
+  wait_for_all(rendezvous, __builtin_popcount(mask), location);
+  return rendezvous.result;
 }
 
 bool run_grid(const dim3& blocks, const dim3& threads, size_t shared_bytes, const std::function<void()>& body) {
@@ -307,7 +309,7 @@ bool run_grid(const dim3& blocks, const dim3& threads, size_t shared_bytes, cons
     blockIdx = {index % blocks.x, index / blocks.x % blocks.y, index / (blocks.x * blocks.y)};
     shared.poison();
     run_block(shuffled(engine.threads, random), random);
-    if (engine.fault.empty() && !shared.guards_stand()) engine.fault = "written outside dynamic shared memory";
+    if (engine.fault.empty() && !shared.guards_intact()) engine.fault = "written outside dynamic shared memory";
     if (!engine.fault.empty()) {
       engine.last_fault = "block " + std::to_string(block) + ": " + engine.fault;
       return false;

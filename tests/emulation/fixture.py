@@ -1,4 +1,4 @@
-"""The emulated `_cuda`, built once a run."""
+"""The emulated `_cuda`, built once a session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOMY, CRAMPED = 0, 1  # the emulated devices, see emulator.h
 
 class Emulation(NamedTuple):
     module: ModuleType  # `_cuda`
-    library: ctypes.CDLL  # the same file: the emulator's switches and the planted kernels
+    library: ctypes.CDLL  # the same file: the emulator's switches and the kernels of planted.cpp
 
 
 @pytest.fixture(scope="session")

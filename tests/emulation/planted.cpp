@@ -1,4 +1,4 @@
-// Kernels that the emulator itself is tested with: faults it must find, and collectives whose answers are known.
+// Kernels that test the emulator: known faults that it must report, and collectives with known results.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -35,7 +35,7 @@ __global__ void write_past_dynamic_shared(int* out) {
   out[threadIdx.x] = 1;
 }
 
-// Lane i reads what lane i + 1 has not yet written: without the barrier in between it finds the poison.
+// Lane i reads the value of lane i + 1, which without the barrier is not yet written and still poison.
 __global__ void neighbour(float* from_static, float* from_dynamic, bool with_barrier) {
   __shared__ float fixed[64];
   float* dynamic = nlhf::dynamic_shared<float>();
@@ -45,7 +45,7 @@ __global__ void neighbour(float* from_static, float* from_dynamic, bool with_bar
   from_dynamic[threadIdx.x] = dynamic[(threadIdx.x + 1) % 64];
 }
 
-// Each answer is a deviation from what CUDA's documentation promises, so all must come out 0.
+// Each result is a deviation from CUDA's documentation, so all must be 0.
 __global__ void collectives(double* deviation) {
   const int thread = threadIdx.x, lane = thread % 32;
   double* mine = deviation + thread * 12;
@@ -55,7 +55,7 @@ __global__ void collectives(double* deviation) {
   mine[3] = __ballot_sync(kWholeWarp, lane % 2) - 0xAAAAAAAAu;
   mine[4] = __any_sync(kWholeWarp, lane == 9) - 1 + __all_sync(kWholeWarp, lane != 9);
   mine[5] = __syncthreads_count(lane < 4) - 4 * static_cast<int>(blockDim.x) / 32;
-  if (lane < 16) {  // halves of a warp meet separately
+  if (lane < 16) {  // halves of a warp wait separately
     mine[6] = __shfl_xor_sync(0x0000FFFFu, lane, 1) - (lane ^ 1);
   } else {
     mine[6] = __shfl_xor_sync(0xFFFF0000u, lane, 2) - (lane ^ 2);
@@ -69,7 +69,7 @@ __global__ void collectives(double* deviation) {
   mine[11] = nlhf::block_max(1.0 * thread, scratch[1]) - (blockDim.x - 1);
 }
 
-// The last block to arrive, whichever it is, sees the others' sums.
+// The last block to arrive, whichever it is, reads the sum over all blocks.
 __global__ void last_block_finishes(int* sum, unsigned* arrived, int* total, int* last) {
   if (threadIdx.x != 0) return;
   atomicAdd(sum, static_cast<int>(blockIdx.x));

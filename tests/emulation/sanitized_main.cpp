@@ -1,6 +1,6 @@
-// A program of its own, because a sanitizer must be loaded before everything else: runs the operations over small
-// shapes in heap buffers of exactly their size, so that AddressSanitizer and UndefinedBehaviorSanitizer see every
-// access. That the answers are right is checked elsewhere; here they only have to be probabilities.
+// Runs the operations over small shapes in heap buffers of exactly their size, so that AddressSanitizer and
+// UndefinedBehaviorSanitizer check every access. A program of its own, because a sanitizer must be loaded before
+// everything else. Results only have to be probabilities here; other tests check their values.
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -51,11 +51,11 @@ int run_games(int64_t games, int64_t actions, int64_t iterations, bool opponent_
   return 0;
 }
 
-// Two models, each row apart from the next and in as many bytes as it has; logits of few values, so that filters meet
-// ties. The second model is bfloat16 where `mixed`.
+// Two models in buffers of exactly their size; logits take few values, so that filters see ties. The second model is
+// bfloat16 where `mixed`.
 int run_sampler(int64_t rows, int64_t vocabulary, bool filtered, bool mixed) {
   std::mt19937 random(2);
-  // Logits are read in blocks of 16 bytes, of which the last may end behind the tensor.
+  // Logits are read in blocks of 16 bytes; the last one may extend beyond the tensor.
   const int64_t logits = (rows * vocabulary + 7) / 8 * 8;
   std::vector<float> policy(logits), reference(logits), logprobs(3 * rows);
   std::vector<uint16_t> narrow(logits);
@@ -69,12 +69,12 @@ int run_sampler(int64_t rows, int64_t vocabulary, bool filtered, bool mixed) {
   std::vector<unsigned char> workspace(nlhf::mixture_sample_workspace(rows, vocabulary, 2, filtered), 0xFF);
   nlhf::MixtureSample problem{};
   problem.models = 2;
-  problem.logits[0] = {policy.data(), nlhf::Float::f32, vocabulary};
-  problem.logits[1] = {reference.data(), nlhf::Float::f32, vocabulary};
-  if (mixed) problem.logits[1] = {narrow.data(), nlhf::Float::bf16, vocabulary};
+  problem.logits[0] = {policy.data(), nlhf::DType::f32, vocabulary};
+  problem.logits[1] = {reference.data(), nlhf::DType::f32, vocabulary};
+  if (mixed) problem.logits[1] = {narrow.data(), nlhf::DType::bf16, vocabulary};
   problem.settings = settings.data(), problem.filtered = filtered;
   problem.bias = bias.data(), problem.uniforms = uniforms.data();
-  problem.rows = rows, problem.vocabulary = vocabulary, problem.wanted = 7;
+  problem.rows = rows, problem.vocabulary = vocabulary, problem.logprob_mask = 7;
   problem.tokens = tokens.data(), problem.logprobs = logprobs.data(), problem.ok = ok.get();
   const int status = nlhf::mixture_sample_cuda(problem, workspace.data(), nullptr, nullptr);
   if (status != 0) return status;

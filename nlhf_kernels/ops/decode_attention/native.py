@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...core import capabilities
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum class CacheDtype of decode_attention.h
+from ...core.native import DTYPES
 
 
 def decode_attention_cpu(
@@ -25,7 +24,7 @@ def decode_attention_cpu(
     sinks = None if sinks is None else sinks.float()
     out = torch.empty((rows, heads, value_dim), dtype=torch.float32, device=query.device)
     capabilities.native("_cpu").decode_attention(
-        _DTYPES[query.dtype],
+        DTYPES[query.dtype],
         (query.data_ptr(), keys.data_ptr(), values.data_ptr()),
         keys.stride()[:3],
         values.stride()[:3],

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 
 from ...core import capabilities
+from ...core.native import DTYPES
 from .layout import Normalizer, Output, Settings, Transform
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum class LogitType of logprobs.h
 
 
 def _model(logits: torch.Tensor | None, transform: Transform) -> tuple[Any, ...]:
     if logits is None:
         return (0, 0, 0, *transform)
-    return (logits.data_ptr(), _DTYPES[logits.dtype], logits.stride(0), *transform)
+    return (logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0), *transform)
 
 
 def _arguments(

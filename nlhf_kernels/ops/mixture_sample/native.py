@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from ...core import capabilities
-from ...core.native import Counters, cuda_stream, on_device
+from ...core.native import DTYPES, Counters, cuda_stream, on_device
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, logprobs, ok
 
 _counters = Counters()
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum class Float of mixture_sample.h
 
 
 def empty_outputs(models: int, rows: int, device: torch.device) -> Outputs:
@@ -41,7 +40,7 @@ def _arguments(
     rows, vocabulary = logits[0].shape
     tokens, logprobs, ok = outputs
     return (
-        tuple((model.data_ptr(), _DTYPES[model.dtype], model.stride(0)) for model in logits),
+        tuple((model.data_ptr(), DTYPES[model.dtype], model.stride(0)) for model in logits),
         settings.data_ptr(),
         settings.shape[1] if settings.shape[0] > 1 else 0,
         filtered,

@@ -1,4 +1,4 @@
-// What one launch of mixture_sample works on: how rows are cut into tiles and parts, and what lies in the workspace.
+// The kernels' parameters: how rows are divided into tiles and parts, and the layout of the workspace.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 namespace nlhf {
 namespace {
 
-// A row is cut into tiles, whose sums are kept and of which one is walked again; a warp takes a tile at a time. A part
-// is what one block takes of a row.
+// A row is divided into tiles; their sums are stored, and one of them is scanned again for the token. A warp processes
+// one tile at a time. A part is the run of tiles that one block processes.
 struct Plan {
   int tile_steps;  // of kStep elements
   int tiles;       // of a row
@@ -19,25 +19,25 @@ struct Plan {
 };
 
 constexpr int kMaxTileSteps = 4;
-constexpr int kBins = 2048;              // of the histogram over a row that its filters look at first
+constexpr int kBins = 2048;              // of the histogram over a row, the first step of filters
 constexpr int64_t kMaxVocabulary = (int64_t{1} << 31) - (1 << 16);
 
 enum Search : int { kSearchTopK = 1, kSearchTopP = 2, kSearchPending = 4 };  // pending: the row has filters to apply
 
-// A model's sum of e^logit over a row, e^top * e^log_mass; apart, since log_mass may be lost beside top.
+// A model's sum of e^logit over a row, e^top * e^log_mass; two numbers, since log_mass may be lost in a sum with top.
 struct Normaliser {
   double log_mass;
   float top;
 };
 
-// A row on its way through the passes that filters need.
+// A row's state between the passes of filters.
 struct RowState {
   double total;                  // of e^(z - top)
-  Normaliser normalisers[kMaxModels];  // where wanted
+  Normaliser normalisers[kMaxModels];  // where requested
   float top;                     // max z
   float floor;                   // min-p's threshold; -inf: none
   int search;                    // of Search; 0: the row's token is written
-  int first_bin, last_bin;       // where the thresholds of top-k and top-p lie, or else min-p's
+  int first_bin, last_bin;       // that contain the thresholds of top-k and top-p, or else min-p's
   unsigned above;                // elements in the bins before first_bin
 };
 
@@ -48,15 +48,15 @@ struct Candidate {
 
 enum Counter : int { kStreamed, kCounted, kGathered, kCandidates, kCounters };
 
-struct Job {
+struct Params {
   MixtureSample p;
   Plan plan;
   unsigned* counters;           // (rows, kCounters), all 0 between calls
   float2* sums;                 // (rows, models + 1, tiles) top and mass, the mixture last
   RowState* states;             // (rows); from here on only with filters
   unsigned* bins;               // (rows, kBins), zeroed by the first kernel
-  double* kept;                 // (rows, tiles) mass that a tile keeps for sure
-  unsigned long long* kept_candidates;  // (rows, tiles) what its candidates add, in fixed point
+  double* kept_mass;                 // (rows, tiles) mass above the bracket
+  unsigned long long* candidate_mass;  // (rows, tiles) mass of the kept candidates, in fixed point
   Candidate* candidates;        // (rows, capacity)
   int capacity;
 
@@ -68,7 +68,7 @@ struct Job {
 
 inline int64_t steps_of(int64_t vocabulary) { return (vocabulary + kStep - 1) / kStep; }
 
-// Hands out pieces of the workspace; with a null start it only measures.
+// Divides the workspace into arrays; with a null start it only computes their size.
 class Layout {
  public:
   explicit Layout(void* start) : start_(reinterpret_cast<std::uintptr_t>(start)) {}
@@ -87,20 +87,20 @@ class Layout {
   int64_t used_ = 0;
 };
 
-// Lays the workspace out for rows of `tiles` tiles; returns its size.
-inline int64_t lay_out(Job& job, int64_t rows, int64_t vocabulary, int models, bool filtered, int64_t tiles,
+// Lay out the workspace for rows of `tiles` tiles and return its size.
+inline int64_t lay_out(Params& params, int64_t rows, int64_t vocabulary, int models, bool filtered, int64_t tiles,
                        void* workspace) {
   Layout layout(workspace);
-  job.counters = layout.take<unsigned>(rows * kCounters);
-  job.sums = layout.take<float2>(rows * (models + 1) * tiles);
+  params.counters = layout.take<unsigned>(rows * kCounters);
+  params.sums = layout.take<float2>(rows * (models + 1) * tiles);
   if (filtered) {
-    // Gaussian logits bring a few thousand candidates, a model's logits fewer; a row of more goes the slow way.
-    job.capacity = static_cast<int>(std::min<int64_t>(vocabulary, std::max<int64_t>(8192, vocabulary / 16)));
-    job.states = layout.take<RowState>(rows);
-    job.bins = layout.take<unsigned>(rows * kBins);
-    job.kept = layout.take<double>(rows * tiles);
-    job.kept_candidates = layout.take<unsigned long long>(rows * tiles);
-    job.candidates = layout.take<Candidate>(rows * job.capacity);
+    // Gaussian logits have a few thousand candidates, a model's logits fewer; a row with more is searched whole.
+    params.capacity = static_cast<int>(std::min<int64_t>(vocabulary, std::max<int64_t>(8192, vocabulary / 16)));
+    params.states = layout.take<RowState>(rows);
+    params.bins = layout.take<unsigned>(rows * kBins);
+    params.kept_mass = layout.take<double>(rows * tiles);
+    params.candidate_mass = layout.take<unsigned long long>(rows * tiles);
+    params.candidates = layout.take<Candidate>(rows * params.capacity);
   }
   return layout.used();
 }
@@ -108,8 +108,8 @@ inline int64_t lay_out(Job& job, int64_t rows, int64_t vocabulary, int models, b
 // Blocks of a multiprocessor at once: registers for 768 threads, whose loads are enough to keep the memory busy.
 constexpr int kResidentBlocks = 3;
 
-// Tiles and parts for the fewest and shortest waves of blocks. In units of a fifth of a step: a tile costs one beside
-// its steps, for reductions over the warp, a block ten to start and to end.
+// Choose tiles and parts for the fewest and shortest waves of blocks. Costs are in units of a fifth of a step: one for
+// a tile's reductions over the warp, ten for the start and the end of a block.
 inline Plan make_plan(int64_t rows, int64_t vocabulary, int multiprocessors) {
   constexpr int kPartTiles[] = {1, 2, 4, kWarps, 2 * kWarps, 3 * kWarps, 4 * kWarps, 6 * kWarps, 8 * kWarps};
   const int64_t steps = steps_of(vocabulary), slots = int64_t{kResidentBlocks} * multiprocessors;
@@ -131,9 +131,9 @@ inline Plan make_plan(int64_t rows, int64_t vocabulary, int multiprocessors) {
   return best;
 }
 
-// Counts up to `last` and from there to 0 again, so that a counter is left as it was found; returns the count before.
-// Writes of the thread's block are visible to blocks that count in later.
-NLHF_DEVICE unsigned count_in(unsigned* counter, unsigned last) {
+// Increment a counter, from `last` to 0, so that it is 0 again after the last arrival; return the count before. Writes
+// of the thread's block are visible to blocks that arrive later.
+NLHF_DEVICE unsigned count_arrival(unsigned* counter, unsigned last) {
 #if defined(__CUDACC__)
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
@@ -146,12 +146,12 @@ NLHF_DEVICE unsigned count_in(unsigned* counter, unsigned last) {
 #endif
 }
 
-// Whether the calling block is the last of its row's `parts` to come here; then it sees what the others wrote before.
+// Return whether the calling block is the last of its row's `parts` to arrive; it then sees the others' earlier writes.
 NLHF_DEVICE bool last_of_row(unsigned* arrived, int parts, bool* shared) {
   __syncthreads();
   if (parts == 1) return true;
   const unsigned last = static_cast<unsigned>(parts) - 1;
-  if (threadIdx.x == 0) *shared = count_in(arrived, last) == last;
+  if (threadIdx.x == 0) *shared = count_arrival(arrived, last) == last;
   __syncthreads();
   return *shared;
 }
