@@ -56,6 +56,7 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
     def update(new: int) -> tuple[str, ...]:
         return benchmark("train_step", "headline", "--repeats", "2", "--shape", f"new={new}")
 
+    tune = (sys.executable, "-m", "nlhf_kernels", "tune", "--minutes", "0.6")
     few = ("--no-compile", "--case", "mirror_descent", "--backend", "torch", "cpu")
     headlines = (*benchmark("run", "headline", "--no-compile"), *(few if tiny else ()))
     sweeps = tuple(benchmark(name, "standard") for name in ("run", "rollout", "train_step"))
@@ -66,6 +67,7 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
         Stage("rollout", 100, (rollout(896),) if tiny else (rollout(896), rollout(3584))),
         Stage("train_step", 70, (update(64),) if tiny else (update(64), update(256))),
         Stage("sanitizers", 20, tuple(map(_sanitizer, TOOLS)), missing=no_gpu or _no_program("compute-sanitizer")),
+        Stage("plans", 40, (tune,), {"NLHF_KERNELS_TUNING": str(out.with_suffix(".plans.json"))}, missing=no_gpu),
         Stage("sweeps", 20, sweeps, missing=no_more),
         Stage("growth", 10, (benchmark("run", "growth", "--no-compile"),), missing=no_more),
     ]

@@ -254,7 +254,7 @@ def test_all_of_it_runs_tiny_on_a_cpu(tmp_path) -> None:
     ends = {row.key.implementation: row for row in rows if row.kind == "stage"}
     assert {name: end.status for name, end in ends.items()} == {
         "build": "unavailable", "tests": "ok", "headlines": "ok", "rollout": "ok", "train_step": "ok",
-        "sanitizers": "unavailable", "sweeps": "unavailable", "growth": "unavailable",
+        "sanitizers": "unavailable", "plans": "unavailable", "sweeps": "unavailable", "growth": "unavailable",
     }  # fmt: skip
     assert all(json.loads(line) for line in out.read_text().splitlines())
     lines = process.stdout.splitlines()

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from ..core import capabilities, settings
+from ..core import capabilities, settings, tuning
 from ..core.registry import Op, ops
 from ..core.terminal import new_console
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(markdown_table())
         return 0
     console = new_console()
-    for table in (_versions(), _devices(), _build(), _backends(), _ops(), _settings()):
+    for table in (_versions(), _devices(), _build(), _backends(), _ops(), _plans(), _settings()):
         console.print(table)
     return 0
 
@@ -130,6 +130,23 @@ def _ops() -> Table:
 
 def _marked(order: tuple[str, ...], device: torch.device) -> str:
     return " > ".join(f"({name})" if capabilities.machine_reasons(name, device) else name for name in order)
+
+
+def _plans() -> Table:
+    """The launch plans in force: the tuned ones of this GPU, or why there are none."""
+    table = _table("Tuned launch plans", "where", "what")
+    path = tuning.plans_file()
+    table.add_row("file", "none: NLHF_KERNELS_TUNING is off" if path is None else str(path))
+    if not torch.cuda.is_available():
+        table.add_row("in force", "none: plans are those of GPU kernels, and PyTorch sees no GPU")
+        return table
+    card = tuning.card_name(torch.device("cuda", torch.cuda.current_device()))
+    plans = tuning.tuned_plans(card)
+    for (op, backend, workload), numbers in plans.items():
+        table.add_row(f"{op} {backend}, {workload}", " ".join(map(str, numbers)))
+    if not plans:
+        table.add_row("in force", f"none for {card} and these kernels: `nlhf-kernels tune` finds them")
+    return table
 
 
 def _settings() -> Table:

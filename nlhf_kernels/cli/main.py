@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from . import demo, errors, evaluate, info, merge, prefer, sample, tabular, train
+from . import demo, errors, evaluate, info, merge, prefer, sample, tabular, train, tune
 from .loading import Help
 
 COMMANDS = {
@@ -25,6 +25,7 @@ COMMANDS = {
     "train": train,
     "evaluate": evaluate,
     "merge": merge,
+    "tune": tune,
 }
 
 

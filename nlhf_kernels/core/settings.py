@@ -19,6 +19,7 @@ SIMD_LEVELS = ("baseline", "avx2", "avx512")
 VARIABLES = {
     "NLHF_KERNELS_BACKEND": "backend of every op unless the call or use_backend says otherwise: " + ", ".join(CHOICES),
     "NLHF_KERNELS_SIMD": "highest instruction set the CPU kernels use: " + ", ".join(SIMD_LEVELS),
+    "NLHF_KERNELS_TUNING": "the file of tuned launch plans instead of ~/.cache/nlhf_kernels/plans.json; off: none",
     "TRITON_INTERPRET": "1 runs Triton kernels in Triton's CPU interpreter (slow; for tests and debugging)",
 }
 
@@ -44,6 +45,7 @@ _default = Request(_from_environment("NLHF_KERNELS_BACKEND", "auto", CHOICES), "
 _scoped: ContextVar[Request | None] = ContextVar("nlhf_kernels_backend", default=None)
 
 simd_level = _from_environment("NLHF_KERNELS_SIMD", "avx512", SIMD_LEVELS)
+tuning = os.environ.get("NLHF_KERNELS_TUNING", "")
 triton_interpret = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 

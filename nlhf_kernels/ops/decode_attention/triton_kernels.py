@@ -5,11 +5,14 @@ Equation numbers are those of README.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ...core import settings
+from ...core import settings, tuning
 from ...core.native import on_device
 
 _TILE_BYTES = 8192  # of keys, and as much of values: small, so that a short range is several, all of them in flight
@@ -19,6 +22,25 @@ _SPLIT = 256
 _MAX_SPLITS = 64
 _HEADS = 16  # query heads a program takes: what a tensor core multiplies at once, padded where there are fewer
 _LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Plan(NamedTuple):
+    tile: int  # positions read at a time, a power of two
+    split: int  # positions a program takes
+    warps: int
+    stages: int
+
+
+def _candidates(default: Plan) -> Iterator[Plan]:
+    for tile in (16, 32, 64, 128):
+        for split in (128, 256, 512):
+            for warps in (2, 4, 8):
+                yield Plan(tile, split, warps, default.stages)
+    for stages in (2, 3, 4):
+        yield default._replace(stages=stages)
+
+
+_TUNABLE = tuning.Tunable("decode_attention", "triton", Plan, _candidates)
 
 
 @triton.jit
@@ -227,7 +249,9 @@ def decode_attention(
     at_once = _HEADS if dot else min(_HEADS, triton.next_power_of_2(group))
     block, value_block = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
     tile = max(16, min(128, _TILE_BYTES // (max(block, value_block) * query.element_size())))
-    splits = max(1, min(_MAX_SPLITS, min(positions, window) // _SPLIT))
+    workload = tuning.make_workload(0, (heads, kv_heads, dim, value_dim), (query,))
+    plan = _TUNABLE.plan(query.device, workload, Plan(tile, _SPLIT, 4, 4 if dot else 2))
+    splits = max(1, min(_MAX_SPLITS, min(positions, window) // plan.split))
     partial, tops, sums = out, out, out
     if splits > 1:
         partial = query.new_empty((rows, heads, splits, value_dim), dtype=torch.float32)
@@ -237,10 +261,11 @@ def decode_attention(
             query, keys, values, ends if starts is None else starts, ends, query if sinks is None else sinks,
             partial, tops, sums, *keys.stride()[:3], *values.stride()[:3],
             kv_heads, positions, window, scale, softcap,
-            GROUP=group, HEADS=at_once, DIM=dim, BLOCK=block, VALUE_DIM=value_dim, VALUE_BLOCK=value_block, TILE=tile,
-            SPLITS=splits, HAS_STARTS=starts is not None, HAS_SOFTCAP=softcap != 0, HAS_SINKS=sinks is not None,
-            DOT=dot, WIDE=settings.triton_interpret,  # the interpreter multiplies bfloat16 by its bits
-            num_warps=4, num_stages=4 if dot else 2,
+            GROUP=group, HEADS=at_once, DIM=dim, BLOCK=block, VALUE_DIM=value_dim, VALUE_BLOCK=value_block,
+            TILE=plan.tile, SPLITS=splits, HAS_STARTS=starts is not None, HAS_SOFTCAP=softcap != 0,
+            HAS_SINKS=sinks is not None, DOT=dot,
+            WIDE=settings.triton_interpret,  # the interpreter multiplies bfloat16 by its bits
+            num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(rows * heads,)](

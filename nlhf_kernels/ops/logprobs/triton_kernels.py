@@ -9,12 +9,14 @@ off: a score must round the same as a term of the sums, as the target's and in b
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from ...core import tuning
 from ...core.native import on_device
 from .layout import IGNORED, Normalizer, Output, Settings, Transform, Want
 
@@ -32,6 +34,30 @@ _ELEMENTS_PER_WARP = 512  # up to 8 warps
 #: Limits for ptxas with which nothing spills: 80, three blocks a multiprocessor, where a thread's work is light.
 #: Without one it saves registers by issuing a load just before its use, and a thread then waits for each in turn.
 _MAX_REGISTERS, _MAX_REGISTERS_LIGHT = 168, 80
+
+
+class Plan(NamedTuple):
+    elements: int  # a program takes at a time, a power of two
+    warps: int
+
+
+def _candidates(default: Plan) -> Iterator[Plan]:
+    for elements in (2048, 4096, 8192, 16384):
+        for warps in (4, 8, 16):
+            if elements // warps >= 128:  # 4 elements a thread: a load of 16 bytes of float32
+                yield Plan(elements, warps)
+
+
+_TUNABLE = tuning.Tunable("logprobs", "triton", Plan, _candidates)
+
+
+def _plan(policy: torch.Tensor, reference: torch.Tensor, default: int, settings: Settings, variant: str) -> Plan:
+    """How a program's elements and warps are chosen: by everything but the number of rows."""
+    vocabulary = policy.shape[1]
+    elements = min(default, max(64, triton.next_power_of_2(vocabulary)))
+    workload = tuning.make_workload(0, (vocabulary,), (policy, reference), f"{variant} {settings.wanted}")
+    default_plan = Plan(elements, min(8, max(1, elements // _ELEMENTS_PER_WARP)))
+    return _TUNABLE.plan(policy.device, workload, default_plan)
 
 
 @triton.jit
@@ -298,8 +324,8 @@ def _light(settings: Settings) -> bool:
     return not (settings.wants(Want.MIXTURE) or _form(settings.policy) or _form(settings.reference))
 
 
-def _flags(settings: Settings, has_reference: bool, elements: int) -> dict[str, Any]:
-    """The constexpr arguments and options that both kernels share; `elements` are a program's."""
+def _flags(settings: Settings, has_reference: bool, warps: int) -> dict[str, Any]:
+    """The constexpr arguments and options that both kernels share."""
     return {
         "ENTROPY": settings.wants(Want.ENTROPY),
         "KL": has_reference and settings.wants(Want.KL),
@@ -308,7 +334,7 @@ def _flags(settings: Settings, has_reference: bool, elements: int) -> dict[str, 
         "REFERENCE_FORM": _form(settings.reference),
         "enable_fp_fusion": False,
         "maxnreg": _MAX_REGISTERS_LIGHT if _light(settings) else _MAX_REGISTERS,
-        "num_warps": min(8, max(1, elements // _ELEMENTS_PER_WARP)),
+        "num_warps": warps,
     }
 
 
@@ -328,14 +354,14 @@ def logprobs(
     models = (policy, other)
     depth = 16 // min(model.element_size() for model in models)
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 for x in models) and vocabulary % 16 == 0
-    tile = min(_TILE, max(64, triton.next_power_of_2(vocabulary)))
+    plan = _plan(policy, other, _TILE, settings, "forward")
     with on_device(policy.device):
         logprobs_kernel[(rows,)](
             policy, other, targets, values if beta is None else beta, values, normalizers,
             rows, vocabulary, policy.stride(0), other.stride(0), 0 if beta is None else beta.ndim,
             *_numbers(settings),
-            **_flags(settings, reference is not None, tile), HAS_REFERENCE=reference is not None,
-            ALIGNED=aligned, DEPTH=depth, LANES=tile // depth,
+            **_flags(settings, reference is not None, plan.warps), HAS_REFERENCE=reference is not None,
+            ALIGNED=aligned, DEPTH=depth, LANES=plan.elements // depth,
         )  # fmt: skip
     return values, normalizers
 
@@ -356,12 +382,13 @@ def logprobs_backward(
         return
     other = policy if reference is None else reference
     widest = _CHUNK // 2 if settings.wanted or not _light(settings) else _CHUNK
-    chunk = min(widest, max(64, triton.next_power_of_2(vocabulary)))
+    plan = _plan(policy, other, widest, settings, "backward")
+    chunk = plan.elements
     chunks = triton.cdiv(vocabulary, chunk)
     strides = (policy.stride(0), other.stride(0), out.stride(0), 0 if beta is None else beta.ndim)
     with on_device(policy.device):
         logprobs_backward_kernel[(rows * chunks,)](
             policy, other, targets, values if beta is None else beta, values, normalizers, upstream, out,
             rows, vocabulary, *strides, chunks, *_numbers(settings),
-            **_flags(settings, reference is not None, chunk), CHUNK=chunk,
+            **_flags(settings, reference is not None, plan.warps), CHUNK=chunk,
         )  # fmt: skip

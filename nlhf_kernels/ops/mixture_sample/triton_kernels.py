@@ -5,12 +5,14 @@ Equation numbers are those of README.md. Filters put a third stage between, see 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from ...core import tuning
 from ...core.native import on_device
 from ...core.rng_triton import open_unit, random_bits
 from .triton_filters import find_thresholds
@@ -30,6 +32,22 @@ from .triton_tiles import (
 #: number of rows: a token must not depend on the batch.
 _TILE = 2048
 _MAX_TILES = 1024  # what one program combines; beyond 2 million tokens the tiles grow instead
+
+
+class Plan(NamedTuple):
+    tile: int  # elements a program, a power of two
+    warps: int  # of the programs that sum tiles
+    draw_warps: int  # of those that choose a token
+
+
+def _candidates(default: Plan) -> Iterator[Plan]:
+    for tile in (1024, 2048, 4096, 8192):
+        for warps in (4, 8):
+            for draw_warps in (4, 8, 16):
+                yield Plan(tile, warps, draw_warps)
+
+
+_TUNABLE = tuning.Tunable("mixture_sample", "triton", Plan, _candidates)
 
 
 @triton.jit
@@ -183,7 +201,9 @@ def mixture_sample(
     ok = torch.empty(rows, dtype=torch.bool, device=device)
     if not rows:
         return tokens, logprobs, ok
-    width = max(256, min(_TILE, triton.next_power_of_2(call.vocabulary)))
+    workload = tuning.make_workload(0, (call.vocabulary,), logits, "filtered" if filtered else "")
+    plan = _TUNABLE.plan(device, workload, Plan(_TILE, min(16, max(4, _TILE // 512)), A_PROGRAM_PER_ROW["num_warps"]))
+    width = max(256, min(plan.tile, triton.next_power_of_2(call.vocabulary)))
     width = max(width, triton.next_power_of_2(triton.cdiv(call.vocabulary, _MAX_TILES)))
     tiles = triton.cdiv(call.vocabulary, width)
     tops = torch.empty((rows, tiles, 1 + call.models), dtype=torch.float32, device=device)
@@ -196,7 +216,7 @@ def mixture_sample(
         def sum_tiles(**options: object) -> None:
             tile_sums_kernel[(rows * tiles,)](
                 *call.tensors, *call.sizes, thresholds, tops, sums, tiles,
-                **flags, **options, num_warps=min(16, max(4, width // 512)),
+                **flags, **options, num_warps=plan.warps,
             )  # fmt: skip
 
         sum_tiles(WANTED=wanted, FILTERED=False)
@@ -208,6 +228,6 @@ def mixture_sample(
             settings if uniforms is None else uniforms, seed, row_ids, step, seed.ndim, step.ndim,
             tokens, logprobs, ok, rows,
             **flags, WANTED=wanted, FILTERED=filtered, HAS_UNIFORMS=uniforms is not None, STREAM=stream,
-            TILES=max(16, triton.next_power_of_2(tiles)), **A_PROGRAM_PER_ROW,
+            TILES=max(16, triton.next_power_of_2(tiles)), **A_PROGRAM_PER_ROW | {"num_warps": plan.draw_warps},
         )  # fmt: skip
     return tokens, logprobs, ok

@@ -1,0 +1,168 @@
+"""`nlhf-kernels tune`: measure the launch plans of the GPU kernels on this GPU and remember the fastest.
+
+Sizes come from a model's configuration (--model) or from --vocabulary. Later processes on a GPU of this name take the
+remembered plans; `nlhf-kernels info` shows them. NLHF_KERNELS_TUNING names another file for them, or switches them off.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+import nlhf_kernels
+
+from ..core import settings, tuning
+from ..core.registry import explain
+from ..core.terminal import new_console, new_progress
+from .errors import BadInput
+
+DTYPES = ("bfloat16", "float16", "float32")
+TOKENS = 2048  # rows of logits that a loss holds at a time
+POSITIONS = 1024  # of the caches that decode_attention reads
+
+
+class Sizes(NamedTuple):
+    """What the calls of a model are made of; no heads: attention is left out."""
+
+    vocabulary: int
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--model", metavar="NAME", help="a model's folder or hub name; only its configuration is read")
+    where.add_argument("--vocabulary", type=int, default=128_256, help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 64, 256], help="of a decoding step (default: 1 64 256)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="of logits and caches (default: %(default)s)"
+    )
+    parser.add_argument("--minutes", type=float, default=1.0, help="for all of it (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="show the table, remember nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _check(arguments, device)
+    sizes = model_sizes(arguments.model) if arguments.model else Sizes(arguments.vocabulary)
+    console = new_console()
+    launches = find_launches(sizes, arguments.rows, getattr(torch, arguments.dtype), device)
+    median_us, sweeps = tuning.median_on(device), []
+    seconds = 60 * arguments.minutes
+    with new_progress(new_console(stderr=True)) as progress:
+        bar = progress.add_task("plans", total=sum(len(plans_of(launch)) for launch in launches))
+        for index, (launch, calls) in enumerate(launches.items()):
+            share = (seconds - (progress.tasks[0].elapsed or 0.0)) / (len(launches) - index)
+            sweeps.append(tuning.sweep(calls, launch, share, median_us, lambda: progress.advance(bar)))
+    console.print(table_of(sweeps))
+    if arguments.dry_run:
+        return 0
+    path = tuning.keep(tuning.card_name(device), sweeps)
+    console.print(f"remembered in {path}" if path else "not remembered: NLHF_KERNELS_TUNING is off")
+    return 0
+
+
+def _check(arguments: argparse.Namespace, device: torch.device) -> None:
+    if device.type == "cpu" and not (settings.triton_interpret and arguments.dry_run):
+        raise BadInput("tune: expected a GPU, whose kernels alone have launch plans; PyTorch sees none here")
+    for option, number in (("--vocabulary", arguments.vocabulary), ("--rows", min(arguments.rows))):
+        if number < 1:
+            raise BadInput(f"{option}: expected at least 1; got {number}")
+    if not 0 < arguments.minutes < float("inf"):
+        raise BadInput(f"--minutes: expected a number above 0; got {arguments.minutes}")
+
+
+def model_sizes(name: str) -> Sizes:
+    """Read the sizes from a model's configuration."""
+    from ..core.places import locate
+
+    name = locate("tune: --model", name)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name).get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Sizes(config.vocab_size, heads, kv_heads, head_dim)
+
+
+def find_launches(
+    sizes: Sizes, rows: list[int], dtype: torch.dtype, device: torch.device
+) -> dict[tuning.Launch, list[Callable[[], Any]]]:
+    """Find the launches of kernels with plans that a model of these sizes makes, and the calls that make them."""
+    calls: dict[tuning.Launch, list[Callable[[], Any]]] = {}
+    for op, arguments, options, gradient_of in operations(sizes, rows, dtype, device):
+        reasons = explain(op, *arguments, **options).reasons
+        for backend in ("triton", "cuda"):
+            if reasons[backend]:
+                continue
+            function = partial(getattr(nlhf_kernels, op), *arguments, backend=backend, **options)
+            call = function if gradient_of is None else partial(_with_gradient, function, gradient_of)
+            with tuning.record_launches() as launches:
+                call()
+            for launch in dict.fromkeys(launches):
+                calls.setdefault(launch, []).append(call)
+    return calls
+
+
+def operations(
+    sizes: Sizes, rows: list[int], dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any], torch.Tensor | None]]:
+    """Yield (op, arguments, options, the tensor that gets a gradient) of what training and decoding call."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
+
+    for count in rows:
+        logits = normal(count, sizes.vocabulary), normal(count, sizes.vocabulary)
+        draw = {"seed": 0, "row_ids": torch.arange(count, dtype=torch.int64, device=device), "step": 0}
+        for filters in ({}, {"top_p": 0.95}):
+            yield "mixture_sample", (*logits, 0.1), {**draw, **filters}, None
+        if sizes.heads:
+            query = normal(count, sizes.heads, sizes.head_dim)
+            keys, values = (normal(count, sizes.kv_heads, POSITIONS, sizes.head_dim) for _ in range(2))
+            ends = torch.full((count,), POSITIONS, dtype=torch.int64, device=device)
+            yield "decode_attention", (query, keys, values), {"ends": ends}, None
+    tokens = min(TOKENS, 32 * max(rows))
+    policy, reference = normal(tokens, sizes.vocabulary).requires_grad_(), normal(tokens, sizes.vocabulary)
+    targets = torch.randint(sizes.vocabulary, (tokens,), dtype=torch.int64, device=device)
+    yield "logprobs", (policy, targets), {"reference_logits": reference}, policy
+
+
+def _with_gradient(function: Callable[[], Any], of: torch.Tensor) -> list[torch.Tensor]:
+    outputs = [tensor for tensor in tuning.tensors_of(function()) if tensor.requires_grad]
+    return [*outputs, *torch.autograd.grad(outputs, of, [torch.ones_like(tensor) for tensor in outputs])]
+
+
+def plans_of(launch: tuning.Launch) -> set[tuning.Numbers]:
+    return {launch.default, *launch.tunable.candidates(launch.default)}
+
+
+def table_of(sweeps: list[tuning.Sweep]) -> Table:
+    """Show the default and the fastest plan of every launch, in 80 columns."""
+    table = Table(title="Launch plans", title_justify="left", title_style="bold", show_lines=True)
+    for column in ("kernel, rows x sizes", "default plan", "fastest plan", "tried"):
+        table.add_column(column, overflow="fold")
+    for result in sweeps:
+        tunable, workload, default = result.launch
+        measured = sum(isinstance(median, float) for median in result.medians.values())
+        default_plan, fastest = (_describe(result, plan) for plan in (default, result.best))
+        same = "the default" if result.best == default else fastest
+        table.add_row(
+            f"{tunable.op} {tunable.backend}\n{workload}", default_plan, same, f"{measured}/{len(result.medians)}"
+        )
+    return table
+
+
+def _describe(result: tuning.Sweep, plan: tuning.Numbers) -> str:
+    names = result.launch.tunable.plan_type._fields
+    numbers = " ".join(f"{name}={number}" for name, number in zip(names, plan, strict=True))
+    return f"{numbers}\n{result.medians[plan]:,.0f} us"
