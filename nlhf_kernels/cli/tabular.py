@@ -1,6 +1,6 @@
-"""`nlhf-kernels tabular`: solve a preference game and show who converges.
+"""`nlhf-kernels tabular`: solve a preference game and show which algorithms converge.
 
-Prints how far each algorithm ends from the regularised Nash equilibrium and draws its way there. The game is one of
+Prints how far from the regularised Nash equilibrium each algorithm ends, and plots its convergence. The game is one of
 the built-in ones or a preference matrix from a CSV, JSON or npy file.
 """
 
@@ -30,10 +30,10 @@ GAMES = {
     "diversity": lambda seed: tabular.diversity_game(0.1)[0],
     "random": lambda seed: tabular.random_games(1, 10, seed=seed)[0],
 }
-DEFAULT_ALGORITHMS = "nash-md,nash-mp,omd@2,ema"  # two that reach the equilibrium of the default game, two that circle
-THERE = 1e-6  # KL from the equilibrium at which a policy counts as there
-MARKS = 200  # points recorded along the way, evenly spaced on a logarithmic axis
-FIRST = 200  # and every one of the first steps, for a smooth path on the simplex
+DEFAULT_ALGORITHMS = "nash-md,nash-mp,omd@2,ema"  # on the default game two converge and two circle
+CONVERGED = 1e-6  # KL from the equilibrium below which a policy counts as converged
+MARKS = 200  # numbers of steps at which policies are recorded, evenly spaced on a logarithmic axis
+FIRST = 200  # first steps that are recorded each, for a smooth trajectory on the simplex
 
 
 class Outcome(NamedTuple):
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     game, names = _game(arguments)
     algorithms = _algorithms(arguments.algorithms)
     star = tabular.equilibrium(game)
-    outcomes = _play(game, star, algorithms, arguments)
+    outcomes = _solve(game, star, algorithms, arguments)
     if arguments.json:
         print(json.dumps(_as_json(names, star, outcomes), indent=2))
     else:
@@ -105,8 +105,8 @@ def _probabilities(option: str, text: str | None, actions: int) -> torch.Tensor 
 
 
 def _algorithms(text: str) -> dict[str, tuple[str, dict[str, float]]]:
-    """As written -> the algorithm and its options."""
-    chosen: dict[str, tuple[str, dict[str, float]]] = {}
+    """Entry of --algorithms -> the algorithm and its options."""
+    algorithms: dict[str, tuple[str, dict[str, float]]] = {}
     for entry in (part.strip() for part in text.split(",") if part.strip()):
         name, at, size = entry.partition("@")
         if name not in tabular.ALGORITHMS or (at and (name == "nash-mp" or not _is_step(size))):
@@ -114,10 +114,10 @@ def _algorithms(text: str) -> dict[str, tuple[str, dict[str, float]]]:
                 f"--algorithms: expected some of {', '.join(tabular.ALGORITHMS)}, each as NAME or (but for nash-mp) "
                 f"NAME@STEP, omd@2 say; got {entry!r}"
             )
-        chosen[entry] = name, {"step": float(size)} if at else {}
-    if not chosen:
+        algorithms[entry] = name, {"step": float(size)} if at else {}
+    if not algorithms:
         raise ValueError(f"--algorithms: expected some of {', '.join(tabular.ALGORITHMS)}; got {text!r}")
-    return chosen
+    return algorithms
 
 
 def _is_step(text: str) -> bool:
@@ -127,7 +127,7 @@ def _is_step(text: str) -> bool:
         return False
 
 
-def _play(
+def _solve(
     game: tabular.PreferenceGame,
     star: torch.Tensor,
     algorithms: dict[str, tuple[str, dict[str, float]]],
@@ -147,9 +147,9 @@ def _play(
         for entry, (name, options) in algorithms.items():
             task = progress.add_task(entry, total=steps)
             began = time.perf_counter()
-            report = partial(_report, progress, task)
-            solve = partial(tabular.solve, game, name, marks=marks, start=start.log(), on_mark=report)
-            solution = solve(**options)  # type: ignore[arg-type]  # an algorithm's own
+            on_mark = partial(_advance, progress, task)
+            settings: dict[str, Any] = {"marks": marks, "start": start.log(), "on_mark": on_mark, **options}
+            solution = tabular.solve(game, name, **settings)
             seconds = time.perf_counter() - began
             kl = tabular.kl_divergence(star.expand_as(solution.trajectory), solution.trajectory)
             gap = tabular.exploitability(solution.trajectory, game)
@@ -157,7 +157,7 @@ def _play(
     return outcomes
 
 
-def _report(progress: Any, task: int, mark: int) -> None:
+def _advance(progress: Any, task: int, mark: int) -> None:
     progress.update(task, completed=mark)
 
 
@@ -173,19 +173,19 @@ def _print(console: Any, names: list[str], star: torch.Tensor, outcomes: dict[st
     console.print(table)
     steps = next(iter(outcomes.values())).solution.marks[-1]
     console.print(f"KL from the equilibrium to the last policy, after {steps} steps.")
-    there = [entry for entry, outcome in outcomes.items() if outcome.kl[-1] < THERE]
-    for what, entries in (
-        (f"At the equilibrium (KL below {THERE:g})", there),
-        ("Not there", [entry for entry in outcomes if entry not in there]),
+    converged = [entry for entry, outcome in outcomes.items() if outcome.kl[-1] < CONVERGED]
+    for verdict, entries in (
+        (f"At the equilibrium (KL below {CONVERGED:g})", converged),
+        ("Not there", [entry for entry in outcomes if entry not in converged]),
     ):
         if entries:
-            console.print(f"{what}: {', '.join(entries)}")
+            console.print(f"{verdict}: {', '.join(entries)}")
 
 
 def _policy(names: list[str], log_policy: torch.Tensor) -> str:
-    """All of a few actions, the likeliest of many."""
-    chances = list(zip(log_policy.exp().tolist(), names, strict=True))
-    shown = chances if len(names) <= 5 else sorted(chances, reverse=True)[:5]
+    """The probabilities of all actions, of more than five the likeliest five."""
+    probabilities = list(zip(log_policy.exp().tolist(), names, strict=True))
+    shown = probabilities if len(names) <= 5 else sorted(probabilities, reverse=True)[:5]
     return "  ".join(f"{name} {probability:.3f}" for probability, name in shown) + (" ..." if len(names) > 5 else "")
 
 

@@ -1,4 +1,4 @@
-"""Tabular NLHF: preference games small enough to write down, the algorithms that solve them, and who converges."""
+"""Tabular NLHF: preference games as matrices, the algorithms that solve them, measures and baselines."""
 
 from .baselines import bradley_terry_fit, dpo, ipo, rlhf
 from .game import PreferenceGame

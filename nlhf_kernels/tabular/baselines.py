@@ -1,4 +1,4 @@
-"""What RLHF, IPO and DPO answer in a tabular world, for contrast: all of them in closed form or by convex descent."""
+"""Baselines: the policies of RLHF, IPO and DPO in a tabular game, in closed form or by convex descent."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from .game import PreferenceGame
 def bradley_terry_fit(
     preference: torch.Tensor, sampling: torch.Tensor, *, iterations: int = 100, tolerance: float = 1e-13
 ) -> torch.Tensor:
-    """The rewards (A,), of mean 0, that explain a preference matrix (A, A) best to a reward model.
+    """Fit Bradley-Terry rewards (A,), of mean 0, to a preference matrix.
 
-    Maximises E_{a, b ~ sampling} P(a > b) log sigmoid(r_a - r_b), by Newton steps. The answer depends on `sampling`
-    (A,) unless the preference is a Bradley-Terry one: that is what NLHF does not suffer from.
+    Newton steps on E_{a, b ~ sampling} P(a > b) log sigmoid(r_a - r_b). The optimum depends on `sampling` unless the
+    preference is a Bradley-Terry one; the Nash equilibrium does not.
+
+    Args:
+        preference (tensor (A, A)): [a, b] = P(a > b).
+        sampling (tensor (A,)): probabilities with which the compared actions are sampled.
+        iterations (int): Newton steps, at most.
+        tolerance (float): a step whose largest entry is below it is the last.
     """
     weights = sampling.unsqueeze(-1) * sampling.unsqueeze(-2)
     rewards = torch.zeros_like(sampling)
     for _ in range(iterations):
-        chance = torch.sigmoid(rewards.unsqueeze(-1) - rewards.unsqueeze(-2))
-        gradient = (weights * (preference - chance)).sum(-1)
-        curvature = weights * chance * (1 - chance)
+        fitted = torch.sigmoid(rewards.unsqueeze(-1) - rewards.unsqueeze(-2))
+        gradient = (weights * (preference - fitted)).sum(-1)
+        curvature = weights * fitted * (1 - fitted)
         laplacian = torch.diag(curvature.sum(-1)) - curvature
         step = _solve_up_to_a_constant(laplacian, gradient)
         step = step - step.mean()
@@ -31,7 +37,12 @@ def bradley_terry_fit(
 
 
 def rlhf(game: PreferenceGame, sampling: torch.Tensor) -> torch.Tensor:
-    """A reward fitted under `sampling`, then its regularised optimum: log pi = log reference + r / tau + const."""
+    """The log-policy (A,) of RLHF: fit rewards, then log pi = log reference + r / tau + const.
+
+    Args:
+        game (PreferenceGame): one game, preference (A, A).
+        sampling (tensor (A,)): probabilities of the actions that the reward model is fitted on.
+    """
     if game.preference.ndim != 2:
         raise ValueError(f"rlhf: game: expected one game (A, A); got {tuple(game.preference.shape)}")
     rewards = bradley_terry_fit(game.preference, sampling.to(game.preference))
@@ -39,7 +50,13 @@ def rlhf(game: PreferenceGame, sampling: torch.Tensor) -> torch.Tensor:
 
 
 def ipo(wins: torch.Tensor, log_reference: torch.Tensor, tau: float) -> torch.Tensor:
-    """The policy that minimises sum wins[a, b] (h(a, b) - 1 / (2 tau))^2: least squares on the graph of comparisons."""
+    """The log-policy (A,) that minimises sum wins[a, b] (h(a, b) - 1 / (2 tau))^2, by least squares.
+
+    Args:
+        wins (tensor (A, A)): [a, b] = number of times a was preferred to b.
+        log_reference (tensor (A,)): log-probabilities of the reference.
+        tau (float): strength of the regularisation.
+    """
     wins = wins.to(log_reference)
     pairs = wins + wins.mT
     laplacian = torch.diag(pairs.sum(-1)) - pairs
@@ -48,7 +65,7 @@ def ipo(wins: torch.Tensor, log_reference: torch.Tensor, tau: float) -> torch.Te
 
 
 def _solve_up_to_a_constant(laplacian: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """x with laplacian x = target, whose null space is the constant vector: adding its projector makes it regular."""
+    """x with laplacian x = target. Adding the projector on the null space, the constant vector, makes it regular."""
     solution: torch.Tensor = torch.linalg.lstsq(laplacian + 1 / len(target), target.unsqueeze(-1)).solution
     return solution.squeeze(-1)
 
@@ -56,9 +73,18 @@ def _solve_up_to_a_constant(laplacian: torch.Tensor, target: torch.Tensor) -> to
 def dpo(
     wins: torch.Tensor, log_reference: torch.Tensor, tau: float, *, steps: int = 1000, step: float = 1.0
 ) -> torch.Tensor:
-    """Gradient descent on -sum wins[a, b] log sigmoid(tau h(a, b)), its step divided by tau^2, so that tau h moves at
-    one speed. Where an action always wins there is no minimum: the policy runs off to it, whatever tau, and `steps`
-    says how far."""
+    """The log-policy (A,) after gradient descent on -sum wins[a, b] log sigmoid(tau h(a, b)).
+
+    Where an action always wins there is no minimum: the policy moves towards that action without end, whatever tau,
+    and `steps` says how far.
+
+    Args:
+        wins (tensor (A, A)): [a, b] = number of times a was preferred to b.
+        log_reference (tensor (A,)): log-probabilities of the reference.
+        tau (float): strength of the regularisation.
+        steps (int): of gradient descent.
+        step (float): size of a step, divided by tau^2, so that tau h moves at the same speed for every tau.
+    """
     wins = wins.to(log_reference)
     ratios = torch.zeros_like(log_reference)
     for _ in range(steps):

@@ -13,16 +13,21 @@ TOLERANCE = 1e-6  # how far P + P^T may be from 1 and a reference's sum from 1: 
 class PreferenceGame:
     """One game or many: P_tau(p > q) = p^T P q - tau KL(p, reference) + tau KL(q, reference).
 
-    Leading dimensions are independent games; with `rho` the last of them are contexts, drawn with these probabilities.
-    A game that holds NaN is flagged in `ok` and gives NaN; the others are not touched by it. Everything else that is
-    no game is refused: values outside [0, 1], P + P^T other than 1, a reference without full support.
+    A game with a NaN is flagged in `ok` (..., bool) and gives NaN, without effect on the others. Anything else that is
+    not a game is refused: values outside [0, 1], P + P^T other than 1, a reference without full support.
+
+    Args:
+        preference (tensor (..., A, A), float32 or float64): [a, b] = P(a > b); leading dimensions are games.
+        reference (tensor (..., A) or (A,), or None): probabilities of the reference policy; None: uniform.
+        tau (float): strength of the pull to the reference, above 0.
+        rho (tensor (X,) or None): probabilities of the contexts, which are the last leading dimension.
     """
 
-    preference: torch.Tensor  # (..., A, A) float32 or float64, [a, b] = P(a > b)
-    reference: torch.Tensor | None = None  # (..., A) or (A,), probabilities; None: uniform
+    preference: torch.Tensor
+    reference: torch.Tensor | None = None
     tau: float = 0.1
-    rho: torch.Tensor | None = None  # (X,), of the contexts in the last leading dimension
-    ok: torch.Tensor = field(init=False)  # (...,) bool
+    rho: torch.Tensor | None = None
+    ok: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         check_preference(self.preference)
@@ -43,16 +48,25 @@ class PreferenceGame:
         assert self.reference is not None
         return self.reference.log()
 
-    def expected(self, log_opponent: torch.Tensor) -> torch.Tensor:  # (..., A): P(a > opponent) of each action
+    def expected(self, log_opponent: torch.Tensor) -> torch.Tensor:
+        """P(a > opponent) of each action, (..., A).
+
+        Args:
+            log_opponent (tensor (..., A)): log-probabilities of the opponent.
+        """
         return (self.preference @ log_opponent.exp().unsqueeze(-1)).squeeze(-1)
 
     def over_contexts(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over contexts of one value per game (...,), weighted by rho."""
+        """The mean over contexts, weighted by rho; without rho the values as they are.
+
+        Args:
+            values (tensor (..., X)): one value for each game.
+        """
         return values if self.rho is None else (values * self.rho.to(values)).sum(-1)
 
 
 def check_preference(preference: torch.Tensor, names: list[str] | None = None) -> None:
-    """Refuse what is no preference matrix, naming the first offending pair; games that hold NaN are passed over."""
+    """Raise where a matrix is not a preference, naming the first wrong pair; games with NaN are not looked at."""
     if not isinstance(preference, torch.Tensor) or preference.dtype not in (torch.float32, torch.float64):
         kind = getattr(preference, "dtype", type(preference).__name__)
         raise TypeError(f"PreferenceGame: preference: expected a float32 or float64 tensor; got {kind}")

@@ -1,4 +1,4 @@
-"""Preference matrices, (..., A, A) with [a, b] = P(a > b), P + P^T = 1. They may be cyclic: that is the point."""
+"""Preference matrices (..., A, A), [a, b] = P(a > b), P + P^T = 1: random, Bradley-Terry, cyclic, and from counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import torch
 
 
 def random_games(games: int, actions: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Independent games (G, A, A), the lower triangle uniform in [0, 1]."""
+    """Independent games (G, A, A), the lower triangle uniform in [0, 1].
+
+    Args:
+        games (int): how many, G.
+        actions (int): of each, A.
+        seed (int): of the random numbers.
+        dtype (torch.dtype): of the result.
+    """
     generator = torch.Generator().manual_seed(seed)
     lower = torch.rand(games, actions, actions, generator=generator, dtype=dtype, device="cpu").tril(-1)
     upper = (1 - lower.mT).triu(1)
@@ -14,15 +21,22 @@ def random_games(games: int, actions: int, *, seed: int = 0, dtype: torch.dtype 
 
 
 def bradley_terry_game(rewards: torch.Tensor) -> torch.Tensor:
-    """P(a > b) = sigmoid(r_a - r_b) from rewards (..., A): the preferences that a reward model can express."""
+    """P(a > b) = sigmoid(r_a - r_b): the preferences that a reward model can express.
+
+    Args:
+        rewards (tensor (..., A)): one for each action.
+    """
     return torch.sigmoid(rewards.unsqueeze(-1) - rewards.unsqueeze(-2))
 
 
 def low_rank_game(embeddings: torch.Tensor) -> torch.Tensor:
-    """General preferences of even rank: P(a > b) = sigmoid(x_a^T J x_b), embeddings (..., A, 2 R), J skew-symmetric.
+    """General preferences of even rank: P(a > b) = sigmoid(x_a^T J x_b), J skew-symmetric.
 
-    Each pair of coordinates is a plane in which preference goes round; Bradley-Terry is the case where all but one
-    coordinate is constant.
+    Each pair of coordinates is a plane in which preference is cyclic; in Bradley-Terry preferences all coordinates but
+    one are constant.
+
+    Args:
+        embeddings (tensor (..., A, 2 R)): one vector for each action.
     """
     if embeddings.shape[-1] % 2:
         raise ValueError(f"low_rank_game: embeddings: expected an even last dimension; got {embeddings.shape[-1]}")
@@ -32,7 +46,13 @@ def low_rank_game(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def cyclic_game(win: float = 1.0, *, actions: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Rock, paper, scissors (1, A, A): each action beats, with probability `win`, the half of the others after it."""
+    """Rock, paper, scissors (1, A, A): each action is preferred to the half of the others that comes after it.
+
+    Args:
+        win (float): probability with which it is, in [0.5, 1].
+        actions (int): odd, at least 3.
+        dtype (torch.dtype): of the result.
+    """
     if not 0.5 <= win <= 1:
         raise ValueError(f"cyclic_game: win: expected a probability in [0.5, 1]; got {win}")
     if actions < 3 or actions % 2 == 0:
@@ -44,15 +64,23 @@ def cyclic_game(win: float = 1.0, *, actions: int = 3, dtype: torch.dtype = torc
 
 
 def dice_game(*, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Three fair dice, {2, 4, 9}, {1, 6, 8} and {3, 5, 7}: each beats the next with probability 5/9."""
+    """Three fair dice, {2, 4, 9}, {1, 6, 8} and {3, 5, 7}: each beats the next with probability 5/9; (1, 3, 3).
+
+    Args:
+        dtype (torch.dtype): of the result.
+    """
     return cyclic_game(5 / 9, dtype=dtype)
 
 
 def diversity_game(epsilon: float = 0.0, *, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Three actions whose Nash equilibrium, without regularisation, is (1/3 + e/2, 1/3 + e/2, 1/3 - e).
 
-    It moves smoothly with e, while the best action under a Bradley-Terry fit jumps between the first and the second as
-    e changes sign: preference keeps a diversity that a reward throws away.
+    The equilibrium is continuous in e, while the best action under a Bradley-Terry fit jumps between the first and the
+    second as e changes sign: a preference keeps a diversity that a reward loses.
+
+    Args:
+        epsilon (float): e, in [-1/3, 1/3].
+        dtype (torch.dtype): of the result, (1, 3, 3).
     """
     if not abs(epsilon) <= 1 / 3:
         raise ValueError(f"diversity_game: epsilon: expected a number in [-1/3, 1/3]; got {epsilon}")
@@ -62,9 +90,11 @@ def diversity_game(epsilon: float = 0.0, *, dtype: torch.dtype = torch.float64) 
 
 
 def game_from_counts(wins: torch.Tensor, smoothing: float = 1.0) -> torch.Tensor:
-    """From a table of human comparisons: wins[..., a, b] times a was preferred to b.
+    """Estimate a preference (..., A, A) from counts of comparisons.
 
-    `smoothing` comparisons of each pair are added, half of them won: pairs never compared come out at 1/2.
+    Args:
+        wins (tensor (..., A, A)): [a, b] = number of times a was preferred to b.
+        smoothing (float): comparisons added to each pair, half of them won; a pair never compared is then 1/2.
     """
     wins = wins.to(torch.float64)
     if wins.ndim < 2 or wins.shape[-1] != wins.shape[-2]:

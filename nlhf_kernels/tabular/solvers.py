@@ -1,7 +1,7 @@
-"""Algorithms that look for the regularised Nash equilibrium, each a few lines over one fused step, `mirror_descent`.
+"""Algorithms for the regularised Nash equilibrium, each a few lines over one fused step, `mirror_descent`.
 
-An algorithm yields its policies at the asked-for marks (numbers of steps), so that `solve` can record, show progress
-and stop; what happens between two marks is one launch wherever the algorithm allows it.
+An algorithm yields its policies at the marks (numbers of steps) that it is given, so that `solve` can record them and
+show progress; the steps between two marks are one launch wherever the algorithm allows it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,23 @@ Policies = Iterator[torch.Tensor]  # (G, A) log-probabilities, one per mark
 
 
 class Solution(NamedTuple):
-    log_policy: torch.Tensor  # (..., A), after the last step
+    """The policies of a run.
+
+    Args:
+        log_policy (tensor (..., A)): log-probabilities after the last step.
+        marks (tuple of M ints): numbers of steps at which a policy was recorded.
+        trajectory (tensor (M, ..., A)): log-probabilities at the marks.
+        ok (tensor (...,), bool): False where the game had a NaN or the policy is not a distribution.
+    """
+
+    log_policy: torch.Tensor
     marks: tuple[int, ...]
-    trajectory: torch.Tensor  # (len(marks), ..., A)
-    ok: torch.Tensor  # (...,) bool: False where the game held NaN or the policy is no distribution
+    trajectory: torch.Tensor
+    ok: torch.Tensor
 
 
-class _Play(NamedTuple):
-    """A game as the kernels take it, with the number of steps at which to report."""
+class _Run(NamedTuple):
+    """A game as the kernels take it, with the numbers of steps at which policies are recorded."""
 
     preference: torch.Tensor  # (G, A, A)
     log_reference: torch.Tensor  # (G, A)
@@ -48,80 +57,80 @@ class _Play(NamedTuple):
         return pairwise((0, *self.marks))
 
 
-def nash_md(play: _Play, log_policy: torch.Tensor, *, step: float | None = None, samples: int = 0) -> Policies:
-    """Nash-MD: mirror descent against the mixture with the reference. Decreasing steps unless one is given."""
-    return _descend(play, log_policy, play.sizes(step), "mixture", samples)
+def nash_md(run: _Run, log_policy: torch.Tensor, *, step: float | None = None, samples: int = 0) -> Policies:
+    """Nash-MD: mirror descent against the mixture with the reference. Steps decrease where `step` is None."""
+    return _descend(run, log_policy, run.sizes(step), "mixture", samples)
 
 
 def online_mirror_descent(
-    play: _Play, log_policy: torch.Tensor, *, step: float | None = None, samples: int = 0
+    run: _Run, log_policy: torch.Tensor, *, step: float | None = None, samples: int = 0
 ) -> Policies:
-    """OMD, self-play: the same step against the policy itself. Decreasing steps unless one is given."""
-    return _descend(play, log_policy, play.sizes(step), "policy", samples)
+    """OMD, self-play: the same step against the policy itself. Steps decrease where `step` is None."""
+    return _descend(run, log_policy, run.sizes(step), "policy", samples)
 
 
-def _descend(play: _Play, log_policy: torch.Tensor, sizes: torch.Tensor, opponent: str, samples: int) -> Policies:
-    for first, last in play.spans():
+def _descend(run: _Run, log_policy: torch.Tensor, sizes: torch.Tensor, opponent: str, samples: int) -> Policies:
+    for first, last in run.spans():
         if samples:
             for t in range(first, last):
-                log_opponent = _sampled(play, log_policy, sizes[t], opponent, samples)
-                log_policy = play.step(log_policy, sizes[t : t + 1], log_opponent)
+                log_opponent = _sampled(run, log_policy, sizes[t], opponent, samples)
+                log_policy = run.step(log_policy, sizes[t : t + 1], log_opponent)
         else:
-            log_policy = play.step(log_policy, sizes[first:last], opponent)
+            log_policy = run.step(log_policy, sizes[first:last], opponent)
         yield log_policy
 
 
-def _sampled(play: _Play, log_policy: torch.Tensor, size: torch.Tensor, opponent: str, samples: int) -> torch.Tensor:
+def _sampled(run: _Run, log_policy: torch.Tensor, size: torch.Tensor, opponent: str, samples: int) -> torch.Tensor:
     """The opponent as `samples` of its actions: P(a > opponent) is then their unbiased estimate."""
-    b = size * play.tau if opponent == "mixture" else 0 * size
-    played = log_policy if b == 0 else ((1 - b) * log_policy + b * play.log_reference)
-    drawn = torch.multinomial(played.nan_to_num(nan=0.0).softmax(-1), samples, replacement=True)
-    counts = torch.zeros_like(log_policy).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=log_policy.dtype))
+    b = size * run.tau if opponent == "mixture" else 0 * size
+    log_opponent = log_policy if b == 0 else ((1 - b) * log_policy + b * run.log_reference)
+    actions = torch.multinomial(log_opponent.nan_to_num(nan=0.0).softmax(-1), samples, replacement=True)
+    counts = torch.zeros_like(log_policy).scatter_add_(-1, actions, torch.ones_like(actions, dtype=log_policy.dtype))
     return (counts / samples).log()
 
 
-def nash_ema(play: _Play, log_policy: torch.Tensor, *, step: float = 0.1, decay: float = 0.9) -> Policies:
+def nash_ema(run: _Run, log_policy: torch.Tensor, *, step: float = 0.1, decay: float = 0.9) -> Policies:
     """Nash-EMA: the opponent is the exponential moving average of the policy's log-probabilities."""
-    sizes, log_average = play.sizes(step), log_policy
-    for first, last in play.spans():
+    sizes, log_average = run.sizes(step), log_policy
+    for first, last in run.spans():
         for t in range(first, last):
-            log_policy = play.step(log_policy, sizes[t : t + 1], log_average)
+            log_policy = run.step(log_policy, sizes[t : t + 1], log_average)
             log_average = (decay * log_average + (1 - decay) * log_policy).log_softmax(-1)
         yield log_policy
 
 
-def extragradient(play: _Play, log_policy: torch.Tensor, *, step: float | None = None) -> Policies:
-    """EGPO: a trial step against oneself, then the real step, from the old policy, against the trial."""
-    sizes = play.sizes(step if step is not None else 2 / (1 + 2 * play.tau))
-    for first, last in play.spans():
+def extragradient(run: _Run, log_policy: torch.Tensor, *, step: float | None = None) -> Policies:
+    """EGPO: a half step against the policy itself, then the step, from the old policy, against the half step's."""
+    sizes = run.sizes(step if step is not None else 2 / (1 + 2 * run.tau))
+    for first, last in run.spans():
         for t in range(first, last):
-            half = play.step(log_policy, sizes[t : t + 1], "policy")
-            log_policy = play.step(log_policy, sizes[t : t + 1], half)
+            half = run.step(log_policy, sizes[t : t + 1], "policy")
+            log_policy = run.step(log_policy, sizes[t : t + 1], half)
         yield log_policy
 
 
-def nash_mp(play: _Play, log_policy: torch.Tensor, *, eta: float | None = None) -> Policies:
+def nash_mp(run: _Run, log_policy: torch.Tensor, *, eta: float | None = None) -> Policies:
     """Nash-MP, mirror prox: EGPO with step eta / (tau (1 + eta)). With eta = 2 tau, KL <= (1 + 2 tau)^-k KL_0."""
-    eta = 2 * play.tau if eta is None else eta
-    return extragradient(play, log_policy, step=eta / (play.tau * (1 + eta)))
+    eta = 2 * run.tau if eta is None else eta
+    return extragradient(run, log_policy, step=eta / (run.tau * (1 + eta)))
 
 
-def best_response_to_reference(play: _Play, log_policy: torch.Tensor, *, step: float | None = None) -> Policies:
-    """Play against the reference for ever (beta = 1): the best response to it, not the equilibrium."""
-    sizes = play.sizes(step)
-    for first, last in play.spans():
-        log_policy = play.step(log_policy, sizes[first:last], play.log_reference)
+def best_response_to_reference(run: _Run, log_policy: torch.Tensor, *, step: float | None = None) -> Policies:
+    """Steps against the reference alone (beta = 1): they reach the best response to it, not the equilibrium."""
+    sizes = run.sizes(step)
+    for first, last in run.spans():
+        log_policy = run.step(log_policy, sizes[first:last], run.log_reference)
         yield log_policy
 
 
-def self_play_gradient(play: _Play, log_policy: torch.Tensor, *, step: float = 1.0) -> Policies:
-    """Plain policy gradient on softmax logits, in self-play; its step shrinks with the action's probability."""
+def self_play_gradient(run: _Run, log_policy: torch.Tensor, *, step: float = 1.0) -> Policies:
+    """Policy gradient on softmax logits, in self-play; its step is proportional to the action's probability."""
     logits = log_policy
-    for first, last in play.spans():
+    for first, last in run.spans():
         for _ in range(first, last):
             log_pi = logits.log_softmax(-1)
             pi = log_pi.exp()
-            advantage = (play.preference @ pi.unsqueeze(-1)).squeeze(-1) - play.tau * (log_pi - play.log_reference)
+            advantage = (run.preference @ pi.unsqueeze(-1)).squeeze(-1) - run.tau * (log_pi - run.log_reference)
             logits = log_pi + step * pi * (advantage - (pi * advantage).sum(-1, keepdim=True))
         yield logits.log_softmax(-1)
 
@@ -147,10 +156,16 @@ def solve(
     on_mark: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Solution:
-    """Run an algorithm for `steps` steps, or to the last of `marks`, and record its policy at every mark.
+    """Run an algorithm and record its policy at every mark.
 
-    start    (..., A) log-probabilities; None starts at the reference
-    options  of the algorithm: step, samples, decay, eta
+    Args:
+        game (PreferenceGame): one game or many.
+        algorithm (str): a key of `ALGORITHMS`.
+        steps (int): where there are no marks.
+        marks (sequence of int or None): increasing numbers of steps; the last one ends the run.
+        start (tensor (..., A) or None): log-probabilities; None: the reference.
+        on_mark (callable or None): called with each mark that is reached.
+        **options (float): of the algorithm: step, samples, decay, eta.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"solve: algorithm: expected one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
@@ -163,10 +178,10 @@ def solve(
     shape = game.log_reference.shape
     actions = game.actions
     preference = game.preference.reshape(-1, actions, actions)
-    play = _Play(preference, game.log_reference.reshape(-1, actions), game.tau, marks)
-    first = play.log_reference if start is None else _checked_start(start, game).reshape(-1, actions)
+    run = _Run(preference, game.log_reference.reshape(-1, actions), game.tau, marks)
+    first = run.log_reference if start is None else _checked_start(start, game).reshape(-1, actions)
     trajectory = []
-    for mark, log_policy in zip(marks, ALGORITHMS[algorithm](play, first, **options), strict=True):
+    for mark, log_policy in zip(marks, ALGORITHMS[algorithm](run, first, **options), strict=True):
         trajectory.append(log_policy.reshape(shape))
         if on_mark is not None:
             on_mark(mark)
@@ -182,9 +197,14 @@ def _checked_start(start: torch.Tensor, game: PreferenceGame) -> torch.Tensor:
 
 
 def equilibrium(game: PreferenceGame, *, tolerance: float = 1e-13, max_steps: int = 1_000_000) -> torch.Tensor:
-    """pi*_tau as log-probabilities, by Nash-MP until no log-probability moves by more than `tolerance` in 50 steps.
+    """The equilibrium pi*_tau as log-probabilities (..., A), by Nash-MP.
 
-    Games that hold NaN give NaN. A tau too small to get there in `max_steps` is an error, with the last movement.
+    Games with NaN give NaN. Where tau is too small for `max_steps`, the error names the last change.
+
+    Args:
+        game (PreferenceGame): one game or many.
+        tolerance (float): the run ends where no log-probability changes by more, relative, in 50 steps.
+        max_steps (int): of Nash-MP.
     """
     log_policy = game.log_reference
     for _ in range(0, max_steps, 50):
