@@ -67,7 +67,7 @@ def test_train_then_score(root, tmp_path, capsys) -> None:
     assert len(document["losses"]) == 6 and document["losses"][0] == pytest.approx(math.log(2))
     assert document["pairs"] == 36 and document["evaluation"]["count"] == 4
     model = load_preference_model(tmp_path / "out")
-    assert model.head.weight.abs().max() > 0 and model.reading.template == "{prompt}|{first}|{second}="
+    assert model.head.weight.abs().max() > 0 and model.input_format.template == "{prompt}|{first}|{second}="
     score = ["score", "--model", tmp_path / "out", "--device", "cpu"]
     code, out, _ = run(capsys, *score, "--prompt", "abc", "--first", "d", "--second", "efgh")
     expected = model.probabilities(["abc"], ["d"], ["efgh"]).item()

@@ -25,7 +25,7 @@ from nlhf_kernels.experiment.corpus import Material
 from nlhf_kernels.experiment.pipeline import Experiment
 from nlhf_kernels.experiment.presets import PRESETS
 from nlhf_kernels.preference import PreferenceTraining, train_preference_model
-from nlhf_kernels.train.checkpoints import found_in
+from nlhf_kernels.train.checkpoints import list_checkpoints
 from tests.support.experiment import fake_packages
 from tests.support.preference import comparison_model, shorter_wins
 from tests.support.training import history, make_trainer, single_thread  # noqa: F401
@@ -36,8 +36,8 @@ MANY = 10  # kills from which on the slow run is worth it
 
 def training(folder: Path) -> object:
     trainer = make_trainer(folder / "run", algorithm="nash-ema", ema_decay=0.5, **RUN)
-    trainer.train(resume_from_checkpoint=bool(found_in(folder / "run")))
-    assert len(found_in(folder / "run")) == 2 and not list((folder / "run").glob("*.nlhf-*"))
+    trainer.train(resume_from_checkpoint=bool(list_checkpoints(folder / "run")))
+    assert len(list_checkpoints(folder / "run")) == 2 and not list((folder / "run").glob("*.nlhf-*"))
     weights = [weights_digest(each) for each in (trainer.model.named_parameters(), trainer.opponent.state().items())]
     return [*weights, history(trainer, "loss", "kl", "preference", "learning_rate")]
 

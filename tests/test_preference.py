@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from nlhf_kernels.preference import PairwisePreferenceModel, Reading, RewardModel
-from nlhf_kernels.preference.template import Reader
+from nlhf_kernels.preference import InputFormat, PairwisePreferenceModel, RewardModel
+from nlhf_kernels.preference.template import InputFormatter
 from tests.support.preference import TEMPLATES, comparison_model, shorter_wins, untrained
 from tests.support.tiny_models import ARCHITECTURES, one_thread, tiny_model, tiny_tokenizer
 
@@ -127,7 +127,7 @@ def test_templates_may_be_anything_else() -> None:
     for kind in (PairwisePreferenceModel, RewardModel):
         default = kind(tiny_model("bloom"), tiny_tokenizer())
         default.head.weight.data.normal_()
-        assert default.reading.max_length is None
+        assert default.input_format.max_length is None
         assert default.probabilities(["p"], ["q"], ["r"]).item() != 0.5
 
 
@@ -176,9 +176,9 @@ def test_overlong_pairs_are_refused_by_default() -> None:
 
 def test_what_a_model_can_be_made_of() -> None:
     base, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    assert PairwisePreferenceModel(base, tokenizer, template=TEMPLATES[PairwisePreferenceModel]).reading == Reading(
-        TEMPLATES[PairwisePreferenceModel], 128, "error"
-    )
+    assert PairwisePreferenceModel(
+        base, tokenizer, template=TEMPLATES[PairwisePreferenceModel]
+    ).input_format == InputFormat(TEMPLATES[PairwisePreferenceModel], 128, "error")
     with pytest.raises(ValueError, match="max_length: expected at most 128, the model's positions; got 129"):
         PairwisePreferenceModel(base, tokenizer, max_length=129)
     with pytest.raises(ValueError, match="max_length: expected more than the template's own 3 tokens; got 3"):
@@ -208,6 +208,6 @@ def test_columns_must_be_of_one_length_and_rows_of_some_tokens() -> None:
         comparison_model().probabilities(["a", "b"], ["c", "d"], "de")
     with pytest.raises(ValueError, match="batch_size: expected an integer in"):
         comparison_model().probabilities(["a"], ["c"], ["d"], 0)
-    reader = Reader(tiny_tokenizer(), Reading("{prompt}", None), ("prompt",))
+    formatter = InputFormatter(tiny_tokenizer(), InputFormat("{prompt}", None), ("prompt",))
     with pytest.raises(ValueError, match="expected at least one token to read"):
-        reader.fill(prompt=[])
+        formatter.fill(prompt=[])

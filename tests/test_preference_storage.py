@@ -35,7 +35,7 @@ def test_loaded_models_are_the_saved_ones(architecture, tmp_path) -> None:
     save_preference_model(model, tmp_path / "deep" / "model")
     loaded = load_preference_model(tmp_path / "deep" / "model")
     assert torch.equal(loaded.probabilities(*COLUMNS), model.probabilities(*COLUMNS))
-    assert loaded.reading == model.reading and not loaded.training
+    assert loaded.input_format == model.input_format and not loaded.training
     files = [path for path in (tmp_path / "deep").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
     (tmp_path / "plain").touch()

@@ -59,28 +59,28 @@ def run(arguments: argparse.Namespace) -> int:
     from ..train.run_file import option_names, read_run_file
 
     arguments.option_names.update(option_names())
-    plan = read_run_file(arguments.config, arguments.set)
-    arguments.output = plan.training["output_dir"]
+    run_file = read_run_file(arguments.config, arguments.set)
+    arguments.output = run_file.training["output_dir"]
     place = Path(arguments.output) / POLICY
-    _check_policy(plan, place, replaces=arguments.resume or plan.training.get("overwrite_output_dir", False))
-    args = plan.config()
+    _check_policy(run_file, place, replaces=arguments.resume or run_file.training.get("overwrite_output_dir", False))
+    args = run_file.config()
     if arguments.check or args.process_index:
-        code = _train(arguments, plan, args, place)
+        code = _train(arguments, run_file, args, place)
     else:
         place.parent.mkdir(parents=True, exist_ok=True)
         with lock_folder(place.parent):  # before models are loaded
-            code = _train(arguments, plan, args, place)
+            code = _train(arguments, run_file, args, place)
     leave_process_group()
     return code
 
 
-def _train(arguments: argparse.Namespace, plan: RunFile, args: NashConfig, place: Path) -> int:
-    from ..train.checkpoints import found_in
+def _train(arguments: argparse.Namespace, run_file: RunFile, args: NashConfig, place: Path) -> int:
+    from ..train.checkpoints import list_checkpoints
 
-    trainer = build(plan, args)
+    trainer = build(run_file, args)
     if arguments.check:
         return _check(arguments, trainer)
-    trainer.train(resume_from_checkpoint=bool(arguments.resume and found_in(Path(trainer.args.output_dir))))
+    trainer.train(resume_from_checkpoint=bool(arguments.resume and list_checkpoints(Path(trainer.args.output_dir))))
     if trainer.state.global_step < trainer.state.max_steps:  # a callback's wish, a signal that transformers handles
         done = f"{trainer.state.global_step} of {trainer.state.max_steps} updates"
         raise RuntimeError(f"stopped after {done}, which is not the run's end: {resume_hint(arguments)}")
@@ -90,11 +90,11 @@ def _train(arguments: argparse.Namespace, plan: RunFile, args: NashConfig, place
             trainer.model.save_pretrained(work)
             trainer.processing_class.save_pretrained(work)
     if trainer.eval_dataset is not None:
-        found = {name: value for name, value in trainer.evaluate().items() if name != "epoch"}
-        _say(trainer, json.dumps(found, indent=2))
+        metrics = {name: value for name, value in trainer.evaluate().items() if name != "epoch"}
+        _say(trainer, json.dumps(metrics, indent=2))
     _say(trainer, f"Saved: {place}")
     if trainer.is_world_process_zero():
-        show_next(*_next(plan, str(place)))
+        show_next(*_next(run_file, str(place)))
     return 0
 
 
@@ -110,23 +110,23 @@ def _check(arguments: argparse.Namespace, trainer: NashTrainer) -> int:
     return 0
 
 
-def _next(plan: RunFile, policy: str) -> Iterator[list[str]]:
+def _next(run_file: RunFile, policy: str) -> Iterator[list[str]]:
     program = "nlhf-kernels"
     yield [program, "sample", "--policy", policy, "--text", "--prompt", "..."]
-    judges = [spec.function or spec.preference_model or spec.reward_model for spec in plan.judge or ()]
+    judges = [spec.function or spec.preference_model or spec.reward_model for spec in run_file.judge or ()]
     if judges and judges[0] is not None:
-        rivals = ["--policy", f"before={plan.reference_model or plan.model}", "--policy", f"after={policy}"]
-        data = ["--data", plan.data.evaluation or plan.data.train]
+        rivals = ["--policy", f"before={run_file.reference_model or run_file.model}", "--policy", f"after={policy}"]
+        data = ["--data", run_file.data.evaluation or run_file.data.train]
         yield [program, "evaluate", *rivals, "--judge", judges[0], *data]
-    if plan.lora is not None:
+    if run_file.lora is not None:
         yield [program, "merge", policy, "--output", f"{policy}-merged"]
 
 
 def resume_hint(arguments: argparse.Namespace) -> str:
-    from ..train.checkpoints import found_in
+    from ..train.checkpoints import list_checkpoints
 
-    found = [] if arguments.output is None else found_in(Path(arguments.output))
-    return f"--resume goes on from {found[-1]}" if found else "no checkpoint was written"
+    checkpoints = [] if arguments.output is None else list_checkpoints(Path(arguments.output))
+    return f"--resume goes on from {checkpoints[-1]}" if checkpoints else "no checkpoint was written"
 
 
 def _say(trainer: NashTrainer, text: str) -> None:
@@ -134,20 +134,21 @@ def _say(trainer: NashTrainer, text: str) -> None:
         print(text)
 
 
-def _check_policy(plan: RunFile, place: Path, replaces: bool) -> None:
-    """Before hours of work: the policy's place is free, or a policy's to be replaced; and nothing is read from it."""
-    from ..train.checkpoints import found_in
+def _check_policy(run_file: RunFile, place: Path, replaces: bool) -> None:
+    """Check, before hours of work, that the policy's place is free or may be replaced, and that no model is read from
+    it."""
+    from ..train.checkpoints import list_checkpoints
 
-    earlier = [place] if kind_of(place) == KIND else found_in(place.parent)
+    earlier = [place] if kind_of(place) == KIND else list_checkpoints(place.parent)
     if earlier and not replaces:
         raise BadInput(
             f"train: training.output_dir: expected a folder without an earlier run; got one that holds {earlier[-1]} "
             "(--resume goes on with its run, training.overwrite_output_dir=true starts over)"
         )
     check_folder(place, KIND, overwrite=replaces)
-    judges = [(f"judge.{name}", getattr(spec, name)) for spec in plan.judge or () for name in JUDGES]
-    read = [(name, getattr(plan, name)) for name in ("model", "reference_model", "tokenizer", "eval_opponent")]
-    for option, name in [*read, *judges, ("reward.reward_model", plan.reward and plan.reward.reward_model)]:
+    judges = [(f"judge.{name}", getattr(spec, name)) for spec in run_file.judge or () for name in JUDGES]
+    models = [(name, getattr(run_file, name)) for name in ("model", "reference_model", "tokenizer", "eval_opponent")]
+    for option, name in [*models, *judges, ("reward.reward_model", run_file.reward and run_file.reward.reward_model)]:
         for folder in [] if name is None else [Path(name), *_base_of(Path(name))]:
             if folder.resolve().is_relative_to(place.resolve()):
                 raise BadInput(
@@ -163,42 +164,53 @@ def _base_of(adapters: Path) -> list[Path]:
         return []
 
 
-def build(plan: RunFile, args: NashConfig) -> NashTrainer:
-    """Everything that the file names, loaded."""
+def build(run_file: RunFile, args: NashConfig) -> NashTrainer:
+    """Load everything that a run file names; return its trainer.
+
+    Args:
+        run_file: the run.
+        args: its NashConfig.
+    """
     from ..train import NashTrainer
 
-    place, name = ("model", plan.model) if plan.tokenizer is None else ("tokenizer", plan.tokenizer)
-    tokenizer = load_tokenizer(f"train: {place}", name, trust_remote_code=plan.trust_remote_code)
-    data = plan.data
-    rows = {"train": _prompts("data.train", data.train, data.train_split, tokenizer)}
-    if data.evaluation is not None:
-        rows["evaluation"] = _prompts("data.evaluation", data.evaluation, data.evaluation_split, tokenizer)
-    lora = (
-        None if plan.lora is None else need("peft", "train: lora").LoraConfig(**{"task_type": "CAUSAL_LM", **plan.lora})
+    place = "model" if run_file.tokenizer is None else "tokenizer"
+    tokenizer = load_tokenizer(
+        f"train: {place}", getattr(run_file, place), trust_remote_code=run_file.trust_remote_code
     )
+    data, peft_config = run_file.data, None
+    train_prompts = _prompts("data.train", data.train, data.train_split, tokenizer)
+    eval_prompts = None
+    if data.evaluation is not None:
+        eval_prompts = _prompts("data.evaluation", data.evaluation, data.evaluation_split, tokenizer)
+    if run_file.lora is not None:
+        peft_config = need("peft", "train: lora").LoraConfig(**{"task_type": "CAUSAL_LM", **run_file.lora})
     return NashTrainer(
-        _policy(plan, "model", plan.model),
-        None if plan.reference_model is None else _policy(plan, "reference_model", plan.reference_model),
-        judge=None if plan.judge is None else _judge(plan.judge, args.device),
+        _model(run_file, "model"),
+        _model(run_file, "reference_model"),
+        judge=None if run_file.judge is None else _judge(run_file.judge, args.device),
         args=args,
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("evaluation"),
+        train_dataset=train_prompts,
+        eval_dataset=eval_prompts,
         processing_class=tokenizer,
-        peft_config=lora,
-        reward=None if plan.reward is None else _reward(plan.reward, args.device),
-        eval_opponent=None if plan.eval_opponent is None else _policy(plan, "eval_opponent", plan.eval_opponent),
+        peft_config=peft_config,
+        reward=None if run_file.reward is None else _reward(run_file.reward, args.device),
+        eval_opponent=_model(run_file, "eval_opponent"),
     )
 
 
 def _prompts(place: str, source: str, split: str | None, tokenizer: Any) -> list[dict[str, str]]:
-    """Read here, so that an error names the file and the line."""
+    """Return rows of prompts, read here so that an error names the file and the line."""
     texts = read_data(f"train: {place}", load_prompts, source, tokenizer, split=split)
     return [{"prompt": text} for text in texts]
 
 
-def _policy(plan: RunFile, place: str, name: str) -> Any:
-    options: Any = {"dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}
-    return load_model(f"train: {place}", name, trainable=place == "model", **options)
+def _model(run_file: RunFile, key: str) -> Any:
+    """Return the model that the run file has under `key`, or None."""
+    name = getattr(run_file, key)
+    if name is None:
+        return None
+    options: Any = {"dtype": run_file.dtype, "trust_remote_code": run_file.trust_remote_code}
+    return load_model(f"train: {key}", name, trainable=key == "model", **options)
 
 
 def _judge(specs: list[JudgeSpec], device: torch.device) -> Any:
@@ -218,10 +230,10 @@ def _one_judge(spec: JudgeSpec, device: torch.device) -> Any:
     if spec.reward_model is not None:
         scale = 1.0 if spec.scale is None else spec.scale
         return checked(
-            RewardJudge(_preferring("judge.reward_model", spec.reward_model, device), scale), spec.reward_model
+            RewardJudge(_preference_model("judge.reward_model", spec.reward_model, device), scale), spec.reward_model
         )
     assert spec.preference_model is not None, "checked"
-    model = _preferring("judge.preference_model", spec.preference_model, device)
+    model = _preference_model("judge.preference_model", spec.preference_model, device)
     return checked(PreferenceModelJudge(model, spec.batch_size or 16), spec.preference_model)
 
 
@@ -229,13 +241,13 @@ def _reward(spec: RewardSpec, device: torch.device) -> Any:
     if spec.function is not None:
         return load_function("train: reward.function", spec.function)
     assert spec.reward_model is not None, "checked"
-    return _preferring("reward.reward_model", spec.reward_model, device).rewards
+    return _preference_model("reward.reward_model", spec.reward_model, device).rewards
 
 
-def _preferring(place: str, folder: str, device: torch.device) -> Any:
+def _preference_model(place: str, folder: str, device: torch.device) -> Any:
     from ..preference import RewardModel, load_preference_model
 
-    model = loading(f"train: {place}", folder, lambda found: load_preference_model(found, device=device))
+    model = loading(f"train: {place}", folder, lambda path: load_preference_model(path, device=device))
     if place.endswith("reward_model") is not isinstance(model, RewardModel):
         raise BadInput(f"train: {place}: expected another kind of model; got {type(model).__name__} in {folder}")
     return model

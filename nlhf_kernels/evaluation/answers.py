@@ -51,12 +51,14 @@ class Answers:
         ended (tensor (P, K), bool): whether the policy ended the answer itself.
         kl (tensor (P, K) or None): log policy - log reference of the whole answer; its mean estimates the KL
             divergence in nats per answer. None without a reference.
+        seed (int or None): of the noise; answers of policies with one seed are not independent. None: of no other.
     """
 
     texts: list[list[str]]
     lengths: torch.Tensor
     ended: torch.Tensor
     kl: torch.Tensor | None
+    seed: int | None = None
 
 
 def sample_answers(
@@ -105,7 +107,19 @@ def sample_answers(
             kl.append(response_kl(responses).view(-1, samples).cpu())
         advance(start + len(batch_prompts))
     rows = [texts[start : start + samples] for start in range(0, len(texts), samples)]
-    return Answers(rows, torch.cat(lengths), torch.cat(ended), torch.cat(kl) if kl else None)
+    return Answers(rows, torch.cat(lengths), torch.cat(ended), torch.cat(kl) if kl else None, sampling.seed)
+
+
+def kl_values(runs: Sequence[Answers]) -> torch.Tensor:
+    """The KL from the reference that each prompt's answers estimate, (S, P) float64, in nats per answer.
+
+    Args:
+        runs (sequence of S Answers): of one policy's training runs, sampled with a reference.
+    """
+    values = [answers.kl.double().mean(1) for answers in runs if answers.kl is not None]
+    if not values or len(values) < len(runs):
+        raise ValueError("answers: runs: expected answers sampled with a reference; got some without a KL from it")
+    return torch.stack(values)
 
 
 def response_texts(tokenizer: Any, responses: Responses) -> list[str]:

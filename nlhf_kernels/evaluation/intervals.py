@@ -1,13 +1,20 @@
-"""Confidence intervals of a mean win rate: over prompts, and over training runs where there are several."""
+"""Estimates with confidence intervals: over prompts, and over training runs where there are several.
+
+Both intervals are half^2 = (z e_p)^2 + (t e_s)^2, with e_p the standard error over prompts, e_s that over runs, z the
+normal's quantile and t Student's with S - 1 degrees of freedom.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
 import torch
+
+from ..core.checks import check_integer
 
 NORMAL = NormalDist().inv_cdf(0.975)  # standard errors in a 95 % interval
 
@@ -40,6 +47,7 @@ class Estimate:
         return plus_minus(self.mean, self.half)
 
     def to_dict(self) -> dict[str, Any]:
+        """The four numbers, for JSON."""
         return asdict(self)
 
 
@@ -56,9 +64,9 @@ def plus_minus(mean: float, half: float, digits: int = 3) -> str:
 def estimate_mean(values: torch.Tensor, comparisons: int = 1) -> Estimate:
     """The mean over runs and prompts with its interval, as both are samples of more.
 
-    half^2 = (z s_p / sqrt P)^2 + (t s_s / sqrt S)^2, with s_p the deviation of the prompts' means over the seeds, s_s
-    that of the seeds' means over the prompts. The second term needs two seeds: with one, the interval speaks of these
-    trained policies on other prompts, not of other training runs.
+    e_p is the deviation of the prompts' means over the runs / sqrt P, e_s that of the runs' means over the prompts /
+    sqrt S: what `bootstrap` converges to. With one run there is no e_s: the interval speaks of these trained policies
+    on other prompts, not of other training runs.
 
     Args:
         values (tensor (seeds, prompts)): one value for each run and prompt.
@@ -68,21 +76,102 @@ def estimate_mean(values: torch.Tensor, comparisons: int = 1) -> Estimate:
     seeds, prompts = values.shape
     if prompts < 2:
         raise ValueError(f"estimate_mean: values: expected at least 2 prompts; got {prompts}")
-    values, tail = values.double(), 0.025 / comparisons
-    square = (NormalDist().inv_cdf(1 - tail) * float(values.mean(0).std()) / prompts**0.5) ** 2
-    if seeds > 1:
-        square += (student(seeds - 1, tail) * float(values.mean(1).std()) / seeds**0.5) ** 2
-    return Estimate(float(values.mean()), square**0.5, prompts, seeds)
+    values = values.double()
+    prompt_error = float(values.mean(0).std()) / prompts**0.5
+    run_error = float(values.mean(1).std()) / seeds**0.5 if seeds > 1 else 0.0
+    half = _half_width(prompt_error, run_error, seeds, comparisons)
+    return Estimate(float(values.mean()), half, prompts, seeds)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """B resamples of runs and prompts; each row sums to 1.
+
+    Args:
+        runs (tensor (B, S), float64): weight of each run.
+        prompts (tensor (B, P), float64): weight of each prompt.
+    """
+
+    runs: torch.Tensor
+    prompts: torch.Tensor
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The weighted mean over the last two dimensions in every resample, (B, ...) float64.
+
+        Args:
+            values (tensor (..., S, P)): one value for each run and prompt.
+        """
+        over_prompts = values.double() @ self.prompts.T  # (..., S, B)
+        return (over_prompts * self.runs.T).sum(-2).movedim(-1, 0)
+
+
+def bootstrap(
+    statistic: Callable[[Weights], torch.Tensor],
+    runs: int,
+    prompts: int,
+    comparisons: int = 1,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Any statistic of runs and prompts with its interval, by resampling one of them at a time.
+
+    n - 1 are drawn of n with replacement, which makes the resampled variance of a mean unbiased (Rao and Wu, 1988). All
+    that a statistic is made of sees the same resamples, so errors that its parts share cancel as they do in the data.
+
+    Args:
+        statistic (callable): Weights of B resamples -> tensor (B,), through `Weights.mean`.
+        runs (int): training runs, S; with one the interval speaks of these trained policies alone.
+        prompts (int): P, at least 2.
+        comparisons (int): number of estimates from which the best is picked, for which the interval is widened.
+        resamples (int): of prompts and of runs, each.
+        seed (int): of the resampling.
+    """
+    check_integer("bootstrap", "runs", runs, 1, 10**6)
+    check_integer("bootstrap", "prompts", prompts, 2, 10**9)
+    check_integer("bootstrap", "resamples", resamples, 2, 10**6)
+    generator = torch.Generator().manual_seed(seed)
+    whole = Weights(_equal(runs), _equal(prompts))
+
+    def error(weights: Weights) -> float:
+        return float(statistic(weights).double().std())
+
+    prompt_error = error(Weights(_equal(runs).expand(resamples, -1), _resample(prompts, resamples, generator)))
+    run_error = 0.0
+    if runs > 1:
+        run_error = error(Weights(_resample(runs, resamples, generator), _equal(prompts).expand(resamples, -1)))
+    half = _half_width(prompt_error, run_error, runs, comparisons)
+    return Estimate(float(statistic(whole)[0]), half, prompts, runs)
+
+
+def _equal(count: int) -> torch.Tensor:  # (1, count)
+    return torch.full((1, count), 1 / count, dtype=torch.float64, device="cpu")
+
+
+def _resample(count: int, resamples: int, generator: torch.Generator) -> torch.Tensor:  # (resamples, count)
+    """How often each of `count` is drawn in count - 1 draws, as a share."""
+    draws = torch.randint(count, (resamples, count - 1), generator=generator, dtype=torch.int64, device="cpu")
+    ones = torch.ones(draws.shape, dtype=torch.float64, device="cpu")
+    counts = torch.zeros(resamples, count, dtype=torch.float64, device="cpu").scatter_add_(1, draws, ones)
+    return counts / (count - 1)
+
+
+def _half_width(prompt_error: float, run_error: float, runs: int, comparisons: int) -> float:
+    tail = 0.025 / comparisons
+    square = (NormalDist().inv_cdf(1 - tail) * prompt_error) ** 2
+    if runs > 1:
+        square += (student(runs - 1, tail) * run_error) ** 2
+    return float(square**0.5)
 
 
 def student(degrees: int, tail: float) -> float:
     """The quantile that Student's t exceeds with probability `tail`: for few runs the normal's is far too small.
 
+    With t = sqrt(degrees) tan(angle), the density of the angle is cos(angle)^(degrees - 1), scaled.
+
     Args:
         degrees (int): degrees of freedom, at least 1.
         tail (float): below 1/2.
-
-    With t = sqrt(degrees) tan(angle), the density of the angle is cos(angle)^(degrees - 1), scaled.
     """
     steps = 20_000
     angles = (torch.arange(steps, dtype=torch.float64, device="cpu") + 0.5) * (math.pi / 2 / steps)

@@ -83,10 +83,13 @@ def play_tournament(
     answers: Mapping[str, Sequence[Answers]],
     advance: Callable[[int], None] = lambda done: None,
 ) -> Tournament:
-    """Ask the judge for every match. Run s of one side meets run s of the other; their k-th answers to a prompt meet.
+    """Ask the judge for every match; run s of one side meets run s of the other.
+
+    The value of a prompt is the mean over all pairs of answers (README, eq. 2), or where both sides share their noise
+    over all pairs of answers of different number (eq. 1).
 
     Args:
-        judge (Judge): its probabilities are the values; no vote is drawn.
+        judge (Judge): its probabilities are averaged as they are; no vote is drawn.
         prompts (sequence of P texts): the prompts.
         answers (mapping name -> sequence of Answers): one per training run, of as many runs each, or of one.
         advance (callable): called with the number of matches played so far.
@@ -97,15 +100,48 @@ def play_tournament(
     uneven = [name for name, each in answers.items() if len(each) not in (1, runs)]
     if uneven:
         raise ValueError(f"tournament: answers: expected 1 or {runs} runs of each; got another number of {uneven[0]}")
+    for name, each in answers.items():
+        for one in each:
+            if len(one.texts) != len(prompts):
+                got = f"{len(one.texts)} of {name}"
+                raise ValueError(f"tournament: answers: expected answers to {len(prompts)} prompts; got {got}")
+    matches = list(combinations(answers, 2))
+    sides = {
+        match: [[answers[name][run % len(answers[name])] for name in match] for run in range(runs)] for match in matches
+    }
+    for (first, second), pairs in sides.items():
+        for a, b in pairs:
+            counts = len(a.texts[0]), len(b.texts[0])
+            if _share_noise(a, b) and (counts[0] != counts[1] or counts[0] < 2):
+                raise ValueError(
+                    f"tournament: answers: expected two or more to each prompt, as many of {first} as of {second}, as "
+                    f"they share the noise of seed {a.seed}; got {counts[0]} and {counts[1]}"
+                )
     values = {}
-    for done, (first, second) in enumerate(combinations(answers, 2), start=1):
-        rows = []
-        for run in range(runs):
-            sides = [answers[name][run % len(answers[name])].texts for name in (first, second)]
-            samples = len(sides[0][0])
-            questions = [prompt for prompt in prompts for _ in range(samples)]
-            texts = [[text for row in side for text in row] for side in sides]
-            rows.append(checked(judge)(questions, *texts).view(len(prompts), samples).mean(1))
-        values[first, second] = torch.stack(rows)
+    for done, match in enumerate(matches, start=1):
+        values[match] = torch.stack([_win_rates(judge, prompts, first, second) for first, second in sides[match]])
         advance(done)
     return Tournament(list(answers), values)
+
+
+def _share_noise(first: Answers, second: Answers) -> bool:
+    return first.seed is not None and first.seed == second.seed
+
+
+def _win_rates(judge: Judge, prompts: Sequence[str], first: Answers, second: Answers) -> torch.Tensor:
+    """(P,) float64: the mean of each prompt's pairs. The judge is asked once for pairs of the same texts."""
+    shared = _share_noise(first, second)
+    questions: dict[tuple[str, str, str], int] = {}
+    asked = [
+        [
+            questions.setdefault((prompt, a, b), len(questions))
+            for i, a in enumerate(row_a)
+            for j, b in enumerate(row_b)
+            if i != j or not shared
+        ]
+        for prompt, row_a, row_b in zip(prompts, first.texts, second.texts, strict=True)
+    ]
+    columns = [list(column) for column in zip(*questions, strict=True)]
+    probabilities = checked(judge)(*columns)
+    indices = torch.tensor(asked, dtype=torch.int64, device="cpu")  # (P, pairs)
+    return probabilities[indices].mean(1)

@@ -16,7 +16,7 @@ from .judges import (
 from .measures import Bin, Evaluation, evaluate, reliability
 from .models import ComparisonModel, PairwisePreferenceModel, RewardModel
 from .storage import load_preference_model, save_preference_model
-from .template import Reading
+from .template import InputFormat
 from .training import PreferenceTraining, TrainingReport, train_preference_model
 
 __all__ = [
@@ -25,12 +25,12 @@ __all__ = [
     "CheckedJudge",
     "ComparisonModel",
     "Evaluation",
+    "InputFormat",
     "Judge",
     "JudgeError",
     "PairwisePreferenceModel",
     "PreferenceModelJudge",
     "PreferenceTraining",
-    "Reading",
     "RewardJudge",
     "RewardModel",
     "TrainingReport",

@@ -50,7 +50,7 @@ class Checkpoint:
             raise ValueError(
                 f"train_preference_model: checkpoint: expected a file in a folder that is there; got {str(path)!r}"
             )
-        identity = {"format": FORMAT, "kind": model.KIND, **dataclasses.asdict(model.reading)}
+        identity = {"format": FORMAT, "kind": model.KIND, **dataclasses.asdict(model.input_format)}
         identity |= dataclasses.asdict(settings) | {"tokens of the pairs": _digest(encoded)}
         del identity["micro_batch"]  # may be lowered where memory ran out
         identity |= {"start": start_digest(model, model.adapted), "adapters": adapter_settings(model.body)}

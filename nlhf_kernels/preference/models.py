@@ -29,14 +29,14 @@ from ..core.identity import digest, weights_digest
 from ..core.loading import HUB, load_model, load_tokenizer
 from ..core.optional import need
 from ..core.upstream import has_injected_adapter
-from .template import Reader, Reading
+from .template import InputFormat, InputFormatter
 
 Rows = tuple[list[int], list[int]]  # what is read of one pair
 Model = TypeVar("Model", bound="ComparisonModel")
 
 
 class ComparisonModel(torch.nn.Module):
-    """A body, a head, a tokenizer and a way of reading. The rows are padded on the right and the last token of each is
+    """A body, a head, a tokenizer and an input format. The rows are padded on the right and the last token of each is
     looked at: a causal model never sees the padding, whatever its positions, mask or state are like."""
 
     KIND: ClassVar[str]
@@ -62,8 +62,8 @@ class ComparisonModel(torch.nn.Module):
                 f"preference: max_length: expected at most {room}, the model's positions; got {max_length}"
             )
         template = self.TEMPLATE if template is None else template
-        reading = Reading(template, room if max_length is None else max_length, overlong)
-        self.reader = Reader(tokenizer, reading, self.FIELDS)
+        input_format = InputFormat(template, room if max_length is None else max_length, overlong)
+        self.formatter = InputFormatter(tokenizer, input_format, self.FIELDS)
         # float32 whatever the body is in
         self.head = torch.nn.Linear(text.hidden_size, 1, bias=False, dtype=torch.float32, device=self.body.device)
         torch.nn.init.zeros_(self.head.weight)
@@ -106,28 +106,28 @@ class ComparisonModel(torch.nn.Module):
 
     @property
     def tokenizer(self) -> Any:
-        return self.reader.tokenizer
+        return self.formatter.tokenizer
 
     @property
     def identity(self) -> str:
         """What it answers with, as a text to compare: kind, template, weights."""
-        return f"{self.KIND} {digest(repr(self.reading))} {weights_digest(self.named_parameters())}"
+        return f"{self.KIND} {digest(repr(self.input_format))} {weights_digest(self.named_parameters())}"
 
     @property
-    def reading(self) -> Reading:
-        return self.reader.reading
+    def input_format(self) -> InputFormat:
+        return self.formatter.input_format
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
-        """The two rows of every pair. Raises or warns where one is too long, as the model's `Reading` says."""
+        """The two rows of every pair. Raises or warns where one is too long, as the model's `InputFormat` says."""
 
     @abstractmethod
     def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Cross-entropy (N,) of "the first is preferred", from the numbers of both rows."""
 
     @abstractmethod
-    def lead(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """P(y > y') - 1/2, where lead(b, a) == -lead(a, b) to the last bit."""
+    def margin(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """P(y > y') - 1/2, where margin(b, a) == -margin(a, b) to the last bit."""
 
     def logits(self, rows: Sequence[list[int]]) -> torch.Tensor:
         """The head's number for every row, (N,) float32."""
@@ -156,18 +156,18 @@ class ComparisonModel(torch.nn.Module):
         pairs = self.encode(prompts, first, second)
         turned = [b < a for a, b in pairs]
         ordered = [(b, a) if turn else (a, b) for (a, b), turn in zip(pairs, turned, strict=True)]
-        leads = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
+        margins = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
         by_length = sorted(range(len(ordered)), key=lambda index: (-max(map(len, ordered[index])), index))
         with without_dropout(self):
             for start in range(0, len(by_length), batch_size):
                 chosen = by_length[start : start + batch_size]
                 a, b = self([ordered[index] for index in chosen])
-                leads[chosen] = self.lead(a.double().cpu(), b.double().cpu())
+                margins[chosen] = self.margin(a.double().cpu(), b.double().cpu())
         # One response against itself, wherever its two rows stand in the batch; a NaN stays one.
-        leads[[a == b for a, b in pairs]] *= 0.0
-        leads = torch.where(torch.tensor(turned, dtype=torch.bool, device="cpu"), -leads, leads)
-        stronger = 0.5 + leads.abs()  # in [1/2, 1], where 1 - x is exact
-        return torch.where(leads >= 0, stronger, 1.0 - stronger)
+        margins[[a == b for a, b in pairs]] *= 0.0
+        margins = torch.where(torch.tensor(turned, dtype=torch.bool, device="cpu"), -margins, margins)
+        stronger = 0.5 + margins.abs()  # in [1/2, 1], where 1 - x is exact
+        return torch.where(margins >= 0, stronger, 1.0 - stronger)
 
 
 class PairwisePreferenceModel(ComparisonModel):
@@ -182,16 +182,16 @@ class PairwisePreferenceModel(ComparisonModel):
 
     def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
         rows = []
-        for prompt, one, two in self.reader.read((prompts, first, second)):
+        for prompt, one, two in self.formatter.tokenize((prompts, first, second)):
             both = (one, two), (two, one)
-            a, b = (self.reader.fill(prompt=prompt, first=x, second=y) for x, y in both)
+            a, b = (self.formatter.fill(prompt=prompt, first=x, second=y) for x, y in both)
             rows.append((a, b))
         return rows
 
     def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (softplus(-a) + softplus(b)) / 2
 
-    def lead(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def margin(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a.sigmoid() - b.sigmoid()) / 2
 
 
@@ -208,13 +208,13 @@ class RewardModel(ComparisonModel):
         return list(zip(self._read(prompts, first), self._read(prompts, second), strict=True))
 
     def _read(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        read = self.reader.read((prompts, responses))
-        return [self.reader.fill(prompt=prompt, response=response) for prompt, response in read]
+        read = self.formatter.tokenize((prompts, responses))
+        return [self.formatter.fill(prompt=prompt, response=response) for prompt, response in read]
 
     def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return softplus(b - a)
 
-    def lead(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def margin(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return ((a - b).abs().sigmoid() - 0.5).copysign(a - b)
 
     @torch.no_grad()

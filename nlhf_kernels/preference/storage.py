@@ -23,7 +23,7 @@ from ..core.loading import check_finite, load_model, load_tokenizer, loading
 from ..core.manifest import has_manifest, verify
 from ..core.optional import need
 from .models import KINDS, ComparisonModel
-from .template import Reading
+from .template import InputFormat
 
 DESCRIPTION = "preference_model.json"
 FORMAT, ADAPTED = 1, 2  # with an adapter, which a version that knows none of them must not leave out
@@ -45,7 +45,7 @@ def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwri
         description = {
             "format": ADAPTED if model.adapted else FORMAT,
             "kind": model.KIND,
-            **dataclasses.asdict(model.reading),
+            **dataclasses.asdict(model.input_format),
         }
         (work / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -57,13 +57,13 @@ def load_preference_model(folder: str | Path, *, device: torch.device | str = "c
     """
     weights = need("safetensors.torch", "load_preference_model")
     place = Path(folder).resolve()  # a relative one could be a name on the hub
-    kind, reading, adapted = _describe(place)
+    kind, input_format, adapted = _describe(place)
     if has_manifest(place):
         verify(place)
     trust = options.get("trust_remote_code", False)
     tokenizer = load_tokenizer("preference", place / "tokenizer", trust_remote_code=trust)
     body = load_model("preference", place / "body", "AutoModel", **{"dtype": "auto", **options})
-    model = KINDS[kind](body, tokenizer, **dataclasses.asdict(reading))
+    model = KINDS[kind](body, tokenizer, **dataclasses.asdict(input_format))
     if adapted:
         body = model.body
         model.body = loading("preference", place / "adapter", lambda found: attach(body, found, trainable=True))
@@ -82,7 +82,7 @@ def _save_body(model: ComparisonModel, work: Path) -> None:
     body.save_pretrained(work / "adapter")
 
 
-def _describe(place: Path) -> tuple[str, Reading, bool]:
+def _describe(place: Path) -> tuple[str, InputFormat, bool]:
     """Its kind, how it reads, and whether there is an adapter."""
     try:
         description = json.loads((place / DESCRIPTION).read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def _describe(place: Path) -> tuple[str, Reading, bool]:
         )
     kind, adapted = description.pop("kind"), description.pop("format") == ADAPTED
     try:
-        return kind, Reading(**description), adapted
+        return kind, InputFormat(**description), adapted
     except TypeError as error:
-        expected = ", ".join(field.name for field in dataclasses.fields(Reading))
+        expected = ", ".join(field.name for field in dataclasses.fields(InputFormat))
         raise ValueError(f"preference: {place / DESCRIPTION}: expected {expected}; got {[*description]}") from error

@@ -35,7 +35,7 @@ def parse_template(template: str, fields: Sequence[str]) -> list[tuple[str, str 
 
 
 @dataclass(frozen=True)
-class Reading:
+class InputFormat:
     """How a model reads: saved with it, since its answers mean nothing under another."""
 
     template: str
@@ -48,23 +48,24 @@ class Reading:
             check_integer("preference", "max_length", self.max_length, 1, 2**31)
 
 
-class Reader:
+class InputFormatter:
     """Fills a template. `rows` are lists of token ids, never padded."""
 
-    def __init__(self, tokenizer: Any, reading: Reading, fields: Sequence[str]) -> None:
-        self.tokenizer, self.reading, self.fields = tokenizer, reading, tuple(fields)
-        pieces = parse_template(reading.template, fields)
+    def __init__(self, tokenizer: Any, input_format: InputFormat, fields: Sequence[str]) -> None:
+        self.tokenizer, self.input_format, self.fields = tokenizer, input_format, tuple(fields)
+        pieces = parse_template(input_format.template, fields)
         words = encode(tokenizer, [words for words, _ in pieces])
         self._first = leading_ids(tokenizer)
         self._pieces = [(ids, field) for ids, (_, field) in zip(words, pieces, strict=True)]
         own = len(self._first) + sum(map(len, words))
-        self.room = None if reading.max_length is None else reading.max_length - own
+        self.room = None if input_format.max_length is None else input_format.max_length - own
         if self.room is not None and self.room < 1:
             raise ValueError(
-                f"preference: max_length: expected more than the template's own {own} tokens; got {reading.max_length}"
+                f"preference: max_length: expected more than the template's own {own} tokens; got "
+                f"{input_format.max_length}"
             )
 
-    def read(self, columns: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    def tokenize(self, columns: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Token ids [example][field] that fit; `columns` holds the texts of each field, in the order of `fields`."""
         if len({len(texts) for texts in columns}) > 1:
             counts = ", ".join(f"{len(texts)} of {field}" for field, texts in zip(self.fields, columns, strict=True))
@@ -77,15 +78,15 @@ class Reader:
         sizes = [sum(map(len, parts)) for parts in examples]
         room = max(sizes, default=0) if self.room is None else self.room
         long = [index for index, size in enumerate(sizes) if size > room]
-        if long and self.reading.overlong == "error":
+        if long and self.input_format.overlong == "error":
             worst = max(long, key=lambda index: sizes[index])
             raise ValueError(
                 f"preference: {len(long)} of {len(examples)} texts are too long: expected at most {room} tokens beside "
-                f"the template's (max_length={self.reading.max_length}); got {sizes[worst]} in number {worst}, "
+                f"the template's (max_length={self.input_format.max_length}); got {sizes[worst]} in number {worst}, "
                 f"{self.fields[0]} {columns[0][worst][:40]!r} (overlong='truncate' cuts them)"
             )
         if long:
-            cut = f"{len(long)} of {len(examples)} texts cut to {self.reading.max_length} tokens"
+            cut = f"{len(long)} of {len(examples)} texts cut to {self.input_format.max_length} tokens"
             warnings.warn(f"preference: {cut}", stacklevel=2)
         return [_cut(parts, room) if size > room else parts for parts, size in zip(examples, sizes, strict=True)]
 

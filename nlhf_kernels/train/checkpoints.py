@@ -33,54 +33,54 @@ def skipped_updates(checkpoint: str) -> int:
 
 
 def work_folder(output: Path) -> str:
-    """The name of a new folder in `output` that a checkpoint is written into."""
+    """Make a new folder in `output` that a checkpoint is written into; return its name."""
     output.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=f".{KIND}.", suffix=atomic.UNFINISHED, dir=output)).name
 
 
 def publish(work: Path, final: Path) -> None:
-    """Give the checkpoint its name. One of that name, from before the run was resumed, is replaced."""
+    """Give the checkpoint its name; one of that name, from before the run was resumed, is replaced."""
     if final.exists() and (manifest.kind_of(final) != KIND or manifest.strangers(final)):
         _put_aside(final, "holds what this trainer did not write")
     atomic.publish(work, final, KIND)
 
 
-def found_in(output: Path) -> list[Path]:
-    """Every checkpoint in the folder by its name, the newest last."""
-    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output.glob("checkpoint-*"))
-    found = [(int(match[1]), path) for match, path in named if match and path.is_dir()]
-    return [path for _, path in sorted(found)]
+def list_checkpoints(output: Path) -> list[Path]:
+    """Return the folders named checkpoint-N in `output`, the newest last."""
+    matches = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output.glob("checkpoint-*"))
+    numbered = [(int(match[1]), path) for match, path in matches if match and path.is_dir()]
+    return [path for _, path in sorted(numbered)]
 
 
 def rotate(latest: Path, limit: int | None, best: str | None) -> None:
     """Remove the oldest checkpoints beside `latest` until `limit` are left; never the best, nor what others wrote."""
     if not limit or limit < 0:
         return
-    mine = [path for path in found_in(latest.parent) if manifest.kind_of(path) == KIND]
-    spared = [path for path in mine if path == latest or str(path) == best]
-    removable = [path for path in mine if path not in spared]
-    for path in removable[: max(0, len(mine) - max(limit, len(spared)))]:
+    own = [path for path in list_checkpoints(latest.parent) if manifest.kind_of(path) == KIND]
+    spared = [path for path in own if path == latest or str(path) == best]
+    removable = [path for path in own if path not in spared]
+    for path in removable[: max(0, len(own) - max(limit, len(spared)))]:
         atomic.remove(path)
 
 
 def resolve(
     output: Path, resume: str | bool | None, overwrite: bool, identity: Identity, changes: Sequence[str] = ()
 ) -> str | None:
-    """The checkpoint to go on from, if any. Refuses a folder that holds another run's checkpoints.
+    """Return the checkpoint to go on from, or None. Raise where the folder holds another run's checkpoints.
 
-    Of several the newest whose files are what was written; damaged ones are put aside. `changes` are what may differ
-    from the run that wrote it.
+    Of several it is the newest whose files match their manifest; damaged ones are put aside. `changes` names what may
+    differ from the run that wrote it.
     """
-    found = found_in(output)
+    candidates = list_checkpoints(output)
     if not resume:
-        _start_over(found, overwrite)
+        _start_over(candidates, overwrite)
         return None
     if resume is not True:
-        found = [Path(resume)]
-    if not found:
+        candidates = [Path(resume)]
+    if not candidates:
         raise ValueError(f"{OP}: resume_from_checkpoint: expected a checkpoint in {output}; got none")
     faults: list[tuple[Path, ValueError]] = []
-    for path in reversed(found):
+    for path in reversed(candidates):
         try:
             _check_complete(path)
         except ValueError as error:
@@ -94,14 +94,14 @@ def resolve(
     raise ValueError(f"{OP}: resume_from_checkpoint: expected a complete checkpoint; {newest}") from newest
 
 
-def _start_over(found: list[Path], overwrite: bool) -> None:
-    others = [path for path in found if not overwrite or manifest.kind_of(path) != KIND]
+def _start_over(checkpoints: list[Path], overwrite: bool) -> None:
+    others = [path for path in checkpoints if not overwrite or manifest.kind_of(path) != KIND]
     if others:
         raise ValueError(
             f"{OP}: output_dir: expected a folder without checkpoints; got {others[-1]} in it "
             "(resume_from_checkpoint=True goes on from it, overwrite_output_dir=True removes those of this trainer)"
         )
-    for path in found:
+    for path in checkpoints:
         atomic.remove(path)
 
 
@@ -116,14 +116,14 @@ def _check_complete(path: Path) -> None:
 
 def _check_identity(path: Path, identity: Identity, changes: Sequence[str]) -> None:
     check_changes(changes, identity)
-    found = differences(json.loads((path / RUN).read_text()), identity)
-    wrong = [text for name, text in found.items() if name not in changes]
+    differing = differences(json.loads((path / RUN).read_text()), identity)
+    wrong = [text for name, text in differing.items() if name not in changes]
     if wrong:
-        asked = sorted(found.keys() - set(STORED))
-        way = f" (resume_changes={asked} goes on with this run's)" if len(asked) == len(found) else ""
+        possible = sorted(differing.keys() - set(STORED))
+        way = f" (resume_changes={possible} goes on with this run's)" if len(possible) == len(differing) else ""
         raise ValueError(f"{OP}: resume_from_checkpoint: {path} is another run's: {'; '.join(wrong)}{way}")
-    for name in found:
-        _log.warning("%s: %s: as asked for, not the same run: %s", OP, path, found[name])
+    for text in differing.values():
+        _log.warning("%s: %s: as asked for, not the same run: %s", OP, path, text)
 
 
 def _put_aside(path: Path, why: str) -> None:
@@ -134,5 +134,5 @@ def _put_aside(path: Path, why: str) -> None:
 
 
 def update_of(checkpoint: str) -> int:
-    """How many updates had been made."""
+    """Return how many updates had been made."""
     return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"])

@@ -32,9 +32,9 @@ _Trainer: Any = Trainer  # its annotations contradict what subclasses are meant 
 class ResumableTrainer(_Trainer):  # type: ignore[misc]
     skipped_updates: int  # updates whose gradients were not finite
     opponent: opponents.Opponent | None
-    identity: Identity | None = None  # as of the start; None where nothing is saved or resumed
-    _stopping = False  # SIGTERM came, and this update is the last
-    _work: str | None = None  # the folder in output_dir that a checkpoint is being written into
+    identity: Identity | None = None  # of the run, as of its start; None where nothing is saved or resumed
+    _stopping = False  # after SIGTERM: this update is the last
+    _work: str | None = None  # name of the folder in output_dir that a checkpoint is being written into
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
@@ -48,30 +48,30 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
 
     def _train(self, resume: str | bool | None, options: dict[str, Any]) -> Any:
         output = Path(self.args.output_dir)
-        with ExitStack() as held:
-            found: str | None = self._on_first_process(lambda: self._enter(output, resume, held))
+        with ExitStack() as locks:
+            checkpoint: str | None = self._on_first_process(lambda: self._open_output(output, resume, locks))
             self._identify(resume)  # on processes that save beside the first
-            self.skipped_updates = 0 if found is None else checkpoints.skipped_updates(found)
-            if found is not None and self.opponent is not None:
-                opponents.load_opponent(self.opponent, Path(found) / checkpoints.OPPONENT)
-            if found is not None and 0 < self.args.max_steps <= checkpoints.update_of(found):
-                return self._as_it_ended(found)
+            self.skipped_updates = 0 if checkpoint is None else checkpoints.skipped_updates(checkpoint)
+            if checkpoint is not None and self.opponent is not None:
+                opponents.load_opponent(self.opponent, Path(checkpoint) / checkpoints.OPPONENT)
+            if checkpoint is not None and 0 < self.args.max_steps <= checkpoints.update_of(checkpoint):
+                return self._load_finished(checkpoint)
             try:
-                return super().train(resume_from_checkpoint=found, **options)
+                return super().train(resume_from_checkpoint=checkpoint, **options)
             finally:
                 close_bars(self.callback_handler.callbacks)
 
-    def _enter(self, output: Path, resume: str | bool | None, held: ExitStack) -> str | None:
-        """Hold the folder, and the checkpoint to go on from."""
+    def _open_output(self, output: Path, resume: str | bool | None, locks: ExitStack) -> str | None:
+        """Lock the folder; return the checkpoint to go on from."""
         output.mkdir(parents=True, exist_ok=True)
-        held.enter_context(lock_folder(output))
+        locks.enter_context(lock_folder(output))
         atomic.remove_leftovers(output)
         self._identify(resume)
         changes = self.args.resume_changes or ()
         return checkpoints.resolve(output, resume, self.args.overwrite_output_dir, self.identity or {}, changes)
 
     def _identify(self, resume: str | bool | None) -> None:
-        """Once, before weights are changed."""
+        """Set the run's identity, once, before weights are changed."""
         if self.identity is None and self.args.should_save and (resume or self._saves):
             self.identity = identity_of(self)
 
@@ -80,35 +80,35 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
         return str(self.args.save_strategy.value) != "no"
 
     def _on_first_process(self, act: Callable[[], Any]) -> Any:
-        """What `act` returns on the first process, on all of them; so does an error end all of them."""
+        """Call `act` on the first process; return its result on all processes, or raise its error on all of them."""
         if self.args.world_size == 1:
             return act()
         from accelerate.utils import broadcast_object_list
 
-        said: list[Any] = [None, None]
+        message: list[Any] = [None, None]  # the result, the error
         raised: Exception | None = None
         if self.is_world_process_zero():
             try:
-                said[0] = act()
+                message[0] = act()
             except Exception as error:
-                raised, said[1] = error, f"{type(error).__name__}: {error}"
-        broadcast_object_list(said)
+                raised, message[1] = error, f"{type(error).__name__}: {error}"
+        broadcast_object_list(message)
         if raised is not None:
             raise raised
-        if said[1] is not None:
-            raise RuntimeError(f"{OP}: the first process ended: {said[1]}")
-        return said[0]
+        if message[1] is not None:
+            raise RuntimeError(f"{OP}: the first process ended: {message[1]}")
+        return message[0]
 
-    def _as_it_ended(self, found: str) -> TrainOutput:
-        """transformers would make one update more."""
-        self._load_from_checkpoint(found)
-        self.state = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
-        _log.warning("%s: %s is the run's end, after %d updates", OP, found, self.state.global_step)
+    def _load_finished(self, checkpoint: str) -> TrainOutput:
+        """Load a checkpoint of the run's end; transformers' own train() would make one update more."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        _log.warning("%s: %s is the run's end, after %d updates", OP, checkpoint, self.state.global_step)
         return TrainOutput(self.state.global_step, 0.0, {})
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Work that changes no weights: where it fails, or SIGTERM ends it, the updates before it are saved first.
+        """Save the updates so far where the work inside, which changes no weights, fails or is ended by SIGTERM.
 
         Several processes cannot leave it one by one: they stop together at the end of an update.
         """
@@ -120,28 +120,35 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
                 yield
         except (Exception, stopping.Stopped):
             if self.is_in_train:
-                self._keep_what_was_learned()
+                self._save_before_leaving()
             raise
 
     def stop_if_requested(self, control: Any) -> None:
-        """At the end of an update: SIGTERM has it saved, and then ends the training. An evaluation that is due is not
-        made."""
+        """At the end of an update after SIGTERM: have a checkpoint saved, skip an evaluation that is due.
+
+        `stop_once_saved` then ends the training.
+
+        Args:
+            control: transformers' TrainerControl.
+        """
         self._stopping = stopping.requested()
         if self.args.world_size > 1:
-            asked = torch.full((), float(self._stopping), dtype=torch.float32, device=self.args.device)
-            self._stopping = bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+            votes = torch.full((), float(self._stopping), dtype=torch.float32, device=self.args.device)
+            self._stopping = bool(self.accelerator.reduce(votes, reduction="sum") > 0)
         if self._stopping:
             control.should_evaluate, control.should_save = False, self._saves
             if not self._saves:
                 raise stopping.Stopped
 
     def stop_once_saved(self) -> None:
+        """End the training after SIGTERM, once a checkpoint is written."""
         if self._stopping:
             _log.warning("%s: stopped by SIGTERM after %d updates, which are saved", OP, self.state.global_step)
             raise stopping.Stopped
 
-    def _keep_what_was_learned(self) -> None:
-        """A judge that fails late costs no update. Several processes fail one by one: what they have is not saved."""
+    def _save_before_leaving(self) -> None:
+        """Save a checkpoint, so that a judge that fails late costs no update; not with several processes, which fail
+        one by one."""
         step = self.state.global_step
         if self._saves and step and self.args.world_size == 1:
             if not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():
@@ -169,13 +176,13 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
                     self._work = None
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    self._finish(output / work / name, output / name)
+                    self._publish(output / work / name, output / name)
         finally:
             if self.is_world_process_zero():
                 shutil.rmtree(output / work, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def _finish(self, work: Path, final: Path) -> None:
+    def _publish(self, work: Path, final: Path) -> None:
         if self.state.best_model_checkpoint == str(work):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(work / "trainer_state.json"))
