@@ -92,9 +92,13 @@ class Chunked:
         return bool(self.settings.wanted & (Want.KL | Want.MIXTURE))
 
     @property
+    def columns(self) -> int:
+        """Of a row of logits, as chunks are planned."""
+        return self.policy.weight.shape[0]
+
+    @property
     def rows_per_chunk(self) -> int:
-        weight = self.policy.weight
-        row = weight.shape[0] * weight.element_size() * (2 if self.compares else 1)
+        row = self.columns * self.policy.weight.element_size() * (2 if self.compares else 1)
         rows = self.chunk_bytes // max(1, row)
         return max(1, min(self.targets.numel(), rows // _TILE * _TILE or rows))
 
@@ -123,9 +127,9 @@ class Chunked:
         parts = []
         for rows in self.chunks():
             logits = _logits(self.reference, rows, buffer)
-            values, _ = self.backend.run(logits, None, self.targets[rows], None, settings)
-            parts.append(values[Output.POLICY])
-        return torch.cat(parts)
+            parts.append(self.score_rows(logits, None, rows, settings))
+        values, normalizers = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return self.merged(values, normalizers, slice(0, values.shape[1]), settings)[0][Output.POLICY]
 
     def logits(self, rows: slice, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of the policy, and of the reference where the outputs compare them; both in `buffer`."""
@@ -139,11 +143,22 @@ class Chunked:
         return _logits(self.policy, rows, buffer), _logits(self.reference, rows, buffer[count:])
 
     def score(self, rows: slice, logits: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        policy, reference = logits
+        """Of the columns at hand; `merged` makes the vocabulary's of them."""
+        return self.score_rows(*logits, rows, self.settings)
+
+    def score_rows(
+        self, policy: torch.Tensor, reference: torch.Tensor | None, rows: slice, settings: Settings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         result: tuple[torch.Tensor, torch.Tensor] = self.backend.run(
-            policy, reference, self.targets[rows], self._beta(rows), self.settings
+            policy, reference, self.targets[rows], self.beta_of(rows), settings
         )
         return result
+
+    def merged(
+        self, values: torch.Tensor, normalizers: torch.Tensor, rows: slice, settings: Settings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the whole vocabulary, from what `score` gave for all `rows`: the same, where the columns are all there are."""
+        return values, normalizers
 
     def logits_gradient(
         self,
@@ -157,11 +172,18 @@ class Chunked:
         policy, reference = logits
         saved = (values.contiguous(), normalizers.contiguous(), upstream.contiguous())
         self.backend.run_backward(
-            policy, reference, self.targets[rows], self._beta(rows), *saved, self.settings, policy
+            policy, reference, self.gradient_targets(rows), self.beta_of(rows), *saved, self.settings, policy
         )
         return policy
 
-    def _beta(self, rows: slice) -> torch.Tensor | None:
+    def gradient_targets(self, rows: slice) -> torch.Tensor:
+        return self.targets[rows]
+
+    def gradient_tensors(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What all chunks have added, for an operator's result."""
+        return gradients.tensors(self.kept)
+
+    def beta_of(self, rows: slice) -> torch.Tensor | None:
         return self.beta[rows] if self.beta is not None and self.beta.ndim else self.beta
 
 

@@ -9,6 +9,7 @@ import torch
 from ...core import torch_op
 from ...core.checks import INTEGERS, Sizes, check_integer, check_not_empty, check_number, check_tensor
 from ...core.registry import built_on
+from ...core.vocabulary import VocabularySlice, is_dtensor
 from ..logprobs.layout import Output, Settings, Want, real_dtype
 from ..logprobs.op import (
     DTYPES,
@@ -25,6 +26,7 @@ from ..logprobs.op import (
 from ..logprobs.op import OP as LOGPROBS
 from .chunks import CHUNK_BYTES, Chunked, Gradients, Kept, Needs, Side
 from .head import Head, check_head
+from .slices import ChunkedSlice, local_heads
 
 
 def _describe(hidden: torch.Tensor, *_: Any, **__: Any) -> LogprobsProblem:
@@ -42,11 +44,13 @@ def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def chunked(inputs: tuple[Any, ...], op: Any = OP) -> Chunked:
+def chunked(inputs: tuple[Any, ...], op: Any = OP, part: VocabularySlice | None = None) -> Chunked:
     """The tensors and settings of an operator call, cast to the dtype of the products, with the backend chosen."""
     *tensors, targets, beta, numbers, wanted, chunk_bytes, compute, backend = inputs
     _check_operands(op.name, tensors, targets, beta, wanted, chunk_bytes, compute)
-    check_targets(op.name, targets, tensors[1].shape[0])
+    if part is None and not tensors[1].shape[0]:
+        raise ValueError(f"{op.name}: weight: expected at least one of vocabulary; got 0")
+    check_targets(op.name, targets, tensors[1].shape[0] if part is None else part.total)
     policy, reference = Side(*tensors[:3]), None
     if tensors[3] is not None:
         reference = Side(*tensors[3:])
@@ -59,7 +63,8 @@ def chunked(inputs: tuple[Any, ...], op: Any = OP) -> Chunked:
     chosen = op.resolve(backend, LogprobsProblem(targets.device, (compute,)))
     beta = kept.pick(beta) if beta is not None and beta.ndim else beta
     settings = Settings.of(numbers, wanted)
-    return Chunked(policy, reference, kept.pick(targets).contiguous(), beta, settings, chosen, chunk_bytes, kept)
+    call = (policy, reference, kept.pick(targets).contiguous(), beta, settings, chosen, chunk_bytes, kept)
+    return Chunked(*call) if part is None else ChunkedSlice(*call, part)
 
 
 def _check_operands(
@@ -83,7 +88,7 @@ def _check_operands(
         check_tensor(op, "reference_weight", reference[1], ("vocabulary", "reference_hidden"), DTYPES, sizes, device)
         if reference[2] is not None:
             check_tensor(op, "reference_bias", reference[2], ("vocabulary",), DTYPES, sizes, device)
-    check_not_empty(op, "weight", sizes, "vocabulary", "hidden")
+    check_not_empty(op, "weight", sizes, "hidden")
     check_tensor(op, "targets", targets, ("tokens",), INTEGERS, sizes, device)
     if compute not in DTYPES:
         raise TypeError(f"{op}: compute: expected one of {DTYPES}; got {compute}")
@@ -92,13 +97,14 @@ def _check_operands(
     check_integer(op, "chunk_bytes", chunk_bytes, 1, 2**62)
 
 
-def _run(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(*inputs: Any, part: VocabularySlice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.autocast(inputs[0].device.type, enabled=False):
-        call = chunked(inputs)
+        call = chunked(inputs, part=part)
         values, normalizers = call.outputs()
         buffer = call.buffer()
         for rows in call.chunks():
             values[:, rows], normalizers[:, rows] = call.score(rows, call.logits(rows, buffer))
+        values, normalizers = call.merged(values, normalizers, slice(0, call.targets.numel()), call.settings)
         if call.reference is not None and not call.compares and call.targets.numel():
             values[Output.REFERENCE] = call.reference_logprobs(buffer)
         return call.kept.spread(values), call.kept.spread(normalizers)
@@ -110,11 +116,16 @@ def _fake(hidden: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _run_backward(
-    values: torch.Tensor, normalizers: torch.Tensor, upstream: torch.Tensor, needs: list[bool], *inputs: Any
+    values: torch.Tensor,
+    normalizers: torch.Tensor,
+    upstream: torch.Tensor,
+    needs: list[bool],
+    *inputs: Any,
+    part: VocabularySlice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The logits are computed again: they were not kept."""
     with torch.autocast(values.device.type, enabled=False):
-        call = chunked(inputs)
+        call = chunked(inputs, part=part)
         saved = {"values": values, "normalizers": normalizers, "upstream": upstream}
         check_saved(OP.name, saved, call.kept.total, real_dtype(inputs[-2]), call.targets.device)
         gradients = Gradients(call.policy, Needs(*needs))
@@ -123,7 +134,7 @@ def _run_backward(
         for rows in call.chunks():
             of_chunk = (part[:, rows] for part in of_rows)
             gradients.add(rows, call.logits_gradient(rows, call.logits(rows, buffer), *of_chunk))
-        return gradients.tensors(call.kept)
+        return call.gradient_tensors(gradients)
 
 
 def fake_gradients(needs: list[bool], hidden: torch.Tensor, weight: torch.Tensor, compute: torch.dtype) -> Any:
@@ -153,17 +164,26 @@ _backward = torch_op.define(
 )
 
 
+def _scored(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """With collectives in it a call is no operator: torch.compile would have to know the group by name."""
+    *operands, part = inputs
+    result: tuple[torch.Tensor, torch.Tensor] = _operator(*operands) if part is None else _run(*operands, part=part)
+    return result
+
+
 def _gradients(needs: Any, saved: Any, inputs: Any, upstream: torch.Tensor, _: Any) -> tuple[Any, ...]:
     *tensors, values, normalizers = saved
+    *plain, part = inputs[8:]
     asked = list(needs[:3])
-    parts = _backward(values, normalizers, upstream, asked, *tensors, *inputs[8:])
+    operands = (values, normalizers, upstream, asked, *tensors, *plain)
+    parts = _backward(*operands) if part is None else _run_backward(*operands, part=part)
     given = [
         part.to(tensor.dtype) if ask else None for ask, part, tensor in zip(asked, parts, tensors[:3], strict=True)
     ]
-    return (*given, *[None] * 10)
+    return (*given, *[None] * 11)
 
 
-_differentiable = torch_op.differentiable(_operator, lambda inputs, output: (*inputs[:8], *output), _gradients)
+_differentiable = torch_op.differentiable(_scored, lambda inputs, output: (*inputs[:8], *output), _gradients)
 
 
 class LinearInputs(NamedTuple):
@@ -173,6 +193,7 @@ class LinearInputs(NamedTuple):
     transforms: tuple[Any, Any]
     compute: torch.dtype
     chunk_bytes: int
+    part: VocabularySlice | None  # of the heads; None: they are whole
 
 
 def check_linear(
@@ -187,8 +208,11 @@ def check_linear(
 ) -> LinearInputs:
     """Shapes, dtypes, devices, and that the reference asks for no gradient. Binds the symbols it meets in `sizes`."""
     check_tensor(op, "hidden", hidden, (*shape, "hidden"), DTYPES, sizes)
+    if is_dtensor(hidden):
+        raise TypeError(f"{op}: hidden: expected a plain tensor, equal in all processes of the head; got a DTensor")
+    head, reference_head, part = local_heads(op, head, reference_head)
     policy = check_head(op, "head", head, sizes, "hidden", hidden.device)
-    check_not_empty(op, "head.weight", sizes, "vocabulary", "hidden")
+    check_not_empty(op, "head.weight", sizes, *(["vocabulary"] if part is None else []), "hidden")
     other: Head | None = None
     if reference_hidden is not None:
         expected = (*shape, "reference_hidden")
@@ -215,6 +239,7 @@ def check_linear(
         (policy.transform, policy.transform if other is None else other.transform),
         compute_dtype(hidden),
         check_integer(op, "chunk_bytes", chunk, 1, 2**62),
+        part,
     )
 
 
@@ -236,6 +261,9 @@ def linear_logprobs(
 
     Differentiable in the policy's hidden states and head; what asks for no gradient costs none. The head's gradient is
     summed in float32. Under autocast the products are made in its dtype.
+
+    A head may be a DTensor that tensor-parallel processes share: each then computes with its own slice of the vocabulary
+    (README.md, section 4), and all get the same result.
     """
     op = "linear_logprobs"
     shape = {2: ("tokens",), 3: ("sequences", "tokens")}.get(getattr(hidden, "ndim", 2), ("...",))
@@ -256,5 +284,6 @@ def linear_logprobs(
         inputs.chunk_bytes,
         inputs.compute,
         backend or "",
+        inputs.part,
     )
     return as_logprobs(values, targets.shape, reference_hidden is not None, wanted)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 IGNORED = -100  # a target that is not scored: its outputs and gradients are 0
+ELSEWHERE = -(2**31)  # in backward, over a slice of the vocabulary: a target that is a token of another slice
 
 
 class Output(IntEnum):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .layout import IGNORED, Normalizer, Output, Settings, Transform, Want, real_dtype
+from .layout import ELSEWHERE, IGNORED, Normalizer, Output, Settings, Transform, Want, real_dtype
 
 
 def logprobs(
@@ -62,7 +62,8 @@ def logprobs_backward(
     log_p = _from_normalizers(scores, normalizers[0:2], settings.temperature)
     p = log_p.exp()
     inside = (targets >= 0) & (targets < policy.shape[1])
-    of_target = torch.zeros_like(p).scatter_(1, torch.where(inside, targets, 0).unsqueeze(1), 1.0)
+    index = torch.where(inside, targets, 0).unsqueeze(1)
+    of_target = torch.zeros_like(p).scatter_(1, index, inside.to(p.dtype).unsqueeze(1))
     by_row = upstream.unsqueeze(-1)
     gradient = by_row[Output.POLICY] * (of_target - p)  # equation 5
     if settings.wants(Want.ENTROPY):
@@ -80,7 +81,7 @@ def logprobs_backward(
             share = 1 - _column(beta)
             gradient += share * _scaled(by_row[Output.MIXTURE], torch.ones_like(m), of_target - m)  # equation 8
     gradient = gradient * slope(scores, settings.policy) / settings.temperature
-    gradient.masked_fill_(~inside.unsqueeze(1), torch.nan)
+    gradient.masked_fill_(~(inside | (targets == ELSEWHERE)).unsqueeze(1), torch.nan)
     out.copy_(gradient.masked_fill_((targets == IGNORED).unsqueeze(1), 0))
 
 

@@ -18,10 +18,10 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.native import on_device
-from .layout import IGNORED, Normalizer, Output, Settings, Transform, Want
+from .layout import ELSEWHERE, IGNORED, Normalizer, Output, Settings, Transform, Want
 
 LOG2_E = 1.4426950408889634
-_IGNORED = tl.constexpr(IGNORED)
+_IGNORED, _ELSEWHERE = tl.constexpr(IGNORED), tl.constexpr(ELSEWHERE)
 _OUTPUTS, _NORMALIZERS = tl.constexpr(len(Output)), tl.constexpr(len(Normalizer))
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 #: The furthest a maximum is taken to rise: times a lane's sum it stays finite, and its exponential is 0 all the same.
@@ -279,7 +279,7 @@ def logprobs_backward_kernel(
     unit = 1 / temperature  # what all elements of a gradient share goes to the row's few factors
     if POLICY_FORM & 1:
         unit *= policy_scale
-    scored = (target >= 0) & (target < vocabulary)
+    scored = (target >= 0) & (target < vocabulary) | (target == _ELSEWHERE)
 
     log_p = _log2_probability(u, normalizers, rows, to_log2)
     p = tl.exp2(log_p)

@@ -1,0 +1,101 @@
+"""A head that several processes share: each holds the rows of some tokens, a slice of the vocabulary.
+
+transformers loads heads this way (`DistributedConfig(tp_size=...)`): the weight is a DTensor with placement Shard(0) on
+the mesh of the tensor-parallel processes, which read the same texts and compute the same loss.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+
+TENSOR_PARALLEL = "tp"  # the name of a mesh's dimension in transformers and torchtitan
+DATA_PARALLEL = ("fsdp", "dp_shard", "dp_replicate", "dp")  # those of processes that read different texts
+
+
+@dataclass(frozen=True)
+class VocabularySlice:
+    """This process's tokens [first, stop) of `total`; the others of `group` hold the rest, in the order of their ranks.
+
+    The slices are those of `torch.chunk`: `widest` tokens each, the last ones fewer where the total does not divide.
+
+    Args:
+        group (ProcessGroup): the processes that share the vocabulary.
+        first, stop (int): this process's tokens.
+        total (int): tokens of the whole vocabulary.
+        widest (int): tokens of the first, the largest slice.
+        processes (int): of the group.
+    """
+
+    group: Any
+    first: int
+    stop: int
+    total: int
+    widest: int
+    processes: int
+
+    @staticmethod
+    def of_rank(group: Any, rank: int, processes: int, total: int) -> VocabularySlice:
+        """Return the slice that `rank` of `group` holds of a vocabulary of `total` tokens."""
+        widest = -(-total // processes)
+        first = min(rank * widest, total)
+        return VocabularySlice(group, first, min(first + widest, total), total, widest, processes)
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.first
+
+    def owners(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the rank that holds each token; what is no token of the vocabulary has no owner, -1."""
+        inside = (tokens >= 0) & (tokens < self.total)
+        return torch.where(inside, tokens // self.widest, -1)
+
+    def gathered(self, part: torch.Tensor) -> torch.Tensor:  # (...) -> (processes, ...)
+        """Return what every process gave, in the order of their ranks: one collective."""
+        result = torch.empty((self.processes, *part.shape), dtype=part.dtype, device=part.device)
+        torch.distributed.all_gather(list(result.unbind(0)), part.contiguous(), group=self.group)
+        return result
+
+    def add_up(self, part: torch.Tensor) -> None:
+        """Replace `part` by the sum over all processes: one collective."""
+        torch.distributed.all_reduce(part, group=self.group)
+
+
+def is_dtensor(tensor: object) -> TypeGuard[Any]:
+    """Return whether `tensor` is a DTensor. Nobody has one where nobody imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def slice_of(tensor: Any) -> VocabularySlice | None:
+    """Return this process's slice of a DTensor that tensor-parallel processes share; None of any other layout.
+
+    Shard(0) says only how a tensor is stored. FSDP stores its parameters the same way, on processes that read different
+    texts. So the mesh's dimension must bear the name that transformers and torchtitan give it.
+
+    Args:
+        tensor (DTensor): (V, ...), a head's weight or bias.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    split = [dim for dim, placement in enumerate(placements) if placement != Replicate()]
+    if len(split) != 1 or (mesh.mesh_dim_names or ())[split[0] : split[0] + 1] != (TENSOR_PARALLEL,):
+        return None
+    (dim,) = split
+    if type(placements[dim]) is not Shard or placements[dim].dim != 0:
+        return None
+    part = VocabularySlice.of_rank(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim), tensor.shape[0])
+    return part if tensor.to_local().shape[0] == part.width else None
+
+
+def trained_apart(tensor: Any) -> bool:
+    """Return whether processes that read different texts share a DTensor: its gradient is theirs together."""
+    from torch.distributed.tensor import Replicate
+
+    names = tensor.device_mesh.mesh_dim_names or ()
+    return any(name in DATA_PARALLEL for name, placement in zip(names, tensor.placements, strict=False)
+               if placement != Replicate())

@@ -1,0 +1,209 @@
+"""A head that several processes share: each scores its slice of the vocabulary, a few numbers a row bring them together.
+
+Every process runs the kernels of `logprobs` on its own columns, as if they were all there are. From what those kernels
+give, a slice's largest score, the logarithm of its sum, its entropy and so on, follows the same of the whole vocabulary
+(README.md, section 4); and those numbers are all that backward needs of the other slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...core.vocabulary import VocabularySlice, is_dtensor, slice_of, trained_apart, whole_tensor
+from ..logprobs.layout import ELSEWHERE, IGNORED, Normalizer, Output, Settings, Want
+from ..logprobs.oracle import mixed, transformed
+from .chunks import Chunked, Gradients
+from .head import Head
+
+
+def local_heads(op: str, head: Any, reference_head: Any) -> tuple[Any, Any, VocabularySlice | None]:
+    """Return heads of plain tensors: this process's slice of both where tensor-parallel processes share the policy's,
+    else both whole. The reference's, a constant, may be laid out in any way.
+
+    Args:
+        op (str): the operation's name, for errors.
+        head, reference_head (Head or tensor): as given, yet to be checked; tensors may be DTensors.
+    """
+    head, reference_head = (Head(one) if isinstance(one, torch.Tensor) else one for one in (head, reference_head))
+    if not any(is_dtensor(tensor) for one in (head, reference_head) if isinstance(one, Head) for tensor in one[:2]):
+        return head, reference_head, None
+    part = slice_of(head.weight) if isinstance(head, Head) and is_dtensor(head.weight) else None
+    if part is None:
+        return _whole(op, "head", head), _whole(op, "reference_head", reference_head), None
+    if isinstance(reference_head, Head):
+        weight, bias = (_own_rows(op, f"reference_head.{name}", getattr(reference_head, name), part)
+                        for name in ("weight", "bias"))  # fmt: skip
+        reference_head = reference_head._replace(weight=weight, bias=bias)
+    bias = head.bias
+    if bias is not None:
+        if not is_dtensor(bias) or not _same_slice(slice_of(bias), part):
+            raise ValueError(f"{op}: head.bias: expected a DTensor sharded as head.weight; got {_layout(bias)}")
+        bias = bias.to_local()
+    return head._replace(weight=head.weight.to_local(), bias=bias), reference_head, part
+
+
+def _whole(op: str, name: str, head: Any) -> Any:
+    if not isinstance(head, Head):
+        return head
+    for part, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if is_dtensor(tensor) and tensor.requires_grad and torch.is_grad_enabled() and trained_apart(tensor):
+            raise ValueError(
+                f"{op}: {name}.{part}: expected the whole tensor, as it is inside the forward pass of FSDP's module, which "
+                f"also adds up the gradients of processes with other texts; got {_layout(tensor)}"
+            )
+    return head._replace(weight=whole_tensor(head.weight), bias=whole_tensor(head.bias))
+
+
+def _own_rows(op: str, name: str, tensor: Any, part: VocabularySlice) -> Any:
+    """Of a constant tensor, in any layout, the rows of this process's slice."""
+    if tensor is None or not isinstance(tensor, torch.Tensor):
+        return tensor
+    if not tensor.ndim or tensor.shape[0] != part.total:
+        raise ValueError(f"{op}: {name}: expected {part.total} tokens, as head.weight; got {tuple(tensor.shape)}")
+    if is_dtensor(tensor):
+        if _same_slice(slice_of(tensor), part):
+            return tensor.to_local()
+        tensor = tensor.full_tensor()
+    return tensor[part.first : part.stop]
+
+
+def _same_slice(one: VocabularySlice | None, other: VocabularySlice) -> bool:
+    ranks = torch.distributed.get_process_group_ranks
+    return one is not None and (one.first, one.total) == (other.first, other.total) and (
+        one.group is other.group or ranks(one.group) == ranks(other.group)
+    )
+
+
+def _layout(tensor: Any) -> str:
+    return f"a DTensor of {tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else "a plain tensor"
+
+
+@dataclass(frozen=True)
+class ChunkedSlice(Chunked):
+    """A call over this process's slice of the vocabulary. Targets are tokens of the whole one."""
+
+    part: VocabularySlice
+
+    @property
+    def columns(self) -> int:
+        """Of the widest slice: all processes walk the same chunks."""
+        return self.part.widest
+
+    def score_rows(
+        self, policy: torch.Tensor, reference: torch.Tensor | None, rows: slice, settings: Settings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of this slice alone. Where a row's target is another slice's, the first token stands in its place."""
+        if not self.part.width:
+            values, normalizers = (part[:, rows].clone() for part in self.outputs())
+            normalizers[[Normalizer.POLICY_MAX, Normalizer.REFERENCE_MAX, Normalizer.MIXTURE_MAX]] = -torch.inf
+            return values, normalizers
+        targets = self._columns_of(rows, 0)
+        values, normalizers = self.backend.run(policy, reference, targets, self.beta_of(rows), settings)
+        if targets.device.type == "cpu" and bool(normalizers.isnan().any()):
+            _find_empty(normalizers, policy, reference, self.beta_of(rows), settings)
+        return values, normalizers
+
+    def merged(
+        self, values: torch.Tensor, normalizers: torch.Tensor, rows: slice, settings: Settings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the whole vocabulary: one collective."""
+        if not values.shape[1]:
+            return values, normalizers
+        parts = self.part.gathered(torch.cat([values, normalizers]))  # (processes, 5 + 6, C)
+        targets = self.targets[rows]
+        result = merge(*parts.split([len(Output), len(Normalizer)], 1), self.part.owners(targets), settings)
+        return tuple(part.masked_fill_(targets == IGNORED, 0) for part in result)  # type: ignore[return-value]
+
+    def logits_gradient(self, rows: slice, logits: Any, *saved: torch.Tensor) -> torch.Tensor:
+        return super().logits_gradient(rows, logits, *saved) if self.part.width else logits[0]
+
+    def gradient_targets(self, rows: slice) -> torch.Tensor:
+        return self._columns_of(rows, ELSEWHERE)
+
+    def gradient_tensors(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A head's rows have their own gradients; a hidden state's is the sum over all slices: one collective."""
+        if gradients.hidden is not None and gradients.hidden.numel():
+            self.part.add_up(gradients.hidden)
+        return super().gradient_tensors(gradients)
+
+    def _columns_of(self, rows: slice, elsewhere: int) -> torch.Tensor:
+        """Targets as columns of this slice: `elsewhere` where another has it, beyond the last where none has."""
+        targets, part = self.targets[rows], self.part
+        known = (targets >= 0) & (targets < part.total)
+        own = (targets >= part.first) & (targets < part.stop)
+        columns = torch.where(own, targets - part.first, elsewhere)
+        return columns.masked_fill_(~known, part.width).masked_fill_(targets == IGNORED, IGNORED)
+
+
+def _find_empty(
+    normalizers: torch.Tensor,  # (6, C)
+    policy: torch.Tensor,  # (C, V)
+    reference: torch.Tensor | None,  # (C, V)
+    beta: torch.Tensor | None,  # () or (C,)
+    settings: Settings,
+) -> None:
+    """Of rows that are NaN to the C++ kernel, tell those of -inf alone: no distribution, but a slice without mass."""
+    rows = normalizers.isnan().any(0).nonzero().squeeze(1)
+    scores = [transformed(policy[rows].to(normalizers.dtype), settings.policy)]
+    if reference is not None:
+        scores.append(transformed(reference[rows].to(normalizers.dtype), settings.reference))
+        if settings.wants(Want.MIXTURE):
+            scores.append(mixed(*scores, beta[rows] if beta is not None and beta.ndim else beta))
+    for of_model, (top, _, _) in zip(scores, _DISTRIBUTIONS, strict=False):
+        empty = (of_model == -torch.inf).all(1)
+        normalizers[top, rows[empty]] = -torch.inf
+
+
+#: Rows of `normalizers` and of `values` that belong to one distribution: policy, reference, mixture.
+_DISTRIBUTIONS = (
+    (Normalizer.POLICY_MAX, Normalizer.POLICY_LOG_SUM, Output.POLICY),
+    (Normalizer.REFERENCE_MAX, Normalizer.REFERENCE_LOG_SUM, Output.REFERENCE),
+    (Normalizer.MIXTURE_MAX, Normalizer.MIXTURE_LOG_SUM, Output.MIXTURE),
+)
+
+
+def merge(
+    values: torch.Tensor, normalizers: torch.Tensor, owners: torch.Tensor, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values (5, N) and normalizers (6, N) of the whole vocabulary from those of its slices (README.md, 4).
+
+    Args:
+        values (S, 5, N): what `logprobs` says of each slice alone.
+        normalizers (S, 6, N): likewise; a maximum of -inf where a slice holds no token that could be.
+        owners (N,): the slice of each row's target; -1 where there is none: NaN.
+        settings (Settings): temperature, and what was asked for.
+    """
+    real, temperature = values.dtype, settings.temperature
+    values, normalizers = values.double(), normalizers.double()
+    result, whole = torch.zeros_like(values[0]), torch.zeros_like(normalizers[0])
+    compares = bool(settings.wanted & (Want.KL | Want.MIXTURE))
+    present = (True, compares, settings.wants(Want.MIXTURE))
+    of_owner = owners.clamp(min=0)[None]
+    log_shares = []
+    for there, (top, log_sum, output) in zip(present, _DISTRIBUTIONS, strict=True):
+        if not there:
+            continue
+        tops, sums = normalizers[:, top], normalizers[:, log_sum]
+        whole[top] = tops.amax(0)
+        series = torch.where(tops == -torch.inf, -torch.inf, (tops - whole[top]) / temperature + sums)
+        whole[log_sum] = series.logsumexp(0)  # equation 9
+        log_shares.append(series - whole[log_sum])  # equation 10
+        log_p = torch.where(log_shares[-1] == -torch.inf, -torch.inf, values[:, output] + log_shares[-1])
+        result[output] = log_p.gather(0, of_owner)[0]  # equation 11
+    share = log_shares[0].exp()
+    if settings.wants(Want.ENTROPY):
+        result[Output.ENTROPY] = _expected(share, values[:, Output.ENTROPY] - log_shares[0])  # equation 12
+    if settings.wants(Want.KL):
+        ratio = values[:, Output.KL] + log_shares[0] - log_shares[1]
+        ratio = torch.where(log_shares[1] == -torch.inf, torch.inf, ratio)
+        result[Output.KL] = _expected(share, ratio).clamp(min=0)  # equation 13
+    result.masked_fill_(owners < 0, torch.nan)
+    return result.to(real), whole.to(real)
+
+
+def _expected(share: torch.Tensor, of: torch.Tensor) -> torch.Tensor:  # (S, N), (S, N) -> (N,)
+    """A slice without mass counts nothing, whatever `of` says there."""
+    return torch.where(share == 0, 0, share * of).sum(0)
