@@ -40,7 +40,7 @@ struct Logprobs {
 };
 
 struct LogprobsBackward {
-  Logprobs forward;
+  Logprobs forward;  // a target that is no column has no share in its row's gradient: it may lie in another slice
   const float* upstream;  // (kOutputs, rows)
   void* out;              // (rows, vocabulary), of the policy's type; may be the policy's logits themselves
   int64_t out_stride;

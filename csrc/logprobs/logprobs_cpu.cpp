@@ -191,7 +191,8 @@ void add_mixture_gradient(const Gradient& g, const ScoreTile& m, float inverse, 
 void apply_slope(const ScoreRow& row, const ScoreTile& u, float* out) noexcept {
   const float inverse = row.softcap == 0 ? 0.0f : 1 / row.softcap;
   for (int64_t i = 0; i < padded(u.count); i += kLanes) {
-    const Floats saturation = load(u.scores + i) * inverse;
+    const Floats score = load(u.scores + i);
+    const Floats saturation = score == -INFINITY ? Floats{} : score * inverse;  // no softcap bounds it: -inf * 0 is NaN
     store(out + i, load(out + i) * (1.0f - saturation * saturation) * row.scale);
   }
 }

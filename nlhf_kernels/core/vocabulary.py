@@ -97,5 +97,8 @@ def trained_apart(tensor: Any) -> bool:
     from torch.distributed.tensor import Replicate
 
     names = tensor.device_mesh.mesh_dim_names or ()
-    return any(name in DATA_PARALLEL for name, placement in zip(names, tensor.placements, strict=False)
-               if placement != Replicate())
+    return any(
+        name in DATA_PARALLEL
+        for name, placement in zip(names, tensor.placements, strict=False)
+        if placement != Replicate()
+    )

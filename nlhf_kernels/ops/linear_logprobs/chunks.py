@@ -157,7 +157,7 @@ class Chunked:
     def merged(
         self, values: torch.Tensor, normalizers: torch.Tensor, rows: slice, settings: Settings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the whole vocabulary, from what `score` gave for all `rows`: the same, where the columns are all there are."""
+        """Of the whole vocabulary, from what `score` gave for all `rows`: the same, where its columns are all."""
         return values, normalizers
 
     def logits_gradient(

@@ -262,8 +262,8 @@ def linear_logprobs(
     Differentiable in the policy's hidden states and head; what asks for no gradient costs none. The head's gradient is
     summed in float32. Under autocast the products are made in its dtype.
 
-    A head may be a DTensor that tensor-parallel processes share: each then computes with its own slice of the vocabulary
-    (README.md, section 4), and all get the same result.
+    A head may be a DTensor that tensor-parallel processes share: each then computes with its own slice of the
+    vocabulary (README.md, section 4), and all get the same result.
     """
     op = "linear_logprobs"
     shape = {2: ("tokens",), 3: ("sequences", "tokens")}.get(getattr(hidden, "ndim", 2), ("...",))

@@ -1,4 +1,4 @@
-"""A head that several processes share: each scores its slice of the vocabulary, a few numbers a row bring them together.
+"""A head that several processes share: each scores its slice of the vocabulary; a few numbers a row are exchanged.
 
 Every process runs the kernels of `logprobs` on its own columns, as if they were all there are. From what those kernels
 give, a slice's largest score, the logarithm of its sum, its entropy and so on, follows the same of the whole vocabulary
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...core.vocabulary import VocabularySlice, is_dtensor, slice_of, trained_apart, whole_tensor
+from ...core.vocabulary import VocabularySlice, is_dtensor, slice_of, trained_apart
 from ..logprobs.layout import ELSEWHERE, IGNORED, Normalizer, Output, Settings, Want
 from ..logprobs.oracle import mixed, transformed
 from .chunks import Chunked, Gradients
@@ -51,10 +51,11 @@ def _whole(op: str, name: str, head: Any) -> Any:
     for part, tensor in (("weight", head.weight), ("bias", head.bias)):
         if is_dtensor(tensor) and tensor.requires_grad and torch.is_grad_enabled() and trained_apart(tensor):
             raise ValueError(
-                f"{op}: {name}.{part}: expected the whole tensor, as it is inside the forward pass of FSDP's module, which "
-                f"also adds up the gradients of processes with other texts; got {_layout(tensor)}"
+                f"{op}: {name}.{part}: expected the whole tensor, as it is inside the forward pass of FSDP's module, "
+                f"which also adds up the gradients of processes with other texts; got {_layout(tensor)}"
             )
-    return head._replace(weight=whole_tensor(head.weight), bias=whole_tensor(head.bias))
+    weight, bias = (tensor.full_tensor() if is_dtensor(tensor) else tensor for tensor in (head.weight, head.bias))
+    return head._replace(weight=weight, bias=bias)
 
 
 def _own_rows(op: str, name: str, tensor: Any, part: VocabularySlice) -> Any:
@@ -72,8 +73,10 @@ def _own_rows(op: str, name: str, tensor: Any, part: VocabularySlice) -> Any:
 
 def _same_slice(one: VocabularySlice | None, other: VocabularySlice) -> bool:
     ranks = torch.distributed.get_process_group_ranks
-    return one is not None and (one.first, one.total) == (other.first, other.total) and (
-        one.group is other.group or ranks(one.group) == ranks(other.group)
+    return (
+        one is not None
+        and (one.first, one.total) == (other.first, other.total)
+        and (one.group is other.group or ranks(one.group) == ranks(other.group))
     )
 
 

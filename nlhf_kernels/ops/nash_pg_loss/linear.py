@@ -14,6 +14,7 @@ import torch
 
 from ...core import torch_op
 from ...core.checks import INTEGERS, Sizes, check_option, check_tensor
+from ...core.vocabulary import VocabularySlice
 from ..linear_logprobs.chunks import Chunked, Gradients, Needs
 from ..linear_logprobs.head import Head
 from ..linear_logprobs.op import INPUTS, check_linear, chunked, fake_gradients
@@ -72,9 +73,10 @@ def _run(
     mode: str,
     needs: list[bool],
     *inputs: Any,
+    part: VocabularySlice | None = None,
 ) -> tuple[torch.Tensor, ...]:
     with torch.autocast(advantage.device.type, enabled=False):
-        call = chunked(inputs, OP)
+        call = chunked(inputs, OP, part)
         _check_operands(advantage, offsets, reference_logprobs, mode, call)
         offsets = call.kept.offsets(offsets.contiguous())
         boundaries = offsets.tolist()
@@ -91,9 +93,9 @@ def _run(
         for first, last in whole_sequences(boundaries, call.rows_per_chunk):
             start, stop = boundaries[first], boundaries[last]
             chunks = list(call.chunks(start, stop))
-            logits = [_score(call, rows, buffer, values, normalizers) for rows in chunks]
-            sequences = Sequences.from_offsets(offsets[first : last + 1] - start, stop - start)
             run = slice(start, stop)
+            logits = _score(call, run, chunks, buffer, values, normalizers)
+            sequences = Sequences.from_offsets(offsets[first : last + 1] - start, stop - start)
             weights[run] = token_weights(mode, tau, advantage[first:last], values[:, run], sequences)
             if any(needs):
                 upstream = _upstream(mode, tau, weights[run], values.dtype)
@@ -105,7 +107,7 @@ def _run(
         weights.masked_fill_(call.targets == IGNORED, 0)
         total = surrogate(mode, tau, weights, values[Output.POLICY], values[Output.KL])
         spread = call.kept.spread
-        return total, spread(values), spread(weights), *gradients.tensors(call.kept), scaling.factor
+        return total, spread(values), spread(weights), *call.gradient_tensors(gradients), scaling.factor
 
 
 def _check_operands(
@@ -123,13 +125,22 @@ def _check_operands(
 
 
 def _score(
-    call: Chunked, rows: slice, buffer: torch.Tensor, values: torch.Tensor, normalizers: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    logits = call.logits(rows, buffer)
-    scored, normalizers[:, rows] = call.score(rows, logits)
+    call: Chunked,
+    run: slice,
+    chunks: list[slice],  # of the run
+    buffer: torch.Tensor,
+    values: torch.Tensor,  # (5, N)
+    normalizers: torch.Tensor,  # (6, N)
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Fill in a run's values and normalizers. Returns the logits of its chunks; the last one's are still in `buffer`."""
+    known = values[Output.REFERENCE, run].clone()
+    logits = []
+    for rows in chunks:
+        logits.append(call.logits(rows, buffer))
+        values[:, rows], normalizers[:, rows] = call.score(rows, logits[-1])
+    values[:, run], normalizers[:, run] = call.merged(values[:, run], normalizers[:, run], run, call.settings)
     if not call.compares:
-        scored[Output.REFERENCE] = values[Output.REFERENCE, rows]
-    values[:, rows] = scored
+        values[Output.REFERENCE, run] = known
     return logits
 
 
@@ -177,8 +188,14 @@ def _backward(needs: Any, saved: Any, inputs: Any, upstream: torch.Tensor, *_: A
     return tuple(given)
 
 
+def _forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    *operands, part, _ = inputs  # the last are dtypes, for the gradients
+    result: tuple[torch.Tensor, ...] = _operator(*operands) if part is None else _run(*operands, part=part)
+    return result
+
+
 _differentiable = torch_op.differentiable(
-    lambda *inputs: _operator(*inputs[:-1]),  # the last are dtypes, for the gradients
+    _forward,
     lambda inputs, output: output[3:],
     _backward,
     visible=lambda output: output[:3],
@@ -209,7 +226,7 @@ def linear_nash_pg_loss(
     """`nash_pg_loss` of hidden @ weight^T + bias, with memory for a chunk of logits and the gradients only.
 
     The gradients are computed in the forward pass, for those of hidden states, weight and bias that ask for one, and
-    scaled in the backward pass.
+    scaled in the backward pass. Heads may be DTensors that tensor-parallel processes share, as in `linear_logprobs`.
     """
     sizes: Sizes = {}
     symbols = layout_symbols(cu_seqlens)
@@ -236,6 +253,7 @@ def linear_nash_pg_loss(
         inputs.chunk_bytes,
         inputs.compute,
         backend or "",
+        inputs.part,
         [None if tensor is None else tensor.dtype for tensor in inputs.tensors[:3]],
     )
     scored_entropy = values[Output.ENTROPY] if entropy else None

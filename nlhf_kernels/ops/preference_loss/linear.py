@@ -35,7 +35,10 @@ def linear_preference_loss(
     chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 64 MiB on a CPU
     backend: str | None = None,
 ) -> PreferenceLoss:
-    """`preference_loss` of the log-ratios of response b and response B + b. per_token divides them by their lengths."""
+    """`preference_loss` of the log-ratios of response b and response B + b. per_token divides them by their lengths.
+
+    Heads may be DTensors that tensor-parallel processes share, as in `linear_logprobs`.
+    """
     sizes: Sizes = {}
     symbols = layout_symbols(cu_seqlens)
     check_tensor(_OP, "hidden", hidden, (*symbols, "hidden"), DTYPES, sizes)
