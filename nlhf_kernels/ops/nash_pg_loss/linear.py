@@ -132,7 +132,7 @@ def _score(
     values: torch.Tensor,  # (5, N)
     normalizers: torch.Tensor,  # (6, N)
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Fill in a run's values and normalizers. Returns the logits of its chunks; the last one's are still in `buffer`."""
+    """Fill in values and normalizers of a run. Returns the logits of its chunks; the last are still in `buffer`."""
     known = values[Output.REFERENCE, run].clone()
     logits = []
     for rows in chunks:
