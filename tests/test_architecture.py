@@ -47,6 +47,7 @@ ROOMS_CALL = {
     "linear_logprobs": {"logprobs"},
     "nash_pg_loss": {"logprobs", "linear_logprobs"},
     "preference_loss": {"logprobs", "linear_logprobs", "nash_pg_loss"},
+    "mixture_sample": {"row_uniforms"},
 }
 #: Functions of torch whose result takes the default dtype or device where none is named.
 ALLOCATING = {

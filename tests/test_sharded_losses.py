@@ -50,7 +50,7 @@ def slices_of(
         pytest.skip("; ".join(reasons))
     chosen = get_op("logprobs").resolve(backend, problem)
     for rank in range(count):
-        part = VocabularySlice.of_rank(None, rank, count, total)
+        part = VocabularySlice(None, rank, count, total)
         own = [model[:, part.first : part.stop].contiguous() for model in logits]
         side = Side(logits[0], own[0].t(), None)
         call = ChunkedSlice(side, side, targets, beta, settings, chosen, 1 << 20, Kept(None, len(targets)), part)
@@ -99,7 +99,7 @@ def test_slices_merge_to_the_whole(backend, count, kind) -> None:
 def test_a_target_beyond_the_vocabulary_is_nan_of_every_slice() -> None:
     """As on a GPU, where nobody looks at values before they are used."""
     targets = torch.tensor([0, 9, 10, -7])
-    part = VocabularySlice.of_rank(None, 1, 2, 10)
+    part = VocabularySlice(None, 1, 2, 10)
     call = SimpleNamespace(targets=targets, part=part)
     assert ChunkedSlice._columns_of(call, slice(0, 4), 0).tolist() == [0, 4, 5, 5], "5 is no column of this slice"
     owners = part.owners(targets)

@@ -18,31 +18,34 @@ DATA_PARALLEL = ("fsdp", "dp_shard", "dp_replicate", "dp")  # those of processes
 
 @dataclass(frozen=True)
 class VocabularySlice:
-    """This process's tokens [first, stop) of `total`; the others of `group` hold the rest, in the order of their ranks.
+    """The tokens [first, stop) of process `rank`, of `total`.
 
-    The slices are those of `torch.chunk`: `widest` tokens each, the last ones fewer where the total does not divide.
+    Slices are those of `torch.chunk`: `widest` tokens each, and fewer, or none, in the last where the total does not
+    divide.
 
     Args:
         group (ProcessGroup): the processes that share the vocabulary.
-        first, stop (int): this process's tokens.
-        total (int): tokens of the whole vocabulary.
-        widest (int): tokens of the first, the largest slice.
+        rank (int): this process's, in the group.
         processes (int): of the group.
+        total (int): tokens of the whole vocabulary.
     """
 
     group: Any
-    first: int
-    stop: int
-    total: int
-    widest: int
+    rank: int
     processes: int
+    total: int
 
-    @staticmethod
-    def of_rank(group: Any, rank: int, processes: int, total: int) -> VocabularySlice:
-        """Return the slice that `rank` of `group` holds of a vocabulary of `total` tokens."""
-        widest = -(-total // processes)
-        first = min(rank * widest, total)
-        return VocabularySlice(group, first, min(first + widest, total), total, widest, processes)
+    @property
+    def widest(self) -> int:
+        return -(-self.total // self.processes)
+
+    @property
+    def first(self) -> int:
+        return min(self.rank * self.widest, self.total)
+
+    @property
+    def stop(self) -> int:
+        return min(self.first + self.widest, self.total)
 
     @property
     def width(self) -> int:
@@ -70,26 +73,36 @@ def is_dtensor(tensor: object) -> TypeGuard[Any]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def slice_of(tensor: Any) -> VocabularySlice | None:
+def slice_of(tensor: Any, dim: int = 0) -> VocabularySlice | None:
     """Return this process's slice of a DTensor that tensor-parallel processes share; None of any other layout.
 
-    Shard(0) says only how a tensor is stored. FSDP stores its parameters the same way, on processes that read different
-    texts. So the mesh's dimension must bear the name that transformers and torchtitan give it.
+    Shard(dim) says only how a tensor is stored. FSDP stores its parameters the same way, on processes that read
+    different texts. So the mesh's dimension must bear the name that transformers and torchtitan give it.
 
     Args:
-        tensor (DTensor): (V, ...), a head's weight or bias.
+        tensor (DTensor): a head's weight or bias, or logits.
+        dim (int): the dimension of the vocabulary.
     """
     from torch.distributed.tensor import Replicate, Shard
 
     mesh, placements = tensor.device_mesh, tensor.placements
-    split = [dim for dim, placement in enumerate(placements) if placement != Replicate()]
+    split = [index for index, placement in enumerate(placements) if placement != Replicate()]
     if len(split) != 1 or (mesh.mesh_dim_names or ())[split[0] : split[0] + 1] != (TENSOR_PARALLEL,):
         return None
-    (dim,) = split
-    if type(placements[dim]) is not Shard or placements[dim].dim != 0:
+    (index,) = split
+    if type(placements[index]) is not Shard or placements[index].dim not in (dim, dim - tensor.ndim):
         return None
-    part = VocabularySlice.of_rank(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim), tensor.shape[0])
-    return part if tensor.to_local().shape[0] == part.width else None
+    part = VocabularySlice(mesh.get_group(index), mesh.get_local_rank(index), mesh.size(index), tensor.shape[dim])
+    return part if tensor.to_local().shape[dim] == part.width else None
+
+
+def same_slice(one: VocabularySlice | None, other: VocabularySlice | None) -> bool:
+    """Return whether both are the same tokens, shared by the same processes; meshes make groups of their own."""
+    if one is None or other is None:
+        return one is other
+    ranks = torch.distributed.get_process_group_ranks
+    same_group = one.group is other.group or ranks(one.group) == ranks(other.group)
+    return same_group and (one.first, one.total) == (other.first, other.total)
 
 
 def trained_apart(tensor: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...core.vocabulary import VocabularySlice, is_dtensor, slice_of, trained_apart
+from ...core.vocabulary import VocabularySlice, is_dtensor, same_slice, slice_of, trained_apart
 from ..logprobs.layout import ELSEWHERE, IGNORED, Normalizer, Output, Settings, Want
 from ..logprobs.oracle import mixed, transformed
 from .chunks import Chunked, Gradients
@@ -39,7 +39,7 @@ def local_heads(op: str, head: Any, reference_head: Any) -> tuple[Any, Any, Voca
         reference_head = reference_head._replace(weight=weight, bias=bias)
     bias = head.bias
     if bias is not None:
-        if not is_dtensor(bias) or not _same_slice(slice_of(bias), part):
+        if not is_dtensor(bias) or not same_slice(slice_of(bias), part):
             raise ValueError(f"{op}: head.bias: expected a DTensor sharded as head.weight; got {_layout(bias)}")
         bias = bias.to_local()
     return head._replace(weight=head.weight.to_local(), bias=bias), reference_head, part
@@ -65,19 +65,10 @@ def _own_rows(op: str, name: str, tensor: Any, part: VocabularySlice) -> Any:
     if not tensor.ndim or tensor.shape[0] != part.total:
         raise ValueError(f"{op}: {name}: expected {part.total} tokens, as head.weight; got {tuple(tensor.shape)}")
     if is_dtensor(tensor):
-        if _same_slice(slice_of(tensor), part):
+        if same_slice(slice_of(tensor), part):
             return tensor.to_local()
         tensor = tensor.full_tensor()
     return tensor[part.first : part.stop]
-
-
-def _same_slice(one: VocabularySlice | None, other: VocabularySlice) -> bool:
-    ranks = torch.distributed.get_process_group_ranks
-    return (
-        one is not None
-        and (one.first, one.total) == (other.first, other.total)
-        and (one.group is other.group or ranks(one.group) == ranks(other.group))
-    )
 
 
 def _layout(tensor: Any) -> str:

@@ -21,7 +21,10 @@ from ...core.checks import (
     check_tensor,
 )
 from ...core.registry import Backend, Measured, Op, register
+from ...core.vocabulary import VocabularySlice, is_dtensor, same_slice, slice_of
+from ..row_uniforms.op import row_uniforms
 from .settings import MixtureSettings, Number, mixture_settings
+from .slices import SliceOfDraw
 
 _HERE = "nlhf_kernels.ops.mixture_sample"
 MAX_MODELS = 4
@@ -199,6 +202,8 @@ def mixture_sample(
 
     logprobs names what is computed: any of "policy", "reference", "mixture"; None means all there are. Per-row
     tensors of settings can be packed once, `settings=mixture_settings([1 - beta, beta], ...)`, instead of per call.
+
+    Logits may be DTensors whose columns tensor-parallel processes share (README.md, "Slices of the vocabulary").
     """
     op = "mixture_sample"
     names = ("policy", "mixture") if reference_logits is None else ("policy", "reference", "mixture")
@@ -299,11 +304,15 @@ def _sample(
     backend: str | None,
 ) -> PackedSample:
     """Check the rest and sample."""
+    named, bias, part = _local(op, named, bias, vocab_size)
+    if part is not None:
+        vocab_size = None  # the columns beyond are left out already
     sizes: Sizes = {}
     first = next(iter(named.values()))
     for name, value in named.items():
         check_tensor(op, name, value, ("rows", "vocabulary"), FLOATS, sizes, first.device)
-    check_not_empty(op, next(iter(named)), sizes, "vocabulary")
+    if part is None:
+        check_not_empty(op, next(iter(named)), sizes, "vocabulary")
     logits = [_columns(op, model, vocab_size) for model in named.values()]
     sizes["vocabulary"] = logits[0].shape[1]
     if bias is not None:
@@ -315,8 +324,39 @@ def _sample(
     check_integer(op, "stream", stream, 0, 255)
     return sample_packed(
         logits, MixtureSettings(packed, settings.filtered), seed=seed, row_ids=row_ids, step=step, stream=stream,
-        uniforms=uniforms, bias=bias, wanted=wanted, backend=backend,
+        uniforms=uniforms, bias=bias, wanted=wanted, backend=backend, part=part,
     )  # fmt: skip
+
+
+def _local(
+    op: str, named: dict[str, Any], bias: Any, vocab_size: int | None
+) -> tuple[dict[str, Any], Any, VocabularySlice | None]:
+    """Logits and bias as plain tensors, of this process's slice where several share the vocabulary."""
+    if not any(map(is_dtensor, named.values())):
+        return named, bias, None
+    parts = {
+        name: slice_of(model, 1) if is_dtensor(model) and model.ndim == 2 else None for name, model in named.items()
+    }
+    part = next(iter(parts.values()))
+    for name, other in parts.items():
+        if other is None or not same_slice(other, part):
+            raise ValueError(
+                f"{op}: {name}: expected, as of every model or of none, a DTensor (rows, vocabulary) whose columns one "
+                "mesh dimension named 'tp' shares; got another layout"
+            )
+    assert part is not None
+    stop = (
+        part.stop if vocab_size is None else min(part.stop, check_integer(op, "vocab_size", vocab_size, 1, part.total))
+    )
+    width = max(0, stop - part.first)
+    if isinstance(bias, torch.Tensor):
+        columns = part.total if vocab_size is None else vocab_size
+        if bias.shape[-1:] != (columns,):
+            raise ValueError(
+                f"{op}: bias: expected {columns} columns, of the whole vocabulary; got {tuple(bias.shape)}"
+            )
+        bias = bias[..., part.first : part.first + width]
+    return {name: model.detach().to_local()[:, :width] for name, model in named.items()}, bias, part
 
 
 def sample_packed(
@@ -331,18 +371,51 @@ def sample_packed(
     bias: torch.Tensor | None = None,  # (V,) or (R, V) float32
     wanted: int,  # bit m: the log-probability under model m; bit len(logits): under the mixture
     backend: str | None = None,
+    part: VocabularySlice | None = None,
 ) -> PackedSample:
     """Sample with packed settings, from tensors laid out as the operator takes and checks them.
+
+    With `part`, logits (and bias) are this process's slice of a vocabulary that tensor-parallel processes share; all of
+    them get the same sample. A filter is refused there.
 
     For callers that sample step after step, as the rollout engine does; `mixture_sample` and `log_linear_sample` bring
     their arguments into this form.
     """
+    if part is not None:
+        return _sample_slice(logits, settings, (seed, row_ids, step), stream, uniforms, bias, wanted, backend, part)
     return PackedSample(
         *_operator(
             logits, settings.packed, settings.filtered, bias, uniforms, seed, row_ids, step, stream, wanted,
             backend or "",
         )
     )  # fmt: skip
+
+
+def _sample_slice(
+    logits: Sequence[torch.Tensor],
+    settings: MixtureSettings,
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    stream: int,
+    uniforms: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    wanted: int,
+    backend: str | None,
+    part: VocabularySlice,
+) -> PackedSample:
+    if settings.filtered:
+        raise ValueError(
+            f"{OP.name}: top_k, top_p, min_p: expected none over logits that processes share: a threshold needs the "
+            "values of the whole vocabulary (gather the logits: `full_tensor()`); got a filter"
+        )
+    if uniforms is None:
+        seed, row_ids, step = counter
+        uniforms = row_uniforms(seed, row_ids, step, stream=stream, backend=backend)
+
+    def draw(inside: torch.Tensor) -> torch.Tensor:
+        tokens, _, _ = _operator(logits, settings.packed, False, bias, inside, *counter, stream, 0, backend or "")
+        return tokens  # type: ignore[no-any-return]
+
+    return PackedSample(*SliceOfDraw(logits, settings.packed, bias, uniforms, wanted, part, draw).run())
 
 
 def _packed(op: str, settings: MixtureSettings, rows: int, models: int, device: torch.device) -> torch.Tensor:
