@@ -54,8 +54,8 @@ def _whole(op: str, name: str, head: Any) -> Any:
                 f"{op}: {name}.{part}: expected the whole tensor, as it is inside the forward pass of FSDP's module, "
                 f"which also adds up the gradients of processes with other texts; got {_layout(tensor)}"
             )
-    weight, bias = (tensor.full_tensor() if is_dtensor(tensor) else tensor for tensor in (head.weight, head.bias))
-    return head._replace(weight=weight, bias=bias)
+    whole: list[Any] = [tensor.full_tensor() if is_dtensor(tensor) else tensor for tensor in (head.weight, head.bias)]
+    return head._replace(weight=whole[0], bias=whole[1])
 
 
 def _own_rows(op: str, name: str, tensor: Any, part: VocabularySlice) -> Any:
@@ -108,8 +108,10 @@ class ChunkedSlice(Chunked):
             return values, normalizers
         parts = self.part.gathered(torch.cat([values, normalizers]))  # (processes, 5 + 6, C)
         targets = self.targets[rows]
-        result = merge(*parts.split([len(Output), len(Normalizer)], 1), self.part.owners(targets), settings)
-        return tuple(part.masked_fill_(targets == IGNORED, 0) for part in result)  # type: ignore[return-value]
+        of_values, of_normalizers = parts.split([len(Output), len(Normalizer)], 1)
+        values, normalizers = merge(of_values, of_normalizers, self.part.owners(targets), settings)
+        ignored = targets == IGNORED
+        return values.masked_fill_(ignored, 0), normalizers.masked_fill_(ignored, 0)
 
     def logits_gradient(self, rows: slice, logits: Any, *saved: torch.Tensor) -> torch.Tensor:
         return super().logits_gradient(rows, logits, *saved) if self.part.width else logits[0]
@@ -145,7 +147,7 @@ def _find_empty(
     if reference is not None:
         scores.append(transformed(reference[rows].to(normalizers.dtype), settings.reference))
         if settings.wants(Want.MIXTURE):
-            scores.append(mixed(*scores, beta[rows] if beta is not None and beta.ndim else beta))
+            scores.append(mixed(scores[0], scores[1], beta[rows] if beta is not None and beta.ndim else beta))
     for of_model, (top, _, _) in zip(scores, _DISTRIBUTIONS, strict=False):
         empty = (of_model == -torch.inf).all(1)
         normalizers[top, rows[empty]] = -torch.inf
