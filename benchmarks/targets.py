@@ -72,6 +72,8 @@ def _update(new: int, target: Target | None, name: str = "an update of training"
 
 HEADLINES = (
     _sampler(1, 128_256, _us(6)),
+    Headline("host cost of a call of the sampler", "mixture_sample", "rows=1 vocabulary=128256", "bfloat16", "overhead",
+             _us(15)),
     _sampler(16, 128_256, _us(8)),
     _sampler(64, 128_256, _us(12)),
     _sampler(64, 151_936, _us(24), "float32"),
@@ -91,6 +93,8 @@ HEADLINES = (
     _linear("Nash-MD loss from hidden, 7B", "nash_pg_loss", _7B, _us(52_000)),
     _linear("Nash-MD loss from hidden, 0.5B", "nash_pg_loss", _HALF, _us(17_000)),
     _linear("the same with the exact KL", "nash_pg_loss", f"{_HALF} kl=exact",
+            Target("times", 1.05, "Nash-MD loss from hidden, 0.5B")),
+    _linear("the same with the KL to go", "nash_pg_loss", f"{_HALF} kl=to_go",
             Target("times", 1.05, "Nash-MD loss from hidden, 0.5B")),
     _linear("preference loss from hidden, 0.5B", "preference_loss", _HALF),
     Headline("attention of a step, 0.5B", "decode_attention", "rows=32 heads=14 kv_heads=2 positions=192 dim=64",
@@ -198,7 +202,9 @@ def verdict_of(line: Line, lines: Mapping[str, Line]) -> tuple[str, bool | None]
 
 
 def _bandwidth_scale(row: ResultRow) -> float:
-    """How much longer than an H200 this card takes for the same bytes; 1 for what products bound."""
+    """How much longer than an H200 this card takes for the same bytes; 1 for what products or the host bound."""
+    if row.key.mode == "overhead":
+        return 1.0
     bound = row.floor.bound_by if row.floor is not None else "bandwidth"
     return H200_COPY_BYTES_PER_S / row.run.ceilings["copy_bytes_per_s"] if bound == "bandwidth" else 1.0
 

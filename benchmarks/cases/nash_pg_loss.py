@@ -58,8 +58,11 @@ def loss(
     reference = reference if reference_logprobs is None else reference_logprobs
     assert reference is not None, "the reference's model or its log-probabilities are given"
     with torch.no_grad():
-        if divergence is None:
-            price = (policy - reference).sum(1, keepdim=True)
+        ratio = policy - reference
+        if kl == "to_go":
+            price = ratio.sum(1, keepdim=True) - ratio.cumsum(1) + ratio
+        elif divergence is None:
+            price = ratio.sum(1, keepdim=True)
         else:
             price = divergence.sum(1, keepdim=True) - divergence.cumsum(1)
         weights = (preference.unsqueeze(1) - 0.5 - tau * price).expand_as(policy)
@@ -94,6 +97,7 @@ CASE = Case(
             linear_shape(6, 3, 8, 999, "bfloat16", head="frozen"),
             linear_shape(6, 3, 8, 999, "float32", reference="logprobs"),
             linear_shape(6, 3, 8, 999, "float32", kl="exact"),
+            linear_shape(6, 3, 8, 999, "float32", kl="to_go"),
         ],
         "standard": [
             linear_shape(512, 128, 256, 32_000, "float32", "cpu"),
@@ -107,6 +111,7 @@ CASE = Case(
                 for options in OPTIONS
             ),
             linear_shape(8192, 512, *MODEL_HALF_B, "bfloat16", "cuda", kl="exact"),
+            linear_shape(8192, 512, *MODEL_HALF_B, "bfloat16", "cuda", kl="to_go"),
         ],
         "growth": [
             *growth_shapes(
