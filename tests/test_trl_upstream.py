@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
-from nlhf_kernels.integrations.trl import upstream
+from nlhf_kernels.core import upstream
 from tests.support.tiny_models import tiny_model
 from tests.support.training import single_thread  # noqa: F401
 from tests.support.trl import trl_trainer
@@ -21,16 +21,16 @@ def test_version() -> None:
     import trl
 
     numbers = tuple(int(part) for part in trl.__version__.split(".")[:2])
-    assert upstream.OLDEST <= numbers < upstream.BEFORE
+    assert upstream.TRL_OLDEST <= numbers < upstream.TRL_BEFORE
 
 
-@pytest.mark.parametrize("name", upstream.METHODS)
+@pytest.mark.parametrize("name", upstream.TRL_METHODS)
 def test_method(name) -> None:
-    found = inspect.signature(getattr(upstream.trainer_class("test"), name))
-    assert tuple(found.parameters) == ("self", *upstream.METHODS[name])
+    found = inspect.signature(getattr(upstream.trl_trainer_class("test"), name))
+    assert tuple(found.parameters) == ("self", *upstream.TRL_METHODS[name])
 
 
-@pytest.mark.parametrize("name", upstream.ATTRIBUTES)
+@pytest.mark.parametrize("name", upstream.TRL_ATTRIBUTES)
 def test_attribute(name, tmp_path) -> None:
     wanted = {"_beta": [0.1, 0.2], "_mixture_coef": [0.5, 0.25], "ref_model": tiny_model("llama", seed=4)}
     trainer = trl_trainer(

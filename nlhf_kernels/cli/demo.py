@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..core.optional import require
 from ..core.terminal import Reporter, new_console
-from .loading import find_device, show_next
+from .common import find_device, show_next
 
 if TYPE_CHECKING:
     from ..experiment.presets import Preset

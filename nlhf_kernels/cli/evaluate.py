@@ -24,8 +24,8 @@ from ..core.optional import require
 from ..core.places import locate
 from ..core.terminal import Reporter, new_console
 from ..data import load_prompts
+from .common import check_output, find_device, is_function, load_function, read_data
 from .errors import BadInput
-from .loading import check_output, find_device, is_function, load_function, read_data
 
 #: Fields of evaluation's Sampling -> options.
 NAMES = {"answer_tokens": "--max-new-tokens", "prompt_tokens": "--max-prompt-length", "batch": "--batch-size"}

@@ -18,6 +18,7 @@ from .. import __version__
 from ..core import capabilities, settings, tuning
 from ..core.registry import Op, ops
 from ..core.terminal import new_console
+from ..core.text import markdown_table
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pybind11", "accelerate", "peft")
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.markdown:
-        print(markdown_table())
+        print(ops_table())
         return 0
     console = new_console()
     for table in (_versions(), _devices(), _build(), _backends(), _ops(), _plans(), _settings()):
@@ -156,9 +157,8 @@ def _settings() -> Table:
     return table
 
 
-def markdown_table() -> str:
+def ops_table() -> str:
     """Ops x backends, from the registry; the README's table is this text, and a test holds it to that."""
-    lines = ["| op | " + " | ".join(settings.BACKENDS) + " |", "|---" * (len(settings.BACKENDS) + 1) + "|"]
     notes: list[str] = []  # each reason once, however many rooms share it
 
     def cell(op: Op, backend: str) -> str:
@@ -169,8 +169,10 @@ def markdown_table() -> str:
             notes.append(reason)
         return f"no ({notes.index(reason) + 1})"
 
-    for op in ops():
-        cells = [cell(op, name) for name in settings.BACKENDS]
-        lines.append(f"| [`{op.name}`](nlhf_kernels/ops/{op.name}/README.md) | " + " | ".join(cells) + " |")
+    rows = [
+        [f"[`{op.name}`](nlhf_kernels/ops/{op.name}/README.md)", *(cell(op, name) for name in settings.BACKENDS)]
+        for op in ops()
+    ]
+    table = markdown_table(("op", *settings.BACKENDS), rows)
     numbered = [f"({number}) {note}." for number, note in enumerate(notes, 1)]
-    return "\n".join([*lines, *(["", *numbered] if notes else [])])
+    return "\n".join([table, *(["", *numbered] if notes else [])])

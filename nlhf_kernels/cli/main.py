@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import __version__
 from . import demo, errors, evaluate, info, merge, prefer, sample, tabular, train, tune
-from .loading import Help
+from .common import Help
 
 COMMANDS = {
     "info": info,

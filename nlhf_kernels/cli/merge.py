@@ -15,8 +15,8 @@ from ..core.atomic import atomic_folder, check_folder
 from ..core.loading import load_model, load_tokenizer, quiet
 from ..core.optional import require
 from ..core.places import locate
+from .common import show_next
 from .errors import BadInput
-from .loading import show_next
 
 KIND = "merged model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -26,8 +26,8 @@ from ..core.optional import need, require
 from ..core.terminal import new_console
 from ..core.text import read_text
 from ..data import Comparison, Pair, load_comparisons, load_pairs, split_by_prompt
+from .common import Help, check_output, find_device, read_data, show_next
 from .errors import BadInput, option_names
-from .loading import Help, check_output, find_device, read_data, show_next
 
 if TYPE_CHECKING:
     from ..preference import ComparisonModel, Evaluation, TrainingReport

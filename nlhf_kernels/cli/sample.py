@@ -26,9 +26,9 @@ from ..core.places import locate
 from ..core.terminal import cut_lines, new_console, new_progress, printable
 from ..core.text import read_text
 from ..core.tokens import end_token_ids
-from ..data import encode_prompts, load_prompts
+from ..data import encode_prompts, load_prompts, pad_left
+from .common import find_device, read_data
 from .errors import BadInput
-from .loading import find_device, read_data
 
 if TYPE_CHECKING:
     from ..engine import Responses
@@ -175,7 +175,10 @@ def _generate(arguments: argparse.Namespace) -> list[Sample]:
             # Numbered through all prompts, so that the responses do not depend on the batch size.
             ids = torch.arange(start, start + len(batch), dtype=torch.int64, device=device)
             player = Player(0.0 if arguments.beta is None else arguments.beta, row_ids=ids)
-            (result,) = engine.rollout(*_padded(batch, pad, device), (player,), settings, Hooks(streamer=streamer))
+            padded = pad_left(batch, pad, device)
+            (result,) = engine.rollout(
+                padded["input_ids"], padded["attention_mask"], (player,), settings, Hooks(streamer=streamer)
+            )
             result.check_finite("sample")
             for row in range(len(batch)):
                 prompt, index = divmod(start + row, arguments.num_samples)
@@ -278,13 +281,6 @@ def _check_room(models: Sequence[Any], length: int) -> None:
                 f"sample: --max-new-tokens: expected prompt and new tokens within {room} positions of "
                 f"{type(model).__name__}; got {length}"
             )
-
-
-def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = [[pad] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, dtype=torch.int64, device=device), torch.tensor(mask, dtype=torch.int64, device=device)
 
 
 def _sample(tokenizer: Any, prompt: str, index: int, result: Responses, row: int) -> Sample:

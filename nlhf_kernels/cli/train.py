@@ -21,8 +21,8 @@ from ..core.manifest import kind_of
 from ..core.optional import need, require
 from ..core.processes import leave_process_group
 from ..data import load_prompts
+from .common import load_function, read_data, show_next
 from .errors import BadInput
-from .loading import load_function, read_data, show_next
 
 if TYPE_CHECKING:
     from ..train import NashConfig, NashTrainer

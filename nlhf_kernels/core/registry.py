@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from . import capabilities, settings
+from .checks import check_option
 
 log = logging.getLogger("nlhf_kernels")
 
@@ -146,7 +147,7 @@ class Op:
         return order, " > ".join(order)
 
     def _decide(self, request: settings.Request, problem: Problem) -> Backend:
-        settings.check_choice(f"{self.name}: backend", request.backend, settings.CHOICES)
+        check_option(self.name, "backend", request.backend, settings.CHOICES)
         if request.backend == "auto":
             order, _ = self.order_of(problem)
             chosen = next(self.backend(name) for name in order if not self.why_not(name, problem))
@@ -186,7 +187,7 @@ def get_op(name: str) -> Op:
 def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
     """Say which backend `op(*args, **kwargs)` would run on and why the others would not, without running it."""
     if backend is not None:
-        settings.check_choice("explain: backend", backend, settings.CHOICES)
+        check_option("explain", "backend", backend, settings.CHOICES)
     entry = get_op(op)
     problem = entry.describe(*args, **kwargs)
     request = settings.requested(backend)

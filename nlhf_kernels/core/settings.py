@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from .checks import check_option
+
 BACKENDS = ("torch", "triton", "cuda", "cpu")
 CHOICES = ("auto", *BACKENDS)
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
@@ -31,14 +33,8 @@ class Request(NamedTuple):
     origin: str
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
-    return value
-
-
 def _from_environment(variable: str, default: str, allowed: tuple[str, ...]) -> str:
-    return check_choice(variable, os.environ.get(variable, "") or default, allowed)
+    return check_option("environment", variable, os.environ.get(variable, "") or default, allowed)
 
 
 _default = Request(_from_environment("NLHF_KERNELS_BACKEND", "auto", CHOICES), "NLHF_KERNELS_BACKEND")
@@ -57,13 +53,13 @@ def environment() -> dict[str, str | None]:
 def set_backend(backend: str) -> None:
     """Choose the backend of every op for the whole process; `auto` lets each op choose."""
     global _default
-    _default = Request(check_choice("set_backend: backend", backend, CHOICES), "set_backend")
+    _default = Request(check_option("set_backend", "backend", backend, CHOICES), "set_backend")
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Choose the backend of every op called inside the `with` block (in this thread or task only)."""
-    token = _scoped.set(Request(check_choice("use_backend: backend", backend, CHOICES), "use_backend"))
+    token = _scoped.set(Request(check_option("use_backend", "backend", backend, CHOICES), "use_backend"))
     try:
         yield
     finally:

@@ -1,12 +1,12 @@
-"""What is asked of torch, transformers and peft beyond their documented interface, and what is worked around in torch.
+"""What is asked of other libraries beyond their documented interface, and what is worked around in torch.
 
-As it is in torch 2.6 to 2.13, transformers 5.17 to 5.24 and peft 0.14 to 0.21, unless said otherwise. Each entry has a
-contract test of its own in tests/test_upstream.py, which fails by its name. What is asked of TRL stands in
-integrations/trl/upstream.py.
+As it is in torch 2.6 to 2.13, transformers 5.17 to 5.24, peft 0.14 to 0.21 and TRL 1.0 to 1.13, unless said otherwise.
+Each entry has a contract test in tests/test_upstream.py (TRL's: tests/test_trl_upstream.py), which fails by its name.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -141,3 +141,68 @@ ADAPTERS_PER_TOKEN = {
 }  # fmt: skip
 #: LoRA's initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and lora_ga change them.
 INITS_BESIDE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+# ---- accelerate ------------------------------------------------------------------------------------------------------
+
+#: Where accelerate leaves a model's own forward when it wraps it: both in the instance's __dict__.
+WRAPPED_FORWARD = ("forward", "_original_forward")
+
+
+# ---- TRL 1.0 to 1.13 -------------------------------------------------------------------------------------------------
+
+TRL_OLDEST, TRL_BEFORE = (1, 0), (1, 14)  # versions; 1.14 has no NashMDTrainer
+_TRL_EXPECTED = "expected TRL 1.0 to 1.13"
+TRL_NASH_MD = "trl.experimental.nash_md"
+#: Methods of TRL's NashMDTrainer that are replaced, and their arguments.
+TRL_METHODS = {
+    "_generate_completions": ("model", "prompts"),
+    "_compute_logprobs": ("model", "model_data", "context_length"),
+    "_compute_losses": ("model_logprobs_model_data", "ref_logprobs_model_data", "probability"),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+}
+#: Attributes of TRL's NashMDTrainer that are read: the schedules behind its properties `beta` and `mixture_coef`, its
+#: sampling options, and its frozen reference, None where that is the policy's base.
+TRL_ATTRIBUTES = ("_beta", "_mixture_coef", "generation_kwargs", "ref_model")
+
+
+def trl_trainer_class(op: str) -> Any:
+    """Return the installed TRL's NashMDTrainer. Raise where there is none, or one that is not known."""
+    version = _trl_version(op)
+    numbers = tuple(int(part) if part.isdigit() else -1 for part in version.split(".")[:2])
+    if not TRL_OLDEST <= numbers < TRL_BEFORE:
+        raise RuntimeError(
+            f"{op}: {_TRL_EXPECTED}; found {version} (NashMDTrainer of nlhf_kernels.integrations.trl needs none)"
+        )
+    try:
+        return importlib.import_module(TRL_NASH_MD).NashMDTrainer
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "trl"):
+            raise
+        raise ImportError(
+            f"{op}: TRL {version} imports {package} for its NashMDTrainer and does not bring it: pip install {package}"
+        ) from error
+
+
+def check_trl_methods(op: str, trainer: Any) -> None:
+    """Raise where the methods that are replaced take other arguments than TRL's do."""
+    for name, arguments in TRL_METHODS.items():
+        arguments_there = tuple(inspect.signature(getattr(trainer, name)).parameters)
+        if arguments_there != ("self", *arguments):
+            raise RuntimeError(
+                f"{op}: {_TRL_EXPECTED} as released; found {_trl_version(op)} whose NashMDTrainer.{name} takes "
+                f"{', '.join(arguments_there)}"
+            )
+
+
+def trl_schedule(trainer: Any, name: str) -> Any:
+    """Return `beta` or `mixture_coef` as it was given: a number, or a list by epoch."""
+    return getattr(trainer, f"_{name}")
+
+
+def _trl_version(op: str) -> str:
+    try:
+        return str(getattr(importlib.import_module("trl"), "__version__", "unknown"))
+    except ImportError as error:
+        raise ImportError(f"{op}: {_TRL_EXPECTED}; found none: pip install 'trl>=1.0,<1.14'") from error

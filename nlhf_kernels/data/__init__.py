@@ -3,7 +3,7 @@
 from .pairs import Comparison, Pair, load_comparisons, load_pairs, load_prompts
 from .rows import Source, read_rows
 from .split import split_by_prompt
-from .tokens import encode, encode_prompts, leading_ids, prompt_batch
+from .tokens import encode, encode_prompts, leading_ids, pad_left, prompt_batch
 
 __all__ = [
     "Comparison",
@@ -15,6 +15,7 @@ __all__ = [
     "load_comparisons",
     "load_pairs",
     "load_prompts",
+    "pad_left",
     "prompt_batch",
     "read_rows",
     "split_by_prompt",

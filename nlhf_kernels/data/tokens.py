@@ -1,4 +1,4 @@
-"""From text to token ids: prompts cut from the left where they are too long, and padded on the left for decoding."""
+"""From text to token ids: prompts truncated on the left to a maximal length, and padded on the left for decoding."""
 
 from __future__ import annotations
 
@@ -11,20 +11,34 @@ from ..core.checks import check_integer
 
 
 def leading_ids(tokenizer: Any) -> list[int]:
-    """The beginning-of-sequence token, where this tokenizer puts one before a text of its own accord."""
+    """Return the beginning-of-sequence token, in a list, if the tokenizer puts one before texts by itself; else [].
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
     return [id for id in tokenizer("")["input_ids"][:1] if id == tokenizer.bos_token_id]
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of the texts alone: nothing is put before or after them, marks inside them keep their meaning."""
+    """Return the token ids of the texts alone: no special token is added, those written in a text keep their meaning.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        texts: the texts.
+    """
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return ids
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
-    """Each prompt behind the tokenizer's beginning-of-sequence token, unless its text begins with it already.
+    """Return the token ids of prompts, each behind the tokenizer's beginning-of-sequence token.
 
-    Of a prompt longer than `max_length` the last tokens stay, and that first one.
+    A text that begins with that token gets no second one.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompts: the texts.
+        max_length: of a longer prompt the last tokens are kept, and the beginning-of-sequence token; None: no limit.
     """
     if max_length is not None:
         check_integer("encode_prompts", "max_length", max_length, 2, 2**31)
@@ -39,23 +53,41 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int | Non
     return rows
 
 
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None
+) -> dict[str, torch.Tensor]:
+    """Return rows of token ids as `input_ids` and `attention_mask`, (B, S) int64 each.
+
+    Args:
+        rows: B rows of token ids.
+        pad_id: token before shorter rows; it is masked.
+        device: of the tensors.
+    """
+    longest = max(map(len, rows))
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, dtype=torch.int64, device=device),
+        "attention_mask": torch.tensor(mask, dtype=torch.int64, device=device),
+    }
+
+
 def prompt_batch(
     tokenizer: Any,
     prompts: Sequence[str],
     max_length: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` (B, S), int64, padded on the left: what `generate()` wants."""
+    """Return `input_ids` and `attention_mask`, (B, S) int64, padded on the left: the inputs of `generate()`.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompts: B texts, at least one.
+        max_length: as for `encode_prompts`.
+        device: of the tensors.
+    """
     if not prompts:
         raise ValueError("prompt_batch: prompts: expected at least one; got none")
-    rows = encode_prompts(tokenizer, prompts, max_length)
-    longest = max(map(len, rows))
-    pad = next(
-        (id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0
-    )  # masked: any will do
-    ids = [[pad] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return {
-        "input_ids": torch.tensor(ids, dtype=torch.int64, device=device),
-        "attention_mask": torch.tensor(mask, dtype=torch.int64, device=device),
-    }
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # padding is masked: any token will do
+    pad_id = next(id for id in ids if id is not None)
+    return pad_left(encode_prompts(tokenizer, prompts, max_length), pad_id, device)

@@ -19,11 +19,10 @@ from ..core.loading import load_model
 from ..core.terminal import Reporter
 from ..core.upstream import finite_attention_gradients
 from ..data import encode, encode_prompts
+from ..ops.logprobs.layout import IGNORED
 from .corpus import Corpus, Example, Material
 from .presets import Preset
 from .workspace import write_json
-
-IGNORED = -100
 
 
 def new_model(tokenizer: Any, preset: Preset) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from typing import Any
 
+from ..core.text import markdown_table
 from .algorithms import ALGORITHMS
 from .config import FIXED, defaults, own_fields
 from .run_file import DataSpec, JudgeSpec, RewardSpec, RunFile
@@ -100,5 +100,4 @@ def _loss(algorithm: Any) -> str:
 
 
 def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ("key", "default", "meaning")) -> str:
-    lines = [head, *(("---",) * len(head),), *((f"`{first}`", *rest) for first, *rest in rows)]
-    return "\n".join("| " + " | ".join(re.sub(r"\|", r"\\|", cell) for cell in line) + " |" for line in lines)
+    return markdown_table(head, [(f"`{first}`", *rest) for first, *rest in rows])

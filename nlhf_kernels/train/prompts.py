@@ -10,7 +10,7 @@ import torch
 
 from ..core.identity import digest
 from ..core.tokens import end_token_ids
-from ..data import encode_prompts, load_prompts
+from ..data import encode_prompts, load_prompts, pad_left
 
 _log = logging.getLogger(__name__)
 
@@ -60,19 +60,15 @@ class PromptCollator:
         self.pad_id = pad_id
 
     def __call__(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        longest = max(len(prompt.ids) for prompt in prompts)
-        ids = [[self.pad_id] * (longest - len(prompt.ids)) + prompt.ids for prompt in prompts]
-        mask = [[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
         return {
-            "input_ids": torch.tensor(ids, dtype=torch.int64, device="cpu"),
-            "attention_mask": torch.tensor(mask, dtype=torch.int64, device="cpu"),
+            **pad_left([prompt.ids for prompt in prompts], self.pad_id, "cpu"),
             "index": torch.tensor([prompt.number for prompt in prompts], dtype=torch.int64, device="cpu"),
             "texts": [prompt.text for prompt in prompts],
         }
 
 
 def special_tokens(tokenizer: Any, model: Any) -> tuple[tuple[int, ...], int]:
-    """The end tokens, the tokenizer's and the model's, and the token that pads."""
+    """Return the end tokens, the model's and the tokenizer's, and the padding token; raise where there is none."""
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
         raise TypeError(f"NashTrainer: processing_class: expected a tokenizer; got {type(tokenizer).__name__}")
     end_ids = end_token_ids(model, tokenizer)

@@ -16,18 +16,17 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
+from ...core import upstream
 from ...core.checks import check_option
-from ...core.upstream import finite_attention_gradients
 from ...engine import Responses, RolloutEngine, RolloutSettings, nash_md
 from ...ops import linear_nash_pg_loss
+from ...ops.logprobs.layout import IGNORED
 from ...train.heads import check_head, head_of, hidden_states
 from ...train.opponents import RolloutPolicy
 from ...train.schedules import value_at
-from . import upstream
 
 OP = "accelerate_trl"
 KL_MODES = ("to_go", "sequence", "token")
-IGNORED = -100
 MARK = "_nlhf_acceleration"  # on the class that has been changed
 _PLAIN = {"do_sample", "pad_token_id", "bos_token_id", "eos_token_id", "repetition_penalty", "use_cache"}
 _SAMPLING = {"max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p"}
@@ -42,10 +41,10 @@ def accelerate_trl(*, kl: str = "to_go", backend: str | None = None) -> Accelera
     backend   of the kernels; None: the fastest that can run
     """
     check_option(OP, "kl", kl, KL_MODES)
-    trainer = upstream.trainer_class(OP)
+    trainer = upstream.trl_trainer_class(OP)
     acceleration: Acceleration | None = vars(trainer).get(MARK)
     if acceleration is None:
-        upstream.check_methods(OP, trainer)
+        upstream.check_trl_methods(OP, trainer)
         return Acceleration(trainer, kl, backend)
     for name, value in {"kl": kl, "backend": backend}.items():
         if value != getattr(acceleration, name):
@@ -103,7 +102,7 @@ class Acceleration:
             return self._of(trainer).loss(probability)
 
         def training_step(trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-            with finite_attention_gradients():
+            with upstream.finite_attention_gradients():
                 loss: torch.Tensor = step(trainer, model, inputs, num_items_in_batch)
             # TRL divides what it reports by their number; the loss it gets is divided already
             reported: torch.Tensor = loss * trainer.args.gradient_accumulation_steps
@@ -121,7 +120,7 @@ class Acceleration:
 
 def _now(trainer: Any, name: str) -> float:
     state = trainer.state
-    return value_at(name, upstream.schedule(trainer, name), state.global_step, state.epoch or 0.0)
+    return value_at(name, upstream.trl_schedule(trainer, name), state.global_step, state.epoch or 0.0)
 
 
 @dataclass
