@@ -68,14 +68,14 @@ def test_the_majority_judges_both_ways_alike_and_nothing_loses() -> None:
         annotators((1.0, 1.0))
 
 
-def test_drawn_votes_follow_the_probabilities() -> None:
+def test_sampled_votes_follow_the_probabilities() -> None:
     judge, count = annotators(), 4000
     first, second = "Return the names of it all.", "Remove the names."
-    wanted = float(judge(["p"], [first], [second])[0])
-    drawn = judge.drawn(["p"] * count, [first] * count, [second] * count, seed=1)
-    assert 0.05 < wanted < 0.95, "else nothing is tested"
-    assert abs(float(drawn.double().mean()) - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / count)
-    assert torch.equal(drawn, judge.drawn(["p"] * count, [first] * count, [second] * count, seed=1))
+    expected = float(judge(["p"], [first], [second])[0])
+    votes = judge.sample_votes(["p"] * count, [first] * count, [second] * count, seed=1)
+    assert 0.05 < expected < 0.95, "else nothing is tested"
+    assert abs(float(votes.double().mean()) - expected) < 5 * math.sqrt(expected * (1 - expected) / count)
+    assert torch.equal(votes, judge.sample_votes(["p"] * count, [first] * count, [second] * count, seed=1))
 
 
 def test_coverage_counts_what_of_the_truth_is_said() -> None:

@@ -19,7 +19,7 @@ from nlhf_kernels.experiment.docstrings import Collection, collect, cut, install
 from nlhf_kernels.experiment.presets import PRESETS
 from tests.support.experiment import fake_packages
 
-FEW = Collection(wanted=60, test_fraction=0.3, text_characters=100)
+FEW = Collection(count=60, test_fraction=0.3, text_characters=100)
 
 
 def test_collected_pairs_are_distinct_and_split_by_module(tmp_path) -> None:
@@ -53,7 +53,7 @@ def test_one_docstring_to_test_on_is_too_few(tmp_path) -> None:
     packages = fake_packages(tmp_path, modules=80, functions=1)
     train, test = collect(FEW, [packages])
     shares = sorted(share(f"test {item.module}") for item in train + test)
-    one = Collection(FEW.wanted, shares[0] + 1e-9, FEW.text_characters)
+    one = Collection(FEW.count, shares[0] + 1e-9, FEW.text_characters)
     with pytest.raises(ValueError, match=r"2 of them to test on; got .* \(1 to test on\): install .* scikit-learn"):
         collect(one, [packages])
 
@@ -73,7 +73,7 @@ def test_sources_that_do_not_parse_are_passed_over(tmp_path) -> None:
 
 
 def test_the_standard_library_is_found() -> None:
-    train, test = collect(Collection(wanted=300, test_fraction=0.3), installed_folders()[:1])
+    train, test = collect(Collection(count=300, test_fraction=0.3), installed_folders()[:1])
     assert len(train) + len(test) == 300
     assert all("site-packages" not in row.module for row in train + test), "what is installed is not part of it"
 

@@ -1,12 +1,12 @@
-"""Three annotators with different tastes, and what the majority of them prefers.
+"""Three annotators with different tastes, and the vote of their majority.
 
-coverage   how much of the true first line the response holds: the share of its character trigrams
+coverage   the share of the true first line's character trigrams that the response has
 brevity    fewer words, down to four
 fluency    mean log-probability per word under a trigram model of the true first lines
 
-Each is sure of its taste in one degree: it votes for y over y' with probability sigmoid((s(y) - s(y')) / scale), its
-scale being what its scores commonly differ by. The vote is the majority's. A majority of transitive tastes need not be
-transitive: that is where cycles come from. A response without a word loses to one with words, whatever the taste.
+An annotator with score s votes for y over y' with probability sigmoid((s(y) - s(y')) / scale), its scale being a share
+of the usual difference of its scores. A majority of transitive tastes need not be transitive: hence cycles. A response
+without a word loses to one with words, for every taste.
 """
 
 from __future__ import annotations
@@ -31,13 +31,20 @@ _NOTHING = -1e6  # the score of a response without words
 
 @dataclass
 class Annotators:
-    """A judge, as `preference` has them: (prompts, first, second) -> P(first preferred by the majority)."""
+    """A judge, as `preference` has them: (prompts, first, second) -> P(first preferred by the majority).
 
-    truths: Mapping[str, str]  # prompt -> its true first line
+    Args:
+        truths (mapping prompt -> text): the true first line of each prompt.
+        language (Trigrams): of the true first lines.
+        scales (sequence of 3 floats): one for each taste, above 0: the smaller, the surer the vote.
+        name (str): of the judge in errors.
+    """
+
+    truths: Mapping[str, str]
     language: Trigrams
-    scales: Sequence[float] = (1.0, 1.0, 1.0)  # one per taste
+    scales: Sequence[float] = (1.0, 1.0, 1.0)
     name: str = "annotators"
-    _known: dict[tuple[str, str], tuple[float, ...]] = field(default_factory=dict, repr=False)
+    _scores: dict[tuple[str, str], tuple[float, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.scales) != len(TASTES):
@@ -45,41 +52,57 @@ class Annotators:
         for scale in self.scales:
             check_number("annotators", "scales", scale, 0.0, open_low=True)
 
-    def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:  # (N, 3) float64
+    def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        """Each annotator's score of each response, (N, 3) float64.
+
+        Args:
+            prompts, responses (sequences of N texts): the pairs to score.
+        """
         scores = [self._score(*pair) for pair in zip(prompts, responses, strict=True)]
         return torch.tensor(scores, dtype=torch.float64, device="cpu")
 
     def votes(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
-        """(N, 3) float64: each annotator's P(first > second)."""
+        """Each annotator's P(first > second), (N, 3) float64.
+
+        Args:
+            prompts, first, second (sequences of N texts): prompts and two responses to each.
+        """
         difference = self.scores(prompts, first) - self.scores(prompts, second)
         return (difference / difference.new_tensor(self.scales)).sigmoid()
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
         return majority(self.votes(prompts, first, second))
 
-    def drawn(
+    def sample_votes(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], seed: int
-    ) -> torch.Tensor:  # (N,) bool: whether the majority of three votes, each drawn, was for the first
+    ) -> torch.Tensor:
+        """Whether the majority of three sampled votes is for the first, (N,) bool.
+
+        Args:
+            prompts, first, second (sequences of N texts): prompts and two responses to each.
+            seed (int): of the votes.
+        """
         generator = torch.Generator().manual_seed(seed)
         votes = self.votes(prompts, first, second)
-        return (torch.rand(votes.shape, generator=generator, dtype=torch.float64, device="cpu") < votes).sum(1) >= 2
+        uniforms = torch.rand(votes.shape, generator=generator, dtype=torch.float64, device="cpu")
+        return (uniforms < votes).sum(1) >= 2
 
     def _score(self, prompt: str, response: str) -> tuple[float, ...]:
         key = prompt, response
-        if key not in self._known:
+        if key not in self._scores:
             if prompt not in self.truths:
                 raise ValueError(f"annotators: prompts: expected one whose first line is known; got {prompt[:60]!r}")
-            said = words(response)
-            self._known[key] = (
+            tokens = words(response)
+            self._scores[key] = (
                 (
                     coverage(self.truths[prompt], response),
-                    -float(max(len(said), SHORTEST)),
+                    -float(max(len(tokens), SHORTEST)),
                     self.language.mean_log_probability(response),
                 )
-                if any(word.isalnum() for word in said)
+                if any(token.isalnum() for token in tokens)
                 else (_NOTHING,) * 3
             )
-        return self._known[key]
+        return self._scores[key]
 
 
 def majority(votes: torch.Tensor) -> torch.Tensor:  # (..., 3) -> (...)
@@ -89,9 +112,9 @@ def majority(votes: torch.Tensor) -> torch.Tensor:  # (..., 3) -> (...)
 
 
 def coverage(truth: str, response: str) -> float:
-    """The share of the truth's character trigrams, counted with their number, that the response holds."""
-    wanted, had = _trigrams(truth), _trigrams(response)
-    return sum((wanted & had).values()) / max(sum(wanted.values()), 1)
+    """The share of the truth's character trigrams, with multiplicity, that the response has."""
+    expected, present = _trigrams(truth), _trigrams(response)
+    return sum((expected & present).values()) / max(sum(expected.values()), 1)
 
 
 def _trigrams(text: str) -> Counter[str]:
@@ -100,21 +123,28 @@ def _trigrams(text: str) -> Counter[str]:
 
 
 def common_scales(scores: torch.Tensor, share: float) -> list[float]:  # (prompts, responses, 3)
-    """`share` of the standard deviation of what two responses to a prompt differ by, taste by taste."""
-    real = scores.masked_fill(scores <= _NOTHING, torch.nan)
-    pairs = [real[:, i] - real[:, j] for i, j in combinations(range(scores.shape[1]), 2)]
+    """Of each taste `share` times the root mean square difference of two responses' scores."""
+    scores = scores.masked_fill(scores <= _NOTHING, torch.nan)
+    pairs = [scores[:, i] - scores[:, j] for i, j in combinations(range(scores.shape[1]), 2)]
     differences = torch.stack(pairs).flatten(0, 1)
     spread = (differences**2).nanmean(0).sqrt().nan_to_num()
     return [max(share * float(value), 1e-3) for value in spread]
 
 
 def words(text: str) -> list[str]:
+    """Words and punctuation marks, in lower case."""
     return TOKEN.findall(text.lower())
 
 
 class Trigrams:
-    """p_0(w) = 1 / V, p_k(w | h) = a_k f(w | h) + (1 - a_k) p_(k-1)(w | h without its first word), where f is the
-    frequency after h, k - 1 words long; a_k = 0 where h was never seen."""
+    """A trigram model of words, interpolated with its lower orders.
+
+    p_0(w) = 1 / V and p_k(w | h) = a_k f(w | h) + (1 - a_k) p_(k-1)(w | h without its first word), where f is the
+    frequency of w after the k - 1 words h; a_k = 0 where h does not occur.
+
+    Args:
+        texts (iterable of texts): counted once each; at least one.
+    """
 
     TRUST = (0.98, 0.7, 0.7)  # a_1, a_2, a_3
 
@@ -133,7 +163,11 @@ class Trigrams:
         self.vocabulary = len(self.counts[0]) + 1
 
     def mean_log_probability(self, text: str) -> float:
-        """In nats per word, the end counted as one."""
+        """The mean log-probability of the text's words and its end, in nats per word.
+
+        Args:
+            text (str): without words, its end alone.
+        """
         row = [_START, _START, *words(text), _END]
         return sum(math.log(self._probability(row[i - 2 : i + 1])) for i in range(2, len(row))) / (len(row) - 2)
 
@@ -141,7 +175,7 @@ class Trigrams:
         value = 1 / self.vocabulary
         for order, trust in enumerate(self.TRUST):
             key = tuple(gram[2 - order :])
-            seen = self.histories[order][key[:-1]]
-            if seen:
-                value = trust * self.counts[order][key] / seen + (1 - trust) * value
+            count = self.histories[order][key[:-1]]
+            if count:
+                value = trust * self.counts[order][key] / count + (1 - trust) * value
         return value

@@ -3,10 +3,10 @@
 1. An interior beta beats self-play (beta = 0) and best response (beta = 1).
 2. Nash learning beats the reward-model baseline where preferences cycle.
 
-A match counts as won when the interval of its win rate is above 1/2 by more than a margin, below which a preference is
-none that anybody would notice. Where one candidate of several may win, their intervals are widened for that choice.
-Without several runs an interval covers the choice of prompts alone, and at few prompts its normal approximation is too
-narrow: below MIN_RUNS and MIN_PROMPTS there is no verdict, whatever the intervals say.
+A match counts as won when the interval of its win rate is above 1/2 by more than a margin. Where one candidate of
+several may win, their intervals are widened for that choice. Without several runs an interval covers the choice of
+prompts alone, and at few prompts its normal approximation is too narrow: below MIN_RUNS and MIN_PROMPTS there is no
+verdict.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def evidence(claim: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def verdict(claim: Mapping[str, Any]) -> str:
-    """What a claim's verdict is worth, of results written before there was a minimum too."""
+    """A claim's verdict, TOO_SMALL below the minimum of runs and prompts, of older results too."""
     runs, prompts = evidence(claim)
     return str(claim["verdict"]) if runs >= MIN_RUNS and prompts >= MIN_PROMPTS else TOO_SMALL
 
 
 def interior_beta(tournament: Tournament) -> dict[str, Any] | None:
-    """None where the contestants do not allow the question."""
+    """Claim 1; None where its contestants do not take part."""
     betas = {name: beta for name in tournament.names if (beta := beta_of(name)) is not None}
     ends = [next((name for name, beta in betas.items() if beta == end), None) for end in (0.0, 1.0)]
     inner = [name for name, beta in betas.items() if 0 < beta < 1]
@@ -46,11 +46,11 @@ def interior_beta(tournament: Tournament) -> dict[str, Any] | None:
     won = any(all(rate.low > 0.5 + MARGIN for rate in each) for each in by_name.values())
     lost = all(any(rate.high < 0.5 - MARGIN for rate in each) for each in by_name.values())
     best = max(inner, key=lambda name: min(rate.mean for rate in by_name[name]))
-    return _decided("an interior beta beats beta = 0 and beta = 1", won, lost, best, len(inner), rates)
+    return _claim("an interior beta beats beta = 0 and beta = 1", won, lost, best, len(inner), rates)
 
 
 def beats_rewards(tournament: Tournament, where: Sequence[int] | None) -> dict[str, Any] | None:
-    """Nash-MD of every beta below 1, Nash-EMA and IPO-MD against the baseline; `where`: these prompts only."""
+    """Claim 2: Nash-MD of every beta below 1, Nash-EMA and IPO-MD against the baseline; `where`: these prompts only."""
     rivals = [name for name in tournament.names if name in ("nash-ema", "ipo-md") or (beta_of(name) or 0.0) < 1]
     rivals = [name for name in rivals if name not in (BASELINE, "sft")]
     if BASELINE not in tournament.names or not rivals:
@@ -63,13 +63,13 @@ def beats_rewards(tournament: Tournament, where: Sequence[int] | None) -> dict[s
     won = any(rate.low > 0.5 + MARGIN for rate in rates.values())
     lost = all(rate.high < 0.5 - MARGIN for rate in rates.values())
     best = max(rivals, key=lambda name: rates[name, BASELINE].mean)
-    return _decided(claim, won, lost, best, len(rivals), rates)
+    return _claim(claim, won, lost, best, len(rivals), rates)
 
 
-def _decided(
+def _claim(
     claim: str, won: bool, lost: bool, best: str, compared: int, rates: Mapping[tuple[str, str], Estimate]
 ) -> dict[str, Any]:
-    made = {
+    facts = {
         "claim": claim,
         "verdict": REPRODUCED if won else CONTRADICTED if lost else OPEN,
         "best": label(best),
@@ -77,7 +77,7 @@ def _decided(
         "prompts": next(iter(rates.values())).prompts,
         "matches": [{"first": label(a), "second": label(b), **rate.to_dict()} for (a, b), rate in rates.items()],
     }
-    return {**made, "verdict": verdict(made)}
+    return {**facts, "verdict": verdict(facts)}
 
 
 def by_beta(tournament: Tournament) -> list[dict[str, Any]]:

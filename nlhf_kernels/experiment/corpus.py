@@ -1,4 +1,4 @@
-"""What the experiment is about: prompts with a wanted answer, from docstrings or from a user's preference pairs."""
+"""The texts of the experiment: prompts with a target answer, from docstrings or from a user's preference pairs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,17 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Material:
-    """Where texts and models come from; all None: docstrings, and a small model of our own."""
+    """Where texts and model come from.
 
-    data: str | None = None  # pairs: a file, a folder or a hub name
-    split: str | None = None  # of a hub data set
-    model: str | None = None  # a causal language model: a folder or a hub name
+    Args:
+        data (str or None): preference pairs: a file, a folder or a hub name; None: docstrings.
+        split (str or None): of a hub data set.
+        model (str or None): a causal language model, a folder or a hub name; None: a small one with random weights.
+    """
+
+    data: str | None = None
+    split: str | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
         if self.split is not None and self.data is None:
@@ -41,19 +47,22 @@ class Material:
 
 @dataclass(frozen=True)
 class Corpus:
+    """Examples to train and test on, the user's pairs where there are some, and the tokenizer."""
+
     train: list[Example]
     test: list[Example]
-    pairs: list[Pair] | None  # the user's, of the training prompts; None: the annotators make some
+    pairs: list[Pair] | None  # the user's, of the training prompts; None: the annotators compare sampled answers
     test_pairs: list[Pair] | None
     tokenizer: Any
 
     @property
     def annotated(self) -> bool:
-        """Whether there are true annotators to ask."""
+        """Whether there are annotators."""
         return self.pairs is None
 
 
 def make_corpus(work: Path, preset: Preset, material: Material, report: Reporter, folders: Any = None) -> None:
+    """Collect the texts, split them, train a tokenizer where no model brings one; write them into `work`."""
     tokenizer = None if material.model is None else load_generation_tokenizer("experiment: --model", material.model)
     if material.data is None:
         train, test = _docstrings(preset, report, folders)
@@ -62,8 +71,8 @@ def make_corpus(work: Path, preset: Preset, material: Material, report: Reporter
         train, test = ([Example(pair.prompt, pair.chosen) for pair in rows] for rows in (pairs, test_pairs))
         write_rows(work / "pairs-train.jsonl", [pair._asdict() for pair in pairs])
         write_rows(work / "pairs-test.jsonl", [pair._asdict() for pair in test_pairs])
-    test = _distinct(test)
-    if len(test) < 2:  # said here, before hours of training
+    test = _distinct(test)  # intervals are over prompts
+    if len(test) < 2:  # raised here, before hours of training
         raise ValueError(
             "experiment: --data: expected 2 different prompts to test on, as intervals are over prompts; got "
             f"{len(test)} beside {len(_distinct(train))} to train on (more pairs, or a larger share of them: --set "
@@ -77,6 +86,7 @@ def make_corpus(work: Path, preset: Preset, material: Material, report: Reporter
 
 
 def load_corpus(folder: Path) -> Corpus:
+    """Read what `make_corpus` wrote."""
     rows = {name: [Example(**row) for row in read_rows(folder / f"{name}.jsonl")] for name in ("train", "test")}
     pairs: list[list[Pair] | None] = [
         [Pair(**row) for row in read_rows(path)] if path.is_file() else None
@@ -90,11 +100,8 @@ def _docstrings(preset: Preset, report: Reporter, folders: Any) -> tuple[list[Ex
     settings = Collection(preset.examples, preset.test_fraction, preset.text_characters, preset.summary_characters)
     with report.bar("reading docstrings", preset.examples) as advance:
         train, test = collect(settings, folders, advance)
-    return _examples(train), _examples(test)
-
-
-def _examples(rows: Any) -> list[Example]:
-    return [Example(PROMPT.format(text=row.text), f" {row.summary}") for row in rows]
+    examples = [[Example(PROMPT.format(text=row.text), f" {row.summary}") for row in rows] for rows in (train, test)]
+    return examples[0], examples[1]
 
 
 def _pairs(preset: Preset, material: Material, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
@@ -103,22 +110,22 @@ def _pairs(preset: Preset, material: Material, tokenizer: Any) -> tuple[list[Pai
         pairs = load_pairs(material.data, tokenizer, split=material.split)
     except (TypeError, ValueError) as error:
         raise ValueError(f"experiment: --data: {str(error).removeprefix('data: ')}") from error
-    chosen = sorted(range(len(pairs)), key=lambda row: (_mixed(pairs[row].prompt), row))[: preset.examples]
-    return split_by_prompt([pairs[row] for row in chosen], preset.test_fraction, preset.seed)
-
-
-def _mixed(text: str) -> bytes:
-    """A data set may be sorted by something; its prompts' hashes are not."""
-    return hashlib.sha256(text.encode()).digest()
+    shuffled = sorted(pairs, key=lambda pair: hashlib.sha256(pair.prompt.encode()).digest())  # data may be sorted
+    return split_by_prompt(shuffled[: preset.examples], preset.test_fraction, preset.seed)
 
 
 def _distinct(rows: list[Example]) -> list[Example]:
-    """One of each prompt: intervals are over prompts."""
+    """The first example of each prompt."""
     return list({row.prompt: row for row in reversed(rows)}.values())[::-1]
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Any:
-    """A `PreTrainedTokenizerFast` of at most `size` tokens, with a padding and an end token."""
+    """Train a byte-level BPE tokenizer, a `PreTrainedTokenizerFast` with a padding and an end token.
+
+    Args:
+        texts (iterable of texts): what it is trained on.
+        size (int): number of tokens, at most.
+    """
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

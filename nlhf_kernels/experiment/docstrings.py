@@ -33,15 +33,22 @@ class Docstring(NamedTuple):
 
 @dataclass(frozen=True)
 class Collection:
-    """What is taken. Lengths keep the task within a small model's reach."""
+    """Which docstrings are collected. The lengths keep the task within reach of a small model.
 
-    wanted: int  # docstrings; the search ends there
-    test_fraction: float = 0.1  # of the modules
-    text_characters: int = 240  # of a body, cut between words; shorter bodies than a quarter are left out
+    Args:
+        count (int): docstrings; the search ends there.
+        test_fraction (float): of the modules.
+        text_characters (int): of a body, cut between words; bodies shorter than a quarter of it are left out.
+        summary_characters (int): of a first line, at most.
+    """
+
+    count: int
+    test_fraction: float = 0.1
+    text_characters: int = 240
     summary_characters: int = 80
 
     def __post_init__(self) -> None:
-        check_integer("docstrings", "wanted", self.wanted, 2, 10**7)
+        check_integer("docstrings", "count", self.count, 2, 10**7)
         check_number("docstrings", "test_fraction", self.test_fraction, 0.0, 1.0, open_low=True)
         check_integer("docstrings", "text_characters", self.text_characters, 40, 10**5)
         check_integer("docstrings", "summary_characters", self.summary_characters, 10, 10**4)
@@ -49,29 +56,35 @@ class Collection:
 
 def collect(
     settings: Collection,
-    folders: Sequence[Path] | None = None,  # None: the standard library and all that is installed
-    on_found: Callable[[int], None] = lambda count: None,
+    folders: Sequence[Path] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[Docstring], list[Docstring]]:
-    """(train, test): distinct texts and distinct summaries, `settings.wanted` together, two to test on; or an error."""
+    """(train, test) docstrings with distinct texts and summaries; an error where there are too few.
+
+    Args:
+        settings (Collection): how many, and which.
+        folders (sequence of Path or None): of Python sources; None: the standard library and all installed packages.
+        advance (callable): called with the number of docstrings so far.
+    """
     modules = _modules(installed_folders() if folders is None else folders)
-    seen: set[str] = set()
-    found: list[Docstring] = []
+    known_keys: set[str] = set()
+    docstrings: list[Docstring] = []
     for name, path in modules:
         for text, summary in _pairs(path, settings):
             keys = {"text " + _key(text), "summary " + _key(summary)}
-            if not keys & seen:
-                seen |= keys
-                found.append(Docstring(name, text, summary))
-        on_found(min(len(found), settings.wanted))
-        if len(found) >= settings.wanted:
+            if not keys & known_keys:
+                known_keys |= keys
+                docstrings.append(Docstring(name, text, summary))
+        advance(min(len(docstrings), settings.count))
+        if len(docstrings) >= settings.count:
             break
-    found = found[: settings.wanted]
-    test = [item for item in found if share(f"test {item.module}") < settings.test_fraction]
-    train = [item for item in found if share(f"test {item.module}") >= settings.test_fraction]
-    if len(found) < settings.wanted or len(test) < 2 or not train:
+    docstrings = docstrings[: settings.count]
+    test = [item for item in docstrings if share(f"test {item.module}") < settings.test_fraction]
+    train = [item for item in docstrings if share(f"test {item.module}") >= settings.test_fraction]
+    if len(docstrings) < settings.count or len(test) < 2 or not train:
         raise ValueError(
-            f"docstrings: expected {settings.wanted} with a first line and a body in the Python packages installed "
-            f"here, 2 of them to test on; got {len(found)} from {len(modules)} modules ({len(test)} to test on): "
+            f"docstrings: expected {settings.count} with a first line and a body in the Python packages installed "
+            f"here, 2 of them to test on; got {len(docstrings)} from {len(modules)} modules ({len(test)} to test on): "
             "install packages with documented sources (pip install transformers scipy scikit-learn), ask for fewer "
             "(--set examples=...), or give pairs of your own (--data)"
         )
@@ -102,7 +115,7 @@ def _python_files(folder: Path) -> Iterator[Path]:
     """Sorted, so that of two modules of one name the same one wins everywhere."""
     try:
         entries = sorted(folder.iterdir())
-    except OSError:  # a folder that may not be read has nothing for us
+    except OSError:  # a folder without permission to read it
         return
     for path in entries:
         if path.suffix == ".py":
@@ -119,7 +132,7 @@ def _pairs(path: Path, settings: Collection) -> Iterator[tuple[str, str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other people's escape sequences
             tree = ast.parse(source)
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # not for this Python; there are others
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # unreadable, or for another Python
         return
     for node in _documented(tree):
         docstring = ast.get_docstring(node)
@@ -148,15 +161,15 @@ def split_docstring(docstring: str, settings: Collection) -> tuple[str, str] | N
     if second.strip() or not plain or len(summary) > settings.summary_characters or len(WORD.findall(summary)) < 3:
         return None
     lines = (line.strip() for line in body.splitlines())
-    kept = (line for line in lines if WORD.search(line) and not line.startswith((">>>", "...", ".. ", "```")))
-    text = " ".join(" ".join(kept).split())
+    prose = (line for line in lines if WORD.search(line) and not line.startswith((">>>", "...", ".. ", "```")))
+    text = " ".join(" ".join(prose).split())
     if len(text) < settings.text_characters // 4 or not text.isascii() or len(WORD.findall(text)) < 5:
         return None
     return cut(text, settings.text_characters), summary
 
 
 def cut(text: str, characters: int) -> str:
-    """At most so many, ending between words."""
+    """The text's beginning, at most so many characters, ending between words."""
     if len(text) <= characters:
         return text
     whole = text[: characters + 1].rpartition(" ")[0]

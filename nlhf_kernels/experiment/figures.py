@@ -1,4 +1,4 @@
-"""The report's figures, from its numbers alone. Each is a function of the results and of one judge's name, or none."""
+"""The report's figures: functions of the results, and of one judge's name where it has a part."""
 
 from __future__ import annotations
 
@@ -7,45 +7,31 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import Any
 
-from ..core.plots import STYLES, new_figure
+from ..core.plots import PALETTE, STYLES, new_figure
+from ..evaluation import plot_win_rates
 from ..evaluation.intervals import NORMAL
 from .presets import label
 
 Results = dict[str, Any]
 JUDGE_LABELS = {"annotators": "the true annotators", "preference-model": "the preference model"}  # the truth first
-MARKED = 12  # points of a curve that are few enough to be shown each
+MARKED = 12  # points of a curve up to which each has a marker
 
 
 def judges(results: Results) -> dict[str, Any]:
-    """What each judge says, those who know the truth before those who learned it."""
+    """The tournament's results by judge, the annotators first."""
     facts = results["tournament"]["judges"]
     return {name: facts[name] for name in JUDGE_LABELS if name in facts}
 
 
 def heat_map(results: Results, judge: str) -> Any:
-    """Row against column; the numbers stand in the cells."""
+    """Win rates, row against column, the numbers in the cells."""
     facts = results["tournament"]
-    names, matrix = facts["labels"], facts["judges"][judge]["matrix"]
-    size = 1.6 + 0.72 * len(names)
-    figure = new_figure(size + 1.0, size)
-    axes = figure.subplots()
-    rates = [[float("nan") if cell is None else cell["mean"] for cell in row] for row in matrix]
-    image = axes.imshow(rates, cmap="RdBu", vmin=0.0, vmax=1.0)
-    for i, row in enumerate(matrix):
-        for j, cell in enumerate(row):
-            if cell is not None:
-                dark = abs(cell["mean"] - 0.5) > 0.3
-                text = f"{cell['mean']:.2f}\n±{cell['half']:.2f}"
-                axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_title(f"P(row preferred to column), judged by {JUDGE_LABELS[judge]}", fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.8)
-    return figure
+    title = f"P(row preferred to column), judged by {JUDGE_LABELS[judge]}"
+    return plot_win_rates(facts["labels"], facts["judges"][judge]["matrix"], title)
 
 
 def win_rate_by_beta(results: Results) -> Any:
-    """Nash-MD against one opponent, an error bar for every beta."""
+    """Win rates of Nash-MD by beta, against one opponent."""
     figure, axes = _panel("Nash-MD by beta, 95 % intervals")
     against = ""
     for index, (judge, facts) in enumerate(judges(results).items()):
@@ -65,7 +51,7 @@ def win_rate_by_beta(results: Results) -> Any:
 
 
 def training_curves(results: Results, quantity: str, ylabel: str) -> Any:
-    """One logged quantity on the way, means over a contestant's runs."""
+    """A logged quantity against the updates, means over a contestant's runs."""
     figure, axes = _panel("")
     for index, (name, points) in enumerate(curves(results, quantity).items()):
         axes.plot(
@@ -84,19 +70,19 @@ def training_curves(results: Results, quantity: str, ylabel: str) -> Any:
 
 
 def curves(results: Results, quantity: str) -> dict[str, dict[int, float]]:
-    """contestant -> update -> mean over its runs. What training does not log (IPO-MD trains on answers of the mixture,
-    not the policy's) comes from the evaluations on the way."""
-    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """contestant -> update -> mean over its runs. What training does not log is taken from the evaluations during
+    training: IPO-MD trains on answers of the mixture, not of the policy."""
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run, history in results["histories"].items():
         name = quantity if any(quantity in entry for entry in history) else f"eval_{quantity}"
         for entry in history:
             if name in entry:
-                found[run.rpartition(" ")[0]][int(entry["step"])].append(float(entry[name]))
-    return {name: {step: fmean(values) for step, values in sorted(each.items())} for name, each in found.items()}
+                values[run.rpartition(" ")[0]][int(entry["step"])].append(float(entry[name]))
+    return {name: {step: fmean(each) for step, each in sorted(steps.items())} for name, steps in values.items()}
 
 
 def distance_and_strength(results: Results, judge: str) -> Any:
-    """How far a policy went from the reference, and what it won against it for that."""
+    """Each policy's win rate against the reference, against its KL from it."""
     facts = results["tournament"]
     figure, axes = _panel(f"judged by {JUDGE_LABELS[judge]}")
     for row, name in zip(facts["judges"][judge]["matrix"], facts["names"], strict=True):
@@ -127,22 +113,23 @@ def all_figures(results: Results) -> Iterable[tuple[str, str, Any]]:
 
 
 def _panel(title: str) -> tuple[Any, Any]:
-    """Narrow, so that its letters can be read on a phone."""
+    """One panel, narrow enough for its letters to be read on a phone."""
     figure = new_figure(5.2, 3.9)
     axes = figure.subplots()
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
+    axes.set_prop_cycle(color=PALETTE)
     return figure, axes
 
 
 def _rates(axes: Any) -> None:
-    """A win rate's whole range, so that a little more than 1/2 looks like it."""
+    """A win rate's whole range, so that a small difference from 1/2 looks small."""
     axes.set_ylim(0.0, 1.0)
     axes.axhline(0.5, color="0.5", linewidth=1)
 
 
 def _from_zero(axes: Any, axis: str) -> None:
-    """From zero, or from below it where estimates of a quantity that is none fall there."""
+    """Begin the axis at zero, or below it where estimates are negative."""
     low, high = axes.dataLim.intervalx if axis == "x" else axes.dataLim.intervaly
     bounds = (min(0.0, low), high + 0.05 * (high - min(0.0, low))) if high > min(0.0, low) else (0.0, 1.0)
     (axes.set_xlim if axis == "x" else axes.set_ylim)(*bounds)

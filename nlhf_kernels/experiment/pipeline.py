@@ -1,4 +1,4 @@
-"""The experiment from its first stage to its last. Each stage reads what the ones before it have written."""
+"""The experiment from its first stage to its last. Each stage reads what the ones before it wrote."""
 
 from __future__ import annotations
 
@@ -36,7 +36,17 @@ FORMAT = 1
 
 
 class Experiment:
-    """`run` makes what is missing and returns the results, which the report is drawn from."""
+    """An experiment in a folder: `run` completes the stages that are missing, `write` makes the report.
+
+    Args:
+        folder (Path): of the experiment; an interrupted one goes on.
+        preset (Preset): all numbers.
+        material (Material): where texts and model come from.
+        device (torch.device): of all models.
+        report (Reporter): what the user sees meanwhile.
+        restart (bool): remove the stages of an experiment that is in the folder.
+        folders (sequence of Path or None): of Python sources with docstrings; None: all installed packages.
+    """
 
     def __init__(
         self, folder: Path, preset: Preset, material: Material, device: torch.device, report: Reporter,
@@ -49,6 +59,7 @@ class Experiment:
         self.policy = self.workspace.path("sft") / "model"
 
     def run(self) -> dict[str, Any]:
+        """Complete the missing stages; returns the results, one JSON document."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.preset.threads or before)
         try:
@@ -68,11 +79,16 @@ class Experiment:
         self._stage("cycles", "counting cycles", lambda work: count_all_cycles(work, self.judges, self.setting))
         self._train()
         self._stage("tournament", "tournament", self._tournament)
-        self._stage("speed", "kernels against the PyTorch oracle", self._speed)
+        self._stage("speed", "kernels against the PyTorch oracle", lambda work: measure(
+            work, self.judges[self.preset.judge], self.reward, self.setting))  # fmt: skip
         return self.results()
 
     def write(self, results: dict[str, Any]) -> Path:
-        """The folder with `results.json`, `report.html` and its figures; drawn anew every time."""
+        """Write `results.json`, `report.html` and its figures, replacing older ones; returns their folder.
+
+        Args:
+            results (dict): of `run`.
+        """
         place = self.workspace.path(REPORT)
         with self.workspace.lock(), atomic_folder(place, KIND, overwrite=True) as work:
             write_json(work / "results.json", results)
@@ -80,8 +96,8 @@ class Experiment:
         return place
 
     def _stage(self, name: str, title: str, make: Any) -> None:
-        kept = " (kept)" if self.workspace.has(name) else ""
-        self.report.say(f"{title}{kept}")
+        suffix = " (kept)" if self.workspace.has(name) else ""
+        self.report.say(f"{title}{suffix}")
         self.workspace.stage(name, make)
 
     def _learn_preferences(self) -> None:
@@ -106,9 +122,6 @@ class Experiment:
                 title = f"{label(contestant)}, run {seed + 1} of {self.preset.seeds}"
                 make = partial(make_run, contestant=contestant, seed=seed, **shared)
                 self._stage(stage_name(contestant, seed), title, make)
-
-    def _speed(self, work: Path) -> None:
-        measure(work, self.judges[self.preset.judge], self.reward, self.setting)
 
     def _tournament(self, work: Path) -> None:
         prompts = [row.prompt for row in self.corpus.test[: self.preset.test_prompts]]
@@ -162,7 +175,7 @@ class Experiment:
         return made
 
     def results(self) -> dict[str, Any]:
-        """Everything that the report says, as one JSON document."""
+        """All numbers of the report, as one JSON document."""
         path = self.workspace.path
         annotators = path("preferences") / "annotators.json"
         runs = [(name, seed) for name in self.preset.contestants for seed in range(self.preset.seeds)]
@@ -186,7 +199,7 @@ class Experiment:
 
 
 def check_fits(preset: Preset, material: Material) -> None:
-    """What would fail after minutes fails now."""
+    """Raise at once where the experiment would fail after minutes."""
     if material.data is not None and preset.judge == "annotators":
         raise ValueError("experiment: judge: expected preference-model with --data, which has no annotators to ask; "
                          "got 'annotators'")  # fmt: skip

@@ -30,53 +30,53 @@ from .workspace import read_json, read_rows, write_json, write_rows
 
 PAIRWISE_TEMPLATE = "{prompt}{first}\nOr:{second}\nBetter:"
 REWARD_TEMPLATE = "{prompt}{response}\nThis good:"
-RESPONSES = 4  # to a prompt; the annotators compare them two and two, in this order, until there are pairs enough
-MEETINGS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2))
+RESPONSES = 4  # to a prompt
+PAIRINGS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2))
 
 
 def make_preferences(work: Path, setting: Setting) -> None:
-    """Answers of the supervised policy in pairs, with the annotators' vote; or the user's pairs as they are."""
+    """Sample pairs of answers of the supervised policy and the annotators' votes on them; the user's pairs stay as they
+    are."""
     corpus, preset, report = setting.corpus, setting.preset, setting.report
     if corpus.pairs is not None and corpus.test_pairs is not None:
         write_rows(work / "train.jsonl", [pair._asdict() for pair in corpus.pairs])
         write_rows(work / "test.jsonl", [pair._asdict() for pair in corpus.test_pairs])
         return
     model = setting.fresh_policy()
-    tables, counts = {}, {"train": preset.pairs, "test": max(2, preset.pairs // 8)}
+    responses, counts = {}, {"train": preset.pairs, "test": max(2, preset.pairs // 8)}
     for name, rows in (("train", corpus.train), ("test", corpus.test)):
-        needed = -(-counts[name] // (RESPONSES // 2))
-        chosen = [row.prompt for row in rows][:needed]
-        with report.bar(f"answers to compare, {name}", len(chosen)) as advance:
+        prompts = [row.prompt for row in rows][: -(-counts[name] // (RESPONSES // 2))]
+        with report.bar(f"answers to compare, {name}", len(prompts)) as advance:
             sampling = _sampling(preset, RESPONSES, preset.seed + (name == "test"))
-            answers = sample_answers(model, None, corpus.tokenizer, chosen, sampling, advance)
-        tables[name] = chosen, answers.texts
-    prompts, texts = tables["train"]
-    bare = make_annotators(corpus, (1.0, 1.0, 1.0))
-    scores = bare.scores([p for p in prompts for _ in range(RESPONSES)], [text for row in texts for text in row])
-    scales = common_scales(scores.view(len(prompts), RESPONSES, -1), preset.decided)
+            answers = sample_answers(model, None, corpus.tokenizer, prompts, sampling, advance)
+        responses[name] = prompts, answers.texts
+    prompts, texts = responses["train"]
+    unscaled = make_annotators(corpus, (1.0, 1.0, 1.0))
+    scores = unscaled.scores([p for p in prompts for _ in range(RESPONSES)], [text for row in texts for text in row])
+    scales = common_scales(scores.view(len(prompts), RESPONSES, -1), preset.vote_scale)
     annotators, facts = make_annotators(corpus, scales), {}
-    for seed, (name, (prompts, texts)) in enumerate(tables.items()):
-        pairs, agreement = _voted(annotators, prompts, texts, counts[name], preset.seed + seed)
+    for seed, (name, (prompts, texts)) in enumerate(responses.items()):
+        pairs, agreement = _compare(annotators, prompts, texts, counts[name], preset.seed + seed)
         write_rows(work / f"{name}.jsonl", [pair._asdict() for pair in pairs])
         facts[name] = {"pairs": len(pairs), "ceiling": agreement}
     write_json(work / "annotators.json", {"scales": scales, **facts})
 
 
-def _voted(
+def _compare(
     annotators: Annotators, prompts: list[str], texts: list[list[str]], count: int, seed: int
 ) -> tuple[list[Pair], float]:
-    """At most `count` pairs of different answers, and how often the likelier vote is the one drawn."""
+    """At most `count` pairs of different answers with their vote, and the mean probability of the likelier vote."""
     rows = [
         (prompt, row[i], row[j])
-        for i, j in MEETINGS
+        for i, j in PAIRINGS
         for prompt, row in zip(prompts, texts, strict=True)
         if row[i] != row[j]
     ][:count]
     columns = [list(column) for column in zip(*rows, strict=True)]
-    first = annotators.drawn(columns[0], columns[1], columns[2], seed).tolist()
-    sure = annotators(columns[0], columns[1], columns[2])
-    pairs = [Pair(p, a, b) if won else Pair(p, b, a) for (p, a, b), won in zip(rows, first, strict=True)]
-    return pairs, float(torch.maximum(sure, 1 - sure).mean())
+    votes = annotators.sample_votes(columns[0], columns[1], columns[2], seed).tolist()
+    probabilities = annotators(columns[0], columns[1], columns[2])
+    pairs = [Pair(p, a, b) if vote else Pair(p, b, a) for (p, a, b), vote in zip(rows, votes, strict=True)]
+    return pairs, float(torch.maximum(probabilities, 1 - probabilities).mean())
 
 
 def make_annotators(corpus: Corpus, scales: Any) -> Annotators:
@@ -92,18 +92,14 @@ def load_annotators(corpus: Corpus, folder: Path) -> Annotators | None:
     return make_annotators(corpus, read_json(folder / "annotators.json")["scales"])
 
 
-def load_pairs_of(folder: Path, name: str) -> list[Pair]:
-    return [Pair(**row) for row in read_rows(folder / f"{name}.jsonl")]
-
-
 def make_comparison_model(work: Path, kind: str, pairs: Path, setting: Setting) -> None:
-    """`kind` of `preference.KINDS`; saved with its measures on pairs of prompts that it has not seen."""
+    """Train a model of a kind of `preference.KINDS`; save it with its measures on held-out pairs."""
     template = PAIRWISE_TEMPLATE if kind == "pairwise" else REWARD_TEMPLATE
     preset, report = setting.preset, setting.report
     base = setting.fresh_policy()
-    model = KINDS[kind](
-        base, setting.corpus.tokenizer, template=template, max_length=_room(base, preset), overlong="truncate"
-    )
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    max_length = min(preset.positions, positions or preset.positions)
+    model = KINDS[kind](base, setting.corpus.tokenizer, template=template, max_length=max_length, overlong="truncate")
     settings = PreferenceTraining(
         steps=preset.preference_steps,
         batch_size=preset.preference_batch,
@@ -111,15 +107,16 @@ def make_comparison_model(work: Path, kind: str, pairs: Path, setting: Setting) 
         seed=preset.seed,
         bfloat16=preset.bfloat16,
     )
-    done = train_preference_model(
-        model.to(setting.device), load_pairs_of(pairs, "train"), settings, held_out=load_pairs_of(pairs, "test"),
-        progress=report.shown,
-    )  # fmt: skip
-    assert done.evaluation is not None
-    report.say(f"  accuracy {done.evaluation.accuracy:.3f}, log-loss {done.evaluation.log_loss:.3f} on held-out pairs")
+    rows = {name: [Pair(**row) for row in read_rows(pairs / f"{name}.jsonl")] for name in ("train", "test")}
+    training = train_preference_model(
+        model.to(setting.device), rows["train"], settings, held_out=rows["test"], progress=report.shown
+    )
+    evaluation = training.evaluation
+    assert evaluation is not None
+    report.say(f"  accuracy {evaluation.accuracy:.3f}, log-loss {evaluation.log_loss:.3f} on held-out pairs")
     save_preference_model(model, work / "model")
     write_json(
-        work / "measures.json", {"losses": [round(loss, 4) for loss in done.losses], "test": asdict(done.evaluation)}
+        work / "measures.json", {"losses": [round(loss, 4) for loss in training.losses], "test": asdict(evaluation)}
     )
 
 
@@ -128,7 +125,7 @@ def load_comparison_model(folder: Path, device: torch.device) -> ComparisonModel
 
 
 def count_all_cycles(work: Path, judges: dict[str, Any], setting: Setting) -> None:
-    """Among answers of the supervised policy to the tournament's prompts, as each judge sees them."""
+    """Count the cycles of each judge among answers of the supervised policy to the tournament's prompts."""
     corpus, preset, report = setting.corpus, setting.preset, setting.report
     prompts = [row.prompt for row in corpus.test[: preset.test_prompts]]
     with report.bar("answers among which cycles are counted", len(prompts)) as advance:
@@ -148,8 +145,3 @@ def model_judge(folder: Path, preset: Preset, device: torch.device) -> Preferenc
 
 def _sampling(preset: Preset, samples: int, seed: int) -> Sampling:
     return Sampling(preset.answer_tokens, preset.prompt_tokens, samples, seed=seed, batch=preset.batch)
-
-
-def _room(model: Any, preset: Preset) -> int:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(preset.positions, positions or preset.positions)

@@ -1,5 +1,4 @@
-"""Who takes part and how large an experiment is: contestants, and every number in one place, each preset a whole
-experiment."""
+"""Contestants and presets: the algorithms that are compared, and every number of an experiment in one place."""
 
 from __future__ import annotations
 
@@ -12,19 +11,33 @@ from typing import Any
 from ..core.checks import check_integer, check_number, check_option
 
 OP = "experiment"
-START = "sft"  # the supervised policy, everyone's start and reference
+START = "sft"  # the supervised policy: start and reference of all contestants
 
 
 @dataclass(frozen=True)
 class Contestant:
+    """An algorithm that is trained.
+
+    Args:
+        label (str): its name in tables and figures.
+        algorithm (str): of `NashConfig`.
+        beta (float or None): weight of the reference in the opponent, of nash-md and ipo-md.
+        tau (str): the preset's field with its strength of regularisation.
+        averaged (bool): whether its opponent is a moving average.
+    """
+
     label: str
     algorithm: str
-    beta: float | None = None  # nash-md's and ipo-md's
-    tau: str = "tau"  # the preset's field that it pays for leaving the reference
-    averaged: bool = False  # whether its opponent is a moving average
+    beta: float | None = None
+    tau: str = "tau"
+    averaged: bool = False
 
     def options(self, preset: Any) -> dict[str, Any]:
-        """Of NashConfig, beside the budget."""
+        """Its options of `NashConfig`, beside the budget.
+
+        Args:
+            preset (Preset): with tau and the decay of the average.
+        """
         options: dict[str, Any] = {"algorithm": self.algorithm, "tau": getattr(preset, self.tau)}
         if self.beta is not None:
             options["beta"] = self.beta
@@ -44,11 +57,12 @@ CONTESTANTS: dict[str, Contestant] = {
 
 
 def label(name: str) -> str:
+    """A policy's name in tables and figures."""
     return "SFT" if name == START else CONTESTANTS[name].label
 
 
 def beta_of(name: str) -> float | None:
-    """The mixture's weight of the reference, of a Nash-MD contestant."""
+    """The weight of the reference in a Nash-MD contestant's opponent; None for others."""
     contestant = CONTESTANTS.get(name)
     return contestant.beta if contestant is not None and contestant.algorithm == "nash-md" else None
 
@@ -58,51 +72,81 @@ JUDGES = ("preference-model", "annotators")
 
 @dataclass(frozen=True)
 class Preset:
-    # data
-    examples: int  # docstrings, or pairs of the user's at most
-    test_fraction: float = 0.1  # of modules, or of the pairs' prompts
-    text_characters: int = 240  # of a docstring's body
+    """All numbers of an experiment.
+
+    Args:
+        examples (int): docstrings, or pairs of the user's data, at most.
+        test_fraction (float): of modules, or of the pairs' prompts.
+        text_characters (int): of a docstring's body.
+        summary_characters (int): of its first line.
+        vocabulary (int): tokens of the tokenizer that is trained.
+        hidden, layers, heads (int): size of the model, where none is given.
+        positions (int): tokens of prompt and answers together that the models can read.
+        sft_steps, sft_batch (int): steps and batch size of supervised training.
+        sft_learning_rate (float): of supervised training.
+        pairs (int): of answers that the annotators compare.
+        vote_scale (float): an annotator's scale, as a share of the usual difference of its scores.
+        preference_steps, preference_batch (int): steps and batch size of preference and reward model.
+        preference_learning_rate (float): of preference and reward model.
+        cycle_responses (int): answers to each test prompt, among whose triples cycles are counted.
+        contestants (tuple of str): keys of `CONTESTANTS`.
+        seeds (int): training runs of each contestant.
+        judge (str): of training, one of `JUDGES`; annotators exist for docstrings only.
+        updates, prompts_per_update, samples_per_prompt (int): the budget of a training run.
+        learning_rate (float): of a training run.
+        tau (float): strength of the regularisation.
+        reward_tau (float): of the reward baseline, as a reward is on another scale than a probability.
+        ipo_tau (float): of ipo-md, whose targets 1 / (2 tau) are unbounded.
+        ema_decay (float): of the opponent that is a moving average.
+        prompt_tokens, answer_tokens (int): at most.
+        evaluations (int): of each training run.
+        test_prompts (int): of the tournament.
+        answers (int): of each policy to each of them.
+        bfloat16 (bool): products in bfloat16.
+        batch (int): rows in one batch, where only speed depends on it.
+        speed_updates (int): timed with each backend, twice.
+        threads (int): of PyTorch on the CPU, as models this small are slower on several; 0: PyTorch's default.
+        seed (int): of all random numbers.
+    """
+
+    examples: int
+    test_fraction: float = 0.1
+    text_characters: int = 240
     summary_characters: int = 80
-    # model, where none is given
     vocabulary: int = 2048
     hidden: int = 128
     layers: int = 3
     heads: int = 4
-    positions: int = 512  # tokens of prompt and answers together that the models can read
-    # supervised training
+    positions: int = 512
     sft_steps: int = 300
     sft_batch: int = 32
     sft_learning_rate: float = 2e-3
-    # preferences
-    pairs: int = 4000  # of answers that the annotators compare
-    decided: float = 0.15  # an annotator's scale as a share of what its scores commonly differ by
+    pairs: int = 4000
+    vote_scale: float = 0.15
     preference_steps: int = 300
     preference_batch: int = 32
     preference_learning_rate: float = 5e-4
-    cycle_responses: int = 5  # per test prompt, among whose triples cycles are counted
-    # contestants
+    cycle_responses: int = 5
     contestants: tuple[str, ...] = tuple(CONTESTANTS)
-    seeds: int = 1  # training runs of each
-    judge: str = "preference-model"  # that they are trained with; annotators exist for docstrings only
+    seeds: int = 1
+    judge: str = "preference-model"
     updates: int = 40
     prompts_per_update: int = 16
     samples_per_prompt: int = 2
     learning_rate: float = 3e-4
     tau: float = 0.03
-    reward_tau: float = 0.1  # of the reward baseline, whose reward has another scale than a probability
-    ipo_tau: float = 0.1  # of ipo-md, whose targets 1 / (2 tau) grow without bound
+    reward_tau: float = 0.1
+    ipo_tau: float = 0.1
     ema_decay: float = 0.95
     prompt_tokens: int = 160
     answer_tokens: int = 24
-    evaluations: int = 4  # of each run on its way
-    # tournament
+    evaluations: int = 4
     test_prompts: int = 128
-    answers: int = 1  # of each policy to each of them
-    # machine
+    answers: int = 1
     bfloat16: bool = False
-    batch: int = 64  # rows at once, where only speed depends on it
-    speed_updates: int = 5  # timed with each backend, twice
-    threads: int = 1  # of PyTorch on the CPU: models this small lose by sharing their work; 0: as many as it takes
+    batch: int = 64
+    speed_updates: int = 5
+    threads: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -114,7 +158,7 @@ class Preset:
                           "cycle_responses": 3, "test_prompts": 2, "speed_updates": 2, "seed": 0, "threads": 0,
                           "text_characters": 40, "summary_characters": 10, "vocabulary": 258}.items():  # fmt: skip
             check_integer(OP, name, getattr(self, name), low, 2**31 - 1)
-        for name in ("sft_learning_rate", "decided", "preference_learning_rate", "learning_rate", "ipo_tau"):
+        for name in ("sft_learning_rate", "vote_scale", "preference_learning_rate", "learning_rate", "ipo_tau"):
             check_number(OP, name, getattr(self, name), 0.0, open_low=True)
         for name in ("tau", "reward_tau"):
             check_number(OP, name, getattr(self, name), 0.0)
@@ -133,7 +177,7 @@ class Preset:
 
 
 PRESETS = {
-    # seconds: shows that the pipeline runs, and nothing else
+    # seconds: it shows that the pipeline runs, and nothing else
     "tiny": Preset(
         examples=60, test_fraction=0.3, text_characters=80, summary_characters=60, vocabulary=300, hidden=16, layers=1,
         heads=2, sft_steps=3, sft_batch=4, pairs=24, preference_steps=3, preference_batch=4, cycle_responses=3,
@@ -147,7 +191,7 @@ PRESETS = {
         contestants=("rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1", "nash-ema", "ipo-md"), prompt_tokens=112,
         answer_tokens=20, evaluations=3, test_prompts=192, speed_updates=3,
     ),
-    # one GPU, with runs enough for confidence intervals over them
+    # one GPU, with several runs of each contestant
     "gpu": Preset(
         examples=11000, vocabulary=8192, hidden=512, layers=8, heads=8, sft_steps=2000, sft_batch=64,
         sft_learning_rate=6e-4, pairs=20000, preference_steps=800, preference_batch=64, preference_learning_rate=1e-4,
@@ -158,9 +202,14 @@ PRESETS = {
 
 
 def overridden(preset: Preset, settings: Sequence[str]) -> Preset:
-    """`preset` with `name=value` for some of its fields; contestants are separated by commas."""
+    """The preset with some fields changed.
+
+    Args:
+        preset (Preset): what is changed.
+        settings (sequence of str): each "name=value"; contestants are separated by commas.
+    """
     kinds = typing.get_type_hints(Preset)
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if name not in kinds or not equals:
@@ -169,21 +218,22 @@ def overridden(preset: Preset, settings: Sequence[str]) -> Preset:
             raise ValueError(
                 f"{OP}: --set: expected NAME=VALUE with a name of {', '.join(kinds)}; got {setting!r}{hint}"
             )
-        given[name] = _read(name, text, kinds[name])
-    return replace(preset, **given)
+        values[name] = _parse(name, text, kinds[name])
+    return replace(preset, **values)
 
 
-def _read(name: str, text: str, kind: Any) -> Any:
+def _parse(name: str, text: str, kind: Any) -> Any:
     if kind is bool:
         return check_option(OP, name, text.lower(), ("true", "false")) == "true"
     if kind in (int, float):
         try:
             return kind(text)
         except ValueError as error:
-            wanted = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{OP}: --set: {name}: expected {wanted}; got {text!r}") from error
+            expected = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{OP}: --set: {name}: expected {expected}; got {text!r}") from error
     return text if kind is str else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def as_json(preset: Preset) -> dict[str, Any]:
+    """The preset as JSON writes it."""
     return {**asdict(preset), "contestants": list(preset.contestants)}

@@ -1,6 +1,6 @@
-"""The report: one HTML file with everything in it, drawn from the results alone.
+"""The report: one self-contained HTML file, made from the results alone; and the same numbers as Markdown.
 
-What it says about the claims is computed from the numbers by `claims.py`; nothing here knows how they came out.
+Verdicts on the claims are computed from the numbers, by `claims.py`.
 """
 
 from __future__ import annotations
@@ -37,20 +37,26 @@ figure{margin:1.5rem 0}figure img{width:100%;max-width:36rem;height:auto}figcapt
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """`report.html`, and its figures as files in `figures`, for other documents; the page has matrices as tables."""
+    """Write `report.html`, and its figures into `figures` for other documents; the page has matrices as tables.
+
+    Args:
+        results (dict): of `Experiment.run`.
+        folder (Path): made where it is not there.
+    """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     pictures = []
     for name, caption, figure in all_figures(results):
-        drawn = as_svg(figure)
-        (folder / "figures" / f"{name}.svg").write_bytes(drawn)
+        svg = as_svg(figure)
+        (folder / "figures" / f"{name}.svg").write_bytes(svg)
         if not name.startswith("matrix-"):
-            pictures.append(_picture(drawn, caption))
+            pictures.append(_picture(svg, caption))
     path = folder / "report.html"
     path.write_text(page(results, pictures), encoding="utf-8")
     return path
 
 
 def page(results: Results, pictures: Sequence[str]) -> str:
+    """The HTML page, with these figures in it."""
     facts, corpus = results["tournament"], results["corpus"]
     source = results["material"]["data"] or "Docstrings of the installed Python packages"
     parts = [
@@ -157,22 +163,22 @@ def describe_claim(claim: dict[str, Any]) -> str:
 
 
 def _grounds(claim: dict[str, Any]) -> str:
-    """How much evidence there is, and how much would do where that is too little."""
+    """The evidence of a claim, and where it is too little the minimum."""
     runs, prompts = evidence(claim)
-    seen = f"{_count(runs, 'run')} of each, {_count(prompts, 'prompt')}" if runs else _count(prompts, "prompt")
+    counts = f"{_count(runs, 'run')} of each, {_count(prompts, 'prompt')}" if runs else _count(prompts, "prompt")
     if verdict(claim) == TOO_SMALL:
-        return f"{seen}; a verdict takes {MIN_RUNS} runs and {MIN_PROMPTS} prompts"
-    return f"{seen}; best of {claim['compared']}: {claim['best']}"
+        return f"{counts}; a verdict takes {MIN_RUNS} runs and {MIN_PROMPTS} prompts"
+    return f"{counts}; best of {claim['compared']}: {claim['best']}"
 
 
 def _verdicts(judge: str, claims: Iterable[dict[str, Any]]) -> str:
-    kinds, shown = {REPRODUCED: "reproduced", CONTRADICTED: "contradicted"}, ""
+    kinds, boxes = {REPRODUCED: "reproduced", CONTRADICTED: "contradicted"}, ""
     for claim in claims:
-        decided = f"<p>{_e(_capital(claim['claim']))}: <b>{verdict(claim)}</b> ({_e(_grounds(claim))})</p>"
+        heading = f"<p>{_e(_capital(claim['claim']))}: <b>{verdict(claim)}</b> ({_e(_grounds(claim))})</p>"
         rows = [(m["first"], m["second"], plus_minus(m["mean"], m["half"])) for m in claim["matches"]]
         matches = table(["policy", "against", "win rate"], rows) if rows else ""
-        shown += f'<div class="verdict {kinds.get(verdict(claim), "")}">{decided}{matches}</div>'
-    return f"<h3>Judged by {JUDGE_LABELS[judge]}</h3>{shown or '<p>These contestants do not answer them.</p>'}"
+        boxes += f'<div class="verdict {kinds.get(verdict(claim), "")}">{heading}{matches}</div>'
+    return f"<h3>Judged by {JUDGE_LABELS[judge]}</h3>{boxes or '<p>None of the claims is about these contestants.</p>'}"
 
 
 def _matrix(facts: Results, judge: str) -> str:
@@ -256,8 +262,8 @@ def _cell(text: str, colour: str) -> str:
     return f"<td{kind}{style}>{_e(text)}</td>"
 
 
-def _picture(drawn: bytes, caption: str) -> str:
-    data = base64.b64encode(drawn).decode()
+def _picture(svg: bytes, caption: str) -> str:
+    data = base64.b64encode(svg).decode()
     image = f'<img alt="{_e(caption)}" src="data:image/svg+xml;base64,{data}">'
     return f"<figure>{image}<figcaption>{_e(caption)}</figcaption></figure>"
 
@@ -275,6 +281,7 @@ def _e(text: object) -> str:
 
 
 def summary(results: Results) -> str:
+    """The results as Markdown, for documents; speeds are left out, as results do not name their commit."""
     facts = results["tournament"]
     parts = [describe_size(results), describe_intervals(results)]
     for judge, each in judges(results).items():

@@ -1,4 +1,4 @@
-"""One training run: a contestant, a seed, the budget that all have."""
+"""One training run: a contestant, a seed, the budget that is the same for all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import torch
 from ..preference import Judge, RewardModel
 from ..train import NashConfig, NashTrainer
 from .presets import CONTESTANTS, Preset, label
-from .supervised import Setting, listener
+from .supervised import Setting, progress_callback
 from .workspace import RUNS, write_json
 
-KEPT = ("step", "loss", "grad_norm", "preference", "reward", "kl", "entropy", "length", "end_rate", "tokens_per_second")
+LOGGED = (
+    *("step", "loss", "grad_norm", "preference", "reward", "kl", "entropy", "length", "end_rate"),
+    "tokens_per_second",
+)
 
 
 def stage_name(contestant: str, seed: int) -> str:
@@ -23,7 +26,7 @@ def stage_name(contestant: str, seed: int) -> str:
 
 
 def configuration(contestant: str, seed: int, preset: Preset, output: Path, device: torch.device, **more: Any) -> Any:
-    """Equal budgets: updates, prompts, answers, learning rate; the contestant adds its algorithm's own."""
+    """The NashConfig of a run: equal updates, prompts, answers and learning rate, and the contestant's own options."""
     options: dict[str, Any] = {
         "max_steps": preset.updates,
         "per_device_train_batch_size": preset.prompts_per_update,
@@ -50,7 +53,7 @@ def configuration(contestant: str, seed: int, preset: Preset, output: Path, devi
 
 
 class Rewards:
-    """What the RLHF baseline climbs: the reward model's number for an answer."""
+    """The reward of the RLHF baseline: the reward model's score of an answer."""
 
     def __init__(self, model: Any, batch: int) -> None:
         if not isinstance(model, RewardModel):
@@ -84,7 +87,7 @@ def make_trainer(
 def make_run(work: Path, contestant: str, seed: int, judge: Judge, reward: Rewards, setting: Setting) -> None:
     config = configuration(contestant, seed, setting.preset, work / "trainer", setting.device)
     with setting.report.bar(f"{label(contestant)}, seed {seed}", setting.preset.updates) as advance:
-        trainer = make_trainer(config, judge, reward, setting, [listener([], advance)])
+        trainer = make_trainer(config, judge, reward, setting, [progress_callback([], advance)])
         trainer.train()
     trainer.model.save_pretrained(work / "policy")
     setting.corpus.tokenizer.save_pretrained(work / "policy")
@@ -93,6 +96,6 @@ def make_run(work: Path, contestant: str, seed: int, judge: Judge, reward: Rewar
 
 
 def _finite(entry: dict[str, Any]) -> dict[str, float]:
-    """JSON has no infinity; what is not finite is left out. Five digits are more than a curve shows."""
-    kept = {name: entry[name] for name in entry if name in KEPT or name.startswith("eval_")}
-    return {name: float(f"{value:.5g}") for name, value in kept.items() if abs(value) < float("inf")}
+    """The logged numbers that are finite, as JSON has no infinity; five digits are more than a curve shows."""
+    values = {name: entry[name] for name in entry if name in LOGGED or name.startswith("eval_")}
+    return {name: float(f"{value:.5g}") for name, value in values.items() if abs(value) < float("inf")}

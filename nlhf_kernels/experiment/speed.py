@@ -1,7 +1,7 @@
-"""What the kernels are worth on this very run: the same updates with the PyTorch oracle instead of them.
+"""How much faster the kernels make this run: the same work with the PyTorch oracle instead of them, in turn.
 
-Two measurements. Whole updates of Nash-MD, everything in them (the models' own forward and backward passes, which are
-PyTorch's either way), the two backends taking turns. And the two operations alone, at the sizes of this run.
+Two measurements: whole updates of Nash-MD, with the models' forward and backward passes, which are PyTorch's either
+way; and the two operations alone, at the sizes of this run.
 """
 
 from __future__ import annotations
@@ -29,18 +29,22 @@ TORCH = "torch"
 
 
 def measure(work: Path, judge: Any, reward: Any, setting: Setting) -> None:
+    """Time updates and operations with both backends; write `speed.json`."""
     preset = setting.preset
+    mixing = [name for name in preset.contestants if CONTESTANTS[name].beta not in (None, 0.0, 1.0)]
+    algorithm = (mixing or list(preset.contestants))[0]  # one that samples from a mixture, where there is one
     seconds: dict[str, list[float]] = {TORCH: [], "auto": []}
     with setting.report.bar("timing updates, kernels and oracle in turn", 2 * ROUNDS) as advance:
         for turn in range(2 * ROUNDS):
             backend = (TORCH, "auto")[turn % 2]
-            made = _trainer(work / "trainer", backend, judge, reward, setting)
-            seconds[backend] += _update_seconds(made)
+            options = {"backend": backend, "max_steps": preset.speed_updates + 1, "eval_strategy": "no"}
+            config = configuration(algorithm, 0, preset, work / "trainer", setting.device, eval_steps=None, **options)
+            seconds[backend] += _update_seconds(make_trainer(config, judge, reward, setting))
             shutil.rmtree(work / "trainer", ignore_errors=True)
             advance(turn + 1)
     model = setting.fresh_policy()
     facts = {
-        "algorithm": _algorithm(preset),
+        "algorithm": algorithm,
         "update": _compared({name: statistics.median(each) for name, each in seconds.items()}),
         "updates_timed": len(seconds["auto"]),
         "operations": [_sampling(model, preset), _loss(model, preset)],
@@ -50,34 +54,21 @@ def measure(work: Path, judge: Any, reward: Any, setting: Setting) -> None:
     write_json(work / "speed.json", facts)
 
 
-def _algorithm(preset: Preset) -> str:
-    """A contestant that samples from a mixture, where there is one."""
-    mixing = [name for name in preset.contestants if CONTESTANTS[name].beta not in (None, 0.0, 1.0)]
-    return (mixing or list(preset.contestants))[0]
-
-
-def _trainer(output: Path, backend: str, judge: Any, reward: Any, setting: Setting) -> Any:
-    preset = setting.preset
-    chosen = {"backend": backend, "max_steps": preset.speed_updates + 1, "eval_strategy": "no", "eval_steps": None}
-    config = configuration(_algorithm(preset), 0, preset, output, setting.device, **chosen)
-    return make_trainer(config, judge, reward, setting)
-
-
 def _update_seconds(trainer: Any) -> list[float]:
-    """From one update's end to the next one's; the first only sets the clock."""
+    """The time of each update but the first, from the end of the one before."""
     import transformers
 
-    marks: list[float] = []
+    ends: list[float] = []
 
-    class Watch(transformers.TrainerCallback):
+    class EndTimes(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            marks.append(time.perf_counter())
+            ends.append(time.perf_counter())
 
-    trainer.add_callback(Watch())
+    trainer.add_callback(EndTimes())
     trainer.train()
-    return [after - before for before, after in pairwise(marks)]
+    return [after - before for before, after in pairwise(ends)]
 
 
 def _compared(seconds: dict[str, float]) -> dict[str, float]:
@@ -86,7 +77,7 @@ def _compared(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def _sampling(model: Any, preset: Preset) -> dict[str, Any]:
-    """One token for y' of every prompt of an update."""
+    """Sampling of one token of y' for every prompt of an update."""
     rows, width = preset.prompts_per_update * preset.samples_per_prompt, model.get_output_embeddings().weight.shape[0]
     generator = torch.Generator(model.device).manual_seed(0)
     logits = [torch.randn(rows, width, generator=generator, dtype=torch.float32, device=model.device) for _ in range(2)]
@@ -96,8 +87,8 @@ def _sampling(model: Any, preset: Preset) -> dict[str, Any]:
     def run(backend: str) -> None:
         mixture_sample(logits[0], logits[1], 0.125, backend=backend, **options)
 
-    chosen = explain("mixture_sample", *logits, 0.125, **options).chosen
-    return {"name": "mixture_sample", "size": f"{rows} rows x {width} tokens", "backend": chosen, **_timed(run)}
+    backend = explain("mixture_sample", *logits, 0.125, **options).chosen
+    return {"name": "mixture_sample", "size": f"{rows} rows x {width} tokens", "backend": backend, **_timed(run)}
 
 
 def _loss(model: Any, preset: Preset) -> dict[str, Any]:
@@ -124,7 +115,7 @@ def _loss(model: Any, preset: Preset) -> dict[str, Any]:
 
 
 def _timed(run: Callable[[str], None]) -> dict[str, float]:
-    """Medians of calls that alternate between the backends, after one of each."""
+    """Median times of calls that alternate between the backends, after one of each."""
     seconds: dict[str, list[float]] = {TORCH: [], "auto": []}
     for repeat in range(REPEATS + 1):
         for backend, each in seconds.items():

@@ -1,7 +1,7 @@
-"""The supervised policy: a causal language model trained to answer as the examples do. Everyone's start and reference.
+"""The supervised policy: a causal language model trained on the examples, start and reference of all contestants.
 
-A model that starts from nothing learns from the prompt's tokens too, as it has the language to learn; one that is
-given learns from the answers alone.
+A model that starts from random weights learns from the prompts' tokens too, as it has the language to learn; a
+pretrained one learns from the answers alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .workspace import write_json
 
 
 def new_model(tokenizer: Any, preset: Preset) -> Any:
-    """Llama's architecture, in the preset's size."""
+    """A Llama of the preset's size, with random weights."""
     import transformers
 
     if preset.hidden % (2 * preset.heads):
@@ -52,28 +52,30 @@ def new_model(tokenizer: Any, preset: Preset) -> Any:
 def encode_examples(
     tokenizer: Any, examples: Sequence[Example], preset: Preset, whole: bool
 ) -> list[dict[str, list[int]]]:
+    """Token ids and labels of each example; with `whole` the prompt's tokens are labels too."""
     prompts = encode_prompts(tokenizer, [row.prompt for row in examples], preset.prompt_tokens)
     answers = encode(tokenizer, [row.answer for row in examples])
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        said = [*answer[: preset.answer_tokens - 1], tokenizer.eos_token_id]
-        rows.append({"input_ids": prompt + said, "labels": (prompt if whole else [IGNORED] * len(prompt)) + said})
+        response = [*answer[: preset.answer_tokens - 1], tokenizer.eos_token_id]
+        prompt_labels = prompt if whole else [IGNORED] * len(prompt)
+        rows.append({"input_ids": prompt + response, "labels": prompt_labels + response})
     return rows
 
 
 class Padding:
-    """Rows into a batch, padded on the right."""
+    """A data collator: rows into a batch, padded on the right."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
-        room = [longest - len(row["input_ids"]) for row in rows]
+        padding = [longest - len(row["input_ids"]) for row in rows]
         columns = {
-            "input_ids": [row["input_ids"] + [self.pad_id] * n for row, n in zip(rows, room, strict=True)],
-            "labels": [row["labels"] + [IGNORED] * n for row, n in zip(rows, room, strict=True)],
-            "attention_mask": [[1] * (longest - n) + [0] * n for n in room],
+            "input_ids": [row["input_ids"] + [self.pad_id] * n for row, n in zip(rows, padding, strict=True)],
+            "labels": [row["labels"] + [IGNORED] * n for row, n in zip(rows, padding, strict=True)],
+            "attention_mask": [[1] * (longest - n) + [0] * n for n in padding],
         }
         return {name: torch.tensor(values, dtype=torch.int64, device="cpu") for name, values in columns.items()}
 
@@ -81,10 +83,12 @@ class Padding:
 def make_policy(
     work: Path, corpus: Corpus, preset: Preset, material: Material, device: torch.device, report: Reporter
 ) -> None:
-    """Trains, measures on the test examples, saves model and tokenizer as one folder."""
-    own = material.model is None
-    model = new_model(corpus.tokenizer, preset) if own else _base(str(material.model))
-    rows = encode_examples(corpus.tokenizer, corpus.train, preset, whole=own)
+    """Train the policy, measure it on the test examples, save model and tokenizer in one folder."""
+    if material.model is None:
+        model = new_model(corpus.tokenizer, preset)
+    else:
+        model = load_model("experiment: --model", material.model, merge=True, dtype=torch.float32)
+    rows = encode_examples(corpus.tokenizer, corpus.train, preset, whole=material.model is None)
     losses = train(model, rows, corpus.tokenizer.pad_token_id, preset, device, work / "trainer", report)
     model = model.to(device).eval()
     test = encode_examples(corpus.tokenizer, corpus.test[: 4 * preset.test_prompts], preset, whole=False)
@@ -96,10 +100,6 @@ def make_policy(
     write_json(work / "measures.json", {"losses": losses, "test_loss": held_out, "parameters": parameters})
 
 
-def _base(name: str) -> Any:
-    return load_model("experiment: --model", name, merge=True, dtype=torch.float32)
-
-
 def train(
     model: Any,
     rows: Sequence[dict[str, list[int]]],
@@ -109,7 +109,7 @@ def train(
     output: Path,
     report: Reporter,
 ) -> list[float]:
-    """transformers' Trainer for `preset.sft_steps`; the losses, one per step."""
+    """Train for `preset.sft_steps` with transformers' Trainer; returns the losses, one per step."""
     import transformers
 
     if not preset.sft_steps:
@@ -138,7 +138,7 @@ def train(
             args=arguments,
             train_dataset=list(rows),
             data_collator=Padding(pad_id),
-            callbacks=[listener(losses, advance)],
+            callbacks=[progress_callback(losses, advance)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         with finite_attention_gradients():
@@ -147,11 +147,11 @@ def train(
     return losses
 
 
-def listener(losses: list[float], advance: Any) -> Any:
-    """A callback of transformers' Trainer: keeps the losses, moves the bar."""
+def progress_callback(losses: list[float], advance: Any) -> Any:
+    """A callback of transformers' Trainer that records the losses and moves the progress bar."""
     import transformers
 
-    class Listener(transformers.TrainerCallback):
+    class Progress(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             advance(state.global_step)
 
@@ -159,7 +159,7 @@ def listener(losses: list[float], advance: Any) -> Any:
             if logs and "loss" in logs:
                 losses.append(round(float(logs["loss"]), 4))
 
-    return Listener()
+    return Progress()
 
 
 @torch.no_grad()
@@ -179,12 +179,14 @@ def answer_loss(model: Any, rows: Sequence[dict[str, list[int]]], pad_id: int, b
 
 @dataclass(frozen=True)
 class Setting:
+    """What every stage after the supervised policy works with."""
+
     corpus: Corpus
-    policy: Path  # the supervised one's folder
+    policy: Path  # folder of the supervised policy
     preset: Preset
     device: torch.device
     report: Reporter
 
     def fresh_policy(self) -> Any:
-        """The supervised policy, on the device, shared with nobody."""
+        """A copy of the supervised policy, on the device."""
         return load_model("experiment: policy", self.policy, device=self.device, dtype=torch.float32)
