@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from . import demo, errors, evaluate, info, merge, prefer, sample, tabular, train, tune
+from . import demo, errors, evaluate, info, merge, plan, prefer, sample, tabular, train, tune
 from .common import Help
 
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
     "sample": sample,
     "prefer": prefer,
     "train": train,
+    "plan": plan,
     "evaluate": evaluate,
     "merge": merge,
     "tune": tune,

@@ -16,7 +16,7 @@ from .decode_state import DecodeState
 from .graphs import BUCKET, CudaRecorder, EagerRecorder, Graphs, Recorder
 from .hooks import Hooks
 from .loop import Rollout, Workspace
-from .memory import MemoryPlan, RequestSize, check_fits
+from .memory import MemoryPlan, RequestSize, check_fits, rollout_parts, rows_by_model
 from .model_set import ModelSet
 from .outputs import TokenBuffers
 from .request import (
@@ -136,13 +136,19 @@ class RolloutEngine:
         """
         check_settings(self.op, settings)
         check_players(self.op, players, self.has_reference, "opponent" in self.models.info)
-        rows, length = self.models.rows(prompts, players), self._length(prompt_length, settings)
+        rows, length = rows_by_model(prompts, players, self.has_reference), self._length(prompt_length, settings)
         batch_rows = prompts * sum(player.samples for player in players)
-        parts = self.models.cache_bytes(rows, length)
         policy = self.models.info["policy"]
-        parts["logits"] = sum(rows.values()) * policy.vocabulary * policy.dtype.itemsize
-        parts["results"] = batch_rows * settings.max_new_tokens * (8 + 1 + 4 * len(self._logprobs(settings)))
-        parts["masks"] = batch_rows * length * 8
+        parts = rollout_parts(
+            self.models.cache_bytes(rows, length),
+            rows,
+            batch_rows,
+            length,
+            settings.max_new_tokens,
+            policy.vocabulary,
+            policy.dtype.itemsize,
+            len(self._logprobs(settings)),
+        )
         return MemoryPlan(parts, batch_rows, length, prompt_length)
 
     def release(self) -> None:
@@ -211,7 +217,7 @@ class RolloutEngine:
 
     def _workspace(self, request: Request) -> Workspace:
         """Return the workspace at hand where it is large enough, else allocate one."""
-        rows = self.models.rows(len(request.prompts.ids), request.players)
+        rows = rows_by_model(len(request.prompts.ids), request.players, self.has_reference)
         length, steps = self._length(request.prompts.width, request.settings), request.settings.max_new_tokens
         if self._space is not None and self._capacity is not None:
             row_capacity, slots, step_capacity, logprobs = self._capacity

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from .request import Player
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,52 @@ class RequestSize:
     prompt_length: int
     new_tokens: int
     min_new_tokens: int
+
+
+def rows_by_model(prompts: int, players: Sequence[Player], mixes: bool) -> dict[str, int]:
+    """Return how many rows each model reads in a rollout: of policy, opponent and reference those that are needed.
+
+    Args:
+        prompts: of the rollout.
+        players: who answer them.
+        mixes: whether there is a reference, which reads all rows.
+    """
+    rows = {
+        role: prompts * sum(player.samples for player in players if player.parameters == role)
+        for role in ("policy", "opponent")
+    }
+    rows = {role: count for role, count in rows.items() if count}
+    return rows | {"reference": sum(rows.values())} if mixes else rows
+
+
+def rollout_parts(
+    caches: Mapping[str, int],
+    rows: Mapping[str, int],
+    responses: int,
+    length: int,
+    new_tokens: int,
+    vocabulary: int,
+    itemsize: int,
+    kept_logprobs: int,
+) -> dict[str, int]:
+    """Return the bytes that a rollout allocates, by part.
+
+    Args:
+        caches: of the models, as they count them.
+        rows: of the models, as `rows_by_model` counts them.
+        responses: rows of the batch.
+        length: cache slots of a row.
+        new_tokens: of a response at most.
+        vocabulary: columns of the logits.
+        itemsize: bytes of a logit.
+        kept_logprobs: kinds of log-probabilities that are kept.
+    """
+    return {
+        **caches,
+        "logits": sum(rows.values()) * vocabulary * itemsize,
+        "results": responses * new_tokens * (8 + 1 + 4 * kept_logprobs),
+        "masks": responses * length * 8,
+    }
 
 
 def check_fits(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from .lora import BaseRunner, OnePassRunner, why_not_one_pass, why_one_pass_diff
 from .model_info import clone_with_parameters, inspect_model, rotations
 from .peft_models import adapted_layers, adapter_state, check_base, is_adapted
 from .probes import examine, why_not_static
-from .request import Player, Prompts
+from .request import Prompts
 from .runners import CachedRunner, Forward, Runner, WholeTextRunner
 
 _log = logging.getLogger(__name__)
@@ -196,15 +196,6 @@ class ModelSet:
         ]
         with locked(*models), eval_mode(*models), fast_cpu_heads(eager), use_attention(by_kernel):
             yield
-
-    def rows(self, prompts: int, players: Sequence[Player]) -> dict[str, int]:
-        """Rows that each model reads, for the models that these players need."""
-        rows = {
-            role: prompts * sum(player.samples for player in players if player.parameters == role)
-            for role in ("policy", "opponent")
-            if any(player.parameters == role for player in players)
-        }
-        return {**rows, "reference": sum(rows.values())} if self.has_reference else rows
 
     def runners(self, rows: Mapping[str, int], length: int, state: DecodeState) -> list[Runner]:
         if self.one_pass and "policy" in rows:

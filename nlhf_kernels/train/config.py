@@ -164,6 +164,15 @@ class NashConfig(TrainingArguments):
             "what may differ from the run that is resumed: tau or judge, say; other differences are refused"
         ),
     )
+    tp_size: int = field(
+        default=1, metadata=_help("processes that share every matrix, within a node: tensor parallelism")
+    )
+    fsdp_size: int = field(
+        default=1, metadata=_help("parts that weights, gradients and the optimizer's state are split into: FSDP2")
+    )
+    dp_replicate_size: int | None = field(
+        default=None, metadata=_help("copies of all that; none: as many as there are processes for")
+    )
     log_samples: int = field(default=2, metadata=_help("prompts with both answers shown at every log; 0: none"))
 
     remove_unused_columns: bool = field(

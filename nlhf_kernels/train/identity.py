@@ -19,7 +19,7 @@ Identity = dict[str, Any]
 #: Fields of NashConfig that do not change what is learned.
 NEUTRAL = (
     "backend", "compile_rollouts", "eval_temperature", "eval_samples_per_prompt", "eval_prompts", "log_samples",
-    "nonfinite", "overwrite_output_dir", "resume_changes",
+    "nonfinite", "overwrite_output_dir", "resume_changes", "tp_size", "fsdp_size", "dp_replicate_size",
 )  # fmt: skip
 #: Fields of transformers' TrainingArguments that do.
 OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")

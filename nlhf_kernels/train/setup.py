@@ -49,6 +49,12 @@ def check_processes(args: NashConfig, accelerator: Any, prompts: Mapping[str, Si
             )
 
 
+def check_layout(args: NashConfig, model: Any) -> None:
+    if args.tp_size > 1 or args.fsdp_size > 1:
+        wanted = f"DistributedConfig(tp_size={args.tp_size}, fsdp_size={args.fsdp_size})"
+        raise ValueError(f"{OP}: model: expected one that from_pretrained has split, by {wanted}; got a whole model")
+
+
 def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> tuple[Any, Any]:
     """Return the policy with its adapters, and its reference: None where that is the policy's own base."""
     if not isinstance(model, torch.nn.Module):

@@ -44,6 +44,7 @@ from .setup import (
     OP,
     broadcast_weights,
     check_judges,
+    check_layout,
     check_processes,
     freeze_for_rollouts,
     make_opponent,
@@ -99,6 +100,7 @@ class NashTrainer(ResumableTrainer):
         if not isinstance(args, NashConfig):
             raise TypeError(f"{OP}: args: expected a NashConfig; got {type(args).__name__}")
         check_judges(args, judge, reward)
+        check_layout(args, model)
         end_ids, pad_id = special_tokens(processing_class, model)
         model, reference_model = with_reference(model, reference_model, peft_config, args.seed)
         check_vocabulary(processing_class, check_head(model, "model"))

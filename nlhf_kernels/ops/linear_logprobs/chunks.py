@@ -21,6 +21,20 @@ _TILE = 128  # rows that a matrix product handles at a time on a GPU: a chunk is
 CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}  # of logits at a time, both models together
 
 
+def chunk_rows(rows: int, vocabulary: int, itemsize: int, compares: bool, chunk_bytes: int) -> int:
+    """Return how many rows of logits are held at a time.
+
+    Args:
+        rows: of the call.
+        vocabulary: entries of a row.
+        itemsize: bytes of an entry.
+        compares: whether a chunk holds both models' logits.
+        chunk_bytes: of logits at a time.
+    """
+    fitting = chunk_bytes // max(1, vocabulary * itemsize * (2 if compares else 1))
+    return max(1, min(rows, fitting // _TILE * _TILE or fitting))
+
+
 class Side(NamedTuple):
     """One model: what its logits are made of, all in the dtype they are computed in."""
 
@@ -98,9 +112,8 @@ class Chunked:
 
     @property
     def rows_per_chunk(self) -> int:
-        row = self.columns * self.policy.weight.element_size() * (2 if self.compares else 1)
-        rows = self.chunk_bytes // max(1, row)
-        return max(1, min(self.targets.numel(), rows // _TILE * _TILE or rows))
+        sizes = self.columns, self.policy.weight.element_size(), self.compares, self.chunk_bytes
+        return chunk_rows(self.targets.numel(), *sizes)
 
     def buffer(self) -> torch.Tensor:
         rows = self.rows_per_chunk * (2 if self.compares else 1)

@@ -1,0 +1,423 @@
+"""What a training run allocates on one rank, by part, for any layout of processes: read from configurations alone.
+
+No weight is read and none allocated: models are built of PyTorch's fake tensors, which have shapes and dtypes and no
+memory. One forward pass over them, with a watch on what autograd keeps, says what a micro-batch's activations take, for
+any architecture, dtype and kind of checkpointing. Sizes that depend on a text's length are those of the longest.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache
+
+from ..core.optional import need
+from ..engine.caches import LayerShape, ProbeLayer
+from ..engine.graphs import BUCKET
+from ..engine.memory import rollout_parts, rows_by_model
+from ..ops.linear_logprobs.chunks import CHUNK_BYTES, chunk_rows
+from .config import NashConfig
+from .layout import Layout, share_of
+
+#: Bytes of an optimizer's state per trained parameter, where it has one number per parameter in the parameter's dtype:
+#: how many of them. The names are those of transformers' `optim`.
+_STATES = {"adamw": 2, "adam": 2, "sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "nadam": 2, "radam": 2}
+_SLICED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a model.
+
+    Args:
+        shape: of the whole.
+        itemsize: bytes of a number.
+        trained: whether training changes it.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    trained: bool
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """A model without its weights.
+
+    Args:
+        config: transformers' configuration.
+        dtype: of the weights.
+        lora: peft's configuration of adapters; None: all weights are trained.
+        trust_remote_code: run Python code that comes with the model.
+        kind: transformers' class that builds it from `config`.
+    """
+
+    config: Any
+    dtype: torch.dtype = torch.float32
+    lora: Any = None
+    trust_remote_code: bool = False
+    kind: Any = AutoModelForCausalLM
+    parameters: dict[str, Parameter] = field(init=False)  # tied ones once, by the names of the model without adapters
+    plan: dict[str, str] = field(init=False)  # of tensor parallelism
+
+    def __post_init__(self) -> None:
+        model = self.build()
+        found = {
+            name: Parameter(tuple(value.shape), value.element_size(), value.requires_grad)
+            for name, value in model.named_parameters()
+        }
+        base = model.get_base_model() if self.lora else model
+        object.__setattr__(self, "parameters", found)
+        object.__setattr__(self, "plan", dict(getattr(base, "tp_plan", None) or {}))
+
+    def build(self, tp_size: int = 1) -> Any:
+        """Build the model on the meta device, or what one process of a tensor-parallel group computes of its layers.
+
+        Args:
+            tp_size: processes of the group.
+        """
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config(decoder=True)
+        if tp_size > 1:
+            if getattr(text, "head_dim", None) is None:
+                text.head_dim = text.hidden_size // text.num_attention_heads
+            for name in _SLICED:
+                if isinstance(value := getattr(text, name, None), int):
+                    setattr(text, name, max(1, value // tp_size))
+        with torch.device("meta"):
+            model = self.kind.from_config(config, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+            if not self.lora:
+                return model
+            peft = need("peft", "plan: lora")
+            return peft.get_peft_model(model, self.lora, low_cpu_mem_usage=True)
+
+    def bytes(self, layout: Layout, *, trained: bool = False, size: Callable[[Parameter], float] | None = None) -> int:
+        """Return the bytes that a rank holds.
+
+        Args:
+            layout: adapters are whole on every rank, whatever it says.
+            trained: of the trained parameters alone.
+            size: bytes of a number of a parameter; None: the parameter's own.
+        """
+        total = 0.0
+        for name, parameter in self.parameters.items():
+            if trained and not parameter.trained:
+                continue
+            adapter = self.lora is not None and parameter.trained
+            short = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            share = math.prod(parameter.shape) if adapter else share_of(short, parameter.shape, self.plan, layout)
+            total += share * (parameter.itemsize if size is None else size(parameter))
+        return int(total)
+
+    @property
+    def width(self) -> int:
+        """Return the width of hidden states."""
+        return int(self.config.get_text_config(decoder=True).hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Return the number of tokens."""
+        return int(self.config.get_text_config(decoder=True).vocab_size)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run.
+
+    Args:
+        policy: what is trained.
+        reference: None: the policy's base where it has adapters.
+        eval_opponent: what evaluations compare with; None: nothing.
+        judges: bytes of the models that judge, on every rank.
+    """
+
+    policy: ModelShapes
+    reference: ModelShapes | None
+    eval_opponent: ModelShapes | None = None
+    judges: int = 0
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank allocates.
+
+    Args:
+        layout: of the processes.
+        parts: part -> bytes, at the moment of an update that takes the most.
+    """
+
+    layout: Layout
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Return the sum of all parts."""
+        return sum(self.parts.values())
+
+
+def plan_rank(models: Models, args: NashConfig, layout: Layout, device: str = "cuda") -> RankPlan:
+    """Return what a rank allocates in the backward pass of an update, the rollout's buffers kept.
+
+    Args:
+        models: of the run.
+        args: of the run.
+        layout: of its processes.
+        device: "cuda" or "cpu": which budget for logits holds, and whether steps are recorded.
+    """
+    half = rollout_dtype(args)
+    parts = _trained_state(models.policy, args, layout) | _players(models, args, layout, half)
+    parts |= _rollout(models, args, layout, half, device) | _loss(models, args, layout, device)
+    return RankPlan(layout, {name: size for name, size in parts.items() if size})
+
+
+def rollout_dtype(args: NashConfig) -> torch.dtype | None:
+    """Return the dtype that rollouts compute in where it is another than the weights'.
+
+    Args:
+        args: of the run.
+    """
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def micro_batch(args: NashConfig) -> tuple[int, int]:
+    """Return the rows of a micro-batch and the tokens that are read of each, at most.
+
+    Args:
+        args: of the run.
+    """
+    rows = args.per_device_train_batch_size * args.samples_per_prompt * (2 if args.algorithm_spec.loss == "ipo" else 1)
+    return rows, args.max_prompt_length + args.max_new_tokens - 1
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------------
+
+
+def _trained_state(policy: ModelShapes, args: NashConfig, layout: Layout) -> dict[str, int]:
+    trained = policy.bytes(layout, trained=True)
+    parts = {
+        "policy": policy.bytes(layout),
+        "gradients": trained,
+        "optimizer": policy.bytes(layout, trained=True, size=lambda value: _state_bytes(str(args.optim), value)),
+    }
+    if layout.fsdp_size > 1:
+        half = 2 if args.bf16 or args.fp16 else policy.dtype.itemsize
+        parts["gathered layers"] = _gathered(policy, layout) * half
+    elif layout.data_parallel > 1:
+        parts["gradient buckets"] = trained  # DDP's, beside the gradients
+    return parts
+
+
+def _state_bytes(optim: str, parameter: Parameter) -> float:
+    """Of the optimizer, for one number of a parameter."""
+    name = optim.rpartition(".")[2].lower()
+    count = next((count for known, count in _STATES.items() if name.startswith(known)), 2)  # unknown: as AdamW's
+    if "adafactor" in name:
+        if len(parameter.shape) < 2:
+            return 4.0
+        rows, columns = parameter.shape[-2:]
+        return 4.0 * (rows + columns) / (rows * columns)
+    return float(count * (1 if "8bit" in name else parameter.itemsize))
+
+
+def _gathered(policy: ModelShapes, layout: Layout) -> int:
+    """FSDP2 holds two layers whole at a time (the next one comes while one computes), and the head all the time."""
+    within = Layout(tp_size=layout.tp_size)
+    layers: dict[str, int] = {}
+    for name, parameter in policy.parameters.items():
+        short = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        number = next((part for part in short.split(".") if part.isdigit()), "")
+        layers[number] = layers.get(number, 0) + share_of(short, parameter.shape, policy.plan, within)
+    head = policy.vocabulary * policy.width // layout.tp_size
+    largest = max((size for number, size in layers.items() if number), default=0)
+    return 2 * largest + head
+
+
+def _players(models: Models, args: NashConfig, layout: Layout, half: torch.dtype | None) -> dict[str, int]:
+    """All that answers prompts lies whole in a tensor-parallel group: FSDP2 splits what is trained, not what plays."""
+    within = Layout(tp_size=layout.tp_size)
+
+    def played(model: ModelShapes, trained: bool = False) -> int:
+        return model.bytes(within, trained=trained, size=lambda value: half.itemsize if half else value.itemsize)
+
+    policy, parts = models.policy, {}
+    if (half is not None and half != policy.dtype) or layout.fsdp_size > 1:
+        parts["policy in rollouts"] = played(policy)
+    if models.reference is not None:
+        parts["reference"] = played(models.reference)
+        if layout.fsdp_size > 1:
+            parts["reference, split"] = models.reference.bytes(layout)
+    if args.algorithm_spec.own_parameters:
+        parts["opponent in rollouts"] = played(policy, trained=True)
+        if args.algorithm_spec.opponent == "average":
+            if half is not None or layout.fsdp_size > 1 or policy.dtype != torch.float32:  # else it plays itself
+                parts["opponent's average"] = policy.bytes(layout, trained=True, size=lambda _: 4)
+        else:
+            parts["opponent's anchor"] = policy.bytes(layout, trained=True)
+            if layout.fsdp_size > 1:
+                parts["opponent's snapshots, split"] = policy.bytes(layout, trained=True)
+                parts["anchor that scores"] = played(policy, trained=True)
+    if models.eval_opponent is not None:
+        parts["eval_opponent"] = played(models.eval_opponent)
+    if models.judges:
+        parts["judge"] = models.judges
+    return parts
+
+
+def _rollout(models: Models, args: NashConfig, layout: Layout, half: torch.dtype | None, device: str) -> dict[str, int]:
+    prompts = args.per_device_train_batch_size
+    players = args.algorithm_spec.players(0.0, args.samples_per_prompt, None)
+    rows = rows_by_model(prompts, players, mixes=True)
+    length = args.max_prompt_length + args.max_new_tokens
+    if device == "cuda":  # recorded steps
+        length = -(-length // BUCKET) * BUCKET
+    policy = models.policy
+    shapes = {"policy": policy, "opponent": policy, "reference": models.reference or policy}
+    caches = {}
+    for role, count in rows.items():
+        layers = layer_shapes(shapes[role], layout.tp_size, half)
+        caches[f"{role} cache"] = sum(count * length * layer.bytes for layer in layers)
+    itemsize = (half or policy.dtype).itemsize
+    every = prompts * sum(player.samples for player in players)
+    vocabulary = -(-policy.vocabulary // layout.tp_size)  # of a rank's slice
+    return rollout_parts(caches, rows, every, length, args.max_new_tokens, vocabulary, itemsize, kept_logprobs=2)
+
+
+def _loss(models: Models, args: NashConfig, layout: Layout, device: str) -> dict[str, int]:
+    rows, tokens = micro_batch(args)
+    policy = models.policy
+    scored = rows * args.max_new_tokens
+    compute = rollout_dtype(args) or policy.dtype
+    exact = args.kl == "exact" and args.algorithm_spec.loss != "ipo"
+    vocabulary = -(-policy.vocabulary // layout.tp_size)  # a rank scores its slice
+    chunk = chunk_rows(scored, vocabulary, compute.itemsize, exact, CHUNK_BYTES[device])
+    trained = next((value.trained for name, value in policy.parameters.items() if "lm_head" in name), not policy.lora)
+    activations = activation_bytes(policy, rows, tokens, rollout_dtype(args), layout, _recomputes(args))
+    if args.gradient_accumulation_steps == 1:  # no gradient is there when the backward pass begins
+        layers = int(getattr(policy.config.get_text_config(decoder=True), "num_hidden_layers", 1))
+        activations = max(activations - policy.bytes(layout, trained=True), activations // layers)
+    return {
+        "activations": activations,
+        "chunk of logits": chunk * vocabulary * compute.itemsize * (2 if exact else 1),
+        "head's gradient": 4 * vocabulary * policy.width * (1 if trained else 0),
+        "states for the head": 2 * scored * policy.width * compute.itemsize + rows * tokens * policy.width * 4,
+    }
+
+
+def _recomputes(args: NashConfig) -> bool:
+    return bool(getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False))
+
+
+# ---- what a forward pass shows ---------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _activations(model: _ByIdentity, rows: int, tokens: int, autocast: Any, tp: int, split: bool, again: bool) -> int:
+    shapes: ModelShapes = model.value
+    if split and autocast is not None:  # FSDP2's own mixed precision: layers come in half precision, none is cast
+        shapes, autocast = ModelShapes(shapes.config, autocast, shapes.lora, shapes.trust_remote_code), None
+    with FakeTensorMode():
+        network = _without_memory(shapes.build(tp)).train()
+        if again:
+            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+            enable()
+        ids = torch.zeros(rows, tokens, dtype=torch.int64, device="cpu")
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        inputs["attention_mask"] = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="cpu")
+        own = {value.untyped_storage()._cdata for value in network.parameters()}
+        saved: dict[int, Any] = {}
+
+        def pack(value: torch.Tensor) -> torch.Tensor:
+            storage = value.untyped_storage()
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage
+            return value
+
+        inner = network.get_base_model() if shapes.lora else network
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value)
+        with hooks, torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            inner.base_model(**inputs)
+        return sum(storage.nbytes() for storage in saved.values())
+
+
+def activation_bytes(
+    model: ModelShapes,
+    rows: int,
+    tokens: int,
+    autocast: torch.dtype | None,
+    layout: Layout,
+    recomputes: bool,
+) -> int:
+    """Return what a forward pass of the policy's body leaves for the backward pass, on one rank.
+
+    Args:
+        model: the policy.
+        rows, tokens: of a micro-batch.
+        autocast: dtype of the products where it is another than the weights'.
+        layout: of the processes.
+        recomputes: with activation checkpointing: the layers' inputs, and one layer while it is computed again.
+    """
+    key = (_ByIdentity(model), rows, tokens, autocast, layout.tp_size, layout.fsdp_size > 1)
+    if not recomputes:
+        return _activations(*key, False)
+    layers = int(getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 1))
+    return _activations(*key, True) + _activations(*key, False) // layers
+
+
+def layer_shapes(model: ModelShapes, tp_size: int, dtype: torch.dtype | None) -> list[LayerShape]:
+    """Return what each layer of a model stores in a cache, per row and position.
+
+    Args:
+        model: the model.
+        tp_size: processes that share its heads.
+        dtype: of rollouts; None: the weights' own.
+    """
+    return _layer_shapes(_ByIdentity(model), tp_size, dtype)
+
+
+@lru_cache(maxsize=64)
+def _layer_shapes(key: _ByIdentity, tp_size: int, dtype: torch.dtype | None) -> list[LayerShape]:
+    model = key.value
+    shapes = model if dtype is None else ModelShapes(model.config, dtype, None, model.trust_remote_code)
+    with FakeTensorMode(), torch.no_grad():
+        network = _without_memory(shapes.build(tp_size)).eval()
+        cache = Cache(layer_class_to_replicate=ProbeLayer)
+        ids = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+        network(input_ids=ids, past_key_values=cache, use_cache=True)
+    return [layer.shape for layer in cache.layers if isinstance(layer, ProbeLayer) and layer.shape is not None]
+
+
+def _without_memory(network: Any) -> Any:
+    """Put fake tensors that say they lie on a CPU in the place of meta tensors, which autocast does not know."""
+    made: dict[int, Any] = {}
+    for module in network.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                if value is None:
+                    continue
+                if id(value) not in made:
+                    fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    is_parameter = isinstance(value, torch.nn.Parameter)
+                    made[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if is_parameter else fake
+                tensors[name] = made[id(value)]
+    return network
+
+
+@dataclass(frozen=True, eq=False)
+class _ByIdentity:
+    """A key of a cache for what has no hash."""
+
+    value: Any
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and other.value is self.value
