@@ -331,13 +331,14 @@ def _activations(model: _ByIdentity, rows: int, tokens: int, autocast: Any, tp: 
         ids = torch.zeros(rows, tokens, dtype=torch.int64, device="cpu")
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         inputs["attention_mask"] = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="cpu")
-        own = {value.untyped_storage()._cdata for value in network.parameters()}
+        own = [value.untyped_storage() for value in network.parameters()]
+        weights = set(map(id, own))  # a storage is one object as long as something holds it
         saved: dict[int, Any] = {}
 
         def pack(value: torch.Tensor) -> torch.Tensor:
             storage = value.untyped_storage()
-            if storage._cdata not in own:
-                saved[storage._cdata] = storage
+            if id(storage) not in weights:
+                saved[id(storage)] = storage
             return value
 
         inner = network.get_base_model() if shapes.lora else network
@@ -398,15 +399,13 @@ def _without_memory(network: Any) -> Any:
     """Put fake tensors that say they lie on a CPU in the place of meta tensors, which autocast does not know."""
     made: dict[int, Any] = {}
     for module in network.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, value in tensors.items():
-                if value is None:
-                    continue
-                if id(value) not in made:
-                    fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-                    is_parameter = isinstance(value, torch.nn.Parameter)
-                    made[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if is_parameter else fake
-                tensors[name] = made[id(value)]
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, value in own:
+            if id(value) not in made:
+                fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                is_parameter = isinstance(value, torch.nn.Parameter)
+                made[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if is_parameter else fake
+            setattr(module, name, made[id(value)])
     return network
 
 

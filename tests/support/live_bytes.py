@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage._cdata  # the object may be another each time, the memory is not
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()
