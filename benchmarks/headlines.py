@@ -14,6 +14,7 @@ if __package__ in (None, ""):  # started as a script: the package is found one f
 
 from benchmarks.harness.report import format_ratio, format_us
 from benchmarks.harness.results import ResultRow, RowKey, latest, read_rows
+from nlhf_kernels.core.text import markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -68,7 +69,7 @@ HEADLINES = (
 def table() -> str:
     """Markdown, with the machine and the commits below."""
     files = {name: latest(read_rows(RESULTS / name)) for name in sorted({headline.file for headline in HEADLINES})}
-    lines, runs = ["| what | this library | rival | faster |", "|---|---|---|---|"], []
+    rows, runs = [], []
     for headline in HEADLINES:
         ours = _timed(files[headline.file], headline.key)
         theirs = _timed(files[headline.file], _of(headline.key, headline.rival))
@@ -77,15 +78,14 @@ def table() -> str:
         assert ours.timing is not None and theirs.timing is not None
         time, other = ours.timing.median_us, theirs.timing.median_us
         ratio = format_ratio(other / time)
-        lines.append(f"| {headline.what} | {format_us(time)} | {headline.name}, {format_us(other)} | {ratio} |")
+        rows.append((headline.what, format_us(time), f"{headline.name}, {format_us(other)}", ratio))
         runs.append(ours.run)
     commits = ", ".join(sorted({(run.commit or "unknown")[:7] for run in runs}))
     machines = ", ".join(
         sorted({str(run.machine["cpu"] if not run.machine["gpu"] else run.machine["gpu"]) for run in runs})
     )
-    return "\n".join(
-        [*lines, "", f"Medians on one thread of {machines}, float32, at {commits}: `python -m benchmarks.headlines`."]
-    )
+    lines = markdown_table(("what", "this library", "rival", "faster"), rows)
+    return f"{lines}\n\nMedians on one thread of {machines}, float32, at {commits}: `python -m benchmarks.headlines`."
 
 
 def _of(key: RowKey, implementation: str) -> RowKey:

@@ -51,6 +51,19 @@ def test_saved_policies_are_compared(saved, tmp_path, capsys) -> None:
     assert "3 prompts, 2 answers to each" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("samples", "even"), [("1", False), ("3", True)])
+def test_policies_share_their_noise_where_they_answer_twice(samples, even, saved, tmp_path, capsys) -> None:
+    """So that a policy against itself is even to the last bit; with one answer it has noise of its own."""
+    code = (
+        "def order(prompts, first, second):\n    return [((a < b) - (a > b) + 1) / 2 for a, b in zip(first, second)]\n"
+    )
+    (tmp_path / "judge.py").write_text(code)
+    judge = f"{tmp_path / 'judge.py'}:order"
+    assert main(evaluate(saved, "--json", "--samples", samples, "--judge", judge, policies=("a=one", "b=one"))) == 0
+    cell = json.loads(capsys.readouterr().out)["matrix"][0][1]
+    assert (abs(cell["mean"] - 0.5) < 1e-12 and cell["half"] < 1e-12) is even
+
+
 @pytest.mark.parametrize(
     ("more", "policies", "message"),
     [

@@ -268,6 +268,7 @@ def test_presets_are_changed_by_name() -> None:
         "upates=7": r"expected NAME=VALUE .* got 'upates=7' \(is updates meant\?\)",
         "updates": r"expected NAME=VALUE",
         "updates=many": r"--set: updates: expected a whole number; got 'many'",
+        "answers=1": r"experiment: answers: expected an integer in \[2",
         "updates=0": r"experiment: updates: expected an integer in \[1",
         "bfloat16=yes": r"bfloat16: expected one of true, false; got 'yes'",
         "contestants=rlhf,dpo": r"contestants: expected one of rlhf, .*; got 'dpo'",

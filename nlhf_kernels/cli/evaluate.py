@@ -1,9 +1,10 @@
-"""`nlhf-kernels evaluate`: win rates between saved policies, everyone against everyone.
+"""`nlhf-kernels evaluate`: win rates between saved policies, each against each.
 
 Every policy answers the prompts; a judge says which answer is preferred: a preference or reward model that
 `prefer train` made, or a function (prompts, first, second) -> probabilities. Each cell has its 95 % confidence interval
-over the prompts. With --reference also how far each policy is from it (KL); an adapter is measured from its base where
-no other reference is named.
+over the prompts. Two answers or more (--samples) narrow it: the policies then share their noise, and all pairs of
+answers are compared. With --reference also how far each policy is from it (KL); an adapter is measured from its base
+where no other reference is named.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _short_name(model: str, others: list[str]) -> str:
 def _play(
     arguments: argparse.Namespace, policies: dict[str, str], sampling: Sampling, report: Any
 ) -> tuple[dict[str, list[Answers]], Tournament]:
-    """Policies one after the other; each has noise of its own, and the tokenizer that was saved with it."""
+    """Sample each policy's answers, with the tokenizer that was saved with it; then the judge compares them."""
     import dataclasses
 
     from ..evaluation import play_tournament, sample_answers
@@ -139,7 +140,9 @@ def _play(
         reference = load_model("evaluate: --reference", arguments.reference, **options)
     answers: dict[str, list[Answers]] = {}
     for place, (name, model) in enumerate(policies.items()):
-        own = dataclasses.replace(sampling, seed=sampling.seed * len(policies) + place)
+        own = sampling  # the same noise for all; with one answer that would tie them (README of evaluation)
+        if sampling.samples == 1:
+            own = dataclasses.replace(sampling, seed=sampling.seed * len(policies) + place)
         with report.bar(f"answers of {name}", len(prompts)) as advance:
             policy = load_model("evaluate: --policy", model, **options)
             tokenizer = load_generation_tokenizer("evaluate: --policy", model, **trust)
@@ -163,17 +166,12 @@ def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[str]:
 def _document(
     arguments: argparse.Namespace, answers: dict[str, list[Answers]], tournament: Tournament
 ) -> dict[str, Any]:
+    from ..evaluation import answer_measures
+
     policies = []
-    for name, (each,) in answers.items():
-        facts = {
-            "name": name,
-            "tokens": float(each.lengths.double().mean()),
-            "end_rate": float(each.ended.double().mean()),
-        }
-        if each.kl is not None:
-            by_prompt = each.kl.double().mean(1)
-            facts |= {"kl": float(by_prompt.mean()), "kl_error": float(by_prompt.std() / len(by_prompt) ** 0.5)}
-        policies.append(facts)
+    for name, runs in answers.items():
+        measures = answer_measures(runs)
+        policies.append({"name": name, "tokens": measures.pop("length"), **measures})
     return {
         "judge": arguments.judge,
         "prompts": len(next(iter(answers.values()))[0].texts),

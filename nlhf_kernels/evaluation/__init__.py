@@ -3,7 +3,7 @@
 Importing this folder imports transformers.
 """
 
-from .answers import Answers, Sampling, kl_values, response_kl, response_texts, sample_answers
+from .answers import Answers, Sampling, answer_measures, kl_values, response_kl, response_texts, sample_answers
 from .cycles import Cycles, count_cycles, preference_table
 from .frontier import Frontier, FrontierPoint, difference_at, rate_at_equal_kl, shared_range
 from .intervals import Estimate, Weights, bootstrap, estimate_mean, plus_minus
@@ -19,6 +19,7 @@ __all__ = [
     "Sampling",
     "Tournament",
     "Weights",
+    "answer_measures",
     "bootstrap",
     "count_cycles",
     "difference_at",

@@ -122,6 +122,23 @@ def kl_values(runs: Sequence[Answers]) -> torch.Tensor:
     return torch.stack(values)
 
 
+def answer_measures(runs: Sequence[Answers]) -> dict[str, float]:
+    """Means over runs, prompts and answers: `length`, `end_rate` and, with a reference, `kl`; `kl_error`, its standard
+    error over prompts.
+
+    Args:
+        runs (sequence of S Answers): of one policy's training runs.
+    """
+    measures = {
+        "length": float(torch.stack([answers.lengths for answers in runs]).double().mean()),
+        "end_rate": float(torch.stack([answers.ended for answers in runs]).double().mean()),
+    }
+    if all(answers.kl is not None for answers in runs):
+        by_prompt = kl_values(runs).mean(0)
+        measures |= {"kl": float(by_prompt.mean()), "kl_error": float(by_prompt.std() / len(by_prompt) ** 0.5)}
+    return measures
+
+
 def response_texts(tokenizer: Any, responses: Responses) -> list[str]:
     """Decode one player's responses, without special tokens.
 

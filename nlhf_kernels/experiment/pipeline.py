@@ -13,8 +13,8 @@ import torch
 from ..core import settings
 from ..core.atomic import atomic_folder
 from ..core.loading import load_model, quiet
-from ..core.terminal import Reporter
-from ..evaluation import Answers, Sampling, play_tournament, sample_answers
+from ..core.terminal import SILENT, Reporter
+from ..evaluation import Answers, Sampling, answer_measures, play_tournament, sample_answers
 from .claims import beats_rewards, by_beta, interior_beta
 from .corpus import Material, load_corpus, make_corpus
 from .preferences import (
@@ -43,13 +43,13 @@ class Experiment:
         preset (Preset): all numbers.
         material (Material): where texts and model come from.
         device (torch.device): of all models.
-        report (Reporter): what the user sees meanwhile.
+        report (Reporter): lines and bars meanwhile; by default none.
         restart (bool): remove the stages of an experiment that is in the folder.
         folders (sequence of Path or None): of Python sources with docstrings; None: all installed packages.
     """
 
     def __init__(
-        self, folder: Path, preset: Preset, material: Material, device: torch.device, report: Reporter,
+        self, folder: Path, preset: Preset, material: Material, device: torch.device, report: Reporter = SILENT,
         restart: bool = False, folders: Any = None,
     ) -> None:  # fmt: skip
         check_fits(preset, material)
@@ -132,7 +132,7 @@ class Experiment:
             "labels": [label(name) for name in names],
             "prompts": len(prompts),
             "answers": self.preset.answers,
-            "policies": {name: _facts(each) for name, each in answers.items()},
+            "policies": {name: {**answer_measures(runs), "runs": len(runs)} for name, runs in answers.items()},
             "samples": _samples(prompts, answers, [row.answer for row in self.corpus.test]),
             "judges": {},
         }
@@ -154,25 +154,23 @@ class Experiment:
         write_json(work / "tournament.json", facts)
 
     def _answers(self, prompts: list[str]) -> dict[str, list[Answers]]:
-        """Independent noise for every policy: its place in the list is part of the seed."""
-        reference = self.setting.fresh_policy()
+        """Answers of every policy, one `Answers` for each training run, all sampled with the same noise."""
+        preset, reference = self.preset, self.setting.fresh_policy()
         folders = {START: [self.policy]}
-        for contestant in self.preset.contestants:
-            runs = [self.workspace.path(stage_name(contestant, seed)) for seed in range(self.preset.seeds)]
+        for contestant in preset.contestants:
+            runs = [self.workspace.path(stage_name(contestant, seed)) for seed in range(preset.seeds)]
             folders[contestant] = [run / "policy" for run in runs]
-        every = [(name, folder) for name, each in folders.items() for folder in each]
-        made: dict[str, list[Answers]] = {}
-        with self.report.bar("answers to the test prompts", len(every)) as advance:
-            for done, (name, folder) in enumerate(every, start=1):
+        sampling = Sampling(
+            preset.answer_tokens, preset.prompt_tokens, preset.answers, seed=preset.seed, batch=preset.batch
+        )
+        answers: dict[str, list[Answers]] = {name: [] for name in folders}
+        policies = [(name, folder) for name, each in folders.items() for folder in each]
+        with self.report.bar("answers to the test prompts", len(policies)) as advance:
+            for done, (name, folder) in enumerate(policies, start=1):
                 model = load_model("experiment: policy", folder, device=self.device, dtype=torch.float32)
-                sampling = Sampling(
-                    self.preset.answer_tokens, self.preset.prompt_tokens, self.preset.answers,
-                    seed=1000 * self.preset.seed + done, batch=self.preset.batch,
-                )  # fmt: skip
-                sampled = sample_answers(model, reference, self.corpus.tokenizer, prompts, sampling)
-                made.setdefault(name, []).append(sampled)
+                answers[name].append(sample_answers(model, reference, self.corpus.tokenizer, prompts, sampling))
                 advance(done)
-        return made
+        return answers
 
     def results(self) -> dict[str, Any]:
         """All numbers of the report, as one JSON document."""
@@ -216,24 +214,10 @@ def machine(device: torch.device) -> dict[str, Any]:
             "simd": settings.simd_level, "python": platform.python_version()}  # fmt: skip
 
 
-def _facts(runs: list[Answers]) -> dict[str, Any]:
-    """Means over runs, prompts and answers; the standard error of the KL over prompts."""
-    kl = [each.kl for each in runs if each.kl is not None]
-    facts: dict[str, Any] = {
-        "length": float(torch.stack([each.lengths.float().mean() for each in runs]).mean()),
-        "end_rate": float(torch.stack([each.ended.float().mean() for each in runs]).mean()),
-        "runs": len(runs),
-    }
-    if kl:
-        by_prompt = torch.stack(kl).double().mean((0, 2))
-        facts["kl"], facts["kl_error"] = float(by_prompt.mean()), float(by_prompt.std() / len(by_prompt) ** 0.5)
-    return facts
-
-
 def _samples(prompts: list[str], answers: dict[str, list[Answers]], truths: list[str], count: int = 4) -> Any:
     """The first run's answers to the first prompts."""
     samples = []
     for row, (prompt, truth) in enumerate(zip(prompts[:count], truths, strict=False)):
-        said = {name: runs[0].texts[row][0] for name, runs in answers.items()}
-        samples.append({"prompt": prompt, "truth": truth, "answers": said})
+        texts = {name: runs[0].texts[row][0] for name, runs in answers.items()}
+        samples.append({"prompt": prompt, "truth": truth, "answers": texts})
     return samples

@@ -101,7 +101,7 @@ class Preset:
         prompt_tokens, answer_tokens (int): at most.
         evaluations (int): of each training run.
         test_prompts (int): of the tournament.
-        answers (int): of each policy to each of them.
+        answers (int): of each policy to each of them, at least 2: the policies share their noise.
         bfloat16 (bool): products in bfloat16.
         batch (int): rows in one batch, where only speed depends on it.
         speed_updates (int): timed with each backend, twice.
@@ -142,7 +142,7 @@ class Preset:
     answer_tokens: int = 24
     evaluations: int = 4
     test_prompts: int = 128
-    answers: int = 1
+    answers: int = 2
     bfloat16: bool = False
     batch: int = 64
     speed_updates: int = 5
@@ -152,11 +152,12 @@ class Preset:
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "heads", "sft_batch", "preference_steps", "preference_batch", "seeds",
                      "updates", "prompts_per_update", "samples_per_prompt", "answer_tokens", "evaluations",
-                     "answers", "batch"):  # fmt: skip
+                     "batch"):  # fmt: skip
             check_integer(OP, name, getattr(self, name), 1, 10**9)
         for name, low in {"examples": 2, "sft_steps": 0, "positions": 8, "prompt_tokens": 2, "pairs": 10,
-                          "cycle_responses": 3, "test_prompts": 2, "speed_updates": 2, "seed": 0, "threads": 0,
-                          "text_characters": 40, "summary_characters": 10, "vocabulary": 258}.items():  # fmt: skip
+                          "cycle_responses": 3, "test_prompts": 2, "answers": 2, "speed_updates": 2, "seed": 0,
+                          "threads": 0, "text_characters": 40, "summary_characters": 10,
+                          "vocabulary": 258}.items():  # fmt: skip
             check_integer(OP, name, getattr(self, name), low, 2**31 - 1)
         for name in ("sft_learning_rate", "vote_scale", "preference_learning_rate", "learning_rate", "ipo_tau"):
             check_number(OP, name, getattr(self, name), 0.0, open_low=True)
@@ -196,7 +197,7 @@ PRESETS = {
         examples=11000, vocabulary=8192, hidden=512, layers=8, heads=8, sft_steps=2000, sft_batch=64,
         sft_learning_rate=6e-4, pairs=20000, preference_steps=800, preference_batch=64, preference_learning_rate=1e-4,
         seeds=3, updates=120, prompts_per_update=64, learning_rate=1e-4, ema_decay=0.98, answer_tokens=32,
-        test_prompts=512, answers=2, bfloat16=True, batch=256, threads=0, speed_updates=10,
+        test_prompts=512, answers=4, bfloat16=True, batch=256, threads=0, speed_updates=10,
     ),
 }  # fmt: skip
 
