@@ -185,7 +185,10 @@ def test_two_experiments_do_not_meet(tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "out").mkdir()
     process = held(tmp_path / "out")
     try:
-        assert main(["demo", "--preset", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+        assert (
+            main(["demo", "--task", "texts", "--preset", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu"])
+            == 2
+        )
         assert f"out: expected a place that no other run writes to; process {process}" in capsys.readouterr().err
     finally:
         os.kill(process, signal.SIGKILL)

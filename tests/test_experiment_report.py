@@ -143,7 +143,7 @@ def test_the_documented_numbers_are_the_results_files() -> None:
 def test_the_demo_runs_tiny_ends_with_its_report_and_goes_on(tmp_path, monkeypatch, capsys) -> None:
     packages = fake_packages(tmp_path / "packages")
     monkeypatch.setattr("nlhf_kernels.experiment.docstrings.installed_folders", lambda: [packages])
-    command = ["demo", "--preset", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu",
+    command = ["demo", "--task", "texts", "--preset", "tiny", "--out", str(tmp_path / "out"), "--device", "cpu",
                "--set", "contestants=rlhf,nash-md-0.25"]  # fmt: skip
     with one_thread():
         assert main(command) == 0
@@ -159,13 +159,18 @@ def test_the_demo_runs_tiny_ends_with_its_report_and_goes_on(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "demo: --preset: expected one of tiny, small, gpu; got 'huge'"),
+        (["--preset", "huge"], "demo: --preset: expected one of tiny, small, standard, gpu; got 'huge'"),
+        (["--task", "texts", "--preset", "huge"], "demo: --preset: expected one of tiny, small, gpu; got 'huge'"),
+        (["--task", "candidates", "--data", "x"], "demo: --data: expected with --task texts; got 'x'"),
         (["--set", "upates=3"], "is updates meant?"),
         (["--set", "updates=0"], "demo: --set updates: expected an integer in [1"),
         (["--data", "nowhere/at/all.jsonl"], "experiment: --data: nowhere/at/all.jsonl: there is no such file"),
         (["--model", "./nowhere"], "experiment: --model: there is no such folder: './nowhere'"),
         (["--split", "train"], "experiment: --split: expected with --data"),
-        (["--preset", "tiny", "--set", "examples=1000000"], "expected 1000000 with a first line and a body"),
+        (
+            ["--task", "texts", "--preset", "tiny", "--set", "examples=1000000"],
+            "expected 1000000 with a first line and a body",
+        ),
         (["--device", "abacus"], "demo: --device: expected a device PyTorch can use here; got 'abacus'"),
     ],
 )

@@ -134,7 +134,7 @@ def test_the_commands_say_so(tmp_path, capsys, monkeypatch) -> None:
     assert main(kept) == 0
     assert json.loads(capsys.readouterr().out) == straight | {"output": "stopped"}
     monkeypatch.setattr(pipeline, "make_corpus", terminate)
-    assert main(["demo", "--preset", "tiny", "--out", "demo", "--device", "cpu"]) == 143
+    assert main(["demo", "--task", "texts", "--preset", "tiny", "--out", "demo", "--device", "cpu"]) == 143
     assert "stopped by SIGTERM: no stage was finished" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["experiment.json"]
     assert torch.get_num_threads() == 1

@@ -1,9 +1,10 @@
-"""`nlhf-kernels demo`: the summarisation experiment, from raw texts to a report.
+"""`nlhf-kernels demo`: the experiment, from its annotators to a report.
 
-A small model learns to summarise, three annotators with different tastes compare its answers, and Nash-MD, Nash-EMA,
-IPO-MD and an RLHF baseline learn from that; then all play against all. Without arguments: docstrings of the installed
-packages as texts, minutes on two CPU cores. The same with your own pairs (--data), model (--model) and size (--preset,
---set). An interrupted run goes on where it was when the same command is given again.
+Two tasks. "candidates" (the default): annotators whose tastes run in circles more or less, a small language model that
+answers with one of a few words, and RLHF, Nash-MD and others that learn from the same votes; every policy's win rates
+and exploitability are exact. "texts" (the default with --data or --model): a model learns to summarise docstrings, or
+to answer your own pairs' prompts, and all contestants play against all. Minutes on two CPU cores; other sizes with
+--preset and --set. An interrupted run goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from ..core.terminal import Reporter, new_console
 from .common import find_device, show_next
 
 if TYPE_CHECKING:
-    from ..experiment.presets import Preset
+    from ..experiment import Experiment
+    from ..experiment.candidates import CandidateExperiment
 
+TASKS = ("candidates", "texts")
 NEEDED = ("transformers", "accelerate", "tokenizers", "matplotlib")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="small", help="tiny, small (default) or gpu")
+    parser.add_argument("--task", choices=TASKS, help="default: texts with --data or --model, else candidates")
+    parser.add_argument("--preset", default="small", help="of the task: tiny, small (default), standard or gpu")
     parser.add_argument("--out", type=Path, default=Path(".demo"), help="folder of the experiment (default .demo)")
     parser.add_argument("--restart", action="store_true", help="start over in a folder that holds an experiment")
     data = parser.add_argument_group("your own data and model, in place of docstrings and a small model from nothing")
@@ -42,17 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("nlhf-kernels demo", NEEDED, "train,plots")
-    from ..experiment import Experiment, Material, Preset, overridden
-
-    arguments.option_names.update({field.name: f"--set {field.name}" for field in dataclasses.fields(Preset)})
     device = find_device("demo", arguments.device)
-    preset = overridden(_preset(arguments.preset), arguments.set)
-    material = Material(arguments.data, arguments.split, arguments.model)
-    report = Reporter(new_console(stderr=True))
-    experiment = Experiment(arguments.out, preset, material, device, report, arguments.restart)
+    candidates = _is_candidates(arguments)
+    experiment = (_candidates if candidates else _texts)(arguments, device, Reporter(new_console(stderr=True)))
     results = experiment.run()
     folder = experiment.write(results)
-    _show(results, folder)
+    (_show_candidates if candidates else _show_texts)(results)
+    total = sum(results["seconds"].values())
+    print(f"{total:.0f} seconds of work\nNumbers: {folder / 'results.json'}\nReport: {folder / 'report.html'}")
     if arguments.data is None:
         own = ["--data", "pairs.jsonl", "--model", "OWNER/NAME", "--out", "runs/mine"]
         show_next(["nlhf-kernels", "demo", *own])
@@ -67,14 +68,57 @@ def resume_hint(arguments: argparse.Namespace) -> str:
     return f"{command} goes on after the last finished stage"
 
 
-def _preset(name: str) -> Preset:
+def _is_candidates(arguments: argparse.Namespace) -> bool:
+    own = {f"--{name}": getattr(arguments, name) for name in ("data", "split", "model")}
+    option = next((name for name, value in own.items() if value is not None), None)
+    if arguments.task == "candidates" and option is not None:
+        raise ValueError(f"demo: {option}: expected with --task texts; got {own[option]!r} with --task candidates")
+    return option is None if arguments.task is None else bool(arguments.task == "candidates")
+
+
+def _candidates(arguments: argparse.Namespace, device: Any, report: Reporter) -> CandidateExperiment:
+    from ..experiment import overridden
+    from ..experiment.candidates import CANDIDATE_PRESETS, CandidateExperiment
+
+    preset = overridden(_preset(arguments, CANDIDATE_PRESETS), arguments.set)
+    return CandidateExperiment(arguments.out, preset, device, report, arguments.restart)
+
+
+def _texts(arguments: argparse.Namespace, device: Any, report: Reporter) -> Experiment:
+    from ..experiment import PRESETS, Experiment, Material, overridden
+
+    preset = overridden(_preset(arguments, PRESETS), arguments.set)
+    material = Material(arguments.data, arguments.split, arguments.model)
+    return Experiment(arguments.out, preset, material, device, report, arguments.restart)
+
+
+def _preset(arguments: argparse.Namespace, presets: dict[str, Any]) -> Any:
     from ..core.checks import check_option
-    from ..experiment.presets import PRESETS
 
-    return PRESETS[check_option("demo", "--preset", name, tuple(PRESETS))]
+    chosen = presets[check_option("demo", "--preset", arguments.preset, tuple(presets))]
+    arguments.option_names.update({field.name: f"--set {field.name}" for field in dataclasses.fields(chosen)})
+    return chosen
 
 
-def _show(results: dict[str, Any], folder: Path) -> None:
+def _show_candidates(results: dict[str, Any]) -> None:
+    from ..experiment.candidates.report import answer, describe_claim, describe_setting, tables
+
+    console = new_console()
+    for sentence in answer(results):
+        console.print(sentence)
+    for claim in results["claims"]:
+        console.print(describe_claim(claim))
+    for title, head, rows in tables(results)[:4]:
+        shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
+        for name in head:
+            shown.add_column(name)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+    console.print(describe_setting(results))
+
+
+def _show_texts(results: dict[str, Any]) -> None:
     from ..experiment.figures import judges
     from ..experiment.report import describe_claim, describe_cycles, describe_intervals, describe_speed
 
@@ -89,8 +133,6 @@ def _show(results: dict[str, Any], folder: Path) -> None:
         console.print(line)
     for line in describe_speed(results):
         console.print(f"Speed: {line}")
-    total = sum(results["seconds"].values())
-    print(f"{total:.0f} seconds of work\nNumbers: {folder / 'results.json'}\nReport: {folder / 'report.html'}")
 
 
 def _matrix(judge: str, labels: list[str], matrix: list[list[dict[str, float] | None]]) -> Table:

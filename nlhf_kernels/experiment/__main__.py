@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .report import summary, write_report
+from . import report as texts_report
+from .candidates import report as candidates_report
 from .workspace import read_json
 
 
@@ -19,10 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the numbers as Markdown")
     arguments = parser.parse_args(argv)
     results = read_json(arguments.results)
+    report = candidates_report if results.get("experiment") == "candidates" else texts_report
     if arguments.markdown:
-        print(summary(results), end="")
+        print(report.summary(results), end="")
     if arguments.out is not None:
-        print(f"Report: {write_report(results, arguments.out)}")
+        print(f"Report: {report.write_report(results, arguments.out)}")
     if not arguments.markdown and arguments.out is None:
         parser.error("expected --out, --markdown or both")
     return 0

@@ -6,9 +6,12 @@ import difflib
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.checks import check_integer, check_number, check_option
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 OP = "experiment"
 START = "sft"  # the supervised policy: start and reference of all contestants
@@ -202,14 +205,17 @@ PRESETS = {
 }  # fmt: skip
 
 
-def overridden(preset: Preset, settings: Sequence[str]) -> Preset:
+AnyPreset = TypeVar("AnyPreset", bound="DataclassInstance")
+
+
+def overridden(preset: AnyPreset, settings: Sequence[str]) -> AnyPreset:
     """The preset with some fields changed.
 
     Args:
-        preset (Preset): what is changed.
-        settings (sequence of str): each "name=value"; contestants are separated by commas.
+        preset (a frozen dataclass of numbers, texts and tuples): what is changed.
+        settings (sequence of str): each "name=value"; the values of a tuple are separated by commas.
     """
-    kinds = typing.get_type_hints(Preset)
+    kinds = typing.get_type_hints(type(preset))
     values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -232,7 +238,10 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         except ValueError as error:
             expected = "a whole number" if kind is int else "a number"
             raise ValueError(f"{OP}: --set: {name}: expected {expected}; got {text!r}") from error
-    return text if kind is str else tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind is str:
+        return text
+    inner, _ = typing.get_args(kind)  # tuple[inner, ...]
+    return tuple(_parse(name, part.strip(), inner) for part in text.split(",") if part.strip())
 
 
 def as_json(preset: Preset) -> dict[str, Any]:

@@ -1,0 +1,354 @@
+"""Everything that is trained: the reference policy, the two models of the human pairs, contestants, best responses."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...core.loading import load_model, load_tokenizer
+from ...core.terminal import Reporter
+from ...data import Pair
+from ...preference import PreferenceTraining, save_preference_model, train_preference_model
+from ...preference.models import KINDS, ComparisonModel
+from ...train import NashConfig, NashTrainer
+from ..workspace import write_json
+from .presets import CONTESTANTS, CandidatePreset
+from .tellers import OnlineReward, TableJudge, TableReward, Votes
+from .world import World, candidate_log_probs, load_world, save_world, word_tokenizer
+
+TEMPLATES = {"pairwise": "{prompt} {first} or {second}", "reward": "{prompt} {response}"}
+POLICY, TABLES = "policy", "tables.safetensors"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every stage works with once there is a reference policy.
+
+    Args:
+        world (World): prompts, candidates, annotators.
+        tokenizer: of words.
+        start (Path): the reference policy's folder.
+        log_reference (tensor (M, A)): the reference policy, float64.
+        preset (CandidatePreset): the experiment's numbers.
+        device (torch.device): where models are.
+        report (Reporter): what people see.
+    """
+
+    world: World
+    tokenizer: Any
+    start: Path
+    log_reference: torch.Tensor
+    preset: CandidatePreset
+    device: torch.device
+    report: Reporter
+
+    def policy(self, folder: Path | None = None) -> Any:
+        """A model of its own on the device.
+
+        Args:
+            folder: where it was saved; None: the reference policy.
+        """
+        return load_model("experiment: policy", folder or self.start, device=self.device, dtype=torch.float32)
+
+    def log_probs(self, model: Any) -> torch.Tensor:
+        """`candidate_log_probs` of this world.
+
+        Args:
+            model: a policy.
+        """
+        return candidate_log_probs(model, self.tokenizer, self.world)
+
+
+# ---- the reference policy --------------------------------------------------------------------------------------------
+
+
+def make_start(work: Path, world: World, preset: CandidatePreset, device: torch.device) -> None:
+    """Fit a small Llama to how common the candidates are, by cross-entropy over all prompts at once; save it.
+
+    Args:
+        work: the stage's folder.
+        world: prompts and frequencies.
+        preset: the model's size and the number of steps.
+        device: where to train.
+    """
+    import transformers
+
+    tokenizer = word_tokenizer(world)
+    ids = torch.tensor([tokenizer(p)["input_ids"] for p in world.prompts], dtype=torch.int64, device=device)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=preset.hidden, intermediate_size=3 * preset.hidden,
+        num_hidden_layers=preset.layers, num_attention_heads=preset.heads, max_position_embeddings=16,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,  # from the usual 0.02, so narrow a layer learns slowly which words go together
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(preset.seed)
+        model: Any = transformers.LlamaForCausalLM(config)
+    model.to(device)
+    chosen = tokenizer.convert_tokens_to_ids(world.candidates)
+    target = torch.zeros(len(ids), len(tokenizer), dtype=torch.float32, device=device)
+    target[:, chosen] = world.common.float().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, preset.start_steps)
+    for _ in range(preset.start_steps):
+        optimizer.zero_grad()
+        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+        torch.nn.functional.cross_entropy(logits, target).backward()
+        optimizer.step()
+        schedule.step()
+    model.save_pretrained(work / POLICY)
+    tokenizer.save_pretrained(work / POLICY)
+    save_world(world, work / "world.json")
+    save_table(candidate_log_probs(model, tokenizer, world), work)
+    write_json(work / "measures.json", {"parameters": sum(value.numel() for value in model.parameters())})
+
+
+def load_setting(folder: Path, preset: CandidatePreset, device: torch.device, report: Reporter) -> Setting:
+    """What `make_start` left.
+
+    Args:
+        folder: its stage.
+        preset, device, report: as in `Setting`.
+    """
+    world, log_reference = load_world(folder / "world.json"), load_table(folder)
+    tokenizer = load_tokenizer("experiment: reference policy", folder / POLICY)
+    return Setting(world, tokenizer, folder / POLICY, log_reference, preset, device, report)
+
+
+def load_table(folder: Path) -> torch.Tensor:
+    """What a stage has left: log-probabilities (M, A), (marks, M, A) of a training run; a comparison model's numbers.
+
+    Args:
+        folder: the stage's.
+    """
+    from safetensors.torch import load_file
+
+    return load_file(folder / TABLES)["table"]
+
+
+def save_table(table: torch.Tensor, folder: Path) -> None:
+    """For `load_table`.
+
+    Args:
+        table: what a stage has found.
+        folder: the stage's.
+    """
+    from safetensors.torch import save_file
+
+    save_file({"table": table.contiguous()}, folder / TABLES)
+
+
+# ---- a sample of human pairs, and the two models of it ---------------------------------------------------------------
+
+
+def make_pairs(work: Path, setting: Setting) -> None:
+    """Pairs of different answers of the reference policy, each with one vote; an eighth more to hold out.
+
+    Args:
+        work: the stage's folder.
+        setting: world, reference and the number of pairs.
+    """
+    preset, world = setting.preset, setting.world
+    generator = torch.Generator().manual_seed(preset.seed + 1)
+    count = preset.pairs + preset.pairs // 8
+    rows = torch.randint(len(world.prompts), (count,), generator=generator, dtype=torch.int64, device="cpu")
+    chances = setting.log_reference[rows, :-1].exp()
+    sides = torch.multinomial(chances, 2, replacement=False, generator=generator)
+    prompts = [world.prompts[row] for row in rows.tolist()]
+    first, second = ([world.candidates[c] for c in side] for side in sides.T.tolist())
+    won = Votes(TableJudge(world, world.preference), preset.seed + 2)(prompts, first, second)
+    pairs = [
+        {"prompt": prompt, "chosen": f" {a if win else b}", "rejected": f" {b if win else a}"}
+        for prompt, a, b, win in zip(prompts, first, second, won.tolist(), strict=True)
+    ]
+    write_json(work / "pairs.json", {"train": pairs[: preset.pairs], "held_out": pairs[preset.pairs :]})
+
+
+def make_comparison_model(work: Path, kind: str, pairs: dict[str, list[Pair]], setting: Setting) -> None:
+    """Train one model for each learning rate from the reference policy, keep that of the lowest held-out log-loss.
+
+    Args:
+        work: the stage's folder.
+        kind: pairwise, the preference model, or reward.
+        pairs: train and held_out.
+        setting: preset and start.
+    """
+    preset, tried = setting.preset, []
+    models: list[ComparisonModel] = []
+    for rate in preset.comparison_rates:
+        model = KINDS[kind](setting.policy(), setting.tokenizer, template=TEMPLATES[kind]).to(setting.device)
+        training = PreferenceTraining(preset.comparison_steps, preset.comparison_batch, learning_rate=rate,
+                                      seed=preset.seed)  # fmt: skip
+        outcome = train_preference_model(
+            model, pairs["train"], training, held_out=pairs["held_out"], progress=setting.report.shown
+        )
+        assert outcome.evaluation is not None
+        tried.append({"learning_rate": rate, **asdict(outcome.evaluation)})
+        models.append(model)
+    best = min(range(len(tried)), key=lambda index: tried[index]["log_loss"])
+    save_preference_model(models[best], work / "model")
+    table = preference_table if kind == "pairwise" else reward_table
+    save_table(table(models[best], setting), work)
+    write_json(work / "measures.json", {"tried": tried, "chosen": best})
+
+
+@torch.no_grad()
+def preference_table(model: ComparisonModel, setting: Setting) -> torch.Tensor:
+    """The preference model's P(a > b) for all candidates of all prompts, (M, A, A); anything else loses to them.
+
+    Args:
+        model: a pairwise one.
+        setting: the world.
+    """
+    world, table = setting.world, setting.world.preference.clone()
+    for a, first in enumerate(world.candidates):
+        for b, second in enumerate(world.candidates):
+            if a < b:
+                scored = model.probabilities(world.prompts, [f" {first}"] * len(world.prompts),
+                                             [f" {second}"] * len(world.prompts)).double().cpu()  # fmt: skip
+                table[:, a, b], table[:, b, a] = scored, 1 - scored
+    return table
+
+
+@torch.no_grad()
+def reward_table(model: Any, setting: Setting) -> torch.Tensor:
+    """The reward model's numbers for all candidates, (M, A); anything else gets the worst of them, less 1.
+
+    Args:
+        model: a reward model.
+        setting: the world, and the reference policy under which rewards have the mean 0.
+    """
+    world = setting.world
+    columns = [model.rewards(world.prompts, [f" {word}"] * len(world.prompts)).double().cpu()
+               for word in world.candidates]  # fmt: skip
+    return centred(torch.stack(columns, -1), setting.log_reference)
+
+
+def centred(rewards: torch.Tensor, log_reference: torch.Tensor) -> torch.Tensor:
+    """Rewards of the candidates (M, k) with a mean of 0 under the reference, and the worst less 1 for anything else.
+
+    Args:
+        rewards (M, k): of the candidates.
+        log_reference (M, A): the reference policy.
+    """
+    whole = torch.cat([rewards, rewards.amin(-1, keepdim=True) - 1], -1)
+    return whole - (log_reference.exp() * whole).sum(-1, keepdim=True)
+
+
+# ---- contestants and best responses ----------------------------------------------------------------------------------
+
+
+def make_run(work: Path, contestant: str, index: int, run: int, tables: dict[str, torch.Tensor],
+             setting: Setting) -> None:  # fmt: skip
+    """Train a contestant at one tau; leave its policy and its log-probabilities at every mark.
+
+    Args:
+        work: the stage's folder.
+        contestant: a key of CONTESTANTS.
+        index: which tau of its grid.
+        run: number of the run; runs of equal number see the same prompts, noise and votes where they ask the same.
+        tables: `preference` and `reward`, what was learned from the sample of human pairs.
+        setting: start, preset, world.
+    """
+    preset, chosen = setting.preset, CONTESTANTS[contestant]
+    seed = 1000 * preset.seed + run
+    votes = Votes(TableJudge(setting.world, setting.world.preference), 7_000_000 + seed)
+    if chosen.information == "pairs":
+        judge: Any = TableJudge(setting.world, tables["preference"])
+        reward: Any = TableReward(setting.world, tables["reward"])
+    else:
+        judge, reward = votes, OnlineReward(votes, setting.log_reference)
+    model = setting.policy()
+    marks = _Marks(partial(setting.log_probs, model), preset.marks())
+    options = preset.options(contestant, index)
+    _train(model, judge, reward, setting, work, seed, options, [marks.callback()])
+    save_table(torch.stack(marks.tables), work)
+    model.save_pretrained(work / POLICY)
+    write_json(work / "measures.json", {"votes": votes.asked, "updates": preset.updates})
+
+
+def make_response(work: Path, opponent: torch.Tensor, start: Path | None, tau: float, seed: int,
+                  setting: Setting) -> None:  # fmt: skip
+    """Train a best response to a fixed policy: RLHF whose reward is P(y > opponent); leave its log-probabilities.
+
+    Args:
+        work: the stage's folder.
+        opponent (M, A): log-probabilities of who is to be beaten.
+        start: the policy to start from; None: the reference.
+        tau: price of leaving the reference.
+        seed: of the run.
+        setting: reference, preset, world.
+    """
+    worth = (setting.world.preference @ opponent.exp().unsqueeze(-1)).squeeze(-1)
+    reward = TableReward(setting.world, worth - (setting.log_reference.exp() * worth).sum(-1, keepdim=True))
+    model = setting.policy(start)
+    options = {"algorithm": "rlhf", "tau": tau}
+    _train(model, None, reward, setting, work, seed, options, [])
+    save_table(setting.log_probs(model), work)
+
+
+def _train(model: Any, judge: Any, reward: Any, setting: Setting, work: Path, seed: int, options: dict[str, Any],
+           callbacks: Sequence[Any]) -> None:  # fmt: skip
+    """`model` in place, with the budget that all have: every prompt in every update."""
+    import transformers
+
+    preset, world = setting.preset, setting.world
+    config = NashConfig(
+        str(work / "trainer"),
+        max_steps=preset.updates,
+        per_device_train_batch_size=len(world.prompts),
+        samples_per_prompt=preset.samples_per_prompt,
+        max_prompt_length=8,
+        max_new_tokens=1,
+        learning_rate=preset.learning_rate,
+        lr_scheduler_type="linear",  # last iterates are compared: large steps to the end would be their noise
+        adam_beta1=0.5,  # momentum overshoots where the opponent moves too
+        logging_steps=preset.updates,
+        log_samples=0,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=setting.device.type == "cpu",
+        seed=seed,
+        **options,
+    )
+    rewarded = options["algorithm"] == "rlhf"
+    trainer = NashTrainer(
+        model,
+        setting.policy(),
+        judge=None if rewarded else judge,
+        args=config,
+        train_dataset=[{"prompt": prompt} for prompt in world.prompts],
+        processing_class=setting.tokenizer,
+        callbacks=list(callbacks),
+        reward=reward if rewarded else None,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    shutil.rmtree(work / "trainer", ignore_errors=True)
+
+
+class _Marks:
+    """The policy's log-probabilities after the updates that are marked."""
+
+    def __init__(self, log_probs: Any, marks: Sequence[int]) -> None:
+        self.log_probs, self.marks = log_probs, frozenset(marks)
+        self.tables: list[torch.Tensor] = []
+
+    def callback(self) -> Any:
+        import transformers
+
+        collector = self
+
+        class Record(transformers.TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step in collector.marks:
+                    collector.tables.append(collector.log_probs())
+
+        return Record()

@@ -1,0 +1,286 @@
+"""The report for people: the answer first, four figures, answers side by side, then tables. One HTML file and its
+figures, drawn from the results alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...core.plots import as_svg
+from ...core.text import markdown_table
+from ...evaluation import Estimate, plus_minus
+from ...evaluation.plots import plot_estimates, plot_win_rates
+from ..report import STYLE, table
+from .measures import CONTRADICTED, MARGIN, REPRODUCED
+from .presets import CLAIMED, INFORMATION
+
+Results = dict[str, Any]
+PRINT = "@media print{body{max-width:none;font-size:11pt}figure,table,.verdict{break-inside:avoid}}"
+MINUS = "\u2212"
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """`report.html`, which holds everything, and its figures as files in `figures`, for other documents.
+
+    Args:
+        results: of `CandidateExperiment.run`.
+        folder: where to.
+    """
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, caption, figure in all_figures(results):
+        drawing = as_svg(figure)
+        (folder / "figures" / f"{name}.svg").write_bytes(drawing)
+        pictures.append((drawing, caption))
+    path = folder / "report.html"
+    path.write_text(page(results, pictures), encoding="utf-8")
+    return path
+
+
+def page(results: Results, pictures: Sequence[tuple[bytes, str]]) -> str:
+    """The whole page.
+
+    Args:
+        results: of `CandidateExperiment.run`.
+        pictures: SVG and caption of every figure.
+    """
+    parts = [
+        "<h1>Nash learning from human feedback where preferences cycle</h1>",
+        *(f"<p><b>{_e(sentence)}</b></p>" for sentence in answer(results)),
+        *(f'<div class="verdict {_colour(claim)}"><p>{_e(describe_claim(claim))}</p></div>'
+          for claim in results["claims"]),
+        f"<p>{_e(describe_setting(results))}</p>",
+        *(_picture(*each) for each in pictures),
+        "<h2>Answers</h2>",
+        *(_sample(results, sample) for sample in results["samples"]),
+        "<h2>Numbers</h2>",
+        *(f"<h3>{_e(title)}</h3>{table(head, rows)}" for title, head, rows in tables(results)),
+        "<h2>How it was made</h2>",
+        _making(results),
+    ]  # fmt: skip
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        "<title>Nash learning where preferences cycle</title>\n"
+        f"<style>{STYLE}{PRINT}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def summary(results: Results) -> str:
+    """The numbers as Markdown, for documents.
+
+    Args:
+        results: of `CandidateExperiment.run`.
+    """
+    machine = results["machine"]
+    facts = ", ".join(f"{name} {machine[name]}" for name in ("device", "cores", "threads", "torch", "transformers"))
+    parts = [
+        " ".join(answer(results)),
+        "\n".join(f"- {describe_claim(claim)}" for claim in results["claims"]),
+        describe_setting(results),
+        *(f"**{title}.**\n\n{markdown_table(head, rows)}" for title, head, rows in tables(results)),
+        f"Made with {facts}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- sentences -------------------------------------------------------------------------------------------------------
+
+
+def answer(results: Results) -> list[str]:
+    """Three sentences with the numbers that carry the answer.
+
+    Args:
+        results: of `CandidateExperiment.run`.
+    """
+    budget, last = results["preset"]["budget"], results["knobs"][-1]
+    exploited, won, equal = [], [], []
+    for information, rows in results["advantages"].items():
+        values = [results["exploitability"][name]["by_knob"][-1] for name in reversed(CLAIMED[information])]
+        told = {"pairs": "told the same human pairs", "queries": "given the same number of votes"}[information]
+        exploited.append(f"{_plain(values[0], 0.5)} against RLHF and {_plain(values[1], 0.5)} against Nash-MD ({told})")
+        won.append(f"{_plain(rows[-1]['win_rate'])} ({information})")
+        equal.append(f"{_plain(rows[0]['win_rate'])} ({information})")
+    return [
+        f"Where preferences cycle most ({last['cyclic']:.0%} of triples), the best opponent that goes no further than "
+        f"{budget:g} nats from the reference wins {', '.join(exploited)}.",
+        f"At that same distance Nash-MD is preferred to RLHF with probability {', '.join(won)} there.",
+        f"Where the preferences come from a reward, it is preferred with probability {', '.join(equal)}.",
+    ]
+
+
+def describe_claim(claim: Mapping[str, Any]) -> str:
+    """A claim with its verdict and number.
+
+    Args:
+        claim: of `measures.claims`.
+    """
+    text = str(claim["claim"])
+    return f"{text[:1].upper()}{text[1:]}: {claim['verdict']} ({plus_minus(claim['mean'], claim['half'])})."
+
+
+def describe_setting(results: Results) -> str:
+    """How it was measured, in a paragraph.
+
+    Args:
+        results: of `CandidateExperiment.run`.
+    """
+    preset = results["preset"]
+    votes = results["budgets"]
+    asked = max((each["votes"] for each in votes.values()), default=0)
+    return (
+        f"{len(results['knobs'])} groups of annotators from a reward to circles, {preset['games']} prompts each, "
+        f"{preset['candidates']} answers to choose from; {preset['runs']} training runs of each contestant at each of "
+        f"{len(preset['taus'])} tau. Every run makes {preset['updates']} updates with {preset['samples_per_prompt']} "
+        f"answers to every prompt. pairs: {INFORMATION['pairs']}, {preset['pairs']}; queries: "
+        f"{INFORMATION['queries']}, {asked}. Policies are compared at {preset['budget']:g} nats of KL from the "
+        "reference, prompt by prompt, or at their own where they stay below; win rates are expectations over all "
+        "answers. Intervals are 95 %, over prompts and training runs; a difference counts above "
+        f"{MARGIN:g} with its whole interval."
+    )
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def all_figures(results: Results) -> list[tuple[str, str, Any]]:
+    """(file name, caption, figure) of the four.
+
+    Args:
+        results: of `CandidateExperiment.run`.
+    """
+    last, labels = results["knobs"][-1], _labels(results)
+    most = f"where {last['cyclic']:.0%} of triples cycle"
+    budget = f"{results['preset']['budget']:g} nats"
+    unrewarded = [knob["unrewarded"] for knob in results["knobs"]]
+    advantages = {
+        f"same {information}": [
+            (x, Estimate(**row["less_exploitable"])) for x, row in zip(unrewarded, rows, strict=True)
+        ]
+        for information, rows in results["advantages"].items()
+    }
+    limit = results["exact_advantages"]["less_exploitable"]
+    advantages["exact limit, same pairs"] = [
+        (x, Estimate(value, 0.0, 0, 0)) for x, value in zip(unrewarded, limit, strict=True)
+    ]
+    by_update = {
+        labels[name]: [(mark, Estimate(**value)) for mark, value in facts["by_update"]]
+        for name, facts in results["exploitability"].items()
+    }
+    frontiers = {
+        labels[name]: [(point["budget"], Estimate(**point["worst"])) for point in points]
+        for name, points in results["frontiers"].items()
+    }
+    matrix = results["matrix"][-1]
+    return [
+        ("advantage", f"How much less exploitable Nash-MD is than RLHF at {budget}, against cycling",
+         plot_estimates(advantages, "share of the log-odds that no reward explains",
+                        f"exploitability of RLHF {MINUS} Nash-MD", level=0.0)),
+        ("exploitability", f"Exploitability at {budget} on the way, {most}",
+         plot_estimates(by_update, "update", "exploitability (0: equilibrium)", level=0.0)),
+        ("matrix", f"Win rates at {budget}, {most}",
+         plot_win_rates([labels[name] for name in results["labels"]], matrix["rates"], "P(row preferred to column)")),
+        ("frontier", f"Win rate against the best opponent of equal KL, {most}",
+         plot_estimates(frontiers, "KL from the reference that both may spend, nats", "win rate at worst", level=0.5)),
+    ]  # fmt: skip
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows) of every table.
+
+    Args:
+        results: of `CandidateExperiment.run`.
+    """
+    labels, knobs = _labels(results), results["knobs"]
+    heads = [f"{knob['cyclic']:.0%} cyclic" for knob in knobs]
+    games = [[f"{knob['knob']:g}", str(knob["prompts"]), f"{knob['cyclic']:.3f}", f"{knob['unrewarded']:.3f}"]
+             for knob in knobs]  # fmt: skip
+    gaps, wins = ([[f"same {information}", *(_cell(row[field]) for row in rows)]
+                   for information, rows in results["advantages"].items()]
+                  for field in ("less_exploitable", "win_rate"))  # fmt: skip
+    for rows, field in ((gaps, "less_exploitable"), (wins, "win_rate")):
+        rows.append(["exact limit, same pairs", *(f"{value:.3f}" for value in results["exact_advantages"][field])])
+    exploited, mixtures, trained = [], [], []
+    for name, facts in results["exploitability"].items():
+        exploited.append([labels[name], *map(_cell, facts["by_knob"])])
+        if facts["limit"] is not None:
+            exploited.append([f"{labels[name]}, exact limit", *(f"{value:.3f}" for value in facts["limit"])])
+        mixtures.append([labels[name], *map(_cell, facts["mixture"])])
+        trained.append([labels[name], *(f"{_cell(each['best'])} of {each['exact']:.3f}" for each in facts["trained"])])
+    spent = [[labels[name], *("/".join(f"{value:.2f}" for value in knob["taus"]) for knob in each)]
+             for name, each in results["policies"].items()]  # fmt: skip
+    points = [[labels[name], *(f"{point['kl']:.2f}: {point['reference']['mean']:.3f}" for point in each[1::2])]
+              for name, each in results["frontiers"].items()]  # fmt: skip
+    models = [[name.replace("-", " "), *_model(facts)] for name, facts in results["comparison_models"].items()]
+    return [
+        ("The annotators", ["knob", "prompts", "cyclic triples", "log-odds no reward explains"], games),
+        ("Exploitability of RLHF less that of Nash-MD, at equal KL", ["", *heads], gaps),
+        ("Nash-MD against RLHF, at equal KL", ["", *heads], wins),
+        ("Exploitability at equal KL", ["", *heads], exploited),
+        ("The mixture of a run's checkpoints", ["", *heads], mixtures),
+        ("Trained best responses: the best win rate less 1/2, of the exact value", ["first run", *heads], trained),
+        ("KL of the finished runs at each tau", ["", *heads], spent),
+        (f"KL and win rate against the reference, {heads[-1]}", ["", *("" for _ in range(len(points[0]) - 1))], points),
+        ("Models of the human pairs", ["", "held-out pairs", "accuracy", "log-loss", "learning rate"], models),
+    ]
+
+
+def _model(facts: Mapping[str, Any]) -> list[str]:
+    best = facts["tried"][facts["chosen"]]
+    return [str(best["count"]), f"{best['accuracy']:.3f}", f"{best['log_loss']:.3f}", f"{best['learning_rate']:g}"]
+
+
+def _sample(results: Results, sample: Mapping[str, Any]) -> str:
+    labels = _labels(results)
+    rows = [[f"{judge}: P(preferred to the reference)", *(f"{value:.2f}" for value in values)]
+            for judge, values in sample["beats_reference"].items()]  # fmt: skip
+    rows += [[labels.get(name, name), *(f"{value:.2f}" for value in values)]
+             for name, values in sample["answers"].items()]  # fmt: skip
+    title = f'"{sample["prompt"]}", knob {sample["knob"]:g}: how often each policy gives each answer'
+    return f"<p>{_e(title)}</p>{table(['', *results['candidates']], rows)}"
+
+
+def _making(results: Results) -> str:
+    seconds = results["seconds"]
+    total = sum(seconds.values())
+    facts = [[name, str(value)] for name, value in {**results["machine"], **results["preset"]}.items()]
+    return f"<p>{total:.0f} seconds in all {len(seconds)} stages together.</p>{table(['setting', 'value'], facts)}"
+
+
+def _picture(drawing: bytes, caption: str) -> str:
+    data = base64.b64encode(drawing).decode()
+    image = f'<img alt="{_e(caption)}" src="data:image/svg+xml;base64,{data}">'
+    return f"<figure>{image}<figcaption>{_e(caption)}</figcaption></figure>"
+
+
+def _labels(results: Results) -> dict[str, str]:
+    """What contestants are called: with what they were told only where two share a name."""
+    facts = results["labels"]
+    names = [each["label"] for each in facts.values()]
+    return {
+        name: each["label"] if names.count(each["label"]) == 1 else f"{each['label']}, {each['information']}"
+        for name, each in facts.items()
+    }
+
+
+def _colour(claim: Mapping[str, Any]) -> str:
+    return {REPRODUCED: "reproduced", CONTRADICTED: "contradicted"}.get(claim["verdict"], "")
+
+
+def _cell(value: Mapping[str, Any]) -> str:
+    return plus_minus(value["mean"], value["half"])
+
+
+def _plain(value: Mapping[str, Any], shift: float = 0.0) -> str:
+    return plus_minus(value["mean"] + shift, value["half"], 2)
+
+
+def _e(text: object) -> str:
+    return html.escape(str(text))
