@@ -55,3 +55,19 @@ def test_bfloat16_trains(algorithm, tmp_path) -> None:
     scored = logits.logits[:, -width - 1 : -1].float().log_softmax(-1)
     chosen = scored.gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0]
     assert float((chosen - experience.reference_logprobs)[counts].abs().max()) < 0.3
+
+
+def test_float16_trains_with_a_scaler(tmp_path) -> None:
+    """accelerate's own scaler; its first scale is too large for some of these gradients or for none, both are runs."""
+    options = {**RUN, "fp16": True, "max_steps": 12, "save_strategy": "steps", "save_steps": 6}
+    trainer = make_trainer(tmp_path, **options)
+    before = torch.cat([value.detach().flatten() for value in trainer.model.parameters()]).clone()
+    trainer.train()
+    logs = torch.tensor(history(trainer, "loss", "skipped_updates", "loss_scale"))
+    assert bool(logs.isfinite().all()) and logs[-1, 1] < 12 and float(logs[-1, 2]) >= 1
+    assert trainer.rollout_policy.dtype == torch.float16
+    after = torch.cat([value.detach().flatten() for value in trainer.model.parameters()])
+    assert after.dtype == torch.float32 and not after.equal(before)
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert resumed.accelerator.scaler.state_dict() == trainer.accelerator.scaler.state_dict()

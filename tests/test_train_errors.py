@@ -191,7 +191,6 @@ def test_a_reward_that_calls_exit_ends_nothing(tmp_path) -> None:
         ({"beta": 0.3, "algorithm": "self-play"}, "beta: self-play does not use it; got 0.3"),
         ({"kl": "exact", "algorithm": "online-ipo"}, "kl: online-ipo does not use it"),
         ({"ema_decay": 0.5}, "ema_decay: nash-md does not use it; got 0.5"),
-        ({"fp16": True}, "fp16: expected False, as its gradient scaler"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: expected None, as answers are scored"),
         ({"remove_unused_columns": True}, "remove_unused_columns: expected False, as prompts"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: expected one of random, sequential"),

@@ -22,6 +22,9 @@ class OptimizerHooks(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.trainer.before_optimizer()
 
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.trainer.after_optimizer_step()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.after_optimizer()
         self.trainer.stop_if_requested(control)

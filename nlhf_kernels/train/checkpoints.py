@@ -20,6 +20,7 @@ from .identity import OP, STORED, Identity, check_changes, differences
 KIND = "checkpoint"
 RUN = "nash_run.json"
 OPPONENT = "opponent.safetensors"
+SCALER = "scaler.pt"  # the gradient scaler's state; of runs with fp16
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # to go on exactly; save_only_model leaves them out
 _log = logging.getLogger(__name__)
 
@@ -110,6 +111,8 @@ def _check_complete(path: Path) -> None:
         raise ValueError(f"{path}: expected a checkpoint that this trainer wrote; it has no {manifest.NAME}")
     manifest.verify(path)
     missing = [name for name in (RUN, *NEEDED) if not (path / name).exists()]
+    if not missing and json.loads((path / RUN).read_text()).get("fp16") and not (path / SCALER).exists():
+        missing = [SCALER]
     if missing:
         raise ValueError(f"{path}: expected all that training needs; it has no {', '.join(missing)}")
 

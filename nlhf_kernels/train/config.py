@@ -21,7 +21,6 @@ _SHARDED = "rollouts need the whole model on every process"
 _COMPILED = "the model's head is replaced during the forward pass, which a compiled graph cannot see"
 _NO_LABELS = "there are no labels"
 FIXED = {
-    "fp16": "its gradient scaler skips steps by itself; bf16 needs none",
     "fp16_full_eval": "evaluations answer in the dtype of rollouts",
     "bf16_full_eval": "evaluations answer in the dtype of rollouts",
     "torch_compile": _COMPILED,
@@ -43,7 +42,7 @@ FIXED = {
     "ddp_find_unused_parameters": "the head's gradient is taken outside the model's forward pass",
     "fsdp": _SHARDED,
     "fsdp_config": _SHARDED,
-    "deepspeed": _SHARDED,
+    "deepspeed": "models are sharded by FSDP2 here, not by DeepSpeed",
     "parallelism_config": _SHARDED,
     "enable_jit_checkpoint": "SIGTERM is answered with a checkpoint as it is",
     "push_to_hub": "a checkpoint gets its name when it is complete; NashTrainer.push_to_hub sends the finished model",

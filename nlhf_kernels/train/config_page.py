@@ -23,6 +23,7 @@ COMMON = {
     "warmup_steps": "updates until the learning rate is full; below 1: a share of all",
     "max_grad_norm": "gradients are scaled down to this norm; 0: never",
     "bf16": "products in bfloat16, weights and sums in float32; rollouts play with a bfloat16 copy",
+    "fp16": "likewise in float16, with a gradient scaler; updates that it skips are counted in the log",
     "seed": "of the order of prompts, and of every answer",
     "logging_steps": "updates between logs",
     "eval_strategy": "no, steps or epoch",

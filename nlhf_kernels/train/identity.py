@@ -24,7 +24,7 @@ NEUTRAL = (
 #: Fields of transformers' TrainingArguments that do.
 OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
 TRAINING = (
-    "bf16", "data_seed", "dataloader_drop_last", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm",
+    "bf16", "fp16", "data_seed", "dataloader_drop_last", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm",
     "train_sampling_strategy", "seed", "warmup_steps",
 )  # fmt: skip
 #: What a checkpoint stores the state of, so that a resumed run cannot change it.

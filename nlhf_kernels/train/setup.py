@@ -20,7 +20,7 @@ from ..engine.contexts import eval_mode
 from ..engine.model_info import clone_with_parameters
 from ..engine.peft_models import is_adapted
 from . import opponents
-from .config import NashConfig
+from .config import FIXED, NashConfig
 
 OP = "NashTrainer"
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU")  # of accelerate's distributed types
@@ -36,10 +36,28 @@ def check_judges(args: NashConfig, judge: Any, reward: Any) -> None:
             raise TypeError(f"{OP}: {name}: expected a callable; got {type(value).__name__}")
 
 
+def rollout_dtype(args: NashConfig) -> torch.dtype | None:
+    """Return the dtype of rollouts; None: that of the weights."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def check_precision(args: NashConfig, accelerator: Any, model: Any) -> None:
+    """Raise where `fp16` would train without a gradient scaler, or weights whose gradients it does not unscale."""
+    if not args.fp16:
+        return
+    if accelerator.scaler is None:
+        raise ValueError(f"{OP}: fp16: expected a GPU, whose gradients are scaled; got {args.device} (bf16 needs none)")
+    for name, value in opponents.trainable_parameters(model).items():
+        if value.dtype != torch.float32:
+            raise ValueError(f"{OP}: fp16: expected float32 weights to train; got {value.dtype} in {name}")
+
+
 def check_processes(args: NashConfig, accelerator: Any, prompts: Mapping[str, Sized]) -> None:
     if args.n_gpu > 1:
         raise ValueError(f"{OP}: expected one device per process; got {args.n_gpu} (accelerate launch starts more)")
     kind = accelerator.distributed_type.value
+    if kind == "DEEPSPEED":
+        raise ValueError(f"{OP}: deepspeed: expected None, as {FIXED['deepspeed']}; got a DeepSpeed launch")
     if kind not in KINDS:
         raise ValueError(f"{OP}: expected processes with the whole model each ({', '.join(KINDS)}); got {kind}")
     for name, rows in prompts.items():
@@ -105,7 +123,8 @@ def _check_weights(model: torch.nn.Module) -> None:
 
 def freeze_for_rollouts(args: NashConfig, reference: Any, eval_opponent: Any) -> None:
     """Freeze models that are not trained, and move them to the device and dtype of rollouts; None is skipped."""
-    options: dict[str, Any] = {"device": args.device} | ({"dtype": torch.bfloat16} if args.bf16 else {})
+    dtype = rollout_dtype(args)
+    options: dict[str, Any] = {"device": args.device} | ({} if dtype is None else {"dtype": dtype})
     for model in (reference, eval_opponent):
         if model is not None:
             model.requires_grad_(False).eval().to(**options)

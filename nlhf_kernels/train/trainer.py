@@ -45,10 +45,12 @@ from .setup import (
     broadcast_weights,
     check_judges,
     check_layout,
+    check_precision,
     check_processes,
     freeze_for_rollouts,
     make_opponent,
     naming_arguments,
+    rollout_dtype,
     with_reference,
     without_dropout,
 )
@@ -59,8 +61,8 @@ _log = logging.getLogger(__name__)
 class NashTrainer(ResumableTrainer):
     """Train `model` against the opponent that `args.algorithm` names, towards answers that `judge` prefers.
 
-    Models that are not trained are frozen and moved to the device, with `args.bf16` in bfloat16; the trainer does not
-    change them otherwise.
+    Models that are not trained are frozen and moved to the device, with `args.bf16` or `args.fp16` in that dtype; the
+    trainer does not change them otherwise.
 
     Args:
         model: causal language model, or a peft model around one, whose adapter is trained further.
@@ -120,9 +122,10 @@ class NashTrainer(ResumableTrainer):
             optimizers=optimizers,
         )
         check_processes(args, self.accelerator, self._all_prompts())
+        check_precision(args, self.accelerator, self.model)
         freeze_for_rollouts(args, reference_model, eval_opponent)
         broadcast_weights(self.model, reference_model, eval_opponent)  # before opponents are copied from them
-        dtype = torch.bfloat16 if args.bf16 else None
+        dtype = rollout_dtype(args)
         self.rollout_policy: RolloutPolicy = RolloutPolicy(self.model, dtype)
         self.opponent: Opponent | None
         self.opponent, anchor = make_opponent(self.model, dtype, args)
@@ -148,7 +151,8 @@ class NashTrainer(ResumableTrainer):
         self.evaluator: Evaluator = self._make_evaluator(settings, judge, reward)
         self.experiences: list[Experience] = []  # the latest update's, one for each micro-batch
         self.scheduled_values: dict[str, float] = {}  # beta and tau of the latest update
-        self.skipped_updates: int = 0  # updates whose gradients were not finite
+        self.skipped_updates: int = 0  # updates without a step, as their gradients were not finite
+        self.scale_of_step: float = 0.0  # the gradient scaler's, of the latest update; 0: no scaler
         self.gradients_done_at: float = 0.0  # time.perf_counter() after the latest backward pass
         self.add_callback(OptimizerHooks(self))
         if self.pop_callback(ProgressCallback) is not None:
@@ -274,7 +278,13 @@ class NashTrainer(ResumableTrainer):
         return value_at(name, getattr(self.args, name), self.state.global_step, self.state.epoch or 0.0)
 
     def before_optimizer(self) -> None:
-        """Drop gradients that are not finite, so that the optimizer step changes nothing, or end the run."""
+        """Drop gradients that are not finite, so that the optimizer step changes nothing, or end the run.
+
+        With a gradient scaler (`fp16`) they mean that its scale was too large: it skips the step and halves the scale.
+        At a scale of 1 that is no explanation, and `nonfinite` decides as it does without a scaler.
+        """
+        scaler = self.accelerator.scaler
+        self.scale_of_step = 0.0 if scaler is None else scaler.get_scale()
         gradients = [value.grad for value in self.model.parameters() if value.grad is not None]
         if not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
             return
@@ -282,12 +292,31 @@ class NashTrainer(ResumableTrainer):
         if (name := not_finite(self.model)) is not None:  # then the gradients of all later updates are not finite
             hint = "a lower learning_rate, and on from the last checkpoint"
             raise FloatingPointError(f"{update}: expected finite weights; got NaN or infinity in {name} ({hint})")
+        if self.scale_of_step > 1:
+            return  # the scaler skips the step
         what = f"{update}: expected finite gradients; got NaN or infinity"
         if self.args.nonfinite == "stop":
             raise FloatingPointError(what)
         _log.warning("%s; the update is skipped", what)
+        if scaler is None:  # else the scaler skips the step, and `after_optimizer_step` counts it
+            self.skipped_updates += 1
+            self.model.zero_grad()
+
+    def after_optimizer_step(self) -> None:
+        """Count a step that the gradient scaler skipped, and keep its scale at 1 or above.
+
+        A lower scale says that it was skipped; accelerate does not notice where the optimizer is fused.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() >= self.scale_of_step:
+            return
         self.skipped_updates += 1
-        self.model.zero_grad()
+        if scaler.get_scale() < 1:
+            scaler.update(1.0)
+        _log.info(
+            "%s: update %d: gradients overflow in float16; the update is skipped, the next ones are scaled by %g",
+            OP, self.state.global_step, scaler.get_scale(),
+        )  # fmt: skip
 
     def after_optimizer(self) -> None:
         """Update the opponent's weights from the policy's."""
@@ -326,6 +355,8 @@ class NashTrainer(ResumableTrainer):
             logs |= self.meters.means(self.accelerator) | self.timer.report(self.accelerator)
             logs |= {self.SCHEDULES[name]: value for name, value in self.scheduled_values.items()}
             logs |= {"skipped_updates": self.skipped_updates}
+            if self.accelerator.scaler is not None:
+                logs |= {"loss_scale": self.accelerator.scaler.get_scale()}
             if self.args.log_samples and self.is_world_process_zero():
                 table = samples.samples_of(self.experiences[0], self.args.log_samples, self.args.samples_per_prompt)
                 samples.show(table, self.state.global_step)
