@@ -191,20 +191,20 @@ RIVALS = {
 
 
 def run_shape(
-    shape: Shape, context: RunContext, plan: TimingPlan, wanted: Sequence[str] | None = None
+    shape: Shape, context: RunContext, plan: TimingPlan, chosen_rivals: Sequence[str] | None = None
 ) -> list[ResultRow]:
     device = context.settings.device
     pair = make(shape, device)
     options: dict[str, dict[str, Any]] = {"engine": {}, SDPA: {"attention": "sdpa"}}
     if device.type == "cuda":
         options[COMPILED] = {"compile": True}
-    engines = {name: engine_calls(pair, **given) for name, given in options.items()}
+    engines = {name: engine_calls(pair, **engine_options) for name, engine_options in options.items()}
     error = largest_error(pair, engines["engine"][0]())
     good = error <= ALLOWED_ERROR[shape.dtype]
     calls: dict[str, Callable[[], Any]] = {}
     for name, (whole, first) in engines.items() if good else ():
         calls |= {name: whole, name + FIRST: first}
-    rivals = {name: function for name, function in RIVALS.items() if wanted is None or name in wanted}
+    rivals = {name: function for name, function in RIVALS.items() if chosen_rivals is None or name in chosen_rivals}
     calls |= {name: partial(function, pair) for name, function in rivals.items()}
     actions = {name: Action(lambda: None, lambda _, call=call: call()) for name, call in calls.items()}
     timings = time_calls(actions, device, plan)
@@ -260,7 +260,7 @@ def print_rates(shape: Shape, rows: Sequence[ResultRow], console: Console) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser("rollout", __doc__).parse_args(argv)
     check_rivals("rollout", arguments.rival, RIVALS)
-    rows = run_rounds("rollout", arguments, SHAPES, partial(run_shape, wanted=arguments.rival), print_rates)
+    rows = run_rounds("rollout", arguments, SHAPES, partial(run_shape, chosen_rivals=arguments.rival), print_rates)
     return 0 if all(row.status == "ok" for row in rows) else 1
 
 

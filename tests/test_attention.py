@@ -213,13 +213,13 @@ def test_a_thread_sees_its_own_window_and_waits_for_that_of_another() -> None:
     """Two engines in two threads: one's ranges must not reach the other's models, nor stay behind."""
     from nlhf_kernels.ops import current_decode_window
 
-    ones, inside, seen = torch.ones(2, dtype=torch.int64), threading.Event(), []
+    ones, inside, observed_windows = torch.ones(2, dtype=torch.int64), threading.Event(), []
 
     def other() -> None:
-        seen.append(current_decode_window())
+        observed_windows.append(current_decode_window())
         inside.set()
         with nlhf_kernels.decode_window(ones, ones) as mine:
-            seen.append(current_decode_window() is mine)
+            observed_windows.append(current_decode_window() is mine)
 
     thread = threading.Thread(target=other)
     with nlhf_kernels.decode_window(None, ones) as window:
@@ -228,7 +228,7 @@ def test_a_thread_sees_its_own_window_and_waits_for_that_of_another() -> None:
         thread.join(0.05)
         assert thread.is_alive() and current_decode_window() is window
     thread.join(30)
-    assert seen == [None, True] and current_decode_window() is None
+    assert observed_windows == [None, True] and current_decode_window() is None
 
 
 # ---- in the rollout engine -------------------------------------------------------------------------------------------
@@ -306,5 +306,5 @@ def test_a_layer_that_makes_a_mask_of_its_own_is_found(kernel_calls) -> None:
     if not torch.allclose(whole, part, atol=1e-4):
         pytest.skip("transformers 5.17: Doge itself, without a cache, lets a token attend to the next ones")
     kernel_calls.clear()
-    (drawn,) = RolloutEngine(policy).rollout(**padded(rows), players=(Player(),), settings=settings(5))
-    assert kernel_calls == [] and worst_error(drawn, policy, None, rows, 0.0) < 5e-5
+    (responses,) = RolloutEngine(policy).rollout(**padded(rows), players=(Player(),), settings=settings(5))
+    assert kernel_calls == [] and worst_error(responses, policy, None, rows, 0.0) < 5e-5

@@ -150,10 +150,10 @@ def test_rows_of_prompts_are_read_as_for_training(folders, capsys, tmp_path) -> 
     for name, expected in (("rows.jsonl", ["one", "<bos>[two]"]), ("rows.json", ["one", "<bos>[two]"])):
         document = documents(capsys, folders, *mixed(folders, "--prompts-file", str(tmp_path / name)))
         assert [entry["prompt"] for entry in document["samples"]] == expected
-    (said,) = documents(capsys, folders, *mixed(folders, "--prompt", "one", "--chat"))["samples"]
+    (entry,) = documents(capsys, folders, *mixed(folders, "--prompt", "one", "--chat"))["samples"]
     path = str(tmp_path / "one.csv")
     (read,) = documents(capsys, folders, *mixed(folders, "--prompts-file", path, "--chat"))["samples"]
-    assert read["prompt"] == "<bos>[one]" and read["tokens"] == said["tokens"]
+    assert read["prompt"] == "<bos>[one]" and read["tokens"] == entry["tokens"]
     (tmp_path / "bad.jsonl").write_text('{"prompt": null}\n')
     code, _, err = run(capsys, "--policy", folders["policy"], "--prompts-file", str(tmp_path / "bad.jsonl"))
     assert code == 2 and "sample: --prompts-file: " in err and "bad.jsonl, line 1: prompt: expected a string" in err
@@ -176,12 +176,12 @@ def test_a_stream_prints_whole_characters() -> None:
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        stream, seen = sample._Stream(Bytes()), []
+        stream, printed = sample._Stream(Bytes()), []
         for token in (97, 0xE2, 0x82, 0xAC, 0, 98, 0xE2):
             stream.put(torch.tensor([token]))
-            seen.append(out.getvalue())
+            printed.append(out.getvalue())
         stream.end()
-    assert seen == ["a", "a", "a", "a\u20ac", "a\u20ac", "a\u20acb", "a\u20acb"]
+    assert printed == ["a", "a", "a", "a\u20ac", "a\u20ac", "a\u20acb", "a\u20acb"]
     assert out.getvalue() == "a\u20acb\ufffd\n"
 
 

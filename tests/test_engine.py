@@ -51,18 +51,18 @@ def test_tokens_are_distributed_as_the_exact_mixture(beta) -> None:
     policy, reference = tiny_pair("llama")
     (prompt,) = prompts((5,))
     player = Player(beta, stream=1, samples=4000)
-    (drawn,) = RolloutEngine(policy, reference).rollout(prompt[None], None, (player,), settings(2))
+    (responses,) = RolloutEngine(policy, reference).rollout(prompt[None], None, (player,), settings(2))
 
     def exact(text: torch.Tensor) -> np.ndarray:
         one, two = (teacher_forced(model, text, text[:1])[0] for model in (policy, reference))
         return ((1 - beta) * one + beta * two).softmax(-1).numpy()
 
-    first, second = drawn.tokens.numpy().T
+    first, second = responses.tokens.numpy().T
     assert_plausible(chi_square_p(np.bincount(first, minlength=VOCABULARY), exact(prompt)), "first token")
     likeliest = np.bincount(first).argmax()
     counts = np.bincount(second[first == likeliest], minlength=VOCABULARY)
-    given = torch.cat([prompt, torch.tensor([likeliest])])
-    assert_plausible(chi_square_p(counts, exact(given)), "second token")
+    prefix = torch.cat([prompt, torch.tensor([likeliest])])
+    assert_plausible(chi_square_p(counts, exact(prefix)), "second token")
 
 
 def test_y_and_y_prime_are_independent() -> None:
@@ -98,14 +98,14 @@ def test_rows_do_not_depend_on_batch_padding_or_compaction(architecture) -> None
 
 def test_the_prompt_is_read_once_per_model() -> None:
     policy, reference = tiny_pair("llama")
-    seen = []
+    shapes = []
     policy.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     engine = RolloutEngine(policy, reference)
-    seen.clear()
+    shapes.clear()
     engine.rollout(**padded(prompts()), players=nash_md(BETA, samples=3), settings=settings(3))
-    assert seen == [(3, 9), (18, 1), (18, 1)]
+    assert shapes == [(3, 9), (18, 1), (18, 1)]
 
 
 def test_an_engine_serves_many_rollouts_and_trained_weights() -> None:
@@ -159,7 +159,7 @@ def test_the_settings_of_the_sampler_arrive() -> None:
     (prompt,) = prompts((5,))
     options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
     player = Player(BETA, stream=1, samples=200)
-    (drawn,) = RolloutEngine(policy, reference).rollout(prompt[None], None, (player,), settings(1, **options))
+    (responses,) = RolloutEngine(policy, reference).rollout(prompt[None], None, (player,), settings(1, **options))
     one, two = (teacher_forced(model, prompt, prompt[:1])[0] for model in (policy, reference))
     scores = ((1 - BETA) * one + BETA * two)[None]
     for warper in (
@@ -167,8 +167,8 @@ def test_the_settings_of_the_sampler_arrive() -> None:
         transformers.TopPLogitsWarper(0.9), transformers.MinPLogitsWarper(0.01),
     ):  # fmt: skip
         scores = warper(None, scores)
-    expected = scores.log_softmax(-1)[0, drawn.tokens[:, 0]].float()
-    torch.testing.assert_close(drawn.mixture_logprobs[:, 0], expected, rtol=0, atol=2e-5)
+    expected = scores.log_softmax(-1)[0, responses.tokens[:, 0]].float()
+    torch.testing.assert_close(responses.mixture_logprobs[:, 0], expected, rtol=0, atol=2e-5)
 
 
 def test_seeds() -> None:

@@ -124,15 +124,15 @@ def test_layers_that_are_adapted_later_are_compared_then() -> None:
     base, rows = mixing(flatten=True), prompts()
     policy = lora(copy.deepcopy(base), target_modules=["q_proj"])
     engine = RolloutEngine(policy)
-    asked = {**padded(rows), "players": nash_md(BETA), "settings": settings(4)}
+    request = {**padded(rows), "players": nash_md(BETA), "settings": settings(4)}
     for name, target in (("", ""), ("second", "v_proj"), ("mlp", "down_proj")):
         if name:
             policy.add_adapter(name, peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
             policy.set_adapter(name)
         if name != "mlp":
-            assert worst_error(engine.rollout(**asked)[1], policy, base, rows, BETA) < 5e-5
+            assert worst_error(engine.rollout(**request)[1], policy, base, rows, BETA) < 5e-5
     with pytest.raises(ValueError, match="expected adapters as when the engine was made; now LlamaForCausalLM mixes"):
-        engine.rollout(**asked)
+        engine.rollout(**request)
 
 
 def test_a_forward_that_others_put_into_a_layer_stays() -> None:
@@ -184,8 +184,8 @@ KINDS: dict[str, dict] = {
 
 
 def make_kind(name: str) -> Callable[..., object]:
-    found = getattr(peft, f"{name}Config", None)
-    return found or pytest.skip(f"peft {peft.__version__} has no {name}Config")
+    config_class = getattr(peft, f"{name}Config", None)
+    return config_class or pytest.skip(f"peft {peft.__version__} has no {name}Config")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -209,9 +209,9 @@ def test_other_kinds_take_two_passes(name) -> None:
 def test_every_kind_that_is_served_is_tested() -> None:
     from nlhf_kernels.core.upstream import ADAPTERS_PER_TOKEN
 
-    known = {kind.value for kind in peft.PeftType}
+    kinds = {kind.value for kind in peft.PeftType}
     tested = {make_kind(name)(**KINDS[name]).peft_type.value for name in KINDS if hasattr(peft, f"{name}Config")}
-    assert tested | {"LORA", "BOFT"} == ADAPTERS_PER_TOKEN & known, "BOFT compiles a CUDA extension when it is made"
+    assert tested | {"LORA", "BOFT"} == ADAPTERS_PER_TOKEN & kinds, "BOFT compiles a CUDA extension when it is made"
 
 
 REFUSED = {

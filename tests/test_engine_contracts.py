@@ -209,30 +209,30 @@ def test_cost_is_linear_in_length() -> None:
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3", "falcon"])
 def test_memory_is_what_was_planned(architecture) -> None:
     engine = RolloutEngine(*tiny_pair(architecture))
-    asked = settings(20)
-    plan = engine.memory_plan(3, 9, nash_md(BETA, samples=2), asked)
-    engine.rollout(**padded(prompts()), players=nash_md(BETA, samples=2), settings=asked)
+    rollout_settings = settings(20)
+    plan = engine.memory_plan(3, 9, nash_md(BETA, samples=2), rollout_settings)
+    engine.rollout(**padded(prompts()), players=nash_md(BETA, samples=2), settings=rollout_settings)
     for runner, name in zip(engine._space.runners, ("policy cache", "reference cache"), strict=True):
-        held = sum(
+        allocated = sum(
             t.numel() * t.element_size() for layer in runner.cache.static_layers for t in (layer.keys, layer.values)
         )
-        assert plan.parts[name] == held
+        assert plan.parts[name] == allocated
     assert plan.total == sum(plan.parts.values()) and plan.rows == 12
     assert "reference cache" in str(plan)
     longer = engine.memory_plan(3, 9, nash_md(BETA, samples=2), settings(49))
     assert longer.parts["policy cache"] * 29 == plan.parts["policy cache"] * 58, "linear in length"
     with pytest.raises(ValueError, match="expected an engine with an opponent; got one without"):
-        engine.memory_plan(3, 9, nash_ema(), asked)
+        engine.memory_plan(3, 9, nash_ema(), rollout_settings)
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     policy, reference = tiny_pair("llama")
-    asked = settings(50)
-    needed = RolloutEngine(policy, reference).memory_plan(3, 9, nash_md(BETA), asked).total
+    rollout_settings = settings(50)
+    needed = RolloutEngine(policy, reference).memory_plan(3, 9, nash_md(BETA), rollout_settings).total
     engine = RolloutEngine(policy, reference, memory_limit=needed - 1)
     with pytest.raises(MemoryError, match=r"at most 4 rows .* or max_new_tokens at most 49, or prompts of at most 8"):
-        engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=asked)
-    assert engine.rollout(**padded(prompts()), players=(Player(),), settings=asked).steps == 50
+        engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=rollout_settings)
+    assert engine.rollout(**padded(prompts()), players=(Player(),), settings=rollout_settings).steps == 50
 
 
 @pytest.mark.parametrize("prompts_asked", [1, 3, 8])
@@ -295,10 +295,10 @@ def test_bad_requests_are_refused_before_any_work(case) -> None:
     engine = RolloutEngine(policy, reference)
     for model in (policy, reference):
         model.register_forward_pre_hook(lambda *_: pytest.fail("a model was run"))
-    given, message = REQUESTS[case]
+    arguments, message = REQUESTS[case]
     request = {"input_ids": IDS, "attention_mask": ONES, "players": nash_md(BETA), "settings": settings(3)}
     with pytest.raises(ValueError, match=message):
-        engine.rollout(**{**request, **given})
+        engine.rollout(**{**request, **arguments})
 
 
 def test_models_that_do_not_fit_each_other_are_refused() -> None:

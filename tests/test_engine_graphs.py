@@ -118,10 +118,10 @@ def test_recorded_and_eager_rollouts_agree_while_rows_leave() -> None:
     policy, reference = tiny_pair("gpt2")
     rows = prompts((1, 6, 9, 3, 5))
     free, _ = RolloutEngine(policy, reference).rollout(**padded(rows), players=nash_md(BETA), settings=settings(40))
-    asked = settings(40, min_new_tokens=3, end_ids=[int(free.tokens[0, 4]), int(free.tokens[1, 9])])
-    eager = RolloutEngine(policy, reference).rollout(**padded(rows), players=nash_md(BETA), settings=asked)
+    rollout_settings = settings(40, min_new_tokens=3, end_ids=[int(free.tokens[0, 4]), int(free.tokens[1, 9])])
+    eager = RolloutEngine(policy, reference).rollout(**padded(rows), players=nash_md(BETA), settings=rollout_settings)
     engine, _ = recorded(policy, reference)
-    replayed = engine.rollout(**padded(rows), players=nash_md(BETA), settings=asked)
+    replayed = engine.rollout(**padded(rows), players=nash_md(BETA), settings=rollout_settings)
     assert replayed.row_steps < 10 * replayed.steps
     for one, two in zip(eager, replayed, strict=True):
         assert torch.equal(one.tokens, two.tokens) and torch.equal(one.lengths, two.lengths)
@@ -146,8 +146,10 @@ def test_compiled_models_say_the_same(monkeypatch) -> None:
 def test_steps_that_nobody_recorded_are_those_of_the_rollout_that_takes_them() -> None:
     """Not the first rollout's, which is past its minimal length."""
     engine = RolloutEngine(*tiny_pair("gpt2"), recorder=EagerRecorder(), bucket=32)
-    asked = settings(12, min_new_tokens=6, end_ids=range(3, 60))
-    first, again = (engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=asked) for _ in range(2))
+    rollout_settings = settings(12, min_new_tokens=6, end_ids=range(3, 60))
+    first, again = (
+        engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=rollout_settings) for _ in range(2)
+    )
     for one, two in zip(first, again, strict=True):
         assert torch.equal(one.lengths, two.lengths) and two.lengths.min() >= 6
 

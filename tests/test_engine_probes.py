@@ -73,8 +73,8 @@ def _one_thread():
 
 def error(engine: RolloutEngine, model: torch.nn.Module, rows: list[torch.Tensor], steps: int = 14) -> float:
     """The largest distance of a rollout's log-probabilities from those of full forward passes."""
-    (drawn,) = engine.rollout(**padded(rows), players=(Player(),), settings=settings(steps))
-    return worst_error(drawn, model, None, rows, 0.0)
+    (responses,) = engine.rollout(**padded(rows), players=(Player(),), settings=settings(steps))
+    return worst_error(responses, model, None, rows, 0.0)
 
 
 def standing(model: torch.nn.Module, bucket: int = 48, **options) -> RolloutEngine:
@@ -200,12 +200,12 @@ def test_tokens_of_the_paddings_id_are_text() -> None:
     model = make("xlm")
     rows = [torch.tensor([5, 2, 9, 2]), torch.tensor([2, 7, 2, 8])]
     engine = RolloutEngine(model, use_cache=False)
-    (drawn,) = engine.rollout(**padded(rows), players=(Player(),), settings=settings(6, temperature=0.0))
+    (responses,) = engine.rollout(**padded(rows), players=(Player(),), settings=settings(6, temperature=0.0))
     for row, prompt in enumerate(rows):
-        text = torch.cat([prompt, drawn.tokens[row]])[None]
+        text = torch.cat([prompt, responses.tokens[row]])[None]
         logits = model(text, attention_mask=torch.ones_like(text)).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(-1, drawn.tokens[row][:, None])[:, 0]
-        torch.testing.assert_close(drawn.policy_logprobs[row], expected, rtol=0, atol=1e-4)
+        expected = logits.log_softmax(-1).gather(-1, responses.tokens[row][:, None])[:, 0]
+        torch.testing.assert_close(responses.policy_logprobs[row], expected, rtol=0, atol=1e-4)
 
 
 # ---- models that are none --------------------------------------------------------------------------------------------

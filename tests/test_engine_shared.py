@@ -104,17 +104,17 @@ def test_a_merged_adapter_hides_its_base_and_is_refused() -> None:
 
 
 def test_adapters_that_change_after_the_engine_was_made_are_noticed() -> None:
-    policy, asked = adapted(tiny("llama")), {**padded(prompts()), "players": nash_md(BETA), "settings": settings(3)}
+    policy, request = adapted(tiny("llama")), {**padded(prompts()), "players": nash_md(BETA), "settings": settings(3)}
     engine = RolloutEngine(policy)
     policy.merge_adapter()
     with pytest.raises(ValueError, match="got one merged into them"):
-        engine.rollout(**asked)
+        engine.rollout(**request)
     policy.unmerge_adapter()
-    assert engine.rollout(**asked).steps == 3
+    assert engine.rollout(**request).steps == 3
     peft = pytest.importorskip("peft")
     policy.add_adapter("dora", peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="expected adapters as when the engine was made; now a LoRA variant"):
-        engine.rollout(**asked)
+        engine.rollout(**request)
 
 
 def test_the_adapter_that_acts_is_part_of_what_is_recorded() -> None:
@@ -190,12 +190,18 @@ def test_an_average_of_the_adapter_alone() -> None:
 
 def test_parameters_that_do_not_fit_are_refused() -> None:
     policy, reference = tiny_pair("gpt2")
-    named = {name: value.detach() for name, value in policy.named_parameters()}
-    first = next(iter(named))
+    parameters = {name: value.detach() for name, value in policy.named_parameters()}
+    first = next(iter(parameters))
     for wrong, message in (
-        ({**named, "no.such": named[first]}, "opponent: expected names of the policy's parameters; got 'no.such'"),
-        ({name: named[name] for name in list(named)[1:]}, "opponent: expected every trained parameter; .* is missing"),
-        ({**named, first: named[first][:1]}, "opponent: transformer.wte.weight: expected"),
+        (
+            {**parameters, "no.such": parameters[first]},
+            "opponent: expected names of the policy's parameters; got 'no.such'",
+        ),
+        (
+            {name: parameters[name] for name in list(parameters)[1:]},
+            "opponent: expected every trained parameter; .* is missing",
+        ),
+        ({**parameters, first: parameters[first][:1]}, "opponent: transformer.wte.weight: expected"),
     ):
         with pytest.raises(ValueError, match=message):
             RolloutEngine(policy, reference, opponent=wrong)

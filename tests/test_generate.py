@@ -85,7 +85,7 @@ def test_greedy_ends_of_the_mixture_are_the_models_themselves(architecture) -> N
 def test_first_token_is_distributed_as_the_exact_mixture(sampling) -> None:
     policy, reference = pair("llama")
     (prompt,) = prompts((5,))
-    drawn = policy.generate(
+    tokens = policy.generate(
         prompt[None], custom_generate=mixture_generate, reference_model=reference, beta=BETA, seed=11, do_sample=True,
         max_new_tokens=1, num_return_sequences=4000, **sampling,
     )[:, -1]  # fmt: skip
@@ -99,7 +99,7 @@ def test_first_token_is_distributed_as_the_exact_mixture(sampling) -> None:
             transformers.TopPLogitsWarper(0.9), transformers.MinPLogitsWarper(0.01),
         ):  # fmt: skip
             logits = warper(None, logits[None])[0]
-    counts = np.bincount(drawn.numpy(), minlength=VOCABULARY)
+    counts = np.bincount(tokens.numpy(), minlength=VOCABULARY)
     assert_plausible(chi_square_p(counts, logits.softmax(-1).numpy()), "first token")
 
 
@@ -197,9 +197,9 @@ def test_seed_row_ids_and_stream_choose_the_noise() -> None:
     assert first != draw(seed=2)
     assert first != draw(seed=1, stream=1)
     torch.manual_seed(4)
-    drawn = [draw(), draw()]
+    draws = [draw(), draw()]
     torch.manual_seed(4)
-    assert drawn == [draw(), draw()] and drawn[0] != drawn[1], "torch.manual_seed governs where no seed is given"
+    assert draws == [draw(), draw()] and draws[0] != draws[1], "torch.manual_seed governs where no seed is given"
 
 
 def test_result_carries_the_seed_that_repeats_it() -> None:

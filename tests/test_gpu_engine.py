@@ -72,8 +72,8 @@ def test_rows_that_have_ended_leave_captured_steps(models) -> None:
     engine = RolloutEngine(policy, reference, bucket=32)
     free = engine.rollout(**rows, players=nash_md(BETA), settings=settings(30))
     ends = [int(free[0].tokens[0, 2]), int(free[0].tokens[1, 9])]
-    asked = {**rows, "players": nash_md(BETA), "settings": settings(30, end_ids=ends)}
-    result, eager = engine.rollout(**asked), RolloutEngine(policy, reference, graphs=False).rollout(**asked)
+    request = {**rows, "players": nash_md(BETA), "settings": settings(30, end_ids=ends)}
+    result, eager = engine.rollout(**request), RolloutEngine(policy, reference, graphs=False).rollout(**request)
     assert result.row_steps < 10 * result.steps and len(engine.graphs.recorded) > 1, "graphs of several row counts"
     for first, second in zip(result, eager, strict=True):
         assert torch.equal(first.tokens, second.tokens) and torch.equal(first.lengths, second.lengths)
@@ -84,10 +84,10 @@ def test_captured_steps_advance_their_noise_and_agree_with_eager_ones(models) ->
     rows = _batch(prompts((1, 6, 9, 3, 5)))
     captured = RolloutEngine(policy, reference, bucket=32)
     eager = RolloutEngine(policy, reference, graphs=False)
-    asked = settings(40, end_ids=(5, 6, 7))
+    rollout_settings = settings(40, end_ids=(5, 6, 7))
     for _ in range(2):  # the second replays what the first captured
-        one = captured.rollout(**rows, players=nash_md(BETA), settings=asked)
-        two = eager.rollout(**rows, players=nash_md(BETA), settings=asked)
+        one = captured.rollout(**rows, players=nash_md(BETA), settings=rollout_settings)
+        two = eager.rollout(**rows, players=nash_md(BETA), settings=rollout_settings)
         assert two.notes == ("eager steps: graphs=False was asked for",)
         for first, second in zip(one, two, strict=True):
             assert torch.equal(first.tokens, second.tokens)
@@ -117,14 +117,14 @@ def test_memory_is_what_was_planned() -> None:
     """Two models with a real vocabulary. Beyond the plan there are activations, and what a graph keeps of them."""
     pair = make(Shape({"prompts": 16, "prompt": 128, "new": 128, "width": 256, "layers": 2, "vocabulary": 151_936},
                       "bfloat16"), torch.device("cuda"))  # fmt: skip
-    engine, asked = RolloutEngine(pair.policy, pair.reference), settings(pair.new)
-    plan = engine.memory_plan(16, 128, nash_md(BETA), asked)
+    engine, rollout_settings = RolloutEngine(pair.policy, pair.reference), settings(pair.new)
+    plan = engine.memory_plan(16, 128, nash_md(BETA), rollout_settings)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    result = engine.rollout(pair.ids, pair.mask, nash_md(BETA), asked)
-    held = torch.cuda.memory_allocated() - before
+    result = engine.rollout(pair.ids, pair.mask, nash_md(BETA), rollout_settings)
+    allocated = torch.cuda.memory_allocated() - before
     assert result.steps == pair.new
-    assert 0.5 * plan.total < held < 1.5 * plan.total + (64 << 20), f"held {held}; {plan}"
+    assert 0.5 * plan.total < allocated < 1.5 * plan.total + (64 << 20), f"allocated {allocated}; {plan}"
     engine.release()
     del result
     gc.collect()

@@ -115,8 +115,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.reference is None and is_adapter(locate("sample: --policy", arguments.policy)):
         return  # its base is the reference
     if (arguments.beta is None) is not (arguments.reference is None):
-        given, missing = ("--beta", "--reference") if arguments.reference is None else ("--reference", "--beta")
-        raise BadInput(f"sample: {missing}: expected together with {given}; got {given} alone")
+        present, missing = ("--beta", "--reference") if arguments.reference is None else ("--reference", "--beta")
+        raise BadInput(f"sample: {missing}: expected together with {present}; got {present} alone")
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[tuple[str, str]]:
@@ -168,8 +168,8 @@ def _generate(arguments: argparse.Namespace) -> list[Sample]:
     )
     samples: list[Sample] = []
     batches = math.ceil(len(rows) / arguments.batch_size)
-    shown = _Stream(tokenizer) if arguments.stream else _Bar(batches, arguments.max_new_tokens)
-    with shown as streamer:
+    display = _Stream(tokenizer) if arguments.stream else _Bar(batches, arguments.max_new_tokens)
+    with display as streamer:
         for start in range(0, len(rows), arguments.batch_size):
             batch = rows[start : start + arguments.batch_size]
             # Numbered through all prompts, so that the responses do not depend on the batch size.
@@ -250,25 +250,28 @@ def _load(arguments: argparse.Namespace, tokenizer: Any, device: torch.device) -
     if reference is None:
         return policy, None, None
     try:
-        other = load_tokenizer("sample: --reference", arguments.reference, **trust)
+        reference_tokenizer = load_tokenizer("sample: --reference", arguments.reference, **trust)
     except ValueError:
-        other = None  # a folder of weights alone: then only the sizes can be compared
-    if other is not None:
-        _check_same_tokens(tokenizer, other)
+        reference_tokenizer = None  # a folder of weights alone: then only the sizes can be compared
+    if reference_tokenizer is not None:
+        _check_same_tokens(tokenizer, reference_tokenizer)
     widths = [model.get_output_embeddings().weight.shape[0] for model in models]
-    if other is not None and len(tokenizer) <= min(widths) < max(widths):
+    if reference_tokenizer is not None and len(tokenizer) <= min(widths) < max(widths):
         return policy, reference, min(widths)  # one vocabulary, heads padded to different sizes
     return policy, reference, None
 
 
-def _check_same_tokens(tokenizer: Any, other: Any) -> None:
+def _check_same_tokens(tokenizer: Any, reference_tokenizer: Any) -> None:
     """What both know must be the same; one may have more, a padding token say."""
-    ours, theirs = ({id: token for token, id in known.get_vocab().items()} for known in (tokenizer, other))
-    for id in sorted(ours.keys() & theirs.keys()):
-        if ours[id] != theirs[id]:
+    policy_tokens, reference_tokens = (
+        {id: token for token, id in one.get_vocab().items()} for one in (tokenizer, reference_tokenizer)
+    )
+    for id in sorted(policy_tokens.keys() & reference_tokens.keys()):
+        if policy_tokens[id] != reference_tokens[id]:
             raise BadInput(
-                f"sample: --reference: expected the policy's vocabulary, {len(ours)} tokens; got another one, "
-                f"{len(theirs)} tokens: token {id} is {theirs[id]!r}, the policy's {ours[id]!r}"
+                f"sample: --reference: expected the policy's vocabulary, {len(policy_tokens)} tokens; got another one, "
+                f"{len(reference_tokens)} tokens: token {id} is {reference_tokens[id]!r}, the policy's "
+                f"{policy_tokens[id]!r}"
             )
 
 

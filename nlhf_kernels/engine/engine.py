@@ -202,9 +202,9 @@ class RolloutEngine:
 
     def _logprobs(self, settings: RolloutSettings) -> tuple[str, ...]:
         """Without a reference its log-probabilities are none by default, and an error where they are named."""
-        known = LOGPROBS if self.has_reference else ("policy", "mixture")
-        names = known if settings.logprobs is None else settings.logprobs
-        return tuple(check_option(self.op, "logprobs", name, known) for name in names)
+        available = LOGPROBS if self.has_reference else ("policy", "mixture")
+        names = available if settings.logprobs is None else settings.logprobs
+        return tuple(check_option(self.op, "logprobs", name, available) for name in names)
 
     def _why_eager(self, hooks: Hooks) -> list[str]:
         reasons = []
