@@ -30,7 +30,8 @@ from benchmarks.targets import headline_shapes
 from nlhf_kernels.core.upstream import cache_argument
 
 BETA = 0.3
-SDPA, COMPILED = "engine, sdpa", "engine, compiled"  # without decode_attention; torch.compile for the models' steps
+#: Without decode_attention; torch.compile for the models' steps; query, key and value, gate and up as one product.
+SDPA, COMPILED, FUSED, SEPARATE = "engine, sdpa", "engine, compiled", "engine, fused", "engine, separate products"
 FIRST, STEP = ": the first token", ": a token step"
 ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.3}  # nats, of a log-probability
 _SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
@@ -196,8 +197,10 @@ def run_shape(
     device = context.settings.device
     pair = make(shape, device)
     options: dict[str, dict[str, Any]] = {"engine": {}, SDPA: {"attention": "sdpa"}}
-    if device.type == "cuda":
-        options[COMPILED] = {"compile": True}
+    if device.type == "cuda":  # where "engine" is fused
+        options |= {SEPARATE: {"fused": False}, COMPILED: {"compile": True}}
+    else:
+        options[FUSED] = {"fused": True}
     engines = {name: engine_calls(pair, **engine_options) for name, engine_options in options.items()}
     error = largest_error(pair, engines["engine"][0]())
     good = error <= ALLOWED_ERROR[shape.dtype]

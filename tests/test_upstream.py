@@ -30,6 +30,13 @@ def test_viewed() -> None:
     assert upstream.viewed(leaf.detach()) is not leaf, "detached views share memory and remember nothing"
 
 
+def test_version_of() -> None:
+    tensor = torch.zeros(2)
+    before = upstream.version_of(tensor)
+    tensor[0].add_(1)
+    assert upstream.version_of(tensor) > before
+
+
 def test_uncompiled() -> None:
     model = tiny_model("llama")
     assert upstream.uncompiled(torch.compile(model)) is model

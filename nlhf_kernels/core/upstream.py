@@ -23,6 +23,11 @@ def viewed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor has been written to in place."""
+    return tensor._version
+
+
 def uncompiled(model: Any) -> Any:
     """Return the model inside what torch.compile made of it, whose forward names its arguments."""
     return getattr(model, "_orig_mod", model)

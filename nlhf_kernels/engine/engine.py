@@ -10,13 +10,14 @@ from threading import Lock
 import torch
 
 from ..core.checks import check_option
+from ..core.text import excerpt
 from .batch import Batch
 from .contexts import no_autocast
 from .decode_state import DecodeState
 from .graphs import BUCKET, CudaRecorder, EagerRecorder, Graphs, Recorder
 from .hooks import Hooks
 from .loop import Rollout, Workspace
-from .memory import MemoryPlan, RequestSize, check_fits, rollout_parts, rows_by_model
+from .memory import MemoryPlan, RequestSize, check_fits, has_room, rollout_parts, rows_by_model
 from .model_set import ModelSet
 from .outputs import TokenBuffers
 from .request import (
@@ -51,6 +52,8 @@ class RolloutEngine:
         use_cache (bool): False reads the whole text every step, for models without keys and values.
         attention (str): transformers' name of an attention, set on the models; None: `decode_attention` where it fits.
         compile (bool): torch.compile for the models' steps, which takes a minute or more per number of rows.
+        fused ("auto" or bool): query, key and value as one product, gate and up as one, with weights copied side by
+            side; "auto": on a GPU, where memory allows. Compiled models and models with adapters keep separate ones.
         graphs (bool): False takes eager steps on a GPU too.
         recorder: what records steps; None: CUDA graphs on a GPU, nothing elsewhere.
         bucket (int): cache slots by which a recorded step's view of the cache grows.
@@ -68,6 +71,7 @@ class RolloutEngine:
         use_cache: bool = True,
         attention: str | None = None,
         compile: bool = False,
+        fused: bool | str = "auto",
         graphs: bool = True,
         recorder: Recorder | None = None,
         bucket: int = BUCKET,
@@ -75,7 +79,10 @@ class RolloutEngine:
         op: str = "RolloutEngine",
     ) -> None:
         self.op, self.memory_limit = op, memory_limit
-        self.models = ModelSet(op, policy, reference, opponent, vocab_size, use_cache, attention, compile)
+        if fused != "auto" and not isinstance(fused, bool):
+            raise ValueError(f"{op}: fused: expected 'auto', True or False; got {excerpt(fused)}")
+        self.fused = fused
+        self.models = ModelSet(op, policy, reference, opponent, vocab_size, use_cache, attention, compile, fused)
         self.device = self.models.device
         if recorder is None and graphs and self.device.type == "cuda":
             recorder = CudaRecorder(self.device)
@@ -118,8 +125,7 @@ class RolloutEngine:
             raise RuntimeError(f"{self.op}: expected one rollout at a time; got a second while one is running")
         try:
             with no_autocast(self.device), self.models.decoding_mode():
-                is_eager = any(note.startswith("eager steps") for note in request.notes)
-                return Rollout(request, self._workspace(request), None if is_eager else self.graphs).run()
+                return self._run(request)
         finally:
             self._busy.release()
 
@@ -149,11 +155,14 @@ class RolloutEngine:
             policy.dtype.itemsize,
             len(self._logprobs(settings)),
         )
+        if joint := self.models.joint_products.bytes:
+            parts["joint products"] = joint
         return MemoryPlan(parts, batch_rows, length, prompt_length)
 
     def release(self) -> None:
         """Free what rollouts allocated, recorded steps included."""
         self._space = self._capacity = None
+        self.models.joint_products.release()
         if self.graphs is not None:
             self.graphs.recorded.clear()
 
@@ -196,7 +205,6 @@ class RolloutEngine:
             logprobs=self._logprobs(settings),
             has_reference=self.has_reference,
             vocabulary=self.models.vocabulary,
-            model_state=self.models.recorded_state if self.graphs is not None else None,
             notes=(*self.models.notes, *self._why_eager(hooks)),
         )
 
@@ -215,6 +223,15 @@ class RolloutEngine:
             reasons += self.models.why_not_recorded()
         return [f"eager steps: {reason}" for reason in reasons]
 
+    def _run(self, request: Request) -> RolloutResult:
+        space = self._workspace(request)
+        if self.fused is not False:
+            reasons = [f"separate products: {reason}" for reason in self.models.joint_products.why_separate()]
+            request = replace(request, notes=(*request.notes, *reasons))
+        graphs = None if any(note.startswith("eager steps") for note in request.notes) else self.graphs
+        with self.models.joint_products.applied():
+            return Rollout(request, space, graphs, None if graphs is None else self.models.recorded_state).run()
+
     def _workspace(self, request: Request) -> Workspace:
         """Return the workspace at hand where it is large enough, else allocate one."""
         rows = rows_by_model(len(request.prompts.ids), request.players, self.has_reference)
@@ -228,7 +245,11 @@ class RolloutEngine:
             ):
                 return self._space
         self.release()  # before the next is allocated: both would not fit where memory is tight
-        plan = self.memory_plan(len(request.prompts.ids), request.prompts.width, request.players, request.settings)
+        size = (len(request.prompts.ids), request.prompts.width, request.players, request.settings)
+        plan = self.memory_plan(*size)
+        if self.fused == "auto" and not has_room(plan, self.memory_limit, self.device):
+            self.models.joint_products.enabled = False
+            plan = self.memory_plan(*size)
         self._check_fits(request, plan)
         _log.info("%s: allocating for %s", self.op, plan)
         state = DecodeState(plan.rows, length, self.device)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,10 +36,11 @@ class Workspace:
 
 
 class Rollout:
-    """One request. `graphs` replays recorded steps; None runs every step eagerly."""
+    """One request. `graphs` replays recorded steps; None runs every step eagerly. `model_state`: what recorded steps
+    assume of the models."""
 
-    def __init__(self, request: Request, space: Workspace, graphs: Graphs | None) -> None:
-        self.request, self.space, self.graphs = request, space, graphs
+    def __init__(self, request: Request, space: Workspace, graphs: Graphs | None, model_state: Hashable = None) -> None:
+        self.request, self.space, self.graphs, self.model_state = request, space, graphs, model_state
         self.open_rows = OpenRowsReader()
         self.steps = 0  # tokens sampled per row
         self.checked = 0  # of them, searched for ends
@@ -79,7 +80,7 @@ class Rollout:
             state.bucket = self.graphs.bucket(state.filled + 1)
             rows = tuple((player.source, player.stream, player.start, player.stop) for player in batch.players)
             key = (rows, state.bucket, self._ends_forbidden(), batch.filtered, batch.columns, self.request.logprobs,
-                   requested(self.request.settings.backend).backend, self.request.model_state)  # fmt: skip
+                   requested(self.request.settings.backend).backend, self.model_state)  # fmt: skip
             self.graphs.run(key, self._step_on_device, (state.cursor, state.step, state.positions, batch.tokens))
         state.filled += 1
         self._count()

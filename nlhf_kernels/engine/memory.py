@@ -94,6 +94,12 @@ def rollout_parts(
     }
 
 
+def has_room(plan: MemoryPlan, limit: int | None, device: torch.device) -> bool:
+    """Whether the plan fits, with a tenth to spare for activations where the device's memory is the limit."""
+    available = limit if limit is not None else _free(device)
+    return available is None or plan.total <= (available if limit is not None else 0.9 * available)
+
+
 def check_fits(
     op: str,
     plan: MemoryPlan,

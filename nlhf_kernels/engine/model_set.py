@@ -16,6 +16,7 @@ from .attention import NAME, REPLACED, use_attention
 from .contexts import eval_mode, locked
 from .cpu_head import fast_cpu_heads
 from .decode_state import DecodeState
+from .joint_products import JointProducts
 from .lora import BaseRunner, OnePassRunner, why_not_one_pass, why_one_pass_differs
 from .model_info import clone_with_parameters, inspect_model, rotations
 from .peft_models import adapted_layers, adapter_state, check_base, is_adapted
@@ -45,6 +46,7 @@ class ModelSet:
         use_cache: bool,
         attention: str | None,
         compile: bool,
+        fused: bool | str,  # whether to join products; "auto": on a GPU
     ) -> None:
         self.op, self.policy = op, policy
         self.notes: list[str] = []
@@ -70,6 +72,9 @@ class ModelSet:
         self.vocabulary = self._common_vocabulary(vocab_size)
         self.one_pass = self.shares_base and self._can_take_one_pass(use_cache)
         self.compiled = self._compile() if compile else {}
+        eager = {id(info.model): info.model for role, info in self.info.items() if role not in self.compiled}
+        fused = self.device.type == "cuda" if fused == "auto" else fused
+        self.joint_products = JointProducts(list(eager.values()) if fused else [])
 
     # ---- checks at construction --------------------------------------------------------------------------------------
 
@@ -229,7 +234,7 @@ class ModelSet:
         """What a recorded step assumes of the models and their owner may change: addresses, attention, adapters."""
         models = [info.model for info in self.info.values()]
         addresses = tuple(parameter.data_ptr() for model in models for parameter in model.parameters())
-        return addresses, *((attention_name(m.config), adapter_state(m)) for m in models)
+        return addresses, self.joint_products.addresses, *((attention_name(m.config), adapter_state(m)) for m in models)
 
     def why_not_recorded(self) -> list[str]:
         """Why a step of these models cannot be captured in a graph."""

@@ -6,7 +6,7 @@ All checks of a request are made here, before any forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -212,7 +212,6 @@ class Request:
     logprobs: tuple[str, ...]  # of policy, reference, mixture
     has_reference: bool
     vocabulary: int  # columns of the heads that count
-    model_state: Hashable  # what recorded steps assume of the models; None where steps are not recorded
     notes: tuple[str, ...]
 
 

@@ -1,0 +1,184 @@
+"""Linear layers of one input as one product: query, key and value, and the gate and up projections of an MLP.
+
+A step of a few rows is bound by launches and by reading weights, and three narrow products read no fewer weights than
+one wide one. Each group's weights are copied side by side at the start of every rollout, which costs about as much as
+a token step, and is right whatever has changed the weights meanwhile.
+
+The first layer of a group that is called computes the product for all; the others return their columns of it, where
+they get the same tensor. So the model's own code runs, and a group whose layers get different inputs, or are not all
+called, goes back to separate products. Groups are joined where the code that calls them is what transformers writes
+for Llama and its many relatives: it takes columns of a wider matrix without a copy.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+
+from ..core.upstream import version_of
+from .peft_models import adapted_layers
+
+#: Layers of a group, and what the forward of their parent must contain.
+GROUPS = {
+    ("q_proj", "k_proj", "v_proj"): tuple(f"self.{name}_proj(hidden_states).view(hidden_shape)" for name in "qkv"),
+    ("gate_proj", "up_proj"): ("self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",),
+}
+Group = tuple[torch.nn.Linear, ...]
+
+
+class JointProducts:
+    """The groups of some models. Their joint weights are allocated by the first rollout and kept until `release`."""
+
+    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
+        self.groups = [group for model in models for group in find_groups(model)]
+        self.enabled = True  # False: there is no memory for them
+        self._products: dict[int, JointProduct] = {}  # index of the group -> its product
+
+    @property
+    def bytes(self) -> int:
+        """What `applied` allocates."""
+        return sum(
+            layer.weight.numel() * layer.weight.element_size() for group in self._joinable().values() for layer in group
+        )
+
+    def why_separate(self) -> list[str]:
+        """Why groups that were found are not joined."""
+        if not self.enabled:
+            return ["no memory for weights side by side"] if self.groups else []
+        return sorted({reason for group in self.groups if (reason := _why_not_joined(group)) is not None})
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Copy the weights side by side, and let the groups' layers take one product."""
+        products = {}
+        for index, group in self._joinable().items():
+            product = self._products.get(index)
+            products[index] = JointProduct(group) if product is None or not product.fits() else product
+        self._products = products
+        for product in products.values():
+            product.load()
+        forwards = [pair for product in products.values() for pair in product.forwards()]
+        for layer, forward in forwards:
+            layer.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for layer, _ in forwards:
+                del layer.forward  # the class's own again
+            for product in products.values():
+                product.forget()
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the joint weights lie, which a recorded step assumes."""
+        return tuple(product.weight.data_ptr() for product in self._products.values())
+
+    def release(self) -> None:
+        """Free the joint weights. The next rollout sees anew whether there is memory for them."""
+        self._products, self.enabled = {}, True
+
+    def _joinable(self) -> dict[int, Group]:
+        """Found anew for every rollout: hooks of other libraries and shards of weights come and go."""
+        if not self.enabled:
+            return {}
+        return {index: group for index, group in enumerate(self.groups) if _why_not_joined(group) is None}
+
+
+def find_groups(model: torch.nn.Module) -> list[Group]:
+    """Find the groups of a model. One with adapters has none: its layers add their updates."""
+    if adapted_layers(model):
+        return []
+    groups = []
+    for module in model.modules():
+        for names, expressions in GROUPS.items():
+            layers = tuple(getattr(module, name, None) for name in names)
+            if all(type(layer) is torch.nn.Linear for layer in layers) and _contains(type(module), expressions):
+                groups.append(layers)
+    return groups  # type: ignore[return-value]
+
+
+@lru_cache
+def _contains(module_class: type[torch.nn.Module], expressions: tuple[str, ...]) -> bool:
+    """Whether the source of the class's forward contains these expressions."""
+    try:
+        source = inspect.getsource(module_class.forward)
+    except (OSError, TypeError):  # no source: compiled, or typed into a shell
+        return False
+    return all(expression in source for expression in expressions)
+
+
+def _why_not_joined(group: Group) -> str | None:
+    """Why the layers of a group cannot be one product now; None where they can."""
+    for layer in group:
+        if "forward" in vars(layer):
+            return "a layer's forward has been replaced, by accelerate's hooks or another's"
+        if layer.weight.shape != (layer.out_features, layer.in_features):
+            return "a layer holds a part of its weight"
+    if len({(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in group}) > 1:
+        return "layers of one input differ in width, dtype or device"
+    return None
+
+
+class JointProduct:
+    """One group: `weight` (sum of out_features, in_features), and `bias`, zero for a layer without one."""
+
+    def __init__(self, layers: Group) -> None:
+        self.layers = layers
+        first, widths = layers[0].weight, [layer.out_features for layer in layers]
+        self.weight = torch.empty(sum(widths), first.shape[1], dtype=first.dtype, device=first.device)
+        self.bias: torch.Tensor | None = None
+        if any(layer.bias is not None for layer in layers):
+            self.bias = torch.zeros(sum(widths), dtype=first.dtype, device=first.device)
+        self.columns = [
+            slice(sum(widths[:index]), sum(widths[: index + 1])) for index in range(len(layers))
+        ]  # of the product, layer by layer
+        self.forget()
+
+    def fits(self) -> bool:
+        """Whether the layers' weights still have the dtype and device of the joint one."""
+        weight = self.layers[0].weight
+        return (weight.dtype, weight.device) == (self.weight.dtype, self.weight.device)
+
+    def load(self) -> None:
+        """Copy the layers' weights. A group that went back to separate products is joined again."""
+        self.joined = True
+        for layer, columns in zip(self.layers, self.columns, strict=True):
+            self.weight[columns].copy_(layer.weight)
+            if self.bias is not None and layer.bias is not None:
+                self.bias[columns].copy_(layer.bias)
+
+    def forget(self) -> None:
+        """Drop the last product."""
+        self.input: torch.Tensor | None = None
+        self.version = 0  # of the input: a write in place raises it
+        self.output: torch.Tensor | None = None
+        self.waiting: set[int] = set()  # layers that have not taken their columns yet
+
+    def forwards(self) -> list[tuple[torch.nn.Linear, Callable[[torch.Tensor], torch.Tensor]]]:
+        return [(layer, self._forward(index)) for index, layer in enumerate(self.layers)]
+
+    def _forward(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        layer, columns = self.layers[index], self.columns[index]
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if self.waiting and (index not in self.waiting or x is not self.input or version_of(x) != self.version):
+                self.joined = False  # the layers do not read one input, or not all are called
+                self.forget()
+            if not self.joined:
+                return torch.nn.functional.linear(x, layer.weight, layer.bias)
+            if not self.waiting:
+                self.input, self.version = x, version_of(x)
+                self.output = torch.nn.functional.linear(x, self.weight, self.bias)
+                self.waiting = set(range(len(self.layers)))
+            assert self.output is not None
+            result = self.output[..., columns]
+            self.waiting.remove(index)
+            if not self.waiting:
+                self.forget()
+            return result
+
+        return forward
