@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -102,7 +103,7 @@ def find_groups(model: torch.nn.Module) -> list[Group]:
 
 
 @lru_cache
-def _contains(module_class: type[torch.nn.Module], expressions: tuple[str, ...]) -> bool:
+def _contains(module_class: Any, expressions: tuple[str, ...]) -> bool:
     """Whether the source of the class's forward contains these expressions."""
     try:
         source = inspect.getsource(module_class.forward)
