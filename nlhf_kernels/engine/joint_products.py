@@ -15,8 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -29,6 +28,7 @@ GROUPS = {
     ("gate_proj", "up_proj"): ("self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",),
 }
 Group = tuple[torch.nn.Linear, ...]
+_sources: WeakKeyDictionary[type[torch.nn.Module], str] = WeakKeyDictionary()
 
 
 class JointProducts:
@@ -64,7 +64,7 @@ class JointProducts:
             product.load()
         forwards = [pair for product in products.values() for pair in product.forwards()]
         for layer, forward in forwards:
-            layer.forward = forward  # type: ignore[method-assign]
+            layer.forward = forward  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
@@ -97,19 +97,22 @@ def find_groups(model: torch.nn.Module) -> list[Group]:
     for module in model.modules():
         for names, expressions in GROUPS.items():
             layers = tuple(getattr(module, name, None) for name in names)
-            if all(type(layer) is torch.nn.Linear for layer in layers) and _contains(type(module), expressions):
+            if all(type(layer) is torch.nn.Linear for layer in layers) and all(
+                expression in _forward_source(module) for expression in expressions
+            ):
                 groups.append(layers)
     return groups  # type: ignore[return-value]
 
 
-@lru_cache
-def _contains(module_class: Any, expressions: tuple[str, ...]) -> bool:
-    """Whether the source of the class's forward contains these expressions."""
-    try:
-        source = inspect.getsource(module_class.forward)
-    except (OSError, TypeError):  # no source: compiled, or typed into a shell
-        return False
-    return all(expression in source for expression in expressions)
+def _forward_source(module: torch.nn.Module) -> str:
+    """The source of the module's forward; empty where there is none: compiled, or typed into a shell."""
+    module_class = type(module)
+    if module_class not in _sources:
+        try:
+            _sources[module_class] = inspect.getsource(module_class.forward)
+        except (OSError, TypeError):
+            _sources[module_class] = ""
+    return _sources[module_class]
 
 
 def _why_not_joined(group: Group) -> str | None:
