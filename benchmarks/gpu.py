@@ -20,9 +20,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as a script: the package is found one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
 from benchmarks.harness.machine import COMMIT_VARIABLE, ROOT

@@ -5,12 +5,8 @@ A line is one measured row beside one rival's of the same run. A test holds READ
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-if __package__ in (None, ""):  # started as a script: the package is found one folder up
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness.report import format_ratio, format_us
 from benchmarks.harness.results import ResultRow, RowKey, latest, read_rows
