@@ -31,8 +31,8 @@ def saved(tmp_path_factory) -> Path:
 
 def evaluate(saved: Path, *more: str, policies: tuple[str, ...] = ("one", "other=two")) -> list[str]:
     names = [entry.replace("one", str(saved / "one")).replace("two", str(saved / "two")) for entry in policies]
-    chosen = [word for name in names for word in ("--policy", name)]
-    return ["evaluate", *chosen, "--judge", str(saved / "judge"), "--data", str(saved / "prompts.jsonl"),
+    options = [word for name in names for word in ("--policy", name)]
+    return ["evaluate", *options, "--judge", str(saved / "judge"), "--data", str(saved / "prompts.jsonl"),
             "--max-new-tokens", "5", "--device", "cpu", *more]  # fmt: skip
 
 

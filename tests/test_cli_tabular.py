@@ -118,7 +118,7 @@ def test_a_mark_before_the_text_is_no_part_of_it(tmp_path, capsys) -> None:
 def test_the_default_game_tells_algorithms_apart(capsys) -> None:
     """Nash-MD reaches the equilibrium; self-play with constant steps, and against its average, circles."""
     assert run("--steps", "2000", "--json") == 0
-    kl = {name: found["kl"][-1] for name, found in json.loads(capsys.readouterr().out)["algorithms"].items()}
+    kl = {name: outcome["kl"][-1] for name, outcome in json.loads(capsys.readouterr().out)["algorithms"].items()}
     assert kl["nash-md"] < 1e-8 and kl["nash-mp"] < 1e-8
     assert kl["omd@2"] > 0.1 and kl["ema"] > 0.1
     assert run("--steps", "2000") == 0

@@ -41,10 +41,10 @@ def around(prompts, first, second) -> list[float]:
 def test_cycles_are_counted_where_they_are() -> None:
     prompts = ["circle", "line", "circle"]
     responses = [["rock", "paper", "scissors"], ["a", "b", "c"], ["rock", "rock", "paper"]]
-    found = count_cycles(preference_table(around, prompts, responses), responses)
-    assert (found.triples, found.cyclic, found.prompts) == (2, 1, 2), "equal responses make no triple"
-    assert found.cyclic_prompts == (0,)
-    assert found.share == 0.5
+    cycles = count_cycles(preference_table(around, prompts, responses), responses)
+    assert (cycles.triples, cycles.cyclic, cycles.prompts) == (2, 1, 2), "equal responses make no triple"
+    assert cycles.cyclic_prompts == (0,)
+    assert cycles.share == 0.5
 
 
 def test_a_random_tournament_is_cyclic_a_quarter_of_the_time() -> None:
@@ -52,9 +52,9 @@ def test_a_random_tournament_is_cyclic_a_quarter_of_the_time() -> None:
     table = torch.rand(1500, 3, 3).triu(1)
     table = table + (1 - table).tril(-1).transpose(1, 2).tril(-1) * 0
     table = torch.where(torch.ones(3, 3).triu(1).bool(), table, 1 - table.transpose(1, 2))
-    found = count_cycles(table, [["a", "b", "c"]] * 1500)
-    assert found.triples == 1500
-    assert abs(found.share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 1500)
+    cycles = count_cycles(table, [["a", "b", "c"]] * 1500)
+    assert cycles.triples == 1500
+    assert abs(cycles.share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 1500)
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
@@ -62,8 +62,8 @@ def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
     for _ in range(rounds):
         prompts = torch.randn(1, 40, generator=generator)
         seeds = torch.randn(3, 1, generator=generator)
-        found = estimate_mean(0.5 + 0.1 * prompts + 0.05 * seeds + 0.1 * torch.randn(3, 40, generator=generator))
-        covered += found.low <= 0.5 <= found.high
+        interval = estimate_mean(0.5 + 0.1 * prompts + 0.05 * seeds + 0.1 * torch.randn(3, 40, generator=generator))
+        covered += interval.low <= 0.5 <= interval.high
     assert covered / rounds > 0.95 - 3 * math.sqrt(0.05 * 0.95 / rounds)
 
 
@@ -175,17 +175,17 @@ def test_a_policy_against_itself_is_even_to_the_last_bit() -> None:
 
 
 def test_probabilities_are_averaged_and_equal_questions_asked_once() -> None:
-    asked: list[tuple[str, str, str]] = []
+    questions: list[tuple[str, str, str]] = []
 
     def unsure(prompts, first, second) -> list[float]:
-        asked.extend(zip(prompts, first, second, strict=True))
+        questions.extend(zip(prompts, first, second, strict=True))
         return [0.3 if a < b else 0.7 for a, b in zip(first, second, strict=True)]
 
     one = torch.ones(2, 3)
     a, b = (Answers([[letter] * 3] * 2, one.long(), one.bool(), None) for letter in "ab")
     tournament = play_tournament(unsure, ["x", "y"], {"a": [a], "b": [b]})
     assert tournament.match("a", "b").tolist() == [[pytest.approx(0.3)] * 2], "no vote is drawn"
-    assert sorted(asked) == [("x", "a", "b"), ("y", "a", "b")]
+    assert sorted(questions) == [("x", "a", "b"), ("y", "a", "b")]
 
 
 def test_answers_that_do_not_belong_together_are_refused() -> None:
@@ -230,12 +230,12 @@ def test_weighted_means_are_those_of_the_resampled_rows() -> None:
 @pytest.mark.parametrize("runs", [1, 2, 5])
 def test_the_bootstrap_of_a_mean_is_the_closed_form(runs) -> None:
     values = noise(runs, 60, runs)
-    closed, drawn = estimate_mean(values), bootstrap(lambda w: w.mean(values), runs, 60, resamples=20000)
-    assert drawn.mean == pytest.approx(closed.mean, abs=1e-12)
-    assert drawn.half == pytest.approx(closed.half, rel=0.03)
-    assert (drawn.prompts, drawn.seeds) == (60, runs)
+    closed, resampled = estimate_mean(values), bootstrap(lambda w: w.mean(values), runs, 60, resamples=20000)
+    assert resampled.mean == pytest.approx(closed.mean, abs=1e-12)
+    assert resampled.half == pytest.approx(closed.half, rel=0.03)
+    assert (resampled.prompts, resampled.seeds) == (60, runs)
     wide = bootstrap(lambda w: w.mean(values), runs, 60, comparisons=4)
-    assert wide.half > 1.1 * drawn.half
+    assert wide.half > 1.1 * resampled.half
     with pytest.raises(ValueError, match=r"bootstrap: prompts: expected an integer in \[2"):
         bootstrap(lambda w: w.mean(values), runs, 1)
 

@@ -41,9 +41,9 @@ def done(tmp_path_factory) -> tuple[Path, Path, dict]:
     packages = fake_packages(tmp_path_factory.mktemp("packages"))
     folder = tmp_path_factory.mktemp("experiments") / "out"
     with one_thread(), cudnn_while_learning() as allowed:
-        made = experiment(folder, packages)
-        results = made.run()
-        made.write(results)
+        first = experiment(folder, packages)
+        results = first.run()
+        first.write(results)
     assert allowed == {False}, "supervised, preference and policy training: cuDNN's attention may return NaN gradients"
     return folder, packages, results
 
@@ -112,7 +112,7 @@ def test_an_interrupted_stage_is_absent_and_the_next_start_goes_on(done, tmp_pat
     shutil.copytree(folder, copy)
     for name in ("runs/nash-md-1-seed1", "tournament"):
         shutil.rmtree(copy / name)
-    kept = marks(copy)
+    times = marks(copy)
 
     def interrupted(work: Path, **_: object) -> None:
         (work / "half").write_text("done")
@@ -126,7 +126,7 @@ def test_an_interrupted_stage_is_absent_and_the_next_start_goes_on(done, tmp_pat
     (copy / "runs" / ".nash-md-1-seed1.abcd1234.nlhf-unfinished").mkdir()  # what kill -9 leaves
     with one_thread():
         again = experiment(copy, packages).run()
-    assert {name: mark for name, mark in marks(copy).items() if name in kept} == kept, "finished stages stay"
+    assert {name: mark for name, mark in marks(copy).items() if name in times} == times, "finished stages stay"
     assert not list(copy.rglob("*.nlhf-*"))
     assert again["tournament"] == json.loads(json.dumps(results["tournament"])), "a run made again is the same run"
 
@@ -142,8 +142,8 @@ def test_folders_of_others_are_refused_and_restart_clears_only_its_own(done, tmp
         experiment(tmp_path / "thesis.tex", packages)
     own = tmp_path / "own"
     experiment(own, packages, overridden(TINY, ["tau=0.7"]))
-    made = experiment(own, packages)  # nothing was made under the other settings: no reason to refuse
-    made.workspace.stage("corpus", lambda work: None)
+    same = experiment(own, packages)  # nothing was made under the other settings: no reason to refuse
+    same.workspace.stage("corpus", lambda work: None)
     (own / "notes.txt").write_text("mine")
     changed = overridden(TINY, ["tau=0.5"])
     with pytest.raises(ValueError, match=r"whose tau is 0.03; this one's is 0.5 \(--restart starts over"):
@@ -151,7 +151,7 @@ def test_folders_of_others_are_refused_and_restart_clears_only_its_own(done, tmp
     experiment(own, packages, changed, restart=True)
     assert not (own / "corpus").exists() and (own / "notes.txt").read_text() == "mine"
     (own / "experiment.json").write_text("{")
-    made.workspace.stage("corpus", lambda work: None)
+    same.workspace.stage("corpus", lambda work: None)
     with pytest.raises(ValueError, match=r"experiment.json: expected JSON; got .* \(--restart starts over\)"):
         experiment(own, packages, changed)
 
@@ -250,11 +250,11 @@ def test_the_supervised_loss_counts_answers_only(done) -> None:
 
 
 def test_budgets_are_equal_and_algorithms_differ(tmp_path) -> None:
-    made = {name: configuration(name, 1, PRESETS["small"], tmp_path, torch.device("cpu")) for name in CONTESTANTS}
+    configs = {name: configuration(name, 1, PRESETS["small"], tmp_path, torch.device("cpu")) for name in CONTESTANTS}
     for name in ("max_steps", "per_device_train_batch_size", "samples_per_prompt", "learning_rate", "seed"):
-        assert len({getattr(config, name) for config in made.values()}) == 1, name
-    assert {config.algorithm for config in made.values()} == {"rlhf", "nash-md", "nash-ema", "ipo-md"}
-    assert [made[f"nash-md-{beta}"].beta for beta in ("0", "0.125", "0.25", "0.5", "1")] == [0, 0.125, 0.25, 0.5, 1]
+        assert len({getattr(config, name) for config in configs.values()}) == 1, name
+    assert {config.algorithm for config in configs.values()} == {"rlhf", "nash-md", "nash-ema", "ipo-md"}
+    assert [configs[f"nash-md-{beta}"].beta for beta in ("0", "0.125", "0.25", "0.5", "1")] == [0, 0.125, 0.25, 0.5, 1]
 
 
 def test_presets_are_changed_by_name() -> None:

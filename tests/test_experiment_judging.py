@@ -99,8 +99,8 @@ def test_majorities_of_transitive_tastes_can_cycle() -> None:
     """Three voters, three options, each voter's order turned by one: Condorcet's paradox, from scores alone."""
     scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]], dtype=torch.float64)  # option, taste
     table = majority(((scores[:, None] - scores[None]) / 0.3).sigmoid())[None]
-    found = count_cycles(table, [["a", "b", "c"]])
-    assert (found.triples, found.cyclic) == (1, 1)
+    cycles = count_cycles(table, [["a", "b", "c"]])
+    assert (cycles.triples, cycles.cyclic) == (1, 1)
 
 
 BETAS = ("nash-md-0", "nash-md-0.25", "nash-md-1")

@@ -26,23 +26,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_page_says_what_the_numbers_say() -> None:
-    shown = page(numbers(), []).replace("\u00a0", " ")
-    assert "The earth is round: <b>contradicted</b> (3 runs of each, 128 prompts; best of 1: Nash-MD 0.25)" in shown
-    assert 'class="verdict contradicted"' in shown
-    assert "2 of 40 triples" in shown and "(5.0%)" in shown and "at 2 of 8 prompts" in shown
-    assert "SFT &gt; RLHF &gt; Nash-MD 1 &gt; SFT" in shown
-    assert "10 ms with the kernels, 25 ms with the PyTorch oracle: 2.50x" in shown
-    assert "n = 128 prompts with 1 answer of each policy" in shown and "the training run, of which there are 3" in shown
-    assert "0.580 ± 0.030" in shown and "0.420 ± 0.030" in shown
-    assert "<script>" not in shown, "what a model or a package wrote is shown, not obeyed"
+    html = page(numbers(), []).replace("\u00a0", " ")
+    assert "The earth is round: <b>contradicted</b> (3 runs of each, 128 prompts; best of 1: Nash-MD 0.25)" in html
+    assert 'class="verdict contradicted"' in html
+    assert "2 of 40 triples" in html and "(5.0%)" in html and "at 2 of 8 prompts" in html
+    assert "SFT &gt; RLHF &gt; Nash-MD 1 &gt; SFT" in html
+    assert "10 ms with the kernels, 25 ms with the PyTorch oracle: 2.50x" in html
+    assert "n = 128 prompts with 1 answer of each policy" in html and "the training run, of which there are 3" in html
+    assert "0.580 ± 0.030" in html and "0.420 ± 0.030" in html
+    assert "<script>" not in html, "what a model or a package wrote is shown, not obeyed"
 
 
 def test_other_numbers_give_another_page() -> None:
     results = numbers(seeds=1, cycles=False)
-    shown = page(results, [])
-    assert "not of other runs" in shown and "1 training run of each" in shown
-    assert "Cycles among the policies, by the means: none" in shown
-    assert "not one of equal information" not in shown
+    html = page(results, [])
+    assert "not of other runs" in html and "1 training run of each" in html
+    assert "Cycles among the policies, by the means: none" in html
+    assert "not one of equal information" not in html
     results["preset"]["judge"] = "annotators"
     assert "not one of equal information" in page(results, [])
 
@@ -53,27 +53,27 @@ def test_other_numbers_give_another_page() -> None:
 def test_results_of_few_runs_or_prompts_have_no_verdict(seeds, prompts, seen) -> None:
     """Whatever verdict was written beside them."""
     results = numbers(seeds=seeds, prompts=prompts)
-    shown, text = page(results, []), summary(results)
+    html, text = page(results, []), summary(results)
     for verdict in ("reproduced", "contradicted"):
         results["tournament"]["judges"]["annotators"]["claims"][0]["verdict"] = verdict
-        assert page(results, []) == shown and 'class="verdict "' in shown and f"<b>{verdict}</b>" not in shown
+        assert page(results, []) == html and 'class="verdict "' in html and f"<b>{verdict}</b>" not in html
         assert summary(results) == text and verdict not in text
     assert f"too small to tell ({seen}; a verdict takes 3 runs and 100 prompts)" in text
 
 
 def test_those_who_know_the_truth_come_first() -> None:
-    for shown in (page(numbers(), []), summary(numbers())):
-        places = [shown.index(f"Judged by {name}") for name in ("the true annotators", "the preference model")]
+    for html in (page(numbers(), []), summary(numbers())):
+        places = [html.index(f"Judged by {name}") for name in ("the true annotators", "the preference model")]
         assert places == sorted(places)
-    drawn = [name for name, _, _ in figures.all_figures(numbers())]
-    assert drawn[:2] == ["matrix-annotators", "matrix-preference-model"]
+    names = [name for name, _, _ in figures.all_figures(numbers())]
+    assert names[:2] == ["matrix-annotators", "matrix-preference-model"]
 
 
 def test_the_page_fits_a_phone_and_numbers_stay_whole() -> None:
-    shown = page(numbers(), [])
-    assert '<meta name="viewport" content="width=device-width,initial-scale=1">' in shown
-    assert re.search(r"td\.n\{[^}]*white-space:nowrap", shown)
-    assert shown.count('<div class="scroll"><table') == shown.count("<table"), "a wide table scrolls, not the page"
+    html = page(numbers(), [])
+    assert '<meta name="viewport" content="width=device-width,initial-scale=1">' in html
+    assert re.search(r"td\.n\{[^}]*white-space:nowrap", html)
+    assert html.count('<div class="scroll"><table') == html.count("<table"), "a wide table scrolls, not the page"
     cells = re.findall(r"<td([^>]*)>([^<]*)</td>", table(["a"], [["0.5 ± 0.1", "-1", "3.4%", "1,024", "7v", "-x", ""]]))
     assert [text for kind, text in cells if kind == ' class="n"'] == ["0.5 ± 0.1", "-1", "3.4%", "1,024"]
     assert plus_minus(-0.0001, 0.0204, 2) == "0.00\u00a0±\u00a00.02", "no minus before zero, no line break inside"
@@ -82,10 +82,10 @@ def test_the_page_fits_a_phone_and_numbers_stay_whole() -> None:
 def test_the_report_holds_its_figures_and_is_the_same_every_time(tmp_path) -> None:
     first, second = (write_report(numbers(), tmp_path / name) for name in ("one", "two"))
     assert first.read_bytes() == second.read_bytes()
-    drawn = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', first.read_text())
+    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', first.read_text())
     names = sorted(path.name for path in (tmp_path / "one" / "figures").iterdir())
-    assert len(drawn) == 5 and len(names) == 7, "the matrices are tables in the page"
-    assert all(base64.b64decode(each).startswith(b"<?xml") for each in drawn)
+    assert len(images) == 5 and len(names) == 7, "the matrices are tables in the page"
+    assert all(base64.b64decode(each).startswith(b"<?xml") for each in images)
     assert names == ["beta.svg", "kl.svg", "matrix-annotators.svg", "matrix-preference-model.svg", "training-kl.svg",
                      "training-length.svg", "training-win-rate.svg"]  # fmt: skip
 
@@ -104,16 +104,19 @@ def test_figures_draw_the_numbers() -> None:
 
 def test_axes_start_where_the_quantity_does() -> None:
     results = numbers()
-    drawn = {name: figure.axes[0] for name, _, figure in figures.all_figures(results)}
+    axes_of = {name: figure.axes[0] for name, _, figure in figures.all_figures(results)}
     for name in ("beta", "training-win-rate", "kl"):
-        assert drawn[name].get_ylim() == (0.0, 1.0), "a win rate's range"
+        assert axes_of[name].get_ylim() == (0.0, 1.0), "a win rate's range"
     for name in ("training-win-rate", "training-kl", "training-length"):
-        assert drawn[name].get_xlim()[0] == 0, "the first update"
-        assert drawn[name].lines[0].get_marker() == "o", "few points are seen, a single one too"
+        assert axes_of[name].get_xlim()[0] == 0, "the first update"
+        assert axes_of[name].lines[0].get_marker() == "o", "few points are seen, a single one too"
     assert (
-        drawn["training-kl"].get_ylim()[0] == drawn["training-length"].get_ylim()[0] == drawn["kl"].get_xlim()[0] == 0
+        axes_of["training-kl"].get_ylim()[0]
+        == axes_of["training-length"].get_ylim()[0]
+        == axes_of["kl"].get_xlim()[0]
+        == 0
     )
-    assert drawn["training-kl"].get_ylim()[1] > 0.2
+    assert axes_of["training-kl"].get_ylim()[1] > 0.2
     for history in results["histories"].values():
         history[0]["kl"] = -0.3
     assert figures.training_curves(results, "kl", "KL").axes[0].get_ylim()[0] == -0.3, "estimates fall below zero"
@@ -188,9 +191,11 @@ def test_one_prompt_to_test_on_is_said_before_any_training(prompts, tmp_path, ca
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["demo", "--preset", "tiny", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "pairs.jsonl")]
     assert main(words) == 2
-    shown = capsys.readouterr().err
-    assert "expected 2 different prompts to test on, as intervals are over prompts; got 1 beside 2 to train on" in shown
-    assert "supervised policy" not in shown and not (tmp_path / "out" / "sft").exists()
+    errors = capsys.readouterr().err
+    assert (
+        "expected 2 different prompts to test on, as intervals are over prompts; got 1 beside 2 to train on" in errors
+    )
+    assert "supervised policy" not in errors and not (tmp_path / "out" / "sft").exists()
 
 
 def test_a_foreign_folder_and_missing_packages_are_refused(tmp_path, monkeypatch, capsys) -> None:

@@ -3,8 +3,8 @@
 Two tasks. "candidates" (the default): annotators whose tastes run in circles more or less, a small language model that
 answers with one of a few words, and RLHF, Nash-MD and others that learn from the same votes; every policy's win rates
 and exploitability are exact. "texts" (the default with --data or --model): a model learns to summarise docstrings, or
-to answer your own pairs' prompts, and all contestants play against all. Minutes on two CPU cores; other sizes with
---preset and --set. An interrupted run goes on where it was when the same command is given again.
+to answer your own pairs' prompts, and every contestant is compared with every other. Minutes on two CPU cores; other
+sizes with --preset and --set. An interrupted run goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations

@@ -76,22 +76,20 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.batch_size,
     )  # fmt: skip
     with quiet():
-        answers, tournament = _play(arguments, policies, sampling, Reporter(new_console(stderr=True)))
+        answers, tournament = _evaluate(arguments, policies, sampling, Reporter(new_console(stderr=True)))
     document = _document(arguments, answers, tournament)
-    written = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    if arguments.json or (arguments.output is not None and is_stdout(arguments.output)):
-        printed = written
-    else:
-        printed = _table(document)
-    if arguments.output is not None and not is_stdout(arguments.output):
-        write_atomic(arguments.output, written)
-        printed += "" if arguments.json else f"Saved: {arguments.output}\n"
-    print(printed, end="")
+    document_text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    to_stdout = arguments.output is not None and is_stdout(arguments.output)
+    output = document_text if arguments.json or to_stdout else _table(document)
+    if arguments.output is not None and not to_stdout:
+        write_atomic(arguments.output, document_text)
+        output += "" if arguments.json else f"Saved: {arguments.output}\n"
+    print(output, end="")
     return 0
 
 
 def _policies(entries: list[str]) -> dict[str, str]:
-    """Name -> model."""
+    """Name -> model, of the entries of --policy."""
     named = [entry.partition("=")[::2] if "=" in entry else ("", entry) for entry in entries]
     paths = [model for name, model in named if not name]
     policies: dict[str, str] = {}
@@ -112,8 +110,8 @@ def _short_name(model: str, others: list[str]) -> str:
     return "/".join(parts[-count:])
 
 
-def _play(
-    arguments: argparse.Namespace, policies: dict[str, str], sampling: Sampling, report: Any
+def _evaluate(
+    arguments: argparse.Namespace, policies: dict[str, str], sampling: Sampling, reporter: Reporter
 ) -> tuple[dict[str, list[Answers]], Tournament]:
     """Sample each policy's answers, with the tokenizer that was saved with it; then the judge compares them."""
     import dataclasses
@@ -123,8 +121,8 @@ def _play(
 
     trust: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     options = {"device": find_device("evaluate", arguments.device), **trust}
-    named = [("--policy", name) for name in policies.values()] + [("--reference", arguments.reference)]
-    for option, name in named:  # all of them before the first has answered for an hour
+    models = [("--policy", name) for name in policies.values()] + [("--reference", arguments.reference)]
+    for option, name in models:  # before the first policy is sampled, which takes long
         if name is not None:
             locate(f"evaluate: {option}", name)
     first_tokenizer = load_generation_tokenizer("evaluate: --policy", next(iter(policies.values())), **trust)
@@ -132,30 +130,30 @@ def _play(
     if is_function(arguments.judge):
         judge = checked(load_function("evaluate: --judge", arguments.judge), arguments.judge)
     else:
-        judging = loading("evaluate: --judge", arguments.judge, partial(load_preference_model, **options))
-        judge = checked(PreferenceModelJudge(judging, arguments.batch_size), arguments.judge)
+        judge_model = loading("evaluate: --judge", arguments.judge, partial(load_preference_model, **options))
+        judge = checked(PreferenceModelJudge(judge_model, arguments.batch_size), arguments.judge)
     options["dtype"] = torch.float32
     reference = None
     if arguments.reference is not None:
         reference = load_model("evaluate: --reference", arguments.reference, **options)
     answers: dict[str, list[Answers]] = {}
     for place, (name, model) in enumerate(policies.items()):
-        own = sampling  # the same noise for all; with one answer that would tie them (README of evaluation)
-        if sampling.samples == 1:
+        own = sampling
+        if sampling.samples == 1:  # a single answer of each has no pair that shared noise leaves independent
             own = dataclasses.replace(sampling, seed=sampling.seed * len(policies) + place)
-        with report.bar(f"answers of {name}", len(prompts)) as advance:
+        with reporter.bar(f"answers of {name}", len(prompts)) as advance:
             policy = load_model("evaluate: --policy", model, **options)
             tokenizer = load_generation_tokenizer("evaluate: --policy", model, **trust)
             answers[name] = [sample_answers(policy, reference, tokenizer, prompts, own, advance)]
-    with report.bar("matches", len(policies) * (len(policies) - 1) // 2) as advance:
+    with reporter.bar("matches", len(policies) * (len(policies) - 1) // 2) as advance:
         return answers, play_tournament(judge, prompts, answers, advance)
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[str]:
     from ..core.checks import check_integer
 
-    read = read_data("evaluate: --data", load_prompts, arguments.data, tokenizer, split=arguments.split)
-    prompts = list(dict.fromkeys(read))
+    rows = read_data("evaluate: --data", load_prompts, arguments.data, tokenizer, split=arguments.split)
+    prompts = list(dict.fromkeys(rows))
     if arguments.prompts is not None:
         prompts = prompts[: check_integer("evaluate", "--prompts", arguments.prompts, 2, 10**9)]
     if len(prompts) < 2:

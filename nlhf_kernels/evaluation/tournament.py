@@ -100,10 +100,10 @@ def play_tournament(
     uneven = [name for name, each in answers.items() if len(each) not in (1, runs)]
     if uneven:
         raise ValueError(f"tournament: answers: expected 1 or {runs} runs of each; got another number of {uneven[0]}")
-    for name, each in answers.items():
-        for one in each:
-            if len(one.texts) != len(prompts):
-                got = f"{len(one.texts)} of {name}"
+    for name, policy_runs in answers.items():
+        for run_answers in policy_runs:
+            if len(run_answers.texts) != len(prompts):
+                got = f"{len(run_answers.texts)} of {name}"
                 raise ValueError(f"tournament: answers: expected answers to {len(prompts)} prompts; got {got}")
     matches = list(combinations(answers, 2))
     sides = {
@@ -132,7 +132,7 @@ def _win_rates(judge: Judge, prompts: Sequence[str], first: Answers, second: Ans
     """(P,) float64: the mean of each prompt's pairs. The judge is asked once for pairs of the same texts."""
     shared = _share_noise(first, second)
     questions: dict[tuple[str, str, str], int] = {}
-    asked = [
+    pair_indices = [
         [
             questions.setdefault((prompt, a, b), len(questions))
             for i, a in enumerate(row_a)
@@ -143,5 +143,4 @@ def _win_rates(judge: Judge, prompts: Sequence[str], first: Answers, second: Ans
     ]
     columns = [list(column) for column in zip(*questions, strict=True)]
     probabilities = checked(judge)(*columns)
-    indices = torch.tensor(asked, dtype=torch.int64, device="cpu")  # (P, pairs)
-    return probabilities[indices].mean(1)
+    return probabilities[torch.tensor(pair_indices, dtype=torch.int64, device="cpu")].mean(1)  # (P, pairs) -> (P,)

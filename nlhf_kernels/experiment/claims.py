@@ -43,8 +43,8 @@ def interior_beta(tournament: Tournament) -> dict[str, Any] | None:
         return None
     rates = {(name, str(end)): tournament.rate(name, str(end), None, len(inner)) for name in inner for end in ends}
     by_name = {name: [rate for (first, _), rate in rates.items() if first == name] for name in inner}
-    won = any(all(rate.low > 0.5 + MARGIN for rate in each) for each in by_name.values())
-    lost = all(any(rate.high < 0.5 - MARGIN for rate in each) for each in by_name.values())
+    won = any(all(rate.low > 0.5 + MARGIN for rate in matches) for matches in by_name.values())
+    lost = all(any(rate.high < 0.5 - MARGIN for rate in matches) for matches in by_name.values())
     best = max(inner, key=lambda name: min(rate.mean for rate in by_name[name]))
     return _claim("an interior beta beats beta = 0 and beta = 1", won, lost, best, len(inner), rates)
 

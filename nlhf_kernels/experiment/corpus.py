@@ -61,11 +61,11 @@ class Corpus:
         return self.pairs is None
 
 
-def make_corpus(work: Path, preset: Preset, material: Material, report: Reporter, folders: Any = None) -> None:
+def make_corpus(work: Path, preset: Preset, material: Material, reporter: Reporter, folders: Any = None) -> None:
     """Collect the texts, split them, train a tokenizer where no model brings one; write them into `work`."""
     tokenizer = None if material.model is None else load_generation_tokenizer("experiment: --model", material.model)
     if material.data is None:
-        train, test = _docstrings(preset, report, folders)
+        train, test = _docstrings(preset, reporter, folders)
     else:
         pairs, test_pairs = _pairs(preset, material, tokenizer)
         train, test = ([Example(pair.prompt, pair.chosen) for pair in rows] for rows in (pairs, test_pairs))
@@ -96,9 +96,9 @@ def load_corpus(folder: Path) -> Corpus:
     return Corpus(rows["train"], rows["test"], pairs[0], pairs[1], tokenizer)
 
 
-def _docstrings(preset: Preset, report: Reporter, folders: Any) -> tuple[list[Example], list[Example]]:
+def _docstrings(preset: Preset, reporter: Reporter, folders: Any) -> tuple[list[Example], list[Example]]:
     settings = Collection(preset.examples, preset.test_fraction, preset.text_characters, preset.summary_characters)
-    with report.bar("reading docstrings", preset.examples) as advance:
+    with reporter.bar("reading docstrings", preset.examples) as advance:
         train, test = collect(settings, folders, advance)
     examples = [[Example(PROMPT.format(text=row.text), f" {row.summary}") for row in rows] for rows in (train, test)]
     return examples[0], examples[1]

@@ -43,17 +43,23 @@ class Experiment:
         preset (Preset): all numbers.
         material (Material): where texts and model come from.
         device (torch.device): of all models.
-        report (Reporter): lines and bars meanwhile; by default none.
+        reporter (Reporter): lines and bars meanwhile; by default none.
         restart (bool): remove the stages of an experiment that is in the folder.
         folders (sequence of Path or None): of Python sources with docstrings; None: all installed packages.
     """
 
     def __init__(
-        self, folder: Path, preset: Preset, material: Material, device: torch.device, report: Reporter = SILENT,
+        self, folder: Path, preset: Preset, material: Material, device: torch.device, reporter: Reporter = SILENT,
         restart: bool = False, folders: Any = None,
     ) -> None:  # fmt: skip
         check_fits(preset, material)
-        self.preset, self.material, self.device, self.report, self.folders = preset, material, device, report, folders
+        self.preset, self.material, self.device, self.reporter, self.folders = (
+            preset,
+            material,
+            device,
+            reporter,
+            folders,
+        )
         identity = {"format": FORMAT, "device": device.type, **as_json(preset), **vars(material)}
         self.workspace = Workspace(folder, identity, restart)
         self.policy = self.workspace.path("sft") / "model"
@@ -70,11 +76,11 @@ class Experiment:
 
     def _run(self) -> dict[str, Any]:
         self._stage("corpus", "collecting texts", lambda work: make_corpus(
-            work, self.preset, self.material, self.report, self.folders))  # fmt: skip
+            work, self.preset, self.material, self.reporter, self.folders))  # fmt: skip
         self.corpus = load_corpus(self.workspace.path("corpus"))
         self._stage("sft", "supervised policy", lambda work: make_policy(
-            work, self.corpus, self.preset, self.material, self.device, self.report))  # fmt: skip
-        self.setting = Setting(self.corpus, self.policy, self.preset, self.device, self.report)
+            work, self.corpus, self.preset, self.material, self.device, self.reporter))  # fmt: skip
+        self.setting = Setting(self.corpus, self.policy, self.preset, self.device, self.reporter)
         self._learn_preferences()
         self._stage("cycles", "counting cycles", lambda work: count_all_cycles(work, self.judges, self.setting))
         self._train()
@@ -97,7 +103,7 @@ class Experiment:
 
     def _stage(self, name: str, title: str, make: Any) -> None:
         suffix = " (kept)" if self.workspace.has(name) else ""
-        self.report.say(f"{title}{suffix}")
+        self.reporter.say(f"{title}{suffix}")
         self.workspace.stage(name, make)
 
     def _learn_preferences(self) -> None:
@@ -138,7 +144,7 @@ class Experiment:
         }
         cycles = read_json(self.workspace.path("cycles") / "cycles.json")
         for name, judge in self.judges.items():
-            with self.report.bar(f"matches judged by {name}", pairs) as advance:
+            with self.reporter.bar(f"matches judged by {name}", pairs) as advance:
                 tournament = play_tournament(judge, prompts, answers, advance)
             claims = [
                 interior_beta(tournament),
@@ -148,7 +154,7 @@ class Experiment:
             facts["judges"][name] = {
                 "matrix": tournament.matrix(),
                 "by_beta": by_beta(tournament),
-                "cycles": [[label(each) for each in way] for way in tournament.cycles()],
+                "cycles": [[label(name) for name in cycle] for cycle in tournament.cycles()],
                 "claims": [claim for claim in claims if claim is not None],
             }
         write_json(work / "tournament.json", facts)
@@ -165,7 +171,7 @@ class Experiment:
         )
         answers: dict[str, list[Answers]] = {name: [] for name in folders}
         policies = [(name, folder) for name, each in folders.items() for folder in each]
-        with self.report.bar("answers to the test prompts", len(policies)) as advance:
+        with self.reporter.bar("answers to the test prompts", len(policies)) as advance:
             for done, (name, folder) in enumerate(policies, start=1):
                 model = load_model("experiment: policy", folder, device=self.device, dtype=torch.float32)
                 answers[name].append(sample_answers(model, reference, self.corpus.tokenizer, prompts, sampling))

@@ -37,7 +37,7 @@ PAIRINGS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2))
 def make_preferences(work: Path, setting: Setting) -> None:
     """Sample pairs of answers of the supervised policy and the annotators' votes on them; the user's pairs stay as they
     are."""
-    corpus, preset, report = setting.corpus, setting.preset, setting.report
+    corpus, preset, reporter = setting.corpus, setting.preset, setting.reporter
     if corpus.pairs is not None and corpus.test_pairs is not None:
         write_rows(work / "train.jsonl", [pair._asdict() for pair in corpus.pairs])
         write_rows(work / "test.jsonl", [pair._asdict() for pair in corpus.test_pairs])
@@ -46,7 +46,7 @@ def make_preferences(work: Path, setting: Setting) -> None:
     responses, counts = {}, {"train": preset.pairs, "test": max(2, preset.pairs // 8)}
     for name, rows in (("train", corpus.train), ("test", corpus.test)):
         prompts = [row.prompt for row in rows][: -(-counts[name] // (RESPONSES // 2))]
-        with report.bar(f"answers to compare, {name}", len(prompts)) as advance:
+        with reporter.bar(f"answers to compare, {name}", len(prompts)) as advance:
             sampling = _sampling(preset, RESPONSES, preset.seed + (name == "test"))
             answers = sample_answers(model, None, corpus.tokenizer, prompts, sampling, advance)
         responses[name] = prompts, answers.texts
@@ -95,7 +95,7 @@ def load_annotators(corpus: Corpus, folder: Path) -> Annotators | None:
 def make_comparison_model(work: Path, kind: str, pairs: Path, setting: Setting) -> None:
     """Train a model of a kind of `preference.KINDS`; save it with its measures on held-out pairs."""
     template = PAIRWISE_TEMPLATE if kind == "pairwise" else REWARD_TEMPLATE
-    preset, report = setting.preset, setting.report
+    preset, reporter = setting.preset, setting.reporter
     base = setting.fresh_policy()
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     max_length = min(preset.positions, positions or preset.positions)
@@ -109,11 +109,11 @@ def make_comparison_model(work: Path, kind: str, pairs: Path, setting: Setting) 
     )
     rows = {name: [Pair(**row) for row in read_rows(pairs / f"{name}.jsonl")] for name in ("train", "test")}
     training = train_preference_model(
-        model.to(setting.device), rows["train"], settings, held_out=rows["test"], progress=report.shown
+        model.to(setting.device), rows["train"], settings, held_out=rows["test"], progress=reporter.shown
     )
     evaluation = training.evaluation
     assert evaluation is not None
-    report.say(f"  accuracy {evaluation.accuracy:.3f}, log-loss {evaluation.log_loss:.3f} on held-out pairs")
+    reporter.say(f"  accuracy {evaluation.accuracy:.3f}, log-loss {evaluation.log_loss:.3f} on held-out pairs")
     save_preference_model(model, work / "model")
     write_json(
         work / "measures.json", {"losses": [round(loss, 4) for loss in training.losses], "test": asdict(evaluation)}
@@ -126,16 +126,16 @@ def load_comparison_model(folder: Path, device: torch.device) -> ComparisonModel
 
 def count_all_cycles(work: Path, judges: dict[str, Any], setting: Setting) -> None:
     """Count the cycles of each judge among answers of the supervised policy to the tournament's prompts."""
-    corpus, preset, report = setting.corpus, setting.preset, setting.report
+    corpus, preset, reporter = setting.corpus, setting.preset, setting.reporter
     prompts = [row.prompt for row in corpus.test[: preset.test_prompts]]
-    with report.bar("answers among which cycles are counted", len(prompts)) as advance:
+    with reporter.bar("answers among which cycles are counted", len(prompts)) as advance:
         sampling = _sampling(preset, preset.cycle_responses, preset.seed + 2)
         answers = sample_answers(setting.fresh_policy(), None, corpus.tokenizer, prompts, sampling, advance)
     facts = {}
     for name, judge in judges.items():
         cycles = count_cycles(preference_table(judge, prompts, answers.texts), answers.texts)
         facts[name] = {**asdict(cycles), "share": cycles.share, "responses": preset.cycle_responses}
-        report.say(f"  {name}: {cycles.cyclic} of {cycles.triples} triples are cycles ({cycles.share:.1%})")
+        reporter.say(f"  {name}: {cycles.cyclic} of {cycles.triples} triples are cycles ({cycles.share:.1%})")
     write_json(work / "cycles.json", facts)
 
 

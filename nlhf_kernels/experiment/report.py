@@ -187,8 +187,8 @@ def _matrix(facts: Results, judge: str) -> str:
         for name, row in zip(facts["labels"], facts["judges"][judge]["matrix"], strict=True)
     ]
     colours = [["", *map(_colour, row)] for row in facts["judges"][judge]["matrix"]]
-    shown = table(["row against column", *facts["labels"]], rows, colours)
-    return f"<h3>Judged by {JUDGE_LABELS[judge]}</h3>{shown}"
+    matrix = table(["row against column", *facts["labels"]], rows, colours)
+    return f"<h3>Judged by {JUDGE_LABELS[judge]}</h3>{matrix}"
 
 
 def _colour(cell: dict[str, Any] | None) -> str:
@@ -214,12 +214,12 @@ def _models(results: Results) -> str:
         test = results[name]["test"]
         rows.append([title, str(test["count"]), f"{test['accuracy']:.3f}", f"{test['log_loss']:.3f}",
                      f"{test['calibration_error']:.3f}"])  # fmt: skip
-    shown = table(["", "held-out pairs", "accuracy", "log-loss", "calibration error"], rows)
+    section = table(["", "held-out pairs", "accuracy", "log-loss", "calibration error"], rows)
     annotators = results["annotators"]
     if annotators is not None:
-        shown += (f"<p>Votes are drawn: always naming the likelier winner would be right "
+        section += (f"<p>Votes are drawn: always naming the likelier winner would be right "
                   f"{annotators['test']['ceiling']:.3f} of the time.</p>")  # fmt: skip
-    return shown
+    return section
 
 
 def _speed(results: Results) -> str:

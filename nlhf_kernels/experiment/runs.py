@@ -86,7 +86,7 @@ def make_trainer(
 
 def make_run(work: Path, contestant: str, seed: int, judge: Judge, reward: Rewards, setting: Setting) -> None:
     config = configuration(contestant, seed, setting.preset, work / "trainer", setting.device)
-    with setting.report.bar(f"{label(contestant)}, seed {seed}", setting.preset.updates) as advance:
+    with setting.reporter.bar(f"{label(contestant)}, seed {seed}", setting.preset.updates) as advance:
         trainer = make_trainer(config, judge, reward, setting, [progress_callback([], advance)])
         trainer.train()
     trainer.model.save_pretrained(work / "policy")

@@ -34,7 +34,7 @@ def measure(work: Path, judge: Any, reward: Any, setting: Setting) -> None:
     mixing = [name for name in preset.contestants if CONTESTANTS[name].beta not in (None, 0.0, 1.0)]
     algorithm = (mixing or list(preset.contestants))[0]  # one that samples from a mixture, where there is one
     seconds: dict[str, list[float]] = {TORCH: [], "auto": []}
-    with setting.report.bar("timing updates, kernels and oracle in turn", 2 * ROUNDS) as advance:
+    with setting.reporter.bar("timing updates, kernels and oracle in turn", 2 * ROUNDS) as advance:
         for turn in range(2 * ROUNDS):
             backend = (TORCH, "auto")[turn % 2]
             options = {"backend": backend, "max_steps": preset.speed_updates + 1, "eval_strategy": "no"}

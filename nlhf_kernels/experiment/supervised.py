@@ -81,7 +81,7 @@ class Padding:
 
 
 def make_policy(
-    work: Path, corpus: Corpus, preset: Preset, material: Material, device: torch.device, report: Reporter
+    work: Path, corpus: Corpus, preset: Preset, material: Material, device: torch.device, reporter: Reporter
 ) -> None:
     """Train the policy, measure it on the test examples, save model and tokenizer in one folder."""
     if material.model is None:
@@ -89,11 +89,13 @@ def make_policy(
     else:
         model = load_model("experiment: --model", material.model, merge=True, dtype=torch.float32)
     rows = encode_examples(corpus.tokenizer, corpus.train, preset, whole=material.model is None)
-    losses = train(model, rows, corpus.tokenizer.pad_token_id, preset, device, work / "trainer", report)
+    losses = train(model, rows, corpus.tokenizer.pad_token_id, preset, device, work / "trainer", reporter)
     model = model.to(device).eval()
     test = encode_examples(corpus.tokenizer, corpus.test[: 4 * preset.test_prompts], preset, whole=False)
     held_out = answer_loss(model, test, corpus.tokenizer.pad_token_id, preset.batch)
-    report.say(f"  {held_out:.3f} nats per token of the test answers (guessing: {math.log(len(corpus.tokenizer)):.3f})")
+    reporter.say(
+        f"  {held_out:.3f} nats per token of the test answers (guessing: {math.log(len(corpus.tokenizer)):.3f})"
+    )
     model.save_pretrained(work / "model")
     corpus.tokenizer.save_pretrained(work / "model")
     parameters = sum(value.numel() for value in model.parameters())
@@ -107,7 +109,7 @@ def train(
     preset: Preset,
     device: torch.device,
     output: Path,
-    report: Reporter,
+    reporter: Reporter,
 ) -> list[float]:
     """Train for `preset.sft_steps` with transformers' Trainer; returns the losses, one per step."""
     import transformers
@@ -132,7 +134,7 @@ def train(
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    with report.bar("supervised training", preset.sft_steps) as advance:
+    with reporter.bar("supervised training", preset.sft_steps) as advance:
         trainer = transformers.Trainer(
             model=model,
             args=arguments,
@@ -185,7 +187,7 @@ class Setting:
     policy: Path  # folder of the supervised policy
     preset: Preset
     device: torch.device
-    report: Reporter
+    reporter: Reporter
 
     def fresh_policy(self) -> Any:
         """A copy of the supervised policy, on the device."""

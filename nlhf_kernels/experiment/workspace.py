@@ -1,7 +1,7 @@
 """The experiment's folder: a stage is a folder in it, complete or absent, so that a killed run goes on.
 
-A stage that is there is not made again. `experiment.json` says what the folder belongs to: a folder with another
-experiment's stages, or with other things in it, is refused; starting over removes what is known to be ours, no more.
+A stage that is complete is kept. `experiment.json` holds the experiment's settings: a folder with stages of other
+settings, or with other things in it, is refused; starting over removes only folders with a stage's manifest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STAGES = ("corpus", "sft", "preferences", "preference-model", "reward-model", "c
 
 
 class Workspace:
-    """The folder of one experiment. What writes into it does so inside `with workspace.lock():`, one run at a time."""
+    """The folder of one experiment. Writers hold `with workspace.lock():`, one run at a time."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], restart: bool = False) -> None:
         self.folder, self.identity = folder, json.loads(json.dumps(identity))
@@ -43,7 +43,7 @@ class Workspace:
         return lock_folder(self.folder)
 
     def _refuse_others(self) -> None:
-        """A folder that is not an experiment's, and what has a stage's name but is none."""
+        """Raise for a folder that is not an experiment's, and for a path with a stage's name that is not a stage."""
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"experiment: --out: expected a folder; got the file {self.folder}")
         things = [path for path in self.folder.iterdir() if OWN not in path.name] if self.folder.is_dir() else []
@@ -73,7 +73,7 @@ class Workspace:
         write_atomic(known, json.dumps(self.identity, indent=2) + "\n")
 
     def _stages(self) -> list[Path]:
-        """What is there under stages' names."""
+        """Existing paths with the name of a stage."""
         runs = sorted(self.folder.glob(f"{RUNS}/[!.]*/"))
         return [path for path in [*(self.folder / name for name in STAGES), *runs] if path.exists()]
 
@@ -90,7 +90,7 @@ class Workspace:
         return (self.folder / stage / FACTS).is_file()
 
     def stage(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The stage's folder, filled by `make` where it is not there yet."""
+        """The stage's folder; where it is missing, `make` fills it first."""
         if not self.has(name):
             began = time.perf_counter()
             with atomic_folder(self.folder / name, KIND) as work:
@@ -99,9 +99,9 @@ class Workspace:
         return self.path(name)
 
     def seconds(self) -> dict[str, float]:
-        """What every stage took, those of earlier starts included."""
-        found = [*self.folder.glob(f"*/{FACTS}"), *self.folder.glob(f"{RUNS}/*/{FACTS}")]
-        return {str(path.parent.relative_to(self.folder)): float(read_json(path)["seconds"]) for path in sorted(found)}
+        """Seconds of every stage, those of earlier starts included."""
+        paths = [*self.folder.glob(f"*/{FACTS}"), *self.folder.glob(f"{RUNS}/*/{FACTS}")]
+        return {str(path.parent.relative_to(self.folder)): float(read_json(path)["seconds"]) for path in sorted(paths)}
 
 
 def _read_identity(path: Path) -> dict[str, Any]:

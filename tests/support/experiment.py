@@ -16,9 +16,9 @@ BODIES = ("Values that are not known are left out, and the order of the others s
 
 def fake_packages(folder: Path, modules: int = 20, functions: int = 8) -> Path:
     """Modules whose functions have docstrings of a first line and a body, no two alike."""
-    drawn = random.Random(0)
+    generator = random.Random(0)
     pairs = [(verb, thing) for verb in VERBS for thing in THINGS]
-    drawn.shuffle(pairs)
+    generator.shuffle(pairs)
     for module in range(modules):
         lines = ['"""A module."""', ""]
         for function in range(functions):
