@@ -19,6 +19,7 @@ from nlhf_kernels.ops.logprobs.oracle import logprobs as oracle
 from nlhf_kernels.ops.logprobs.oracle import logprobs_backward as oracle_backward
 from tests.support import processes
 from tests.support.backends import device_of, every_backend
+from tests.support.processes import collectives
 from tests.support.tolerances import assert_accurate
 
 EVERYTHING = Want.ENTROPY | Want.KL | Want.MIXTURE
@@ -268,14 +269,6 @@ def all_processes_get_the_same_bits() -> None:
         assert all(torch.equal(part, parts[0]) for part in parts)
 
 
-def counted(run) -> int:
-    from torch.distributed.tensor.debug import CommDebugMode
-
-    with CommDebugMode() as collectives:
-        run()
-    return collectives.get_total_counts()
-
-
 def collectives_are_few() -> None:
     """linear_logprobs: one a pass over all rows, whatever the chunks, and one for the hidden states' gradient. The
     loss: one per run of whole sequences, one for the reference, one for the gradient. A frozen trunk asks for none."""
@@ -289,9 +282,9 @@ def collectives_are_few() -> None:
         (result.policy.sum()).backward()
 
     trained = hidden.clone().requires_grad_()
-    assert counted(lambda: score(trained)) == 2 + 1, "policy, reference; gradient"
-    assert counted(lambda: score(trained, kl=True, entropy=True)) == 1 + 1, "both models at once; gradient"
-    assert counted(lambda: score(hidden)) == 2, "nobody asks for the gradient of hidden states"
+    assert collectives(lambda: score(trained)) == 2 + 1, "policy, reference; gradient"
+    assert collectives(lambda: score(trained, kl=True, entropy=True)) == 1 + 1, "both models at once; gradient"
+    assert collectives(lambda: score(hidden)) == 2, "nobody asks for the gradient of hidden states"
 
     def loss(rows: int, **options):
         result = nlhf_kernels.linear_nash_pg_loss(
@@ -301,10 +294,10 @@ def collectives_are_few() -> None:
         result.loss.backward()
 
     known = {"reference_logprobs": torch.zeros(6, 4)}
-    assert counted(lambda: loss(100, **known)) == 1 + 1
-    assert counted(lambda: loss(8, **known)) == 3 + 1, "three runs of two sequences (20 of 24 rows are scored)"
+    assert collectives(lambda: loss(100, **known)) == 1 + 1
+    assert collectives(lambda: loss(8, **known)) == 3 + 1, "three runs of two sequences (20 of 24 rows are scored)"
     models = {"reference_hidden": other.view(6, 4, -1), "reference_head": reference}
-    assert counted(lambda: loss(100, **models)) == 2 + 1
+    assert collectives(lambda: loss(100, **models)) == 2 + 1
 
 
 def other_layouts_are_gathered_once() -> None:
@@ -314,7 +307,7 @@ def other_layouts_are_gathered_once() -> None:
     leaf = hidden.clone().requires_grad_()
     result = []
     options = {"chunk_bytes": 3 * WIDE * 4, "backend": "torch"}
-    assert counted(lambda: result.append(nlhf_kernels.linear_logprobs(leaf, across, targets, **options))) == 1
+    assert collectives(lambda: result.append(nlhf_kernels.linear_logprobs(leaf, across, targets, **options))) == 1
     expected = nlhf_kernels.linear_logprobs(leaf, weight, targets, **options)
     assert torch.equal(result[0].policy, expected.policy)
     (gradient,) = torch.autograd.grad(result[0].policy.sum(), across)

@@ -10,8 +10,10 @@ import types
 import pytest
 import torch
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
 
 from nlhf_kernels.core import upstream
+from nlhf_kernels.core.processes import leave_process_group
 from nlhf_kernels.core.upstream import CACHES, cache_argument, finite_attention_gradients
 from nlhf_kernels.engine.caches import ProbeLayer
 from nlhf_kernels.engine.model_info import has_key_value_cache
@@ -54,6 +56,32 @@ def test_finite_attention_gradients() -> None:
 
 
 # ---- transformers: models --------------------------------------------------------------------------------------------
+
+
+def test_keep_unsharded() -> None:
+    """Of a group of one process: gathered parameters stay through a forward pass, and then as it was set before."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for reshards in (True, False, None):
+            module = torch.nn.Sequential(torch.nn.Linear(3, 3))
+            fully_shard(module[0], mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=reshards)
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+            inputs = torch.ones(1, 3)
+            with torch.no_grad():
+                module(inputs)
+                usual = isinstance(module[0].weight, DTensor)
+                with upstream.keep_unsharded(module[0]):
+                    module(inputs)
+                    assert not isinstance(module[0].weight, DTensor)
+                module[0].reshard()
+                module(inputs)
+            assert isinstance(module[0].weight, DTensor) is usual is (reshards is not False)
+            del module
+    finally:
+        leave_process_group()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

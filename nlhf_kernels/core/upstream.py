@@ -49,6 +49,28 @@ def finite_attention_gradients() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
+@contextmanager
+def keep_unsharded(module: Any) -> Iterator[None]:
+    """Keep an FSDP2 module's parameters gathered after its forward pass, and give it its own way back afterwards.
+
+    PyTorch has a method that sets this, and none that says what it was. torch 2.6 to 2.12: one group of parameters a
+    module; 2.13: several.
+    """
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    groups = [group for group in ([state._fsdp_param_group] if groups is None else groups) if group is not None]
+    automatic = getattr(state, "_auto_reshard_after_forward", None)
+    before = [group.post_forward_mesh_info for group in groups]
+    module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for group, mesh_info in zip(groups, before, strict=True):
+            group.post_forward_mesh_info = mesh_info
+        if automatic is not None:
+            state._auto_reshard_after_forward = automatic
+
+
 # ---- transformers: models --------------------------------------------------------------------------------------------
 
 #: What a model's forward and generate() call a Cache. transformers 5.17 to 5.23: the first, and the second in recurrent

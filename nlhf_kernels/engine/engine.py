@@ -11,6 +11,7 @@ import torch
 
 from ..core.checks import check_option
 from ..core.text import excerpt
+from ..core.vocabulary import VocabularySlice
 from .batch import Batch
 from .contexts import no_autocast
 from .decode_state import DecodeState
@@ -23,6 +24,7 @@ from .outputs import TokenBuffers
 from .request import (
     LOGPROBS,
     Player,
+    Prompts,
     Request,
     RolloutResult,
     RolloutSettings,
@@ -33,6 +35,7 @@ from .request import (
     noise_row_ids,
     resolve_end_ids,
 )
+from .sharded import agreed
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +127,7 @@ class RolloutEngine:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(f"{self.op}: expected one rollout at a time; got a second while one is running")
         try:
-            with no_autocast(self.device), self.models.decoding_mode():
+            with no_autocast(self.device), self.models.decoding_mode(request.part is not None, request.gather):
                 return self._run(request)
         finally:
             self._busy.release()
@@ -145,13 +148,14 @@ class RolloutEngine:
         rows, length = rows_by_model(prompts, players, self.has_reference), self._length(prompt_length, settings)
         batch_rows = prompts * sum(player.samples for player in players)
         policy = self.models.info["policy"]
+        part = self._part(settings)
         parts = rollout_parts(
             self.models.cache_bytes(rows, length),
             rows,
             batch_rows,
             length,
             settings.max_new_tokens,
-            policy.vocabulary,
+            policy.vocabulary if part is None else part.widest,
             policy.dtype.itemsize,
             len(self._logprobs(settings)),
         )
@@ -191,9 +195,13 @@ class RolloutEngine:
         shortest, longest = (int(length) for length in torch.aminmax(prompts.mask.sum(1)))
         self.models.check_length(longest, settings.max_new_tokens, shortest)
         end_ids = resolve_end_ids(self.op, self.models.policy, settings, self.models.vocabulary)
-        seed = settings.seed
+        sharding = self.models.sharding
+        seed = sharding.agree(settings.seed, prompts.ids, prompts.mask, settings.max_new_tokens)
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        gather = self._may_gather(prompts, players, settings)
+        stepwise = sharding.fsdp_group is not None and not gather
+        notes = ["parameters are gathered at every step: all at once they do not fit"] * stepwise
         return Request(
             prompts=prompts,
             players=tuple(players),
@@ -205,8 +213,25 @@ class RolloutEngine:
             logprobs=self._logprobs(settings),
             has_reference=self.has_reference,
             vocabulary=self.models.vocabulary,
-            notes=(*self.models.notes, *self._why_eager(hooks)),
+            part=None if hooks else self._part(settings),
+            gather=gather,
+            any_open=sharding.any_open(gather),
+            notes=(*self.models.notes, *notes, *self._why_eager(hooks)),
         )
+
+    def _part(self, settings: RolloutSettings) -> VocabularySlice | None:
+        """The slice in which logits stay. A filter's threshold needs the values of the whole vocabulary."""
+        filtered = settings.top_k != 0 or settings.top_p != 1 or settings.min_p != 0
+        return None if filtered else self.models.sharding.part
+
+    def _may_gather(self, prompts: Prompts, players: Sequence[Player], settings: RolloutSettings) -> bool:
+        """Whether FSDP's parameters are gathered once for the rollout: where that fits in all processes."""
+        sharding = self.models.sharding
+        if sharding.fsdp_group is None:
+            return False
+        plan = self.memory_plan(len(prompts.ids), prompts.width, players, settings)
+        plan = replace(plan, parts={**plan.parts, "gathered parameters": sharding.gathered_bytes()})
+        return agreed(has_room(plan, self.memory_limit, self.device), sharding.fsdp_group, self.device)
 
     def _logprobs(self, settings: RolloutSettings) -> tuple[str, ...]:
         """Without a reference its log-probabilities are none by default, and an error where they are named."""

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..core.upstream import version_of
+from ..core.vocabulary import is_dtensor
 from .peft_models import adapted_layers
 
 #: Layers of a group, and what the forward of their parent must contain.
@@ -120,7 +121,7 @@ def _why_not_joined(group: Group) -> str | None:
     for layer in group:
         if "forward" in vars(layer):
             return "a layer's forward has been replaced, by accelerate's hooks or another's"
-        if layer.weight.shape != (layer.out_features, layer.in_features):
+        if is_dtensor(layer.weight) or layer.weight.shape != (layer.out_features, layer.in_features):
             return "a layer holds a part of its weight"
     if len({(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in group}) > 1:
         return "layers of one input differ in width, dtype or device"

@@ -92,7 +92,10 @@ class Rollout:
         spans = space.batch.spans
         runners = [runner for runner in space.runners if any(spans[role][1] > spans[role][0] for role in runner.roles)]
         calls = [partial(runner.decode, space.batch.tokens, space.state) for runner in runners]
-        results = [call() for call in calls] if self.graphs is None else self.graphs.recorder.run_concurrently(calls)
+        if self.graphs is None or self.request.any_open is not None:  # collectives keep one order in all processes
+            results = [call() for call in calls]
+        else:
+            results = self.graphs.recorder.run_concurrently(calls)
         space.state.advance()
         self._sample({role: logits for result in results for role, logits in result.items()})
 
@@ -105,7 +108,9 @@ class Rollout:
     def _sample_player(self, player: PlayerRows, logits: dict[str, torch.Tensor]) -> None:
         request, space, batch = self.request, self.space, self.space.batch
         roles = [player.source, "reference"] if request.has_reference else [player.source]
-        models = [logits[role][player.within(batch.spans[role]), : request.vocabulary] for role in roles]
+        columns = request.columns
+        width = columns.stop - columns.start
+        models = [logits[role][player.within(batch.spans[role]), :width] for role in roles]
         if request.hooks.processors:
             models = [*models, request.hooks.process(self._text(), models, batch.mixture_weights).contiguous()]
         indices = {"policy": 0, "reference": 1, "mixture": len(models)}
@@ -116,9 +121,10 @@ class Rollout:
             row_ids=batch.row_ids[player.rows],
             step=space.state.step,
             stream=player.stream,
-            bias=space.bias if self._ends_forbidden() else None,
+            bias=space.bias[columns] if self._ends_forbidden() else None,
             wanted=sum({1 << indices[name] for name in request.logprobs}),
             backend=request.settings.backend,
+            part=request.part,
         )
         batch.tokens[player.rows] = sample.tokens
         step, rows = space.state.step, batch.output_rows[player.rows]
@@ -145,12 +151,16 @@ class Rollout:
         outputs.find_ends(self.checked, self.steps)
         self.checked = self.steps
         self.open_rows.request(outputs.is_open)
-        is_open = self.open_rows.read()
+        is_open = self.open_rows.read(wait=self.request.any_open is not None)
         if is_open is None:
             return True
         if any(is_open):
             self._compact(is_open)
-        return any(is_open)
+        return self._anywhere(any(is_open))
+
+    def _anywhere(self, is_open: bool) -> bool:
+        """Processes in step stop together: a process without open rows goes on, for the others' sake."""
+        return is_open if self.request.any_open is None else self.request.any_open(is_open)
 
     def _compact(self, is_open: Sequence[bool]) -> None:
         """Remove rows that have ended. `is_open`: one per row of the outputs."""
@@ -177,7 +187,7 @@ class Rollout:
         self.checked = self.steps
         if self.request.hooks.criteria:
             outputs.stop(self.request.hooks.should_stop(self._text()), step)
-        return bool(outputs.is_open.any())
+        return self._anywhere(bool(outputs.is_open.any()))
 
     def _text(self) -> torch.Tensor:  # (B, S + steps)
         new = self.space.outputs.tokens[: self.steps, : self.space.batch.rows].T

@@ -23,6 +23,7 @@ from .peft_models import adapted_layers, adapter_state, check_base, is_adapted
 from .probes import examine, why_not_static
 from .request import Prompts
 from .runners import CachedRunner, Forward, Runner, WholeTextRunner
+from .sharded import Sharding, check_not_shared
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class ModelSet:
         self.notes: list[str] = []
         self._compared_layers: list[int] = []  # ids of the layers that one pass was last compared with two for
         if isinstance(opponent, Mapping):
+            check_not_shared(op, policy)
             opponent = clone_with_parameters(policy, opponent, op)
         roles = {"policy": policy, "reference": reference, "opponent": opponent}
         models = {role: model for role, model in roles.items() if model is not None}
@@ -70,6 +72,9 @@ class ModelSet:
         self.device = self.info["policy"].device
         self._check_devices_and_dtypes()
         self.vocabulary = self._common_vocabulary(vocab_size)
+        self.sharding = Sharding(op, self.info)
+        for note in self.sharding.notes:
+            self._note(note)
         self.one_pass = self.shares_base and self._can_take_one_pass(use_cache)
         self.compiled = self._compile() if compile else {}
         eager = {id(info.model): info.model for role, info in self.info.items() if role not in self.compiled}
@@ -190,8 +195,13 @@ class ModelSet:
     # ---- what a rollout takes ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def decoding_mode(self) -> Iterator[None]:
-        """Lock the models, switch dropout off and attention and heads to their fastest; restore all afterwards."""
+    def decoding_mode(self, slices: bool, gather: bool) -> Iterator[None]:
+        """Lock the models, switch dropout off and attention and heads to their fastest; restore all afterwards.
+
+        Args:
+            slices: keep the logits in slices of the vocabulary.
+            gather: gather FSDP's parameters once, for all steps.
+        """
         models = [info.model for info in self.info.values()]
         eager = [info.model for role, info in self.info.items() if role not in self.compiled]
         by_kernel = [
@@ -199,7 +209,8 @@ class ModelSet:
             for info in self.info.values()
             if info.decode_attention and attention_name(info.model.config) in REPLACED
         ]
-        with locked(*models), eval_mode(*models), fast_cpu_heads(eager), use_attention(by_kernel):
+        shared = self.sharding.decoding(self.info.values(), slices, gather)
+        with locked(*models), eval_mode(*models), fast_cpu_heads(eager), use_attention(by_kernel), shared:
             yield
 
     def runners(self, rows: Mapping[str, int], length: int, state: DecodeState) -> list[Runner]:
@@ -252,6 +263,8 @@ class ModelSet:
                 reasons.append(f"the {role} has experts, and sends tokens to them by their number")
             if _indexes_from_host(info.model.config):
                 reasons.append(f"the {role}, {info.name}, indexes its keys and values by lists of the host")
+        if (reason := self.sharding.why_not_captured(self.device)) is not None:
+            reasons.append(reason)
         if self.shares_base and not self.one_pass:
             reasons.append("adapters are switched off and on by the host")
         return reasons

@@ -95,8 +95,10 @@ class OpenRowsReader:
             event.record()
             self._pending = (host, event)
 
-    def read(self) -> list[bool] | None:
-        """Return the latest answer, once; None while there is no new one."""
+    def read(self, wait: bool = False) -> list[bool] | None:
+        """Return the latest answer, once; None while there is no new one, or never with `wait`."""
+        if self._pending is not None and wait:
+            self._pending[1].synchronize()
         if self._pending is not None and self._pending[1].query():
             self._latest, self._pending = self._pending[0].tolist(), None
         latest, self._latest = self._latest, None

