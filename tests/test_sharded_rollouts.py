@@ -162,7 +162,7 @@ def stored_in_parts_and_gathered_once() -> None:
     rank = torch.distributed.get_rank()
     for architecture in ("llama", "qwen2"):
         policy, reference = pair(architecture, fsdp_size=size())
-        engine = RolloutEngine(policy, reference)
+        engine = RolloutEngine(policy, reference, fused=True)
         own = batch(seed=rank)
         result = engine.rollout(*own, nash_md(0.25), settings())
         assert_same(result, RolloutEngine(*pair(architecture)).rollout(*own, nash_md(0.25), settings()))
@@ -184,20 +184,23 @@ def stored_in_parts_and_gathered_at_every_step() -> None:
 
     rank = torch.distributed.get_rank()
     policy, reference = pair(fsdp_size=size())
-    engine = RolloutEngine(policy, reference)
+    engine = RolloutEngine(policy, reference, fused=True)  # products stay separate: weights are not whole
     ends = settings(max_new_tokens=40, end_ids=tuple(range(3, 60)) if rank else (5,))
     own = batch(seed=rank)
     engine.memory_limit = engine.memory_plan(2, own[0].shape[1], nash_md(0.25), ends).total + 1000
     result = engine.rollout(*own, nash_md(0.25), ends)
-    assert result.notes == ("parameters are gathered at every step: all at once they do not fit",)
+    assert result.notes == (
+        "parameters are gathered at every step: all at once they do not fit",
+        "separate products: a layer holds a part of its weight",
+    )
     assert_same(result, RolloutEngine(*pair()).rollout(*own, nash_md(0.25), ends))
     with pytest.raises(ValueError, match="max_new_tokens: expected the same in all processes that share"):
         engine.rollout(*own, nash_md(0.25), settings(max_new_tokens=4 + rank))
 
 
 CHECKS = [
-    # split_layers_give_the_whole_models_tokens,
-    # filters_hooks_and_least_lengths,
+    split_layers_give_the_whole_models_tokens,
+    filters_hooks_and_least_lengths,
     a_token_costs_its_layers_and_two_collectives_a_draw,
     processes_agree_on_a_seed_and_on_prompts,
     bad_models_are_named,
