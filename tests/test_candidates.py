@@ -32,7 +32,7 @@ from nlhf_kernels.experiment.candidates.measures import Measures, claims, estima
 from nlhf_kernels.experiment.candidates.report import page
 from nlhf_kernels.experiment.candidates.tellers import OnlineReward, TableJudge, Votes, fit_rewards
 from nlhf_kernels.experiment.candidates.world import load_world, make_world, save_world
-from nlhf_kernels.tabular import PreferenceGame, exploitability
+from nlhf_kernels.tabular import PreferenceGame, at_budget, exploitability
 from nlhf_kernels.tabular.baselines import bradley_terry_fit
 from nlhf_kernels.tabular.cycling import cyclic_triple_share
 from nlhf_kernels.tabular.measures import kl_divergence
@@ -70,6 +70,21 @@ def test_the_small_world_has_a_reward_at_one_end_and_circles_at_the_other() -> N
     assert shares[0] == 0 and shares == sorted(shares) and shares[-1] == 0.5
     assert len(set(world.prompts)) == 5 * 8
     assert (world.preference[:, :-1, -1] == 1).all(), "anything else loses to every candidate"
+
+
+def test_the_effects_of_the_power_calculation() -> None:
+    """docs/experiment.md: what the exact limits differ by at the knobs 0, 0.5 and 1, and how much from game to game."""
+    preset = replace(CANDIDATE_PRESETS["small"], games=16)
+    world = make_world(preset)
+    log_reference = torch.cat([world.common * 0.999, torch.full((80, 1), 0.001, dtype=torch.float64)], -1).log()
+    setting = Setting(world, None, Path(), log_reference, preset, torch.device("cpu"), SILENT)
+    measures = Measures(setting, {})
+    tables = [exact_policies(name, setting) for name in ("rlhf-pairs", "nash-md-pairs")]
+    policies = [at_budget(table, log_reference, preset.budget) for table in tables]
+    values = measures.exploitability(policies[0]) - measures.exploitability(policies[1])
+    gaps = [values[world.of_group(knob)] for knob in (0, 2, 4)]
+    assert [round(float(gap.mean()), 1) for gap in gaps] == [0.0, 0.1, 0.2]
+    assert float(gaps[0].abs().max()) < 0.01 and all(0.01 < float(gap.std()) < 0.04 for gap in gaps[1:])
 
 
 def test_the_world_is_read_as_it_was_written(tmp_path) -> None:

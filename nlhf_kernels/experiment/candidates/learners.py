@@ -308,7 +308,7 @@ def _train(model: Any, judge: Any, reward: Any, setting: Setting, work: Path, se
         max_new_tokens=1,
         learning_rate=preset.learning_rate,
         lr_scheduler_type="linear",  # last iterates are compared: large steps to the end would be their noise
-        adam_beta1=0.5,  # momentum overshoots where the opponent moves too
+        adam_beta1=0.0,  # momentum overshoots where the opponent moves too
         logging_steps=preset.updates,
         log_samples=0,
         save_strategy="no",

@@ -104,11 +104,11 @@ class CandidatePreset:
     comparison_rates: tuple[float, ...] = (1e-3, 3e-3)
     contestants: tuple[str, ...] = CORE
     runs: int = 3
-    taus: tuple[float, ...] = (0.2, 0.1, 0.05)
+    taus: tuple[float, ...] = (0.2, 0.1, 0.06)
     reward_taus: tuple[float, ...] = (1.0, 0.5, 0.2)
     updates: int = 120
-    samples_per_prompt: int = 9
-    learning_rate: float = 3e-3
+    samples_per_prompt: int = 10
+    learning_rate: float = 2e-3
     ema_decay: float = 0.9
     checkpoints: int = 6
     budget: float = 1.0
@@ -195,7 +195,7 @@ CANDIDATE_PRESETS = {
     "small": CandidatePreset(contestants=(*CORE, "self-play-queries", "best-response-queries")),
     # an hour or two on two CPU cores: everybody, more runs, more games, a finer grid of taus
     "standard": CandidatePreset(
-        contestants=tuple(CONTESTANTS), games=16, runs=5, taus=(0.4, 0.2, 0.1, 0.05), reward_taus=(2.0, 1.0, 0.5, 0.2),
+        contestants=tuple(CONTESTANTS), games=16, runs=5, taus=(0.4, 0.2, 0.1, 0.06), reward_taus=(2.0, 1.0, 0.5, 0.2),
         updates=200, samples_per_prompt=12, pairs=20000, checkpoints=10, response_taus=(0.1, 0.05),
     ),
     # minutes on one GPU
