@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,23 @@ def config(root, tmp_path, monkeypatch):
         return str(path)
 
     return write
+
+
+#: A judge that writes, when its process ends, which threads of the process group are still there.
+LAST_THREADS = """
+import atexit, os
+from pathlib import Path
+from tests.support.train_run import thread_names
+
+def group_threads() -> list:
+    return [name for name in thread_names() if name.startswith("pt_gloo")]
+
+atexit.register(lambda: Path(os.environ["RANK"] + ".threads").write_text(" ".join(group_threads())))
+
+def likes_e(prompts, first, second):
+    assert group_threads(), "else the test could not fail"
+    return [0.5] * len(prompts)
+"""
 
 
 def train(*options: str) -> int:
@@ -325,3 +345,20 @@ def test_the_configuration_page_is_current(capsys) -> None:
     for name in [field.name for field in own_fields()] + list(FIXED):
         assert f"| `{name}` |" in page
     assert set(COMMON) <= {field.name for field in dataclasses.fields(NashConfig)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are read from /proc")
+def test_processes_of_a_launcher_end_without_threads_of_their_group(config, root, tmp_path) -> None:
+    """One that frees a tensor while the interpreter shuts down would abort its process, now and then."""
+    (root / "last_threads.py").write_text(LAST_THREADS)
+    data = {"train": "prompts.jsonl", "evaluation": "prompts.jsonl"}
+    training = {"max_steps": 1, "ddp_backend": "gloo", "eval_prompts": 2}
+    path = config(judge={"function": "last_threads.py:likes_e"}, data=data, training=training)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, "-m", "nlhf_kernels", "train", "--config", path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Saved: ") == 1, "the first process speaks for all"
+    assert [(root / f"{rank}.threads").read_text() for rank in (0, 1)] == ["", ""]
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy") is not None

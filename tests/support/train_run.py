@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,11 @@ def train(folder: str, options: dict[str, Any]) -> None:
 
 
 def thread_names() -> list[str]:
-    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread that has ended since
+            names.append((task / "comm").read_text().strip())
+    return names
 
 
 def outcome(trainer: Any) -> dict[str, Any]:
