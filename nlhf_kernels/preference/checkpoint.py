@@ -1,7 +1,7 @@
-"""A training that was cut off goes on where it was: one safetensors file, replaced as a whole every so many steps.
+"""The checkpoint of a preference model's training: one safetensors file, replaced as a whole every so many steps.
 
-It holds weights, optimiser, the noise's state and the losses so far. The order of the pairs follows from the seed and
-the number of steps done. A checkpoint of another training is refused, with what differs.
+It holds weights, optimiser state, generator states and the losses so far. The order of the pairs follows from the seed
+and the number of steps done. A checkpoint of another training is refused, with what differs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where and how often; without a path nothing is kept."""
+    """Where and how often the state is written; without a path it is not."""
 
     path: Path | None
     every: int  # steps
-    identity: dict[str, Any]  # what must be the same for going on to mean anything
+    identity: dict[str, Any]  # what must be equal for a resumed training to be the same training
 
     @classmethod
     def of(
@@ -59,13 +59,13 @@ class Checkpoint:
     def lock(self) -> AbstractContextManager[None]:
         return nullcontext() if self.path is None else lock_place(self.path)
 
-    def keep(
+    def write(
         self, model: ComparisonModel, optimizer: torch.optim.Optimizer, losses: list[float], now: bool = False
     ) -> None:
-        """Writes the file if it is time, and after the last step: what comes then may be cut off, too."""
+        """Write the file every `every` steps, after the last step and where `now` says so."""
         if self.path is None or not (now or len(losses) % self.every == 0 or len(losses) == self.identity["steps"]):
             return
-        tensors = {f"noise/{index}": state for index, state in enumerate(_noise(model))}
+        tensors = {f"noise/{index}": state for index, state in enumerate(_generator_states(model))}
         for name, parameter in model.named_parameters():
             tensors[f"weight/{name}"] = parameter.detach()
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -77,12 +77,12 @@ class Checkpoint:
             need("safetensors.torch", "train_preference_model: checkpoint").save_file(tensors, work, text)
 
     def resume(self, model: ComparisonModel, optimizer: torch.optim.Optimizer) -> list[float]:
-        """The losses of the steps done, everything else put back in place; none where there is no file."""
+        """Restore weights, optimiser and generators; return the losses of the steps done, [] where there is no file."""
         if self.path is None or not self.path.exists():
             return []
         state, tensors = self._read()
         known = dict(model.named_parameters())
-        noise = [tensors.pop(name) for name in sorted(tensors) if name.startswith("noise/")]
+        states = [tensors.pop(name) for name in sorted(tensors) if name.startswith("noise/")]
         with torch.no_grad():
             for name, tensor in tensors.items():
                 kind, _, parameter = name.partition("/")
@@ -91,15 +91,15 @@ class Checkpoint:
                 else:  # AdamW counts its steps on the CPU
                     device = "cpu" if kind == "step" else known[parameter].device
                     optimizer.state[known[parameter]][kind] = tensor.to(device)
-        _set_noise(model, noise)
+        _set_generator_states(model, states)
         losses: list[float] = state["losses"]
         return losses
 
     def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         assert self.path is not None
-        opened = need("safetensors", "train_preference_model: checkpoint").safe_open
+        safe_open = need("safetensors", "train_preference_model: checkpoint").safe_open
         try:
-            with opened(self.path, framework="pt") as file:
+            with safe_open(self.path, framework="pt") as file:
                 text = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             state, sound = json.loads(text["state"]), text["checksum"] == _checksum(text["state"], tensors)
@@ -131,7 +131,7 @@ def _digest(encoded: Sequence[Rows]) -> str:
 
 
 def _checksum(state: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """CRC-32 of all that the file holds."""
+    """Return the CRC-32 of all that the file holds."""
     total = zlib.crc32(state.encode())
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(name.encode(), total)
@@ -139,13 +139,13 @@ def _checksum(state: str, tensors: Mapping[str, torch.Tensor]) -> str:
     return f"{total:08x}"
 
 
-def _noise(model: ComparisonModel) -> list[torch.Tensor]:
+def _generator_states(model: ComparisonModel) -> list[torch.Tensor]:
     device = model.head.weight.device
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _set_noise(model: ComparisonModel, noise: list[torch.Tensor]) -> None:
+def _set_generator_states(model: ComparisonModel, states: list[torch.Tensor]) -> None:
     device = model.head.weight.device
-    torch.set_rng_state(noise[0])
-    if device.type == "cuda" and len(noise) > 1:
-        torch.cuda.set_rng_state(noise[1], device)
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,8 +1,8 @@
-"""Judges: whoever can say P(first > second | prompt) for a batch of pairs, and the check around each of them.
+"""Judges: callables that return P(first > second | prompt) for a batch of pairs, and the check around each of them.
 
 A judge is any callable `judge(prompts, first, second) -> probabilities`, one for each pair, as a list, an array or a
-tensor. `checked` wraps it: whatever else comes back, or an exception, becomes a `JudgeError` that names the judge, the
-values and the pair, and carries the whole batch, so that nothing of it is lost.
+tensor. `checked` wraps it: other return values and exceptions become a `JudgeError` that names the judge, the values
+and the pair, and holds the whole batch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,20 @@ from .models import ComparisonModel, RewardModel
 
 
 class Judge(Protocol):
+    """A callable that returns N probabilities that `first` is preferred to `second`, as numbers or a tensor."""
+
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Any: ...
 
 
 class JudgeError(RuntimeError):
-    """What a judge did wrong, and the batch it did it on; what it raised is the `__cause__`."""
+    """An error of a judge: what was wrong, and the batch; an exception that the judge raised is the `__cause__`.
+
+    Args:
+        judge: the judge's name.
+        problem: what was expected and what came.
+        batch: the pairs that the judge was called with.
+        returned: its return value, where there was one.
+    """
 
     def __init__(self, judge: str, problem: str, batch: Batch, returned: Any = None) -> None:
         super().__init__(f"judge {judge}: {problem}")
@@ -34,6 +43,8 @@ class JudgeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Batch:
+    """N pairs as a judge gets them."""
+
     prompts: list[str]
     first: list[str]
     second: list[str]
@@ -57,7 +68,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class CheckedJudge:
-    """A judge whose answers are (N,) float64 probabilities on the CPU, or a `JudgeError`."""
+    """A judge that returns (N,) float64 probabilities on the CPU, or raises a `JudgeError`.
+
+    Args:
+        judge: the judge.
+        name: of the judge in errors.
+    """
 
     judge: Judge
     name: str
@@ -73,7 +89,7 @@ class CheckedJudge:
         try:
             returned = self.judge(list(prompts), list(first), list(second))
         except (JudgeError, Stopped):
-            raise  # of a judge inside this one, which it names
+            raise  # a JudgeError of a judge inside this one names that judge
         except (Exception, SystemExit) as error:  # sys.exit in a judge would pass for the end of a finished run
             problem = f"raised {type(error).__name__}: {error} on {len(batch.prompts)} pairs, the first {batch.show(0)}"
             raise JudgeError(self.name, problem, batch) from error
@@ -101,7 +117,12 @@ class CheckedJudge:
 
 
 def checked(judge: Judge, name: str | None = None) -> CheckedJudge:
-    """`judge` behind the check; a judge that has it already keeps it."""
+    """Return `judge` as a `CheckedJudge`; one that is checked already is returned as it is.
+
+    Args:
+        judge: any judge.
+        name: of the judge in errors; None: its own.
+    """
     if isinstance(judge, CheckedJudge) and name is None:
         return judge
     if not callable(judge):
@@ -111,10 +132,15 @@ def checked(judge: Judge, name: str | None = None) -> CheckedJudge:
 
 @dataclass(frozen=True)
 class PreferenceModelJudge:
-    """A trained model's opinion; both orders of each pair go through it in one batch."""
+    """A judge from a trained model, which reads both orders of each pair in one batch.
+
+    Args:
+        model: a preference or reward model.
+        batch_size: pairs of a forward pass.
+    """
 
     model: ComparisonModel
-    batch_size: int = 16  # pairs at once
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
         check_integer("PreferenceModelJudge", "batch_size", self.batch_size, 1, 10**6)
@@ -129,7 +155,12 @@ class PreferenceModelJudge:
 
 @dataclass(frozen=True)
 class RewardJudge:
-    """P = sigmoid((r(y) - r(y')) / scale) from any rewards: a `RewardModel`, or `rewards(prompts, responses)`."""
+    """A judge from rewards: P = sigmoid((r(y) - r(y')) / scale).
+
+    Args:
+        rewards: a `RewardModel`, or a function (prompts, responses) -> numbers.
+        scale: by which differences are divided.
+    """
 
     rewards: RewardModel | Callable[[Sequence[str], Sequence[str]], Any]
     scale: float = 1.0
@@ -157,10 +188,15 @@ class RewardJudge:
 
 @dataclass(frozen=True)
 class AverageJudge:
-    """The weighted mean of several judges (default: equal weights); an error names the member."""
+    """The weighted mean of several judges; an error names the member.
+
+    Args:
+        judges: at least one.
+        weights: as many numbers, not negative, which are divided by their sum; None: equal ones.
+    """
 
     judges: Sequence[Judge]
-    weights: Sequence[float] | None = None  # not negative, scaled to sum to 1
+    weights: Sequence[float] | None = None
     _members: tuple[tuple[CheckedJudge, float], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -189,18 +225,24 @@ class AverageJudge:
 def check_antisymmetry(
     judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], tolerance: float = 1e-6
 ) -> float:
-    """The largest |P(y > y') + P(y' > y) - 1| of these pairs; a `JudgeError` where it is above `tolerance`."""
+    """Return the largest |P(y > y') + P(y' > y) - 1| of these pairs; raise a `JudgeError` where it is too large.
+
+    Args:
+        judge: any judge.
+        prompts, first, second: N texts each.
+        tolerance: the largest value that is not an error.
+    """
     check_number("check_antisymmetry", "tolerance", tolerance, 0.0)
-    asked = checked(judge)
-    one, other = asked(prompts, first, second), asked(prompts, second, first)
-    gap = (one + other - 1).abs()
+    checked_judge = checked(judge)
+    forward, backward = checked_judge(prompts, first, second), checked_judge(prompts, second, first)
+    gap = (forward + backward - 1).abs()
     worst = float(gap.max()) if len(gap) else 0.0
     if worst > tolerance:
         index = int(gap.argmax())
         batch = Batch.of(prompts, first, second)
         problem = (
-            f"expected P(y > y') + P(y' > y) = 1 within {tolerance}; got {float(one[index]):.6f} + "
-            f"{float(other[index]):.6f} for pair {index}: {batch.show(index)}"
+            f"expected P(y > y') + P(y' > y) = 1 within {tolerance}; got {float(forward[index]):.6f} + "
+            f"{float(backward[index]):.6f} for pair {index}: {batch.show(index)}"
         )
-        raise JudgeError(asked.name, problem, batch, (one, other))
+        raise JudgeError(checked_judge.name, problem, batch, (forward, backward))
     return worst

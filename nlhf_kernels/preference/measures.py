@@ -1,4 +1,4 @@
-"""How good a judge is on pairs that people have judged: accuracy, and whether its probabilities can be believed."""
+"""Measures of a judge on pairs that people have judged: accuracy, log-loss and calibration."""
 
 from __future__ import annotations
 
@@ -16,37 +16,67 @@ SMALLEST = 1e-7  # probabilities below count as this in the log-loss, so that on
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs of which the judge was about equally sure."""
+    """A bin of a reliability diagram: pairs with about the same confidence max(P, 1 - P).
+
+    Args:
+        low, high: bounds of the confidence.
+        count: pairs in the bin.
+        confidence: its mean over these pairs.
+        accuracy: how often the likelier response was the chosen one.
+    """
 
     low: float
     high: float
     count: int
-    confidence: float  # mean of max(P, 1 - P)
-    accuracy: float  # how often the likelier response was the chosen one
+    confidence: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    """Measures of a judge.
+
+    Args:
+        count: pairs.
+        accuracy: how often the chosen response was the likelier one; a tie, P = 1/2, counts one half.
+        log_loss: mean of -log P(chosen > rejected); log 2 is that of P = 1/2.
+        calibration_error: expected calibration error, |accuracy - confidence| of the bins weighted by count.
+        bins: of confidence, from 1/2 to 1, without empty ones.
+    """
+
     count: int
-    accuracy: float  # a tie, P = 1/2, counts one half
-    log_loss: float  # mean of -log P(chosen > rejected); log 2 is knowing nothing
-    calibration_error: float  # expected calibration error: |accuracy - confidence| of the bins, weighted by count
-    bins: tuple[Bin, ...]  # of confidence, from 1/2 to 1; empty ones left out
+    accuracy: float
+    log_loss: float
+    calibration_error: float
+    bins: tuple[Bin, ...]
 
 
 def evaluate(judge: Judge, pairs: Sequence[Pair], *, bins: int = 10) -> Evaluation:
-    """`judge` asked about every pair; every second one with the rejected response first, so that a judge who likes the
-    first place is not taken for one who likes the chosen response."""
+    """Return the measures of a judge on pairs.
+
+    Every second pair is presented with the rejected response first, so that a preference for the first place does not
+    count as accuracy.
+
+    Args:
+        judge: any judge.
+        pairs: judged by people.
+        bins: of the reliability diagram.
+    """
     if not pairs:
         raise ValueError("evaluate: pairs: expected at least one; got none")
-    asked = [(p, rejected, chosen) if n % 2 else (p, chosen, rejected) for n, (p, chosen, rejected) in enumerate(pairs)]
-    answers = checked(judge)(*(list(column) for column in zip(*asked, strict=True))).clone()
-    answers[1::2] = 1.0 - answers[1::2]
-    return reliability(answers, bins=bins)
+    rows = [(p, rejected, chosen) if n % 2 else (p, chosen, rejected) for n, (p, chosen, rejected) in enumerate(pairs)]
+    probabilities = checked(judge)(*(list(column) for column in zip(*rows, strict=True))).clone()
+    probabilities[1::2] = 1.0 - probabilities[1::2]
+    return reliability(probabilities, bins=bins)
 
 
-def reliability(probabilities: torch.Tensor, *, bins: int = 10) -> Evaluation:  # (N,), P(chosen > rejected)
-    """The measures of probabilities that were all meant to be 1."""
+def reliability(probabilities: torch.Tensor, *, bins: int = 10) -> Evaluation:
+    """Return the measures of probabilities that the chosen response is preferred.
+
+    Args:
+        probabilities ((N,)): P(chosen > rejected) of each pair.
+        bins: of the reliability diagram.
+    """
     check_integer("reliability", "bins", bins, 1, 1000)
     p = probabilities.double()
     if p.ndim != 1 or not len(p) or not bool(((p >= 0) & (p <= 1)).all()):

@@ -1,15 +1,15 @@
 """Models that compare two responses: the pairwise preference model, and the Bradley-Terry reward model beside it.
 
-Both are a causal language model's body and a linear head on the last token's hidden state, starting at zero: so every
-preference starts at 1/2, no answer word has to exist in the vocabulary, and logits over it are never made. (The other
-way, the difference of two answer tokens' logits, starts from what the model believes already, and from its liking for
-one of the two words and places.) Both read two rows per pair. Training and scoring hold the same two numbers (a, b):
+Both are a causal language model's body and a linear head on the last token's hidden state. The head starts at zero, so
+every preference starts at 1/2, no answer word has to exist in the vocabulary, and logits over it are never computed.
+(The alternative, the difference of two answer tokens' logits, starts with the model's biases for words and places.)
+Both models read two rows per pair. Training and scoring use the same two numbers (a, b):
 
     preference   a reads (prompt, y, y'), b reads (prompt, y', y)    P(y > y') = (sigmoid(a) + 1 - sigmoid(b)) / 2
     reward       a reads (prompt, y),     b reads (prompt, y')       P(y > y') = sigmoid(a - b)
 
-Swapping y and y' swaps a and b. Scoring puts the two responses of every pair in an order of their own, so that the
-question turned around sends the same batch through the model, and P(y > y') + P(y' > y) = 1 holds to the last bit.
+Swapping y and y' swaps a and b. Scoring sorts the two rows of every pair, so that the swapped pair sends the same batch
+through the model, and P(y > y') + P(y' > y) = 1 holds to the last bit.
 """
 
 from __future__ import annotations
@@ -31,13 +31,23 @@ from ..core.optional import need
 from ..core.upstream import has_injected_adapter
 from .template import InputFormat, InputFormatter
 
-Rows = tuple[list[int], list[int]]  # what is read of one pair
+Rows = tuple[list[int], list[int]]  # the token ids of a pair's two rows
 Model = TypeVar("Model", bound="ComparisonModel")
 
 
 class ComparisonModel(torch.nn.Module):
-    """A body, a head, a tokenizer and an input format. The rows are padded on the right and the last token of each is
-    looked at: a causal model never sees the padding, whatever its positions, mask or state are like."""
+    """A body, a head, a tokenizer and an input format.
+
+    Rows are padded on the right and the head reads the last token of each. Attention is causal, so padding changes
+    nothing, whatever the model's positions, mask or state.
+
+    Args:
+        model: a causal language model of transformers; its body is used as it is, not copied.
+        tokenizer: the model's.
+        template: text around the fields of a pair; None: the class's `TEMPLATE`.
+        max_length: tokens of a row; None: the model's number of positions.
+        overlong: "error" refuses longer rows, "truncate" truncates them.
+    """
 
     KIND: ClassVar[str]
     FIELDS: ClassVar[tuple[str, ...]]
@@ -45,11 +55,11 @@ class ComparisonModel(torch.nn.Module):
 
     def __init__(
         self,
-        model: Any,  # any causal language model of transformers; its body is taken as it is, not copied
+        model: Any,
         tokenizer: Any,
         *,
         template: str | None = None,
-        max_length: int | None = None,  # default: as many positions as the model has
+        max_length: int | None = None,
         overlong: str = "error",
     ) -> None:
         super().__init__()
@@ -64,7 +74,7 @@ class ComparisonModel(torch.nn.Module):
         template = self.TEMPLATE if template is None else template
         input_format = InputFormat(template, room if max_length is None else max_length, overlong)
         self.formatter = InputFormatter(tokenizer, input_format, self.FIELDS)
-        # float32 whatever the body is in
+        # float32 whatever the body's dtype
         self.head = torch.nn.Linear(text.hidden_size, 1, bias=False, dtype=torch.float32, device=self.body.device)
         torch.nn.init.zeros_(self.head.weight)
 
@@ -79,18 +89,25 @@ class ComparisonModel(torch.nn.Module):
         dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> Model:
-        """A new model on a base from a folder or the hub; `options` go to transformers' `from_pretrained`."""
+        """Return a new model on a base from a folder or the hub.
+
+        Args:
+            name: a folder or a name on the hub.
+            template, max_length, overlong: as for the class.
+            dtype: of the body's weights.
+            options: for transformers' `from_pretrained`.
+        """
         where = {key: options[key] for key in (*HUB, "trust_remote_code") if key in options}
         tokenizer = load_tokenizer("preference: from_base", name, **where)
         base = load_model("preference: from_base", name, merge=True, dtype=dtype, **options)
         return cls(base, tokenizer, template=template, max_length=max_length, overlong=overlong)
 
     def add_adapter(self: Model, peft_config: Any, seed: int = 0) -> Model:
-        """Put an adapter on the body; training then moves it and the head alone.
+        """Put an adapter on the body; training then changes the adapter and the head alone. Return the model.
 
         Args:
-            peft_config: peft's, a LoraConfig say.
-            seed: what the adapter's first values depend on, and nothing else.
+            peft_config: a configuration of peft's, a LoraConfig say.
+            seed: determines the adapter's first values.
         """
         if self.adapted:
             raise ValueError("preference: add_adapter: expected a model without an adapter; got one that has one")
@@ -110,7 +127,7 @@ class ComparisonModel(torch.nn.Module):
 
     @property
     def identity(self) -> str:
-        """What it answers with, as a text to compare: kind, template, weights."""
+        """Kind, template and weights as a short text: equal texts, equal answers."""
         return f"{self.KIND} {digest(repr(self.input_format))} {weights_digest(self.named_parameters())}"
 
     @property
@@ -119,18 +136,34 @@ class ComparisonModel(torch.nn.Module):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
-        """The two rows of every pair. Raises or warns where one is too long, as the model's `InputFormat` says."""
+        """Return the two rows of every pair; raise or warn where one is too long, as `input_format` says.
+
+        Args:
+            prompts, first, second: N texts each.
+        """
 
     @abstractmethod
     def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy (N,) of "the first is preferred", from the numbers of both rows."""
+        """Return the cross-entropy (N,) of "the first is preferred".
+
+        Args:
+            a, b ((N,)): the head's numbers for the first and second rows of the pairs.
+        """
 
     @abstractmethod
     def margin(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """P(y > y') - 1/2, where margin(b, a) == -margin(a, b) to the last bit."""
+        """Return P(y > y') - 1/2, (N,), where margin(b, a) == -margin(a, b) to the last bit.
+
+        Args:
+            a, b ((N,)): the head's numbers for the first and second rows of the pairs.
+        """
 
     def logits(self, rows: Sequence[list[int]]) -> torch.Tensor:
-        """The head's number for every row, (N,) float32."""
+        """Return the head's number for every row, (N,) float32.
+
+        Args:
+            rows: N rows of token ids.
+        """
         longest = max(map(len, rows))
         device = self.head.weight.device
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=device)
@@ -139,11 +172,15 @@ class ComparisonModel(torch.nn.Module):
         output = self.body(input_ids=ids, attention_mask=mask.long(), use_cache=False)
         row = torch.arange(len(rows), dtype=torch.int64, device=device)
         hidden = output.last_hidden_state[row, last]  # (N, D)
-        with torch.autocast(device.type, enabled=False):  # one product a row: float32 whatever the body is in
+        with torch.autocast(device.type, enabled=False):  # one product a row: float32 costs nothing
             return hidden.float() @ self.head.weight[0].float()  # type: ignore[no-any-return]
 
     def forward(self, pairs: Sequence[Rows]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a, b), each (N,): all rows of all pairs in one batch."""
+        """Return (a, b), each (N,), from one batch of all rows.
+
+        Args:
+            pairs: the rows of N pairs, as `encode` returns them.
+        """
         a, b = self.logits([row for side in zip(*pairs, strict=True) for row in side]).chunk(2)
         return a, b
 
@@ -151,27 +188,40 @@ class ComparisonModel(torch.nn.Module):
     def probabilities(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], batch_size: int = 16
     ) -> torch.Tensor:
-        """P(first > second | prompt), (N,) float64 on the CPU; dropout is off meanwhile."""
+        """Return P(first > second | prompt), (N,) float64 on the CPU, computed without dropout.
+
+        Args:
+            prompts, first, second: N texts each.
+            batch_size: pairs of a forward pass.
+        """
         check_integer("probabilities", "batch_size", batch_size, 1, 10**6)
         pairs = self.encode(prompts, first, second)
-        turned = [b < a for a, b in pairs]
-        ordered = [(b, a) if turn else (a, b) for (a, b), turn in zip(pairs, turned, strict=True)]
+        swapped = [b < a for a, b in pairs]
+        ordered = [(b, a) if swap else (a, b) for (a, b), swap in zip(pairs, swapped, strict=True)]
         margins = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
         by_length = sorted(range(len(ordered)), key=lambda index: (-max(map(len, ordered[index])), index))
         with without_dropout(self):
             for start in range(0, len(by_length), batch_size):
-                chosen = by_length[start : start + batch_size]
-                a, b = self([ordered[index] for index in chosen])
-                margins[chosen] = self.margin(a.double().cpu(), b.double().cpu())
-        # One response against itself, wherever its two rows stand in the batch; a NaN stays one.
+                indices = by_length[start : start + batch_size]
+                a, b = self([ordered[index] for index in indices])
+                margins[indices] = self.margin(a.double().cpu(), b.double().cpu())
+        # A response against itself is exactly 1/2, wherever its two rows are in the batch; NaN stays NaN.
         margins[[a == b for a, b in pairs]] *= 0.0
-        margins = torch.where(torch.tensor(turned, dtype=torch.bool, device="cpu"), -margins, margins)
+        margins = torch.where(torch.tensor(swapped, dtype=torch.bool, device="cpu"), -margins, margins)
         stronger = 0.5 + margins.abs()  # in [1/2, 1], where 1 - x is exact
         return torch.where(margins >= 0, stronger, 1.0 - stronger)
 
 
 class PairwisePreferenceModel(ComparisonModel):
-    """Reads both responses at once, so it can hold any preference, cycles included."""
+    """A model that reads both responses at once, so that it can represent any preference, cycles included.
+
+    Args:
+        model: a causal language model of transformers; its body is used as it is, not copied.
+        tokenizer: the model's.
+        template: text around the fields of a pair; None: the class's `TEMPLATE`.
+        max_length: tokens of a row; None: the model's number of positions.
+        overlong: "error" refuses longer rows, "truncate" truncates them.
+    """
 
     KIND = "pairwise"
     FIELDS = ("prompt", "first", "second")
@@ -181,22 +231,45 @@ class PairwisePreferenceModel(ComparisonModel):
     )
 
     def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
+        """Return the two rows of every pair.
+
+        Args:
+            prompts, first, second: N texts each.
+        """
         rows = []
         for prompt, one, two in self.formatter.tokenize((prompts, first, second)):
-            both = (one, two), (two, one)
-            a, b = (self.formatter.fill(prompt=prompt, first=x, second=y) for x, y in both)
+            a = self.formatter.fill(prompt=prompt, first=one, second=two)
+            b = self.formatter.fill(prompt=prompt, first=two, second=one)
             rows.append((a, b))
         return rows
 
     def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy (N,) of "the first is preferred".
+
+        Args:
+            a, b ((N,)): the head's numbers for the first and second rows of the pairs.
+        """
         return (softplus(-a) + softplus(b)) / 2
 
     def margin(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return P(y > y') - 1/2, (N,).
+
+        Args:
+            a, b ((N,)): the head's numbers for the first and second rows of the pairs.
+        """
         return (a.sigmoid() - b.sigmoid()) / 2
 
 
 class RewardModel(ComparisonModel):
-    """Reads one response and gives it a reward; compares by the rewards' difference, so it holds no cycle."""
+    """A model that gives one response a reward and compares by differences, so that its preferences have no cycles.
+
+    Args:
+        model: a causal language model of transformers; its body is used as it is, not copied.
+        tokenizer: the model's.
+        template: text around the fields of a pair; None: the class's `TEMPLATE`.
+        max_length: tokens of a row; None: the model's number of positions.
+        overlong: "error" refuses longer rows, "truncate" truncates them.
+    """
 
     KIND = "reward"
     FIELDS = ("prompt", "response")
@@ -205,23 +278,43 @@ class RewardModel(ComparisonModel):
     )
 
     def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
-        return list(zip(self._read(prompts, first), self._read(prompts, second), strict=True))
+        """Return the two rows of every pair.
 
-    def _read(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        read = self.formatter.tokenize((prompts, responses))
-        return [self.formatter.fill(prompt=prompt, response=response) for prompt, response in read]
+        Args:
+            prompts, first, second: N texts each.
+        """
+        return list(zip(self._encode(prompts, first), self._encode(prompts, second), strict=True))
+
+    def _encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        tokens = self.formatter.tokenize((prompts, responses))
+        return [self.formatter.fill(prompt=prompt, response=response) for prompt, response in tokens]
 
     def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy (N,) of "the first is preferred".
+
+        Args:
+            a, b ((N,)): the head's numbers for the first and second rows of the pairs.
+        """
         return softplus(b - a)
 
     def margin(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return P(y > y') - 1/2, (N,).
+
+        Args:
+            a, b ((N,)): the head's numbers for the first and second rows of the pairs.
+        """
         return ((a - b).abs().sigmoid() - 0.5).copysign(a - b)
 
     @torch.no_grad()
     def rewards(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 16) -> torch.Tensor:
-        """r(prompt, response), (N,) float32 on the CPU; only differences at one prompt mean something."""
+        """Return r(prompt, response), (N,) float32 on the CPU; only differences at one prompt have a meaning.
+
+        Args:
+            prompts, responses: N texts each.
+            batch_size: rows of a forward pass.
+        """
         check_integer("rewards", "batch_size", batch_size, 1, 10**6)
-        rows = self._read(prompts, responses)
+        rows = self._encode(prompts, responses)
         with without_dropout(self):
             parts = [self.logits(rows[i : i + batch_size]).cpu() for i in range(0, len(rows), batch_size)]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32, device="cpu")
@@ -232,7 +325,7 @@ KINDS: dict[str, type[ComparisonModel]] = {kind.KIND: kind for kind in (Pairwise
 
 @contextmanager
 def without_dropout(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each part is in the mode it was in."""
+    """Put `module` into evaluation mode; afterwards each of its parts is in the mode it was in before."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -243,7 +336,7 @@ def without_dropout(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _body(model: Any) -> Any:
-    """What gives the last hidden state: the model without its head over the vocabulary."""
+    """Return the model without its head over the vocabulary, whose output is the last hidden state."""
     transformers = need("transformers", "preference: a model")
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(
@@ -264,9 +357,9 @@ def _body(model: Any) -> Any:
 
 
 def _check_loadable(transformers: Any, body: Any) -> None:
-    """What is saved must load: `AutoModel` may want weights that this body has no place for (BERT's pooler)."""
+    """Raise where a saved body would not load: `AutoModel` may expect weights that it lacks (BERT's pooler)."""
     if not type(body).__module__.startswith("transformers."):
-        return  # code that came with the model; making one more of it would need the user's trust
+        return  # code that came with the model; another instance of it would need the user's trust
     with torch.device("meta"):  # names alone, no memory
         again = transformers.AutoModel.from_config(body.config)
     lacking = sorted({name for name, _ in again.named_parameters()} - {name for name, _ in body.named_parameters()})

@@ -31,10 +31,15 @@ KIND = "preference model"
 
 
 def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwrite: bool = False) -> None:
-    """`overwrite` replaces a folder that holds such a model, and no other.
+    """Write a model to a folder, which is complete or absent afterwards.
 
-    Weights are kept to the last bit. Tables that transformers computes when it loads a model (rotary frequencies) are
-    not weights: after `model.to(torch.bfloat16)`, which rounds them too, a loaded model has the better ones.
+    Weights are stored to the last bit. Tables that transformers computes when it loads a model (rotary frequencies) are
+    not weights: after `model.to(torch.bfloat16)`, which rounds them too, a loaded model has the exact ones.
+
+    Args:
+        model: the model.
+        folder: where to.
+        overwrite: replace a folder that holds such a model; another folder is never replaced.
     """
     weights = need("safetensors.torch", "save_preference_model")
     check_finite("save_preference_model", model)
@@ -51,9 +56,14 @@ def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwri
 
 
 def load_preference_model(folder: str | Path, *, device: torch.device | str = "cpu", **options: Any) -> ComparisonModel:
-    """The model as it was saved, in evaluation mode; `options` go to transformers' `from_pretrained`.
+    """Return the model that a folder holds, in evaluation mode.
 
-    Every file is compared with the manifest first: a model with a damaged weight would judge as if it were sound.
+    Every file is compared with the manifest first: the answers of a model with a damaged weight would not show it.
+
+    Args:
+        folder: a folder of `save_preference_model`.
+        device: of the model.
+        options: for transformers' `from_pretrained` of the body.
     """
     weights = need("safetensors.torch", "load_preference_model")
     place = Path(folder).resolve()  # a relative one could be a name on the hub
@@ -66,7 +76,7 @@ def load_preference_model(folder: str | Path, *, device: torch.device | str = "c
     model = KINDS[kind](body, tokenizer, **dataclasses.asdict(input_format))
     if adapted:
         body = model.body
-        model.body = loading("preference", place / "adapter", lambda found: attach(body, found, trainable=True))
+        model.body = loading("preference", place / "adapter", lambda path: attach(body, path, trainable=True))
         check_finite("preference", model.body, f" of the adapter in {folder}")
     model.head.load_state_dict(weights.load_file(place / "head.safetensors"))
     check_finite("preference", model.head, f" of the head in {folder}")
@@ -83,7 +93,7 @@ def _save_body(model: ComparisonModel, work: Path) -> None:
 
 
 def _describe(place: Path) -> tuple[str, InputFormat, bool]:
-    """Its kind, how it reads, and whether there is an adapter."""
+    """Return a saved model's kind, its input format, and whether it has an adapter."""
     try:
         description = json.loads((place / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""What a model reads of a pair: a template filled with token ids, cut to the model's room in a stated way.
+"""The input of a comparison model: a template filled with token ids, truncated to the model's length.
 
-The template's pieces and the texts put into them are tokenised apart and joined. So a cut never reaches into the
-template, both orders of a pair hold the same tokens, and a text cannot melt into the words around it.
+The template's pieces and the texts between them are tokenised separately and joined. So truncation never reaches into
+the template, both orders of a pair contain the same tokens, and no token spans a text and the words around it.
 """
 
 from __future__ import annotations
@@ -19,28 +19,35 @@ OVERLONG = ("error", "truncate")
 
 
 def parse_template(template: str, fields: Sequence[str]) -> list[tuple[str, str | None]]:
-    """(words, the field that follows them or None), in the template's order; each field must stand in it once."""
-    wanted = ", ".join(f"{{{field}}}" for field in fields)
+    """Return (words, the field that follows them or None) in the template's order; each field must occur once."""
+    expected = ", ".join(f"{{{field}}}" for field in fields)
     if not isinstance(template, str):
-        raise TypeError(f"preference: template: expected a string with {wanted}; got {type(template).__name__}")
+        raise TypeError(f"preference: template: expected a string with {expected}; got {type(template).__name__}")
     try:
         pieces = [*string.Formatter().parse(template)]
     except ValueError as error:
-        raise ValueError(f"preference: template: expected text with {wanted}; got {template!r}: {error}") from error
-    found = [field for _, field, _, _ in pieces if field is not None]
+        raise ValueError(f"preference: template: expected text with {expected}; got {template!r}: {error}") from error
+    names = [field for _, field, _, _ in pieces if field is not None]
     plain = not any(form or conversion for _, _, form, conversion in pieces)
-    if sorted(found) != sorted(fields) or not plain:
-        raise ValueError(f"preference: template: expected {wanted}, each once and no other; got {template!r}")
+    if sorted(names) != sorted(fields) or not plain:
+        raise ValueError(f"preference: template: expected {expected}, each once and no other; got {template!r}")
     return [(words, field) for words, field, _, _ in pieces]
 
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How a model reads: saved with it, since its answers mean nothing under another."""
+    """How a pair becomes a row of tokens. Saved with the model, whose answers have no meaning under another format.
+
+    Args:
+        template: text around the fields, each `{field}` once.
+        max_length: tokens of a whole row; None: no limit.
+        overlong: "error" refuses longer rows; "truncate" removes the prompt's beginning, then, with nothing left of the
+            prompt, the end of the longer response.
+    """
 
     template: str
-    max_length: int | None  # tokens of a whole row; None: no bound
-    overlong: str = "error"  # or "truncate": the prompt loses its beginning; after it, the longer response its end
+    max_length: int | None
+    overlong: str = "error"
 
     def __post_init__(self) -> None:
         check_option("preference", "overlong", self.overlong, OVERLONG)
@@ -49,7 +56,13 @@ class InputFormat:
 
 
 class InputFormatter:
-    """Fills a template. `rows` are lists of token ids, never padded."""
+    """Fill a template with tokenised texts; rows are lists of token ids, not padded.
+
+    Args:
+        tokenizer: of the model.
+        input_format: template and length.
+        fields: the template's fields.
+    """
 
     def __init__(self, tokenizer: Any, input_format: InputFormat, fields: Sequence[str]) -> None:
         self.tokenizer, self.input_format, self.fields = tokenizer, input_format, tuple(fields)
@@ -66,7 +79,11 @@ class InputFormatter:
             )
 
     def tokenize(self, columns: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        """Token ids [example][field] that fit; `columns` holds the texts of each field, in the order of `fields`."""
+        """Return token ids [example][field], truncated where that is allowed.
+
+        Args:
+            columns: the texts of each field, in the order of `fields`.
+        """
         if len({len(texts) for texts in columns}) > 1:
             counts = ", ".join(f"{len(texts)} of {field}" for field, texts in zip(self.fields, columns, strict=True))
             raise ValueError(f"preference: expected as many texts of each; got {counts}")
@@ -86,11 +103,16 @@ class InputFormatter:
                 f"{self.fields[0]} {columns[0][worst][:40]!r} (overlong='truncate' cuts them)"
             )
         if long:
-            cut = f"{len(long)} of {len(examples)} texts cut to {self.input_format.max_length} tokens"
-            warnings.warn(f"preference: {cut}", stacklevel=2)
-        return [_cut(parts, room) if size > room else parts for parts, size in zip(examples, sizes, strict=True)]
+            what = f"{len(long)} of {len(examples)} texts cut to {self.input_format.max_length} tokens"
+            warnings.warn(f"preference: {what}", stacklevel=2)
+        return [_truncate(parts, room) if size > room else parts for parts, size in zip(examples, sizes, strict=True)]
 
     def fill(self, **parts: list[int]) -> list[int]:
+        """Return a row: the template around the token ids of each field.
+
+        Args:
+            parts: field -> its token ids.
+        """
         row = list(self._first)
         for words, field in self._pieces:
             row += words + (parts[field] if field else [])
@@ -99,12 +121,12 @@ class InputFormatter:
         return row
 
 
-def _cut(parts: list[list[int]], room: int) -> list[list[int]]:
-    """The prompt loses its beginning; with nothing left of it, the longer response its end, until they are equal."""
+def _truncate(parts: list[list[int]], room: int) -> list[list[int]]:
+    """Remove the prompt's beginning; with nothing left of it, the longer response's end, until both are as long."""
     prompt, *responses = parts
-    spent = sum(map(len, responses))
-    if spent <= room:
-        return [prompt[len(prompt) - (room - spent) :], *responses]
+    length = sum(map(len, responses))
+    if length <= room:
+        return [prompt[len(prompt) - (room - length) :], *responses]
     shortest = min(map(len, responses))
     limit = max(room - shortest, room // 2) if len(responses) == 2 else room
     return [[], *(response[:limit] for response in responses)]

@@ -1,7 +1,7 @@
 """Training a preference or reward model on human pairs: cross-entropy, both orders of every pair in every step.
 
-A loop of our own in plain PyTorch, on the device the model is on: it fits on a page, averages over a step's pairs
-whatever the micro-batches, and asks for no package besides.
+A loop in plain PyTorch, on the model's device: it fits on a page, averages over a step's pairs whatever the
+micro-batches, and needs no other package.
 """
 
 from __future__ import annotations
@@ -28,15 +28,29 @@ from .models import ComparisonModel, Rows
 
 @dataclass(frozen=True)
 class PreferenceTraining:
+    """Settings of `train_preference_model`.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: pairs of a step.
+        micro_batch: pairs of a forward pass, which changes memory, not results; None: all of a step.
+        learning_rate: the highest one; it rises over the first steps, then falls linearly towards zero.
+        warmup: share of the steps during which the learning rate rises.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+        seed: of the order of pairs and of dropout.
+        bfloat16: compute products in bfloat16 (autocast); weights and optimiser state stay as they are.
+    """
+
     steps: int = 1000
-    batch_size: int = 16  # pairs a step
-    micro_batch: int | None = None  # pairs at once through the model: memory, not results; default the whole step
-    learning_rate: float = 1e-5  # rises over the first steps, then falls linearly towards zero
-    warmup: float = 0.05  # share of the steps
+    batch_size: int = 16
+    micro_batch: int | None = None
+    learning_rate: float = 1e-5
+    warmup: float = 0.05
     weight_decay: float = 0.0
-    clip: float = 1.0  # norm of the gradient
-    seed: int = 0  # order of the pairs, dropout
-    bfloat16: bool = False  # products in bfloat16 (autocast); weights and optimiser stay as they are
+    clip: float = 1.0
+    seed: int = 0
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -52,8 +66,15 @@ class PreferenceTraining:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    losses: list[float]  # of every step, before it
-    evaluation: Evaluation | None  # on the held-out pairs; None where there were none
+    """The result of a training.
+
+    Args:
+        losses: of every step, before it.
+        evaluation: on the held-out pairs; None where there were none.
+    """
+
+    losses: list[float]
+    evaluation: Evaluation | None
 
 
 def train_preference_model(
@@ -62,14 +83,23 @@ def train_preference_model(
     settings: PreferenceTraining = PreferenceTraining(),
     *,
     held_out: Sequence[Pair] = (),
-    progress: bool = True,  # a bar on stderr
-    checkpoint: str | Path | None = None,  # a file; one that is there is gone on from
-    checkpoint_every: int = 500,  # steps
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
 ) -> TrainingReport:
-    """Trains `model` in place. A loss or gradient that is not finite stops it before the weights take it in.
+    """Train `model` in place. A loss or gradient that is not finite raises before the weights change.
 
-    Cut off and called again with the same arguments, it goes on from `checkpoint` as if nothing had been. The file
-    stays when the training is done.
+    Interrupted and called again with the same arguments, it resumes from `checkpoint` exactly. The file remains when
+    the training is done.
+
+    Args:
+        model: a model with float32 weights to train.
+        pairs: to train on.
+        settings: of the training.
+        held_out: pairs to measure on afterwards.
+        progress: show a bar on stderr.
+        checkpoint: a file that the state is written to, and resumed from where it exists.
+        checkpoint_every: steps between checkpoints.
     """
     if not pairs:
         raise ValueError("train_preference_model: pairs: expected at least one; got none")
@@ -80,15 +110,15 @@ def train_preference_model(
             "not (bfloat16=True has the products in bfloat16)"
         )
     encoded = _encode(model, pairs)
-    keeper = Checkpoint.of(checkpoint, checkpoint_every, model, settings, encoded)
-    _encode(model, held_out)  # what is too long shows now, not after the training
+    training_state = Checkpoint.of(checkpoint, checkpoint_every, model, settings, encoded)
+    _encode(model, held_out)  # raises on pairs that are too long before the training, not after it
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer.zero_grad()
     with (
-        stoppable(), deferred(), keeper.lock(), _training_mode(model), _seeded(model, settings.seed),
+        stoppable(), deferred(), training_state.lock(), _training_mode(model), _seeded(model, settings.seed),
         _bar(settings.steps, progress) as show,
     ):  # fmt: skip
-        losses = keeper.resume(model, optimizer)
+        losses = training_state.resume(model, optimizer)
         batches = islice(_batches(len(encoded), settings), len(losses), settings.steps)
         for step, batch in enumerate(batches, start=len(losses)):
             for group in optimizer.param_groups:
@@ -103,7 +133,7 @@ def train_preference_model(
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss))
-            keeper.keep(model, optimizer, losses, now=requested())
+            training_state.write(model, optimizer, losses, now=requested())
             show(losses)
             stop_if_requested()
     judge = PreferenceModelJudge(model, settings.micro_batch or settings.batch_size)
@@ -115,7 +145,7 @@ def _encode(model: ComparisonModel, pairs: Sequence[Pair]) -> list[Rows]:
 
 
 def _backward(model: ComparisonModel, batch: list[Rows], settings: PreferenceTraining) -> torch.Tensor:
-    """Gradients of the mean loss of the step's pairs, a micro-batch at a time; returns that mean."""
+    """Add the gradients of the mean loss of a step's pairs, a micro-batch at a time; return that mean."""
     size = settings.micro_batch or len(batch)
     total = torch.zeros((), dtype=torch.float32, device=model.head.weight.device)
     for start in range(0, len(batch), size):
@@ -129,7 +159,7 @@ def _backward(model: ComparisonModel, batch: list[Rows], settings: PreferenceTra
 
 
 def _batches(count: int, settings: PreferenceTraining) -> Iterator[list[int]]:
-    """Every pair once an epoch, in an order of the seed's; a step may reach into the next epoch."""
+    """Yield the indices of each step: every pair once an epoch, in the seed's order; a step may span two epochs."""
     generator = torch.Generator().manual_seed(settings.seed)
 
     def stream() -> Iterator[int]:
@@ -159,7 +189,7 @@ def _training_mode(model: ComparisonModel) -> Iterator[None]:
 
 @contextmanager
 def _seeded(model: ComparisonModel, seed: int) -> Iterator[None]:
-    """Dropout's noise is the seed's; the caller's generators go on as if nothing had been drawn."""
+    """Seed dropout; afterwards the caller's generators are in the state they were in before."""
     device = model.head.weight.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
