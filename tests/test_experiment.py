@@ -17,18 +17,19 @@ from nlhf_kernels.core.loading import load_model
 from nlhf_kernels.core.terminal import SILENT
 from nlhf_kernels.evaluation import Sampling, sample_answers
 from nlhf_kernels.experiment import pipeline
+from nlhf_kernels.experiment.best_responses import STARTS, OpponentReward
 from nlhf_kernels.experiment.corpus import Material, load_corpus
 from nlhf_kernels.experiment.pipeline import Experiment
 from nlhf_kernels.experiment.presets import CONTESTANTS, PRESETS, Preset, overridden
 from nlhf_kernels.experiment.runs import configuration
-from nlhf_kernels.experiment.supervised import answer_loss, encode_examples, new_model
+from nlhf_kernels.experiment.supervised import Setting, answer_loss, encode_examples, new_model
 from nlhf_kernels.experiment.workspace import Workspace
 from tests.support.attention import cudnn_while_learning
 from tests.support.experiment import fake_packages
 from tests.support.tiny_models import one_thread
 
 TINY = overridden(PRESETS["tiny"], ["contestants=rlhf,nash-md-0,nash-md-0.5,nash-md-1", "seeds=2",
-                                    "updates=1", "speed_updates=2"])  # fmt: skip
+                                    "updates=1", "speed_updates=2", "response_starts=2"])  # fmt: skip
 
 
 def experiment(folder: Path, packages: Path, preset: Preset = TINY, restart: bool = False) -> Experiment:
@@ -57,10 +58,39 @@ def test_every_stage_leaves_its_part(done) -> None:
     assert {"corpus", "sft", "preferences", "preference-model", "reward-model", "cycles", "tournament", "speed"} <= set(
         marks(folder)
     )
-    assert len([name for name in marks(folder) if name.startswith("runs/")]) == 2 * len(TINY.contestants)
+    runs = [name for name in marks(folder) if name.startswith("runs/")]
+    assert len(runs) == (2 + 2) * len(TINY.contestants), "two seeds, and two best responses"
     assert not list(folder.rglob("*.nlhf-*")) and not list(folder.rglob("trainer"))
     assert results["tournament"]["names"] == ["sft", *TINY.contestants]
     assert set(results["seconds"]) == set(marks(folder))
+
+
+def test_the_better_best_response_counts(done) -> None:
+    folder, _, results = done
+    assert set(results["exploitability"]) == set(TINY.contestants)
+    for each in results["exploitability"].values():
+        assert each["start"] in STARTS and 0 <= each["mean"] <= 1 and each["prompts"] == TINY.test_prompts
+    assert "its best response wins" in (folder / "report" / "report.html").read_text()
+
+
+def test_a_best_response_is_rewarded_for_what_it_wins_against_fresh_answers(done) -> None:
+    folder, _, _ = done
+    corpus = load_corpus(folder / "corpus")
+    setting = Setting(corpus, folder / "sft" / "model", TINY, torch.device("cpu"), SILENT)
+    asked = []
+
+    def longer(prompts, first, second):
+        asked.append(second)
+        return [0.5 + 0.5 * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in zip(first, second, strict=True)]
+
+    reward = OpponentReward(setting.fresh_policy(), longer, setting, seed=1)
+    prompts = [corpus.train[0].prompt] * 2 + [corpus.train[1].prompt]
+    with one_thread():
+        assert reward(prompts, ["x" * 1000, "", "x" * 1000]).tolist() == [1.0, pytest.approx(0.0, abs=0.5), 1.0]
+        reward(prompts, ["a", "b", "c"])
+    assert len(asked) == 4, "two answers of the opponent to every prompt, at every call"
+    assert all(rivals[0] == rivals[1] for rivals in asked), "the same opponent's answer for both answers to a prompt"
+    assert asked[:2] != asked[2:], "and other ones the next time"
 
 
 def test_the_numbers_are_whole(done) -> None:

@@ -15,6 +15,7 @@ from ..core.atomic import atomic_folder
 from ..core.loading import load_model, quiet
 from ..core.terminal import SILENT, Reporter
 from ..evaluation import Answers, Sampling, answer_measures, play_tournament, sample_answers
+from .best_responses import STARTS, make_best_response, measure_exploitability
 from .claims import beats_rewards, by_beta, interior_beta
 from .corpus import Material, load_corpus, make_corpus
 from .preferences import (
@@ -30,7 +31,7 @@ from .report import write_report
 from .runs import Rewards, make_run, stage_name
 from .speed import measure
 from .supervised import Setting, make_policy
-from .workspace import KIND, REPORT, Workspace, read_json, write_json
+from .workspace import KIND, REPORT, RUNS, Workspace, read_json, write_json
 
 FORMAT = 1
 
@@ -85,6 +86,8 @@ class Experiment:
         self._stage("cycles", "counting cycles", lambda work: count_all_cycles(work, self.judges, self.setting))
         self._train()
         self._stage("tournament", "tournament", self._tournament)
+        if self.preset.response_starts:
+            self._exploit()
         self._stage("speed", "kernels against the PyTorch oracle", lambda work: measure(
             work, self.judges[self.preset.judge], self.reward, self.setting))  # fmt: skip
         return self.results()
@@ -128,6 +131,23 @@ class Experiment:
                 title = f"{label(contestant)}, run {seed + 1} of {self.preset.seeds}"
                 make = partial(make_run, contestant=contestant, seed=seed, **shared)
                 self._stage(stage_name(contestant, seed), title, make)
+
+    def _exploit(self) -> None:
+        """Best responses to the first run of every contestant, judged by the annotators where there are any."""
+        judge = self.judges.get("annotators", self.judges["preference-model"])
+        opponents: dict[str, Path] = {}
+        responses: dict[str, list[Path]] = {}
+        for contestant in self.preset.contestants:
+            opponents[contestant] = self.workspace.path(stage_name(contestant, 0)) / "policy"
+            responses[contestant] = []
+            for start in STARTS[: self.preset.response_starts]:
+                make = partial(make_best_response, opponent=opponents[contestant], start=start, judge=judge,
+                               setting=self.setting)  # fmt: skip
+                name = f"{RUNS}/response-{contestant}-{start}"
+                self._stage(name, f"best response to {label(contestant)}, from the {start}", make)
+                responses[contestant].append(self.workspace.path(name) / "policy")
+        self._stage("exploitability", "exploitability", lambda work: measure_exploitability(
+            work, opponents, responses, judge, self.setting))  # fmt: skip
 
     def _tournament(self, work: Path) -> None:
         prompts = [row.prompt for row in self.corpus.test[: self.preset.test_prompts]]
@@ -197,6 +217,8 @@ class Experiment:
             "histories": {f"{name} {seed}": read_json(path(stage_name(name, seed)) / "history.json")
                           for name, seed in runs},
             "tournament": read_json(path("tournament") / "tournament.json"),
+            "exploitability": (read_json(path("exploitability") / "exploitability.json")
+                               if self.preset.response_starts else None),
             "speed": read_json(path("speed") / "speed.json"),
             "seconds": self.workspace.seconds(),
         }  # fmt: skip

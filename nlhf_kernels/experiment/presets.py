@@ -107,6 +107,8 @@ class Preset:
         answers (int): of each policy to each of them, at least 2: the policies share their noise.
         bfloat16 (bool): products in bfloat16.
         batch (int): rows in one batch, where only speed depends on it.
+        response_starts (int): best responses trained against the first run of each contestant: 1 from the reference,
+            2 from the contestant's weights too, 0 none.
         speed_updates (int): timed with each backend, twice.
         threads (int): of PyTorch on the CPU, as models this small are slower on several; 0: PyTorch's default.
         seed (int): of all random numbers.
@@ -148,6 +150,7 @@ class Preset:
     answers: int = 2
     bfloat16: bool = False
     batch: int = 64
+    response_starts: int = 0
     speed_updates: int = 5
     threads: int = 1
     seed: int = 0
@@ -166,6 +169,7 @@ class Preset:
             check_number(OP, name, getattr(self, name), 0.0, open_low=True)
         for name in ("tau", "reward_tau"):
             check_number(OP, name, getattr(self, name), 0.0)
+        check_integer(OP, "response_starts", self.response_starts, 0, 2)
         check_number(OP, "test_fraction", self.test_fraction, 0.0, 0.9, open_low=True)
         check_number(OP, "ema_decay", self.ema_decay, 0.0, 1.0)
         check_option(OP, "judge", self.judge, JUDGES)
@@ -200,7 +204,7 @@ PRESETS = {
         examples=11000, vocabulary=8192, hidden=512, layers=8, heads=8, sft_steps=2000, sft_batch=64,
         sft_learning_rate=6e-4, pairs=20000, preference_steps=800, preference_batch=64, preference_learning_rate=1e-4,
         seeds=3, updates=120, prompts_per_update=64, learning_rate=1e-4, ema_decay=0.98, answer_tokens=32,
-        test_prompts=512, answers=4, bfloat16=True, batch=256, threads=0, speed_updates=10,
+        test_prompts=512, answers=4, bfloat16=True, batch=256, threads=0, speed_updates=10, response_starts=2,
     ),
 }  # fmt: skip
 

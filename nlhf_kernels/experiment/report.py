@@ -71,6 +71,7 @@ def page(results: Results, pictures: Sequence[str]) -> str:
         "<h2>Win rates</h2>",
         *(_matrix(facts, judge) for judge in judges(results)),
         *pictures,
+        *_exploitability(results),
         "<h2>Policies</h2>",
         _policies(facts),
         "<h2>What the judges are worth</h2>",
@@ -198,6 +199,23 @@ def _colour(cell: dict[str, Any] | None) -> str:
     share = abs(cell["mean"] - 0.5) * 1.4
     full = (40, 150, 100) if cell["mean"] > 0.5 else (220, 70, 60)
     return "#" + "".join(f"{round(255 + (part - 255) * share):02x}" for part in full)
+
+
+def _exploitability(results: Results) -> list[str]:
+    """What trained best responses win: nothing where none were trained."""
+    if not results["exploitability"]:
+        return []
+    rows = [
+        [label(name), plus_minus(each["mean"], each["half"]), each["start"], f"{each['kl']:.2f}",
+         f"{each['opponent_kl']:.2f}"]
+        for name, each in results["exploitability"].items()
+    ]  # fmt: skip
+    head = ["first run of", "its best response wins", "trained from the", "at KL", "against KL"]
+    note = (
+        "A best response is trained against each fixed policy, with the budget that all have; of an equilibrium it "
+        "wins half. What training has not found is not counted: these are lower bounds."
+    )
+    return ["<h2>Exploitability</h2>", f"<p>{_e(note)}</p>", table(head, rows)]
 
 
 def _policies(facts: Results) -> str:

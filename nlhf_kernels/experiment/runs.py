@@ -11,6 +11,7 @@ import torch
 
 from ..preference import Judge, RewardModel
 from ..train import NashConfig, NashTrainer
+from ..train.rewards import Reward
 from .presets import CONTESTANTS, Preset, label
 from .supervised import Setting, progress_callback
 from .workspace import RUNS, write_json
@@ -65,12 +66,14 @@ class Rewards:
 
 
 def make_trainer(
-    config: Any, judge: Judge, reward: Rewards | None, setting: Setting, callbacks: Sequence[Any] = ()
-) -> Any:
+    config: Any, judge: Judge | None, reward: Reward | None, setting: Setting, callbacks: Sequence[Any] = (),
+    policy: Any = None,
+) -> Any:  # fmt: skip
+    """A trainer that starts from `policy`, or from the supervised policy where there is none."""
     import transformers
 
     trainer = NashTrainer(
-        setting.fresh_policy(),
+        policy if policy is not None else setting.fresh_policy(),
         setting.fresh_policy(),
         judge=judge,
         args=config,

@@ -21,7 +21,10 @@ IDENTITY = "experiment.json"
 FACTS = "stage.json"
 KIND = "stage"
 RUNS, REPORT = "runs", "report"
-STAGES = ("corpus", "sft", "preferences", "preference-model", "reward-model", "cycles", "tournament", "speed", REPORT)
+STAGES = (
+    *("corpus", "sft", "preferences", "preference-model", "reward-model", "cycles", "tournament", "exploitability"),
+    *("speed", REPORT),
+)
 
 
 class Workspace:

@@ -76,5 +76,6 @@ def numbers(*, seeds: int = 3, prompts: int = 128, cycles: bool = True) -> dict[
                        "judges": {"preference-model": judge, "annotators": judge}},
         "speed": {"algorithm": "nash-md-0.25", "update": update, "updates_timed": 4, "threads": 1, "device": "cpu",
                   "operations": [{"name": "mixture_sample", "size": "4 rows", "backend": "cpu", **update}]},
+        "exploitability": {"nash-md-0.25": {"start": "reference", "kl": 2.0, "opponent_kl": 1.0, **cell(3, 1)}},
         "seconds": {"corpus": 1.0, "sft": 2.0},
     }  # fmt: skip

@@ -37,7 +37,7 @@ class Setting:
         log_reference (tensor (M, A)): the reference policy, float64.
         preset (CandidatePreset): the experiment's numbers.
         device (torch.device): where models are.
-        report (Reporter): what people see.
+        reporter (Reporter): lines and bars meanwhile.
     """
 
     world: World
@@ -46,7 +46,7 @@ class Setting:
     log_reference: torch.Tensor
     preset: CandidatePreset
     device: torch.device
-    report: Reporter
+    reporter: Reporter
 
     def policy(self, folder: Path | None = None) -> Any:
         """A model of its own on the device.
@@ -109,16 +109,16 @@ def make_start(work: Path, world: World, preset: CandidatePreset, device: torch.
     write_json(work / "measures.json", {"parameters": sum(value.numel() for value in model.parameters())})
 
 
-def load_setting(folder: Path, preset: CandidatePreset, device: torch.device, report: Reporter) -> Setting:
+def load_setting(folder: Path, preset: CandidatePreset, device: torch.device, reporter: Reporter) -> Setting:
     """What `make_start` left.
 
     Args:
         folder: its stage.
-        preset, device, report: as in `Setting`.
+        preset, device, reporter: as in `Setting`.
     """
     world, log_reference = load_world(folder / "world.json"), load_table(folder)
     tokenizer = load_tokenizer("experiment: reference policy", folder / POLICY)
-    return Setting(world, tokenizer, folder / POLICY, log_reference, preset, device, report)
+    return Setting(world, tokenizer, folder / POLICY, log_reference, preset, device, reporter)
 
 
 def load_table(folder: Path) -> torch.Tensor:
@@ -186,7 +186,7 @@ def make_comparison_model(work: Path, kind: str, pairs: dict[str, list[Pair]], s
         training = PreferenceTraining(preset.comparison_steps, preset.comparison_batch, learning_rate=rate,
                                       seed=preset.seed)  # fmt: skip
         outcome = train_preference_model(
-            model, pairs["train"], training, held_out=pairs["held_out"], progress=setting.report.shown
+            model, pairs["train"], training, held_out=pairs["held_out"], progress=setting.reporter.shown
         )
         assert outcome.evaluation is not None
         tried.append({"learning_rate": rate, **asdict(outcome.evaluation)})

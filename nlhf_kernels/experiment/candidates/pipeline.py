@@ -13,7 +13,7 @@ import torch
 
 from ...core.atomic import atomic_folder
 from ...core.loading import quiet
-from ...core.terminal import Reporter
+from ...core.terminal import SILENT, Reporter
 from ...data import Pair
 from ..pipeline import machine
 from ..workspace import KIND, REPORT, RUNS, Workspace, read_json, write_json
@@ -29,6 +29,7 @@ from .learners import (
 )
 from .measures import Measures, claims, measure
 from .presets import CONTESTANTS, CandidatePreset, full_label
+from .report import write_report
 from .world import make_world
 
 FORMAT = 1
@@ -42,14 +43,19 @@ class CandidateExperiment:
         folder (Path): the experiment's.
         preset (CandidatePreset): its numbers; a folder with another experiment is refused.
         device (torch.device): where models are trained.
-        report (Reporter): what people see.
+        reporter (Reporter): lines and bars meanwhile.
         restart (bool): start over.
     """
 
     def __init__(
-        self, folder: Path, preset: CandidatePreset, device: torch.device, report: Reporter, restart: bool = False
+        self,
+        folder: Path,
+        preset: CandidatePreset,
+        device: torch.device,
+        reporter: Reporter = SILENT,
+        restart: bool = False,
     ) -> None:
-        self.preset, self.device, self.report = preset, device, report
+        self.preset, self.device, self.reporter = preset, device, reporter
         identity = {"experiment": "candidates", "format": FORMAT, "device": device.type, **asdict(preset)}
         self.workspace = Workspace(folder, identity, restart)
 
@@ -70,8 +76,6 @@ class CandidateExperiment:
         Args:
             results: of `run`.
         """
-        from .report import write_report
-
         place = self.workspace.path(REPORT)
         with self.workspace.lock(), atomic_folder(place, KIND, overwrite=True) as work:
             write_json(work / "results.json", results)
@@ -81,7 +85,7 @@ class CandidateExperiment:
     def _learn(self) -> None:
         preset, path = self.preset, self.workspace.path
         self._stage("sft", "reference policy", lambda work: make_start(work, make_world(preset), preset, self.device))
-        self.setting = load_setting(path("sft"), preset, self.device, self.report)
+        self.setting = load_setting(path("sft"), preset, self.device, self.reporter)
         self._stage("preferences", "human pairs", lambda work: make_pairs(work, self.setting))
         for title, kind in (("preference model", "pairwise"), ("reward model", "reward")):
             make = partial(make_comparison_model, kind=kind, pairs=self._pairs, setting=self.setting)
@@ -129,7 +133,7 @@ class CandidateExperiment:
 
     def _stage(self, name: str, title: str, make: Callable[[Path], None]) -> None:
         kept = " (kept)" if self.workspace.has(name) else ""
-        self.report.say(f"{title}{kept}")
+        self.reporter.say(f"{title}{kept}")
         self.workspace.stage(name, make)
 
     def _results(self) -> dict[str, Any]:
