@@ -4,6 +4,7 @@
 #   make test         the tests
 #   make test-newest  those that touch transformers, with the newest that pyproject.toml allows, and TRL
 #   make bench        the benchmarks (BENCH="--preset tiny" and other options pass through)
+#   make sanitize     the CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer; random calls for longer
 #   make lint         ruff and mypy; make format-check: the formatter alone; neither compiles anything
 #
 # VENV=0 uses the active Python and its packages instead of .venv, on a GPU machine with its own PyTorch, say; only
@@ -30,7 +31,7 @@ NEWEST := build/newest
 NEWEST_TESTS := $(filter-out %/test_train_learning.py %/test_preference_loss.py, $(wildcard \
   $(patsubst %,tests/test_%.py,upstream adapters attention engine* generate* train* trl* preference* cli_prefer cli_sample cli_train evaluation experiment)))
 
-.PHONY: demo test test-newest bench lint format-check setup clean
+.PHONY: demo test test-newest sanitize bench lint format-check setup clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -42,6 +43,9 @@ test: $(READY)
 test-newest: $(NEWEST)/ready
 	@echo "== $(words $(NEWEST_TESTS)) test files with transformers $$($(NEWEST)/bin/python -c 'import transformers; print(transformers.__version__)')"
 	$(NEWEST)/bin/python -m pytest $(NEWEST_TESTS) $(TESTS)
+
+sanitize: $(READY)
+	$(PY) -m tests.support.sanitized $(TESTS)
 
 bench: $(READY)
 	$(PY) -m benchmarks.run $(BENCH)

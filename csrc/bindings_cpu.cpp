@@ -107,6 +107,7 @@ void set_level_cap(const std::string& name) {
 py::dict build_info() {
   py::dict info;
   info["compiler"] = NLHF_COMPILER;
+  if (NLHF_SANITIZE[0] != '\0') info["sanitizers"] = NLHF_SANITIZE;
 #if defined(_OPENMP)
   info["openmp"] = true;
 #else

@@ -108,8 +108,9 @@ Vector<Real> advance(const Scratch<Real>& s, int64_t n, Vector<Real> top, Vector
                                           : (1 - b) * log_policy + b * log_reference;
     store(s.log_policy + i, log_policy);
     store(s.mixture + i, mixture);
-    best = larger(mixture, best);
-    std::swap(best, other_best);
+    const Vector<Real> updated = larger(mixture, best);
+    best = other_best;
+    other_best = updated;
   }
   if (!(b >= 0 && b <= 1)) std::fill(s.mixture + n, s.mixture + s.stride, kMinusInfinity<Real>);
   return maximum_over_lanes<Real>(larger(best, other_best));
