@@ -58,14 +58,16 @@ def test_the_oracle_reproduces_random123(counter: list[int], key: list[int], wor
     assert philox(counter, key) == [int(word, 16) for word in words.split()]
 
 
-def _uniforms(emulation: Emulation, seed: list[int], rows: list[int], step: list[int], stream: int) -> np.ndarray:
+def _uniforms(
+    emulation: Emulation, seed: list[int], rows: list[int], step: list[int], stream: int, threads: int = 256
+) -> np.ndarray:
     """(rows); a single seed or step serves all rows by a stride of 0."""
     arrays = [np.array(values, dtype=np.int64) for values in (seed, rows, step)]
     out = np.full(len(rows) + 1, np.nan)
     strides = [0 if len(values) == 1 else 1 for values in (seed, step)]
     pointers = [_address(array) for array in arrays]
     emulation.module.row_uniforms(
-        pointers[0], strides[0], pointers[1], pointers[2], strides[1], stream, len(rows), _address(out), 0
+        pointers[0], strides[0], pointers[1], pointers[2], strides[1], stream, len(rows), _address(out), threads, 0
     )
     assert math.isnan(out[-1])
     return out[:-1]
@@ -88,6 +90,15 @@ def test_row_uniforms_bit_for_bit(emulation: Emulation, count: int, per_row: boo
     for i, row in enumerate(rows):
         seed, step = (seeds[i], steps[i]) if per_row else (seeds[0], steps[0])
         assert out[i] == expected_uniform(seed, row, step, 3)
+
+
+def test_row_uniforms_for_any_number_of_threads(emulation: Emulation) -> None:
+    rows = list(range(700))
+    expected = _uniforms(emulation, [3], rows, [5], 1)
+    for threads in (32, 96, 1024):
+        np.testing.assert_array_equal(_uniforms(emulation, [3], rows, [5], 1, threads), expected)
+    with pytest.raises(RuntimeError, match=r"row_uniforms: CUDA error 1 \(invalid argument\)"):
+        _uniforms(emulation, [3], rows, [5], 1, 33)
 
 
 # ------------------------------------------------------------------------------------------- mirror_descent
@@ -140,12 +151,20 @@ FIXED = 2  # enum class Opponent of mirror_descent.h; 0 and 1 are the policy and
 
 
 def descend(
-    emulation: Emulation, games: Games, opponent_is_mixture: bool, log_opponent: np.ndarray | None = None
+    emulation: Emulation,
+    games: Games,
+    opponent_is_mixture: bool,
+    log_opponent: np.ndarray | None = None,
+    plan: tuple[int, int] | None = None,
 ) -> np.ndarray:
     count, actions = games.log_policy.shape
     out = np.full(count * actions + 1, np.nan, dtype=games.log_policy.dtype)
+    is_double = out.dtype == np.float64
+    plan = plan or emulation.module.mirror_descent_plan(is_double, count, actions)
+    size = emulation.module.mirror_descent_workspace(is_double, count, actions, plan[0])
+    workspace = np.full(size + 256, 255, dtype=np.uint8)
     emulation.module.mirror_descent(
-        out.dtype == np.float64,
+        is_double,
         *(_address(array) for array in games[:4]),
         0 if len(games.tau) == 1 else 1,
         _address(games.step_sizes),
@@ -155,9 +174,12 @@ def descend(
         FIXED if log_opponent is not None else int(opponent_is_mixture),
         0 if log_opponent is None else _address(log_opponent),
         _address(out),
+        *plan,
+        _address(workspace),
         0,
     )
     assert math.isnan(out[-1])
+    assert (workspace[size:] == 255).all()
     return out[:-1].reshape(count, actions)
 
 
@@ -207,6 +229,48 @@ def test_mirror_descent_same_in_shared_and_global_memory(emulation: Emulation, a
         assert_descends(emulation, problem, True)
         results.append(descend(emulation, problem, True))
     np.testing.assert_array_equal(*results)  # the same sums in the same order
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("opponent", ["policy", "mixture", "fixed"])
+def test_mirror_descent_by_several_blocks_a_game(emulation: Emulation, opponent: str, dtype: type) -> None:
+    """Any number of blocks gives the bits of one block a game; both agree with float64."""
+    for games, actions, iterations in [(2, 245, 2), (1, 133, 3), (1, 130, 0), (2, 5, 1)]:
+        problem = make_games(games, actions, iterations, dtype)
+        problem.log_policy[:, 1::7] = -np.inf
+        fixed = problem.log_reference.copy() if opponent == "fixed" else None
+        results = [
+            descend(emulation, problem, opponent == "mixture", fixed, (parts, 96)) for parts in (2, 5, actions)
+        ]
+        for out in results:
+            np.testing.assert_array_equal(out, results[0])
+        if fixed is None:
+            truth = expected_descent(*problem, opponent == "mixture")
+            np.testing.assert_allclose(results[0], truth, rtol=0, atol=1e-12 if dtype == np.float64 else 3e-6)
+        if actions > 230:
+            one = descend(emulation, problem, opponent == "mixture", fixed, (1, 96))
+            np.testing.assert_array_equal(results[0], one)
+
+
+def test_mirror_descent_chooses_several_blocks_for_few_large_games(emulation: Emulation) -> None:
+    def parts(games: int, actions: int, is_double: bool = False) -> int:
+        return emulation.module.mirror_descent_plan(is_double, games, actions)[0]
+
+    assert parts(8, 2048) == 132 // 8
+    assert parts(1, 2048) == 2048 // 64, "at least a pass of four rows by each of 16 warps"
+    assert parts(64, 512) == 2
+    assert parts(1, 230) == 1, "the matrix fits shared memory"
+    assert parts(1, 230, True) == 4
+    assert parts(1, 128) == parts(132, 2048) == parts(0, 2048) == 1
+    emulation.library.emulation_set_device(CRAMPED)
+    assert parts(1, 2048) == 1
+
+
+def test_mirror_descent_refuses_other_plans(emulation: Emulation) -> None:
+    problem = make_games(1, 300, 2, np.float32)
+    for plan in ((0, 512), (2, 0), (2, 33), (2, 544)):
+        with pytest.raises(ValueError, match="mirror_descent: plan: expected parts of at least 1 and threads of 32"):
+            descend(emulation, problem, True, plan=plan)
 
 
 def test_mirror_descent_more_games_than_blocks(emulation: Emulation) -> None:
@@ -273,7 +337,8 @@ def test_too_many_actions_for_the_device_is_an_error(emulation: Emulation) -> No
     emulation.library.emulation_set_device(CRAMPED)
     pointers = [_address(nothing)] * 4
     with pytest.raises(RuntimeError, match=r"mirror_descent: CUDA error 1 \(invalid argument\)"):
-        emulation.module.mirror_descent(True, *pointers, 0, _address(nothing), 1, 6200, 0, 0, 0, _address(nothing), 0)
+        call = (True, *pointers, 0, _address(nothing), 1, 6200, 0, 0, 0, _address(nothing))
+        emulation.module.mirror_descent(*call, 1, 512, 0, 0)
 
 
 def test_build_info(emulation: Emulation) -> None:

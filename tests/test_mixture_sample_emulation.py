@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import nlhf_kernels
-from nlhf_kernels.core import capabilities
+from nlhf_kernels.core import capabilities, tuning
 from nlhf_kernels.core import native as core_native
 from nlhf_kernels.ops.mixture_sample import native, oracle
 from nlhf_kernels.ops.mixture_sample.op import OP
@@ -135,7 +135,9 @@ def test_the_workspace_needs_no_zeros_and_suffices(emulation, device, dtypes, op
             unused = torch.empty(0, dtype=torch.int64)
             wanted = (2 << len(logits)) - 1
             rest = (packed, filtered, None, uniforms, unused, unused, unused, 0, wanted)
-            emulation.module.mixture_sample(*native._arguments(outputs, logits, *rest), workspace.data_ptr(), 0, 0)
+            plan = emulation.module.mixture_sample_plan(rows, vocabulary)
+            arguments = native._arguments(outputs, logits, *rest)
+            emulation.module.mixture_sample(*arguments, *plan, workspace.data_ptr(), 0, 0)
             assert (workspace[size:] == poison).all()
             results.append(outputs)
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -248,4 +250,54 @@ def test_rows_that_begin_anywhere_and_end_anywhere(dtype, vocabulary) -> None:
 def test_too_long_a_row_is_an_error(emulation) -> None:
     models = ((8, 0, 2**31),)  # 8: an address that is not looked at
     with pytest.raises(RuntimeError, match=r"mixture_sample: CUDA error 1 \(invalid argument\)"):
-        emulation.module.mixture_sample(models, 8, 0, False, 0, 0, 8, 0, 0, 0, 0, 0, 0, 1, 2**31, 0, 8, 8, 8, 0, 0, 0)
+        call = (models, 8, 0, False, 0, 0, 8, 0, 0, 0, 0, 0, 0, 1, 2**31, 0, 8, 8, 8)
+        emulation.module.mixture_sample(*call, 1, 1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("device", [ROOMY, CRAMPED])
+def test_the_floor_reads_every_logit(emulation, dtype, device) -> None:
+    emulation.library.emulation_set_device(device)
+    for rows, vocabulary in [(1, 1), (3, 9001), (2, 40_000)]:
+        logits = logits_pair(rows, vocabulary, "cpu", (dtype, dtype))
+        for row in range(rows):
+            logits[0][row, -1 - row % vocabulary] = 100.0 + row
+        maxima = native.mixture_sample_floor(*logits)
+        expected = torch.stack([model.float().amax(-1) for model in logits], 1)
+        assert torch.equal(maxima.amax(-1), expected)
+
+
+PLANS = [native.Plan(1, 1), native.Plan(1, 64), native.Plan(2, 3), native.Plan(4, 1), native.Plan(3, 8)]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"top_k": 30}, {"top_p": 0.8}], ids=str)
+def test_every_plan_is_right(plan, options) -> None:
+    logits, uniforms = logits_pair(3, 9001, "cpu", (BF16, BF16)), uniforms_for(3, "cpu")
+    with tuning.use_plan(native._TUNABLE, plan):
+        assert_right(sample(logits, uniforms, **options), *logits, 0.3, uniforms, **options)
+
+
+def test_the_plan_is_the_one_that_launches(monkeypatch, emulation) -> None:
+    plans = []
+
+    class Module:
+        def __getattr__(self, name):
+            return getattr(emulation.module, name)
+
+        def mixture_sample(self, *arguments):
+            plans.append(arguments[-5:-3])
+            emulation.module.mixture_sample(*arguments)
+
+    monkeypatch.setattr(native.capabilities, "native", lambda name: Module())
+    logits, uniforms = logits_pair(3, 9001, "cpu"), uniforms_for(3, "cpu")
+    sample(logits, uniforms)
+    with tuning.use_plan(native._TUNABLE, native.Plan(3, 5)):
+        sample(logits, uniforms)
+    assert plans == [emulation.module.mixture_sample_plan(3, 9001), (3, 5)]
+    for wrong in ((0, 1), (5, 1), (1, 0)):
+        with (
+            tuning.use_plan(native._TUNABLE, native.Plan(*wrong)),
+            pytest.raises(ValueError, match="mixture_sample: plan: expected tile_steps from 1 to 4"),
+        ):
+            sample(logits, uniforms)

@@ -29,7 +29,19 @@ struct MirrorDescent {
 NLHF_DECLARE_CPU(mirror_descent_f32, MirrorDescent<float>)
 NLHF_DECLARE_CPU(mirror_descent_f64, MirrorDescent<double>)
 
-int mirror_descent_f32_cuda(const MirrorDescent<float>& problem, void* cuda_stream);  // a cudaError_t
-int mirror_descent_f64_cuda(const MirrorDescent<double>& problem, void* cuda_stream);
+// How games are launched on a GPU.
+struct MirrorDescentPlan {
+  int parts;    // blocks a game; beyond 1 every iteration is a launch of its own
+  int threads;  // of a block: a multiple of 32, at most 512; not used for one block a game of at most 128 actions
+};
+
+// Write the default plan for the current device. Return a cudaError_t, as the functions below do.
+int mirror_descent_plan(bool is_double, int64_t games, int64_t actions, MirrorDescentPlan* plan);
+// Return the bytes of device memory that a launch needs beside its output.
+int64_t mirror_descent_workspace(bool is_double, int64_t games, int64_t actions, int parts);
+int mirror_descent_f32_cuda(const MirrorDescent<float>& problem, MirrorDescentPlan plan, void* workspace,
+                            void* cuda_stream);
+int mirror_descent_f64_cuda(const MirrorDescent<double>& problem, MirrorDescentPlan plan, void* workspace,
+                            void* cuda_stream);
 
 }  // namespace nlhf

@@ -1,14 +1,18 @@
-// mirror_descent on the GPU: all iterations of all games in one launch, a block a game.
+// mirror_descent on the GPU: all iterations of all games in one launch, a block a game; or, where a few large games
+// would leave most of the GPU idle, several blocks a game and a launch for each iteration.
 //
 // An iteration's cost is the product of the preference matrix with the opponent, so the matrix is kept during all
 // iterations in the fastest memory that holds it:
 //   up to 128 actions   in registers: 32 elements a thread, 1, 2 or 4 threads a row             (small_games)
 //   while it fits       in shared memory, about 230 actions in float and 160 in double         (large_games<true>)
-//   above               in global memory and the caches, read coalesced in every iteration    (large_games<false>)
+//   above               in global memory and the caches, read coalesced in every iteration    (large_games<false>),
+//                       or by several blocks a game                                           (split_step)
 //
 // log_policy is normalised only at the end, since a constant added to a row changes no softmax. But that constant would
 // grow with every step, to (mean preference) / tau, and cost float digits; so each iteration subtracts the maximum that
 // its softmax has computed. A row of -inf only has no distribution and gives NaN, as in PyTorch's softmax.
+#include <algorithm>
+
 #include "../common/cuda_block.cuh"
 #include "../common/cuda_launch.cuh"
 #include "mirror_descent.h"
@@ -154,18 +158,19 @@ __global__ void __launch_bounds__(Game::kThreads, Game::kResidentBlocks) small_g
 // of the memory's bandwidth times its latency; 32 warps would spill registers.
 constexpr int kLargeThreads = 512;
 
-// target[a] += scale * sum_b matrix[a][b] weights[b] - top. A warp takes four rows at once: each load of the weights
-// feeds four products, and its lanes run along the rows, so loads coalesce and meet no bank conflict at any row length.
+// target[a] += scale * sum_b matrix[a][b] weights[b] - top, for a from `begin` to `end`. A warp takes four rows at
+// once: each load of the weights feeds four products, and its lanes run along the rows, so loads coalesce and meet no
+// bank conflict at any row length.
 template <typename Real>
-NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale, Real top, int actions,
-                             Real* target) {
+NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale, Real top, int actions, int begin,
+                             int end, Real* target) {
   const int lane = threadIdx.x % kWarpSize;
   const int rows_per_pass = blockDim.x / kWarpSize * 4;
-  for (int first = threadIdx.x / kWarpSize * 4; first < actions; first += rows_per_pass) {
+  for (int first = begin + threadIdx.x / kWarpSize * 4; first < end; first += rows_per_pass) {
     const Real* rows[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // past the end the last row is read again and its sum dropped
-      rows[i] = matrix + static_cast<int64_t>(first + i < actions ? first + i : actions - 1) * actions;
+      rows[i] = matrix + static_cast<int64_t>(first + i < end ? first + i : end - 1) * actions;
     }
     Real sums[4] = {};
 #pragma unroll 4
@@ -176,8 +181,20 @@ NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale
     }
     const Real sum = warp_sum_of_four(sums);
     const int row = first + lane / 8;
-    if (lane % 8 == 0 && row < actions) target[row] = (target[row] - top) + scale * sum;
+    if (lane % 8 == 0 && row < end) target[row] = (target[row] - top) + scale * sum;
   }
+}
+
+// Write log softmax of one game's `policy` to `out`, which may be the policy itself. All threads of the block call.
+template <typename Real>
+NLHF_DEVICE void normalise(const Real* policy, int actions, Real* out, Real* max_scratch, Real* sum_scratch) {
+  const int threads = blockDim.x;
+  Real top = -Real(INFINITY), total = 0;
+  for (int a = threadIdx.x; a < actions; a += threads) top = std::fmax(top, policy[a]);
+  top = block_max(top, max_scratch);
+  for (int a = threadIdx.x; a < actions; a += threads) total += std::exp(policy[a] - top);
+  const Real normaliser = top + std::log(block_sum(total, sum_scratch));
+  for (int a = threadIdx.x; a < actions; a += threads) out[a] = policy[a] - normaliser;
 }
 
 // One block a game; its vectors are in shared memory and each thread owns every blockDim.x-th action. The policy of a
@@ -214,19 +231,84 @@ __global__ void __launch_bounds__(kLargeThreads, 1) large_games(const MirrorDesc
       top = block_max(top, max_scratch);
       for (int a = threadIdx.x; a < actions; a += threads) total += weights[a] = std::exp(weights[a] - top);
       total = block_sum(total, sum_scratch);
-      add_product(matrix, weights, step / total, top, actions, policy);
+      add_product(matrix, weights, step / total, top, actions, 0, actions, policy);
       __syncthreads();  // the policy is complete, and the weights may be overwritten
     }
-    Real top = -Real(INFINITY), total = 0;
-    for (int a = threadIdx.x; a < actions; a += threads) top = std::fmax(top, policy[a]);
-    top = block_max(top, max_scratch);
-    for (int a = threadIdx.x; a < actions; a += threads) total += std::exp(policy[a] - top);
-    const Real normaliser = top + std::log(block_sum(total, sum_scratch));
-    for (int a = threadIdx.x; a < actions; a += threads) out[a] = policy[a] - normaliser;
+    normalise(policy, actions, out, max_scratch, sum_scratch);
   }
 }
 
+// ------------------------------------------------------------------------------------------- several blocks a game
+
+// Iteration k of all games; blockIdx.x is game * parts + part. Each block computes the opponent of its whole game from
+// `from`, the log-policies after the iteration before, and writes its own rows of `to`. Its arithmetic is that of
+// large_games, so results are the same bits for every number of parts.
+template <typename Real>
+__global__ void __launch_bounds__(kLargeThreads, 1)
+    split_step(const MirrorDescent<Real> p, const Real* from, Real* to, int64_t k, int parts) {
+  __shared__ Real max_scratch[kWarpSize], sum_scratch[kWarpSize];
+  const int actions = static_cast<int>(p.actions), threads = blockDim.x;
+  const int64_t game = blockIdx.x / static_cast<unsigned>(parts);
+  const int rows = ((actions + parts - 1) / parts + 3) / 4 * 4;  // add_product takes four at once
+  const int begin = static_cast<int>(blockIdx.x % static_cast<unsigned>(parts)) * rows;
+  const int end = begin + rows < actions ? begin + rows : actions;
+  if (begin >= end) return;
+  Real* weights = dynamic_shared<Real>();
+  const Real* policy = from + game * actions;
+  const Real* log_reference = p.log_reference + game * actions;
+  Real* target = to + game * actions;
+  const Real step = p.step_sizes[k], tau = p.tau[game * p.tau_stride];
+  Real top = -Real(INFINITY), total = 0;
+  for (int a = threadIdx.x; a < actions; a += threads) {
+    const Real mixture = mix(policy[a], log_reference[a], step * tau);
+    weights[a] = p.opponent == Opponent::fixed     ? p.log_opponent[game * actions + a]
+                 : p.opponent == Opponent::mixture ? mixture
+                                                   : policy[a];
+    if (a >= begin && a < end) target[a] = mixture;
+    top = std::fmax(top, weights[a]);
+  }
+  top = block_max(top, max_scratch);
+  for (int a = threadIdx.x; a < actions; a += threads) total += weights[a] = std::exp(weights[a] - top);
+  total = block_sum(total, sum_scratch);
+  add_product(p.preference + game * actions * actions, weights, step / total, top, actions, begin, end, target);
+}
+
+// Normalise the log-policies in p.out in place, a block a game.
+template <typename Real>
+__global__ void __launch_bounds__(kLargeThreads, 1) normalise_games(const MirrorDescent<Real> p) {
+  __shared__ Real max_scratch[kWarpSize], sum_scratch[kWarpSize];
+  Real* policy = p.out + int64_t{blockIdx.x} * p.actions;
+  normalise(policy, static_cast<int>(p.actions), policy, max_scratch, sum_scratch);
+}
+
 // ---------------------------------------------------------------------------------------------------- launching
+
+constexpr int64_t kMaxSmallActions = 128;
+
+// Bytes of dynamic shared memory of large_games<kMatrixInShared>.
+template <typename Real>
+int64_t large_game_bytes(int64_t actions, bool matrix_in_shared) {
+  const int64_t vector_bytes = actions * static_cast<int64_t>(sizeof(Real));
+  return matrix_in_shared ? (actions + 2) * vector_bytes : vector_bytes;
+}
+
+template <typename Real>
+bool fits(int64_t dynamic_bytes, const DeviceLimits& limits) {
+  constexpr int64_t kScratchBytes = 2 * kWarpSize * sizeof(Real);  // static, but part of the same limit
+  return dynamic_bytes + kScratchBytes <= limits.shared_bytes;
+}
+
+// Several blocks a game pay where the matrix is read from global memory in each iteration and the games are fewer than
+// the multiprocessors; then a block keeps at least one pass of its warps. Derived from bytes in flight, not measured.
+template <typename Real>
+MirrorDescentPlan default_plan(int64_t games, int64_t actions, const DeviceLimits& limits) {
+  MirrorDescentPlan plan{1, kLargeThreads};
+  const bool matrix_is_near = actions <= kMaxSmallActions || fits<Real>(large_game_bytes<Real>(actions, true), limits);
+  if (matrix_is_near || games == 0) return plan;
+  const int64_t most = (actions + kLargeThreads / kWarpSize * 4 - 1) / (kLargeThreads / kWarpSize * 4);
+  plan.parts = static_cast<int>(std::max<int64_t>(1, std::min(limits.multiprocessors / games, most)));
+  return plan;
+}
 
 template <typename Real, int kLanes>
 cudaError_t launch_small(const MirrorDescent<Real>& p, const DeviceLimits& limits, void* cuda_stream) {
@@ -235,42 +317,73 @@ cudaError_t launch_small(const MirrorDescent<Real>& p, const DeviceLimits& limit
 }
 
 template <typename Real, bool kMatrixInShared>
-cudaError_t launch_large(const MirrorDescent<Real>& p, const DeviceLimits& limits, size_t shared_bytes,
+cudaError_t launch_large(const MirrorDescent<Real>& p, const DeviceLimits& limits, unsigned threads,
                          void* cuda_stream) {
-  return launch(large_games<Real, kMatrixInShared>, {strided_grid(p.games, limits), kLargeThreads, shared_bytes},
-                cuda_stream, p);
+  const auto shared_bytes = static_cast<size_t>(large_game_bytes<Real>(p.actions, kMatrixInShared));
+  return launch(large_games<Real, kMatrixInShared>, {strided_grid(p.games, limits), threads, shared_bytes}, cuda_stream,
+                p);
+}
+
+// A launch for each iteration, whose log-policies alternate between the workspace and p.out and end in the latter.
+template <typename Real>
+cudaError_t launch_split(const MirrorDescent<Real>& p, MirrorDescentPlan plan, Real* workspace, void* cuda_stream) {
+  if (p.games * plan.parts > INT32_MAX || workspace == nullptr) return cudaErrorInvalidValue;
+  const auto threads = static_cast<unsigned>(plan.threads);
+  const LaunchShape shape{static_cast<unsigned>(p.games * plan.parts), threads,
+                          static_cast<size_t>(large_game_bytes<Real>(p.actions, false))};
+  const Real* from = p.log_policy;
+  for (int64_t k = 0; k < p.iterations; ++k) {
+    Real* to = (p.iterations - k) % 2 == 1 ? p.out : workspace;
+    const cudaError_t error = launch(split_step<Real>, shape, cuda_stream, p, from, to, k, plan.parts);
+    if (error != cudaSuccess) return error;
+    from = to;
+  }
+  return launch(normalise_games<Real>, {static_cast<unsigned>(p.games), threads, 0}, cuda_stream, p);
 }
 
 template <typename Real>
-cudaError_t mirror_descent(const MirrorDescent<Real>& p, void* cuda_stream) {
+cudaError_t mirror_descent(const MirrorDescent<Real>& p, MirrorDescentPlan plan, void* workspace, void* cuda_stream) {
   if (p.games == 0 || p.actions == 0) return cudaSuccess;
+  if (plan.parts < 1 || plan.threads < kWarpSize || plan.threads > kLargeThreads || plan.threads % kWarpSize != 0) {
+    return cudaErrorInvalidValue;
+  }
   DeviceLimits limits;
   const cudaError_t error = device_limits(&limits);
   if (error != cudaSuccess) return error;
+  const auto threads = static_cast<unsigned>(plan.threads);
+  const bool in_shared = fits<Real>(large_game_bytes<Real>(p.actions, true), limits);
+  if (!fits<Real>(large_game_bytes<Real>(p.actions, false), limits)) return cudaErrorInvalidValue;
+  if (plan.parts > 1 && p.iterations > 0) return launch_split(p, plan, static_cast<Real*>(workspace), cuda_stream);
   if (p.actions <= 32) return launch_small<Real, 1>(p, limits, cuda_stream);
   if (p.actions <= 64) return launch_small<Real, 2>(p, limits, cuda_stream);
-  if (p.actions <= 128) return launch_small<Real, 4>(p, limits, cuda_stream);
-
-  const int64_t scratch_bytes = 2 * kWarpSize * sizeof(Real);  // static, but part of the same limit
-  const int64_t vector_bytes = p.actions * sizeof(Real);
-  const int64_t bytes_with_matrix = (p.actions + 2) * vector_bytes;
-  if (bytes_with_matrix + scratch_bytes <= limits.shared_bytes) {
-    return launch_large<Real, true>(p, limits, bytes_with_matrix, cuda_stream);
-  }
-  if (vector_bytes + scratch_bytes <= limits.shared_bytes) {
-    return launch_large<Real, false>(p, limits, vector_bytes, cuda_stream);
-  }
-  return cudaErrorInvalidValue;
+  if (p.actions <= kMaxSmallActions) return launch_small<Real, 4>(p, limits, cuda_stream);
+  if (in_shared) return launch_large<Real, true>(p, limits, threads, cuda_stream);
+  return launch_large<Real, false>(p, limits, threads, cuda_stream);
 }
 
 }  // namespace
 
-int mirror_descent_f32_cuda(const MirrorDescent<float>& problem, void* cuda_stream) {
-  return mirror_descent(problem, cuda_stream);
+int mirror_descent_plan(bool is_double, int64_t games, int64_t actions, MirrorDescentPlan* plan) {
+  DeviceLimits limits;
+  const cudaError_t error = device_limits(&limits);
+  if (error != cudaSuccess) return error;
+  *plan = is_double ? default_plan<double>(games, actions, limits) : default_plan<float>(games, actions, limits);
+  return cudaSuccess;
 }
 
-int mirror_descent_f64_cuda(const MirrorDescent<double>& problem, void* cuda_stream) {
-  return mirror_descent(problem, cuda_stream);
+int64_t mirror_descent_workspace(bool is_double, int64_t games, int64_t actions, int parts) {
+  const int64_t element_bytes = is_double ? sizeof(double) : sizeof(float);
+  return parts > 1 ? games * actions * element_bytes : 0;
+}
+
+int mirror_descent_f32_cuda(const MirrorDescent<float>& problem, MirrorDescentPlan plan, void* workspace,
+                            void* cuda_stream) {
+  return mirror_descent(problem, plan, workspace, cuda_stream);
+}
+
+int mirror_descent_f64_cuda(const MirrorDescent<double>& problem, MirrorDescentPlan plan, void* workspace,
+                            void* cuda_stream) {
+  return mirror_descent(problem, plan, workspace, cuda_stream);
 }
 
 }  // namespace nlhf

@@ -50,7 +50,22 @@ NLHF_DECLARE_CPU(mixture_sample, MixtureSample)
 int64_t mixture_sample_workspace(int64_t rows, int64_t vocabulary, int models, bool filtered);
 // Return the bytes of the counters that calls on one stream may share: zeroed once, every call leaves them at 0.
 int64_t mixture_sample_counters(int64_t rows);
-// With `counters` null they are part of the workspace and zeroed first. Return a cudaError_t.
-int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* counters, void* cuda_stream);
+
+// How rows are divided on a GPU: into tiles of `tile_steps` steps of 512 elements, of which a block takes `part_tiles`.
+struct MixtureSamplePlan {
+  int tile_steps;  // 1 to 4
+  int part_tiles;
+};
+
+// Write the default plan for the current device. Return a cudaError_t, as the functions below do.
+int mixture_sample_plan(int64_t rows, int64_t vocabulary, MixtureSamplePlan* plan);
+// Return the number of blocks that share a row.
+int64_t mixture_sample_parts(int64_t vocabulary, MixtureSamplePlan plan);
+// With `counters` null they are part of the workspace and zeroed first.
+int mixture_sample_cuda(const MixtureSample& problem, MixtureSamplePlan plan, void* workspace, void* counters,
+                        void* cuda_stream);
+// Read the logits of two models of one dtype as mixture_sample does, and write the maximum of each row, model and part
+// to `out` (rows, 2, parts): the least time of the sampler's launch, for benchmarks.
+int mixture_sample_floor_cuda(const MixtureSample& problem, MixtureSamplePlan plan, float* out, void* cuda_stream);
 
 }  // namespace nlhf

@@ -268,7 +268,56 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) gather_rows(const _
   finish_filtered<kStorage, kModels>(params, work.row);
 }
 
+// ---------------------------------------------------------------------------------------------------- the floor
+
+template <Storage kStorage>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    read_rows(const __grid_constant__ Params params, float* out) {
+  constexpr int kModels = 2;
+  __shared__ float scratch[kModels][kWarps];
+  const BlockWork work = work_of_block(params.plan);
+  const Row<kStorage, kModels> row = open_row<kStorage, kModels>(params.p, work.row);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  float highest[kModels] = {-INFINITY, -INFINITY};
+  for (int tile = work.first_tile + warp; tile < work.end_tile; tile += kWarps) {
+    const int end = (tile + 1) * params.tile_elements();
+    for (int first = end - params.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
+      Slice<kStorage> slices[kModels];
+#pragma unroll
+      for (int m = 0; m < kModels; ++m) load_slice(row, m, first, slices[m]);
+#pragma unroll
+      for (int m = 0; m < kModels; ++m) {
+        float values[kPerLane];
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) values[i] = element(slices[m], i);
+        highest[m] = std::fmax(highest[m], highest_of(slices[m], values));
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kModels; ++m) {
+    highest[m] = warp_max(highest[m]);
+    if (lane == 0) scratch[m][warp] = highest[m];
+  }
+  __syncthreads();
+  if (threadIdx.x >= kModels) return;
+  float top = -INFINITY;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) top = std::fmax(top, scratch[threadIdx.x][w]);
+  out[(int64_t{work.row} * kModels + threadIdx.x) * params.plan.parts + work.part] = top;
+}
+
 // ---------------------------------------------------------------------------------------------------- launching
+
+// Check what a kernel's grid and indices depend on, and divide the rows.
+cudaError_t prepare(const MixtureSample& problem, MixtureSamplePlan plan, Params& params) {
+  const bool valid = plan.tile_steps >= 1 && plan.tile_steps <= kMaxTileSteps && plan.part_tiles >= 1 &&
+                     problem.vocabulary <= kMaxVocabulary && problem.models >= 1 && problem.models <= kMaxModels;
+  if (!valid) return cudaErrorInvalidValue;
+  params.p = problem;
+  params.plan = divide_row(problem.vocabulary, plan.tile_steps, plan.part_tiles);
+  return problem.rows * params.plan.parts > INT32_MAX ? cudaErrorInvalidValue : cudaSuccess;
+}
 
 template <Storage kStorage, int kModels>
 cudaError_t launch_kernels(const Params& params, void* cuda_stream) {
@@ -310,18 +359,36 @@ int64_t mixture_sample_workspace(int64_t rows, int64_t vocabulary, int models, b
 
 int64_t mixture_sample_counters(int64_t rows) { return rows * kCounters * static_cast<int64_t>(sizeof(unsigned)); }
 
-int mixture_sample_cuda(const MixtureSample& problem, void* workspace, void* counters, void* cuda_stream) {
-  if (problem.rows == 0) return cudaSuccess;
+int mixture_sample_plan(int64_t rows, int64_t vocabulary, MixtureSamplePlan* plan) {
   DeviceLimits limits;
-  cudaError_t error = device_limits(&limits);
-  if (error != cudaSuccess) return error;
-  if (problem.vocabulary > kMaxVocabulary || problem.models < 1 || problem.models > kMaxModels) {
-    return cudaErrorInvalidValue;
-  }
+  const cudaError_t error = device_limits(&limits);
+  if (error == cudaSuccess) *plan = default_plan(rows, vocabulary, limits.multiprocessors);
+  return error;
+}
+
+int64_t mixture_sample_parts(int64_t vocabulary, MixtureSamplePlan plan) {
+  return divide_row(vocabulary, plan.tile_steps, plan.part_tiles).parts;
+}
+
+int mixture_sample_floor_cuda(const MixtureSample& problem, MixtureSamplePlan plan, float* out, void* cuda_stream) {
+  if (problem.rows == 0) return cudaSuccess;
   Params params{};
-  params.p = problem;
-  params.plan = make_plan(problem.rows, problem.vocabulary, limits.multiprocessors);
-  if (problem.rows * params.plan.parts > INT32_MAX) return cudaErrorInvalidValue;
+  const cudaError_t error = prepare(problem, plan, params);
+  if (error != cudaSuccess) return error;
+  const DType dtype = problem.logits[0].dtype;
+  if (problem.models != 2 || problem.logits[1].dtype != dtype) return cudaErrorInvalidValue;
+  const LaunchShape shape{static_cast<unsigned>(problem.rows * params.plan.parts), kThreads, 0};
+  if (dtype == DType::f32) return launch(read_rows<Storage::f32>, shape, cuda_stream, params, out);
+  if (dtype == DType::bf16) return launch(read_rows<Storage::bf16>, shape, cuda_stream, params, out);
+  return launch(read_rows<Storage::f16>, shape, cuda_stream, params, out);
+}
+
+int mixture_sample_cuda(const MixtureSample& problem, MixtureSamplePlan plan, void* workspace, void* counters,
+                        void* cuda_stream) {
+  if (problem.rows == 0) return cudaSuccess;
+  Params params{};
+  cudaError_t error = prepare(problem, plan, params);
+  if (error != cudaSuccess) return error;
   lay_out(params, problem.rows, problem.vocabulary, problem.models, problem.filtered, params.plan.tiles, workspace);
   if (counters != nullptr) {
     params.counters = static_cast<unsigned*>(counters);

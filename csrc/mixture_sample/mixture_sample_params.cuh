@@ -108,22 +108,27 @@ inline int64_t lay_out(Params& params, int64_t rows, int64_t vocabulary, int mod
 // Blocks of a multiprocessor at once: registers for 768 threads, whose loads are enough to keep the memory busy.
 constexpr int kResidentBlocks = 3;
 
+inline Plan divide_row(int64_t vocabulary, int tile_steps, int part_tiles) {
+  const int64_t tiles = (steps_of(vocabulary) + tile_steps - 1) / tile_steps;
+  const int64_t parts = (tiles + part_tiles - 1) / part_tiles;
+  return {tile_steps, static_cast<int>(tiles), part_tiles, static_cast<int>(parts)};
+}
+
 // Choose tiles and parts for the fewest and shortest waves of blocks. Costs are in units of a fifth of a step: one for
 // a tile's reductions over the warp, ten for the start and the end of a block.
-inline Plan make_plan(int64_t rows, int64_t vocabulary, int multiprocessors) {
+inline MixtureSamplePlan default_plan(int64_t rows, int64_t vocabulary, int multiprocessors) {
   constexpr int kPartTiles[] = {1, 2, 4, kWarps, 2 * kWarps, 3 * kWarps, 4 * kWarps, 6 * kWarps, 8 * kWarps};
-  const int64_t steps = steps_of(vocabulary), slots = int64_t{kResidentBlocks} * multiprocessors;
-  Plan best{};
+  const int64_t slots = int64_t{kResidentBlocks} * multiprocessors;
+  MixtureSamplePlan best{};
   int64_t least = INT64_MAX;
   for (int tile_steps = 1; tile_steps <= kMaxTileSteps; ++tile_steps) {
-    const int64_t tiles = (steps + tile_steps - 1) / tile_steps;
     for (const int part_tiles : kPartTiles) {
-      const int64_t parts = (tiles + part_tiles - 1) / part_tiles;
+      const int64_t parts = divide_row(vocabulary, tile_steps, part_tiles).parts;
       const int64_t waves = (rows * parts + slots - 1) / slots;
       const int64_t cost = waves * (part_tiles * (5 * tile_steps + 1) + 10);
       if (cost < least) {
         least = cost;
-        best = {tile_steps, static_cast<int>(tiles), part_tiles, static_cast<int>(parts)};
+        best = {tile_steps, part_tiles};
       }
       if (parts == 1) break;
     }

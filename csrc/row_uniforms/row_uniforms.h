@@ -20,6 +20,7 @@ struct RowUniforms {
 
 NLHF_DECLARE_CPU(row_uniforms, RowUniforms)
 
-int row_uniforms_cuda(const RowUniforms& problem, void* cuda_stream);  // a cudaError_t
+// `threads` of a block: a multiple of 32, at most 1024. Return a cudaError_t.
+int row_uniforms_cuda(const RowUniforms& problem, int threads, void* cuda_stream);
 
 }  // namespace nlhf

@@ -20,14 +20,19 @@ int run_uniforms(int64_t rows) {
   const std::vector<int64_t> seed(1, -5), ids(rows, int64_t{1} << 40), steps(rows, 3);
   std::vector<double> out(rows);
   const nlhf::RowUniforms problem{seed.data(), 0, ids.data(), steps.data(), 1, 2, rows, out.data()};
-  return nlhf::row_uniforms_cuda(problem, nullptr);
+  return nlhf::row_uniforms_cuda(problem, 256, nullptr);
 }
 
-int launch(const nlhf::MirrorDescent<float>& p) { return nlhf::mirror_descent_f32_cuda(p, nullptr); }
-int launch(const nlhf::MirrorDescent<double>& p) { return nlhf::mirror_descent_f64_cuda(p, nullptr); }
+using Plan = nlhf::MirrorDescentPlan;
+int launch(const nlhf::MirrorDescent<float>& p, Plan plan, void* workspace) {
+  return nlhf::mirror_descent_f32_cuda(p, plan, workspace, nullptr);
+}
+int launch(const nlhf::MirrorDescent<double>& p, Plan plan, void* workspace) {
+  return nlhf::mirror_descent_f64_cuda(p, plan, workspace, nullptr);
+}
 
 template <typename Real>
-int run_games(int64_t games, int64_t actions, int64_t iterations, bool opponent_is_mixture) {
+int run_games(int64_t games, int64_t actions, int64_t iterations, bool opponent_is_mixture, Plan plan = {1, 512}) {
   std::mt19937 random(1);
   const auto vector = [&](int64_t size) {
     std::vector<Real> values(size);
@@ -41,7 +46,9 @@ int run_games(int64_t games, int64_t actions, int64_t iterations, bool opponent_
                                           steps.data(), games, actions, iterations,
                                           opponent_is_mixture ? nlhf::Opponent::mixture : nlhf::Opponent::policy,
                                           nullptr, out.data()};
-  const int status = launch(problem);
+  std::vector<unsigned char> workspace(
+      nlhf::mirror_descent_workspace(sizeof(Real) == sizeof(double), games, actions, plan.parts), 0xFF);
+  const int status = launch(problem, plan, workspace.data());
   if (status != 0) return status;
   for (int64_t game = 0; game < games; ++game) {
     double total = 0;
@@ -76,7 +83,13 @@ int run_sampler(int64_t rows, int64_t vocabulary, bool filtered, bool mixed) {
   problem.bias = bias.data(), problem.uniforms = uniforms.data();
   problem.rows = rows, problem.vocabulary = vocabulary, problem.logprob_mask = 7;
   problem.tokens = tokens.data(), problem.logprobs = logprobs.data(), problem.ok = ok.get();
-  const int status = nlhf::mixture_sample_cuda(problem, workspace.data(), nullptr, nullptr);
+  nlhf::MixtureSamplePlan plan;
+  if (nlhf::mixture_sample_plan(rows, vocabulary, &plan) != 0) return -1;
+  if (!mixed) {
+    std::vector<float> highest(rows * 2 * nlhf::mixture_sample_parts(vocabulary, plan));
+    if (nlhf::mixture_sample_floor_cuda(problem, plan, highest.data(), nullptr) != 0) return -1;
+  }
+  const int status = nlhf::mixture_sample_cuda(problem, plan, workspace.data(), nullptr, nullptr);
   if (status != 0) return status;
   for (int64_t row = 0; row < rows; ++row) {
     if (!ok[row] || tokens[row] < 0 || tokens[row] >= vocabulary || !(logprobs[2 * rows + row] <= 0)) return -1;
@@ -94,7 +107,8 @@ int main() {
       if (run_uniforms(rows) != 0) return std::printf("row_uniforms failed with %d rows\n", int(rows)), 1;
     }
     for (const int64_t actions : {1, 31, 33, 64, 127, 130, 300}) {
-      const int status = run_games<float>(2, actions, 2, actions % 2) + run_games<double>(2, actions, 2, actions % 2);
+      int status = run_games<float>(2, actions, 2, actions % 2) + run_games<double>(2, actions, 2, actions % 2);
+      status |= run_games<float>(2, actions, 3, actions % 2, {3, 64}) | run_games<double>(1, actions, 2, false, {7, 96});
       if (status != 0) return std::printf("mirror_descent failed with %d actions\n", int(actions)), 1;
     }
     if (run_games<float>(70, 3, 2, true) != 0) return std::printf("mirror_descent failed with 70 games\n"), 1;

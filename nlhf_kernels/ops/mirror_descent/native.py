@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
-from ...core import capabilities
+from ...core import capabilities, tuning
 from ...core.native import cuda_stream, on_device
 
 _OPPONENTS = ("policy", "mixture", "given")  # enum class Opponent of mirror_descent.h
@@ -47,9 +48,29 @@ def mirror_descent_cpu(log_policy: torch.Tensor, *rest: Any) -> torch.Tensor:
     return out
 
 
+class Plan(NamedTuple):
+    parts: int  # blocks a game; beyond 1 every iteration is a launch of its own
+    threads: int  # of a block, for games of more than 128 actions or several parts
+
+
+def _candidates(default: Plan) -> Iterator[Plan]:
+    for parts in (1, 2, 4, 8, 16, 33, 66):
+        for threads in (256, 512):
+            yield Plan(parts, threads)
+
+
+_TUNABLE = tuning.Tunable("mirror_descent", "cuda", Plan, _candidates)
+
+
 def mirror_descent_cuda(log_policy: torch.Tensor, *rest: Any) -> torch.Tensor:
     out = torch.empty_like(log_policy)
-    arguments = _arguments(out, log_policy, *rest)
-    with on_device(log_policy.device):
-        capabilities.native("_cuda").mirror_descent(*arguments, cuda_stream(log_policy.device))
+    device, (games, actions), is_double = log_policy.device, log_policy.shape, log_policy.dtype == torch.float64
+    module = capabilities.native("_cuda")
+    with on_device(device):
+        workload = tuning.make_workload(games, (actions,), (log_policy,))
+        plan = _TUNABLE.plan(device, workload, Plan(*module.mirror_descent_plan(is_double, games, actions)))
+        size = module.mirror_descent_workspace(is_double, games, actions, plan.parts)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        arguments = (*_arguments(out, log_policy, *rest), *plan, workspace.data_ptr())
+        module.mirror_descent(*arguments, cuda_stream(device))
     return out

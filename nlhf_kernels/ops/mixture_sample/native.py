@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
-from ...core import capabilities
+from ...core import capabilities, tuning
 from ...core.native import DTYPES, Counters, cuda_stream, on_device
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, logprobs, ok
@@ -68,6 +69,32 @@ def mixture_sample_cpu(logits: Sequence[torch.Tensor], *rest: Any) -> Outputs:
     return outputs
 
 
+class Plan(NamedTuple):
+    tile_steps: int  # of 512 elements, 1 to 4
+    part_tiles: int  # tiles a block
+
+
+def _candidates(default: Plan) -> Iterator[Plan]:
+    for tile_steps in (1, 2, 3, 4):
+        for part_tiles in (1, 2, 4, 8, 16, 24, 32, 48, 64):
+            yield Plan(tile_steps, part_tiles)
+
+
+_TUNABLE = tuning.Tunable("mixture_sample", "cuda", Plan, _candidates)
+
+
+@lru_cache(maxsize=4096)
+def _default_plan(device: torch.device, rows: int, vocabulary: int) -> Plan:
+    """The plan of the current device's kernels; `device` tells devices apart."""
+    return Plan(*capabilities.native("_cuda").mixture_sample_plan(rows, vocabulary))
+
+
+@lru_cache(maxsize=4096)
+def _workload(rows: int, vocabulary: int, dtypes: tuple[torch.dtype, ...], filtered: bool) -> tuning.Workload:
+    tensors = [torch.empty(0, dtype=dtype, device="meta") for dtype in dtypes]
+    return tuning.make_workload(rows, (vocabulary,), tensors, "filtered" if filtered else "")
+
+
 def mixture_sample_cuda(logits: Sequence[torch.Tensor], settings: torch.Tensor, filtered: bool, *rest: Any) -> Outputs:
     rows, vocabulary = logits[0].shape
     device = logits[0].device
@@ -78,7 +105,33 @@ def mixture_sample_cuda(logits: Sequence[torch.Tensor], settings: torch.Tensor, 
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     arguments = _arguments(outputs, logits, settings, filtered, *rest)
     with on_device(device):
+        workload = _workload(rows, vocabulary, tuple(model.dtype for model in logits), filtered)
+        plan = _TUNABLE.plan(device, workload, _default_plan(device, rows, vocabulary))
         stream = cuda_stream(device)
         counters = _counters.address(device, stream, module.mixture_sample_counters(rows))
-        module.mixture_sample(*arguments, workspace.data_ptr(), counters, stream)
+        module.mixture_sample(*arguments, *plan, workspace.data_ptr(), counters, stream)
     return outputs
+
+
+def mixture_sample_floor(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Read the logits of two models as the sampler does, and return the maxima of each row, model and block.
+
+    For benchmarks: the sampler's launch without its arithmetic, on a GPU.
+
+    Args:
+        policy (R, V): float32, bfloat16 or float16, elements of a row side by side.
+        reference (R, V): of the same dtype.
+    """
+    rows, vocabulary = policy.shape
+    device = policy.device
+    module = capabilities.native("_cuda")
+    outputs = empty_outputs(2, rows, device)
+    settings = torch.ones((1, 6), dtype=torch.float32, device=device)
+    uniforms, unused = (torch.empty(rows, dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
+    call = (settings, False, None, uniforms, unused[:0], unused[:0], unused[:0], 0, 0)
+    with on_device(device):
+        plan = _default_plan(device, rows, vocabulary)
+        maxima = torch.empty(rows * 2 * -(-vocabulary // 512), dtype=torch.float32, device=device)
+        arguments = _arguments(outputs, (policy, reference), *call)
+        parts = module.mixture_sample_floor(*arguments, *plan, maxima.data_ptr(), cuda_stream(device))
+    return maxima[: rows * 2 * parts].view(rows, 2, parts)
