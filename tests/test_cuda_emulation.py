@@ -239,9 +239,7 @@ def test_mirror_descent_by_several_blocks_a_game(emulation: Emulation, opponent:
         problem = make_games(games, actions, iterations, dtype)
         problem.log_policy[:, 1::7] = -np.inf
         fixed = problem.log_reference.copy() if opponent == "fixed" else None
-        results = [
-            descend(emulation, problem, opponent == "mixture", fixed, (parts, 96)) for parts in (2, 5, actions)
-        ]
+        results = [descend(emulation, problem, opponent == "mixture", fixed, (parts, 96)) for parts in (2, 5, actions)]
         for out in results:
             np.testing.assert_array_equal(out, results[0])
         if fixed is None:
