@@ -26,8 +26,9 @@ from benchmarks.targets import headline_shapes
 from nlhf_kernels.core.upstream import cache_argument
 
 BETA = 0.3
-#: Without decode_attention; torch.compile for the models' steps; query, key and value, gate and up as one product.
-SDPA, COMPILED, FUSED, SEPARATE = "engine, sdpa", "engine, compiled", "engine, fused", "engine, separate products"
+SDPA, COMPILED = "engine, sdpa", "engine, compiled"  # without decode_attention; torch.compile for the models' steps
+#: Settings of `fused`: nothing, query/key/value and gate/up as one product, norms and the like as Triton kernels.
+UNFUSED, PRODUCTS, LAYERS = "engine, unfused", "engine, products", "engine, layers"
 FIRST, STEP = ": the first token", ": a token step"
 ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.3}  # nats, of a log-probability
 _SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
@@ -193,10 +194,11 @@ def run_shape(
     device = context.settings.device
     pair = make(shape, device)
     options: dict[str, dict[str, Any]] = {"engine": {}, SDPA: {"attention": "sdpa"}}
-    if device.type == "cuda":  # where "engine" is fused
-        options |= {SEPARATE: {"fused": False}, COMPILED: {"compile": True}}
+    if device.type == "cuda":  # where "engine" has products and layers fused
+        options |= {UNFUSED: {"fused": False}, PRODUCTS: {"fused": "products"}, LAYERS: {"fused": "layers"}}
+        options[COMPILED] = {"compile": True}
     else:
-        options[FUSED] = {"fused": True}
+        options[PRODUCTS] = {"fused": "products"}
     engines = {name: engine_calls(pair, **engine_options) for name, engine_options in options.items()}
     error = largest_error(pair, engines["engine"][0]())
     good = error <= ALLOWED_ERROR[shape.dtype]

@@ -21,9 +21,9 @@ def test_every_kernel_compiles_for_every_architecture_without_spilling(tmp_path)
     )
     assert result.returncode == 0, result.stderr[-3000:]
     print(result.stdout)
-    for op in ops():
-        if "triton" not in op.absent and not op.built_on:
-            for architecture in (80, 90, 100, 120):
-                assert re.search(rf"^{op.name} .* sm_{architecture}:", result.stdout, re.M), (op.name, architecture)
+    rooms = [op.name for op in ops() if "triton" not in op.absent and not op.built_on]
+    for name in (*rooms, "engine_layers"):
+        for architecture in (80, 90, 100, 120):
+            assert re.search(rf"^{name} .* sm_{architecture}:", result.stdout, re.M), (name, architecture)
     spilled = [line for line in result.stdout.splitlines() if re.search(r", [1-9]\d* bytes of stack", line)]
     assert not spilled, "\n".join(spilled)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import nlhf_kernels
+from nlhf_kernels.core import capabilities
 from nlhf_kernels.core.registry import ops
-from nlhf_kernels.engine import Hooks, RolloutEngine, nash_md
+from nlhf_kernels.engine import Hooks, RolloutEngine, model_set, nash_md
 from nlhf_kernels.engine.loop import Rollout
-from tests.support.capture import DEVICE, CaptureRefused, capturing, on_device
+from tests.support.capture import DEVICE, CaptureRefused, capturing, no_launches, on_device
 from tests.support.engine import settings, tiny_pair
 from tests.support.tiny_models import BETA, padded, prompts
 from tests.test_operators import backward
@@ -51,12 +52,16 @@ class _Watched:
         return [call() for call in calls]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama", "gemma3"])  # each places tokens in its own way
-def test_engine_steps(architecture) -> None:
+def test_engine_steps(architecture, fused, monkeypatch) -> None:
+    if fused and capabilities.triton_missing():
+        pytest.skip("needs triton")
+    monkeypatch.setattr(model_set, "why_not_usable", lambda device: None)
     models = tiny_pair(architecture)
     for model in models:
         model.config.pad_token_id = None  # transformers would look for it in the prompts, to warn
-    engine = RolloutEngine(*models, recorder=_Watched(), bucket=16)
+    engine = RolloutEngine(*models, recorder=_Watched(), bucket=16, fused=fused)
     batch = padded(prompts((9, 9)))
     request = engine._resolve(batch["input_ids"], None, nash_md(BETA), settings(4, backend="torch"), Hooks())
     assert not request.notes
@@ -64,9 +69,10 @@ def test_engine_steps(architecture) -> None:
     info = engine.models.info
     engine.models.info = {name: replace(f, model=f.model.to(DEVICE), device=DEVICE) for name, f in info.items()}
     engine.device = DEVICE
-    with torch.no_grad(), engine.models.decoding_mode():
+    with torch.no_grad(), engine.models.decoding_mode(False, False), engine.models.fused():
         rollout = Rollout(request, engine._workspace(request), engine.graphs)
-        rollout.prefill()
+        with no_launches():
+            rollout.prefill()
         for _ in range(3):
             rollout.step()
     assert rollout.steps == 4

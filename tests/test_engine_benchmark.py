@@ -19,7 +19,7 @@ def test_every_rival_has_a_time(tmp_path, capsys) -> None:
         assert rollout.main(["--preset", "tiny", "--device", "cpu", "--out", str(out)]) == 0
     every = read_rows(out)
     rows = [row for row in every if row.kind != "part"]
-    assert [row.key.implementation for row in rows] == ["engine", rollout.SDPA, rollout.FUSED, *rollout.RIVALS]
+    assert [row.key.implementation for row in rows] == ["engine", rollout.SDPA, rollout.PRODUCTS, *rollout.RIVALS]
     assert all(row.timing is not None and row.speedup is not None for row in rows)
     assert rows[0].accuracy.error < rows[0].accuracy.allowed
     assert "tokens/s" in capsys.readouterr().out

@@ -258,5 +258,5 @@ def test_auto_does_without_where_memory_is_short(monkeypatch) -> None:
 
 def test_auto_is_for_a_gpu() -> None:
     assert RolloutEngine(tiny("llama")).models.joint_products.groups == []
-    with pytest.raises(ValueError, match="RolloutEngine: fused: expected 'auto', True or False; got 'yes'"):
+    with pytest.raises(ValueError, match="fused: expected auto, products, layers, True or False; got 'yes'"):
         RolloutEngine(tiny("llama"), fused="yes")

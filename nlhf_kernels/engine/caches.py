@@ -113,8 +113,7 @@ class StaticRowsLayer(_Layer):
                 torch.index_select(new, 0, self.fan_out, out=stored[: self.rows, :, : new.shape[2]])
             return key_states, value_states
         keys, values = self.keys[: self.rows], self.values[: self.rows]
-        keys.index_copy_(2, self.state.cursor, key_states)
-        values.index_copy_(2, self.state.cursor, value_states)
+        self.state.store_slot(keys, values, key_states, value_states, self.state.cursor)
         return keys[:, :, : self.state.visible_slots], values[:, :, : self.state.visible_slots]
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:

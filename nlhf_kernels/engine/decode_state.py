@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from .layers import oracle
 from .request import Prompts
 
 
@@ -20,6 +21,7 @@ class DecodeState:
         self.step = torch.zeros((), dtype=torch.int64, device=device)  # index of the next new token
         self.rows, self.filled, self.padded, self.bucket = rows, 0, False, 0
         self.recorded = False  # whether steps are replayed from graphs
+        self.store_slot = oracle.store_slot  # how caches write a step's keys and values
 
     def reset(self, prompts: Prompts, fan_out: torch.Tensor, recorded: bool) -> None:
         """Begin a rollout. `fan_out` (rows,) is each row's prompt."""

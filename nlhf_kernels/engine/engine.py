@@ -55,8 +55,10 @@ class RolloutEngine:
         use_cache (bool): False reads the whole text every step, for models without keys and values.
         attention (str): transformers' name of an attention, set on the models; None: `decode_attention` where it fits.
         compile (bool): torch.compile for the models' steps, which takes a minute or more per number of rows.
-        fused ("auto" or bool): query, key and value as one product, gate and up as one, with weights copied side by
-            side; "auto": on a GPU, where memory allows. Compiled models and models with adapters keep separate ones.
+        fused ("auto", bool, "products" or "layers"): "products": query, key and value as one product, gate and up as
+            one, with weights copied side by side; "layers": norms, gated activations, rotary positions and the cache's
+            write as Triton kernels, on a GPU; True: both; "auto": both on a GPU, the products where memory allows.
+            Compiled models, models with adapters and those that processes share run as they are.
         graphs (bool): False takes eager steps on a GPU too.
         recorder: what records steps; None: CUDA graphs on a GPU, nothing elsewhere.
         bucket (int): cache slots by which a recorded step's view of the cache grows.
@@ -82,8 +84,8 @@ class RolloutEngine:
         op: str = "RolloutEngine",
     ) -> None:
         self.op, self.memory_limit = op, memory_limit
-        if fused != "auto" and not isinstance(fused, bool):
-            raise ValueError(f"{op}: fused: expected 'auto', True or False; got {excerpt(fused)}")
+        if fused not in ("auto", "products", "layers") and not isinstance(fused, bool):
+            raise ValueError(f"{op}: fused: expected auto, products, layers, True or False; got {excerpt(fused)}")
         self.fused = fused
         self.models = ModelSet(op, policy, reference, opponent, vocab_size, use_cache, attention, compile, fused)
         self.device = self.models.device
@@ -250,11 +252,10 @@ class RolloutEngine:
 
     def _run(self, request: Request) -> RolloutResult:
         space = self._workspace(request)
-        if self.fused is not False:
-            reasons = [f"separate products: {reason}" for reason in self.models.joint_products.why_separate()]
-            request = replace(request, notes=(*request.notes, *reasons))
+        reasons = [f"separate products: {reason}" for reason in self.models.joint_products.why_separate()]
+        request = replace(request, notes=(*request.notes, *reasons))
         graphs = None if any(note.startswith("eager steps") for note in request.notes) else self.graphs
-        with self.models.joint_products.applied():
+        with self.models.fused():
             return Rollout(request, space, graphs, None if graphs is None else self.models.recorded_state).run()
 
     def _workspace(self, request: Request) -> Workspace:
@@ -278,6 +279,8 @@ class RolloutEngine:
         self._check_fits(request, plan)
         _log.info("%s: allocating for %s", self.op, plan)
         state = DecodeState(plan.rows, length, self.device)
+        if self.models.fused_layers is not None:
+            state.store_slot = self.models.fused_layers.functions.store_slot
         self._space = Workspace(
             state=state,
             outputs=TokenBuffers(steps, plan.rows, request.logprobs, self.device),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from .contexts import eval_mode, locked
 from .cpu_head import fast_cpu_heads
 from .decode_state import DecodeState
 from .joint_products import JointProducts
+from .layers.fused import FusedLayers, why_not_usable
 from .lora import BaseRunner, OnePassRunner, why_not_one_pass, why_one_pass_differs
 from .model_info import clone_with_parameters, inspect_model, rotations
 from .peft_models import adapted_layers, adapter_state, check_base, is_adapted
@@ -47,7 +48,7 @@ class ModelSet:
         use_cache: bool,
         attention: str | None,
         compile: bool,
-        fused: bool | str,  # whether to join products; "auto": on a GPU
+        fused: bool | str,  # True, False, "auto", "products" or "layers"
     ) -> None:
         self.op, self.policy = op, policy
         self.notes: list[str] = []
@@ -78,8 +79,13 @@ class ModelSet:
         self.one_pass = self.shares_base and self._can_take_one_pass(use_cache)
         self.compiled = self._compile() if compile else {}
         eager = {id(info.model): info.model for role, info in self.info.items() if role not in self.compiled}
-        fused = self.device.type == "cuda" if fused == "auto" else fused
-        self.joint_products = JointProducts(list(eager.values()) if fused else [])
+        if self.sharding.in_step:  # their weights are parts, or elsewhere until a layer is called
+            eager = {}
+            if fused not in (False, "auto"):
+                self._note("separate products and layers: processes share the models")
+        joins = fused in (True, "products") or (fused == "auto" and self.device.type == "cuda")
+        self.joint_products = JointProducts(list(eager.values()) if joins else [])
+        self.fused_layers = self._fuse_layers(list(eager.values()), fused) if fused not in (False, "products") else None
 
     # ---- checks at construction --------------------------------------------------------------------------------------
 
@@ -130,6 +136,16 @@ class ModelSet:
             else:
                 forwards[role] = torch.compile(info.model)
         return forwards
+
+    def _fuse_layers(self, models: Sequence[torch.nn.Module], fused: bool | str) -> FusedLayers | None:
+        reason = why_not_usable(self.device)
+        if reason is None:
+            from .layers import triton_kernels
+
+            return FusedLayers(models, triton_kernels)
+        if fused == "layers" or self.device.type == "cuda":
+            self._note(f"separate layers: {reason}")
+        return None
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
@@ -193,6 +209,12 @@ class ModelSet:
             raise ValueError(f"{self.op}: policy: expected adapters as when the engine was made; now {reason}")
 
     # ---- what a rollout takes ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Let layers take joint products and fused kernels, for the models as they are now."""
+        with self.joint_products.applied(), self.fused_layers.applied() if self.fused_layers else nullcontext():
+            yield
 
     @contextmanager
     def decoding_mode(self, slices: bool, gather: bool) -> Iterator[None]:

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ import nlhf_kernels
 from nlhf_kernels.core.registry import get_op, ops
 
 ARCHITECTURES = (80, 90, 100, 120)
+ENGINE_LAYERS = "engine_layers"  # in place of a room's name
 #: Shared memory a block may ask for, by architecture (CUDA programming guide, compute capabilities).
 MAX_SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 
@@ -63,6 +65,33 @@ def registers(image: bytes) -> str:
 
 def compile_room(op: str, architecture: int) -> list[str]:
     """Compile every kernel that the room's examples launch; one line of facts each."""
+
+    def launch_all() -> None:
+        for direction, arguments in recorded_backend_calls(op):
+            getattr(get_op(op).backend("triton"), direction)(*arguments)
+
+    return compile_launches(op, launch_all, architecture)
+
+
+def launch_engine_layers() -> None:
+    """Launch the kernels of the engine's layers, as steps of Qwen2-0.5B and Qwen2-7B do."""
+    from nlhf_kernels.engine.layers import triton_kernels
+
+    for width, mlp, heads, key_heads, head in ((896, 4864, 14, 2, 64), (3584, 18944, 28, 4, 128)):
+        for dtype in (torch.bfloat16, torch.float32):
+            rows = torch.zeros(2, 1, 2 * mlp, dtype=dtype)
+            triton_kernels.rms_norm(rows[..., :width], torch.ones(width, dtype=dtype), 1e-6)
+            triton_kernels.silu_product(*rows.chunk(2, -1))
+            product = torch.zeros(2, 1, heads + 2 * key_heads, head, dtype=dtype).transpose(1, 2)
+            query, key, value = product.split((heads, key_heads, key_heads), 1)
+            triton_kernels.rms_norm(query.transpose(1, 2), torch.ones(head, dtype=dtype), 1e-6)
+            _, key = triton_kernels.rotate(query, key, *torch.zeros(2, 2, 1, head, dtype=dtype))
+            keys, values = torch.zeros(2, 2, key_heads, 8, head, dtype=dtype)
+            triton_kernels.store_slot(keys, values, key, value, torch.zeros(1, dtype=torch.int64))
+
+
+def compile_launches(label: str, launch_all: Callable[[], None], architecture: int) -> list[str]:
+    """Compile every kernel that `launch_all` launches; one line of facts each."""
     driver.set_active(StandInDriver(architecture))
     lines: list[str] = []
 
@@ -75,7 +104,7 @@ def compile_room(op: str, architecture: int) -> list[str]:
             aligned = compiled.asm["ttir"].count("tt.divisibility = 16")
             assert aligned, f"{kernel.__name__}: no argument is known to be aligned, unlike in a user's launch"
             lines.append(
-                f"{op} {kernel.__name__} sm_{architecture}: {compiled.metadata.num_warps} warps, "
+                f"{label} {kernel.__name__} sm_{architecture}: {compiled.metadata.num_warps} warps, "
                 f"{shared} bytes shared, {aligned} aligned arguments, {registers(image)}"
             )
 
@@ -83,11 +112,10 @@ def compile_room(op: str, architecture: int) -> list[str]:
 
     original, jit.JITFunction.__getitem__ = jit.JITFunction.__getitem__, compile_only
     try:
-        for direction, arguments in recorded_backend_calls(op):
-            getattr(get_op(op).backend("triton"), direction)(*arguments)
+        launch_all()
     finally:
         jit.JITFunction.__getitem__ = original
-    assert lines, f"{op}: its examples launched no Triton kernel"
+    assert lines, f"{label}: launched no Triton kernel"
     return lines
 
 
@@ -132,13 +160,18 @@ def _run_backward(outputs: object) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
     with_triton = [op.name for op in ops() if "triton" not in op.absent and not op.built_on]
-    parser.add_argument("op", nargs="*", default=with_triton)
+    parser.add_argument("op", nargs="*", default=[*with_triton, ENGINE_LAYERS])
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES))
     arguments = parser.parse_args(argv)
     print(f"triton {triton.__version__}")
     for op in arguments.op:
         for architecture in arguments.arch:
-            print("\n".join(compile_room(op, architecture)), flush=True)
+            lines = (
+                compile_launches(op, launch_engine_layers, architecture)
+                if op == ENGINE_LAYERS
+                else compile_room(op, architecture)
+            )
+            print("\n".join(lines), flush=True)
     return 0
 
 

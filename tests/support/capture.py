@@ -74,14 +74,22 @@ def on_device(values: Any) -> Any:
 
 
 @contextmanager
+def no_launches() -> Iterator[None]:
+    """Leave the launches of Triton kernels out: tensors of the meta device hold nothing."""
+    if capabilities.triton_missing():
+        yield
+        return
+    with mock.patch("triton.runtime.jit.KernelInterface.__getitem__", return_value=lambda *_, **__: None):
+        yield
+
+
+@contextmanager
 def capturing() -> Iterator[None]:
     with ExitStack() as stack:
         # Autocast, off in every test of this kind, knows no meta device.
         stack.enter_context(mock.patch("torch.autocast", return_value=nullcontext()))
         stack.enter_context(mock.patch("torch.is_autocast_enabled", return_value=False))
-        if not capabilities.triton_missing():
-            launch = lambda kernel, grid: lambda *_, **__: None  # noqa: E731
-            stack.enter_context(mock.patch("triton.runtime.jit.KernelInterface.__getitem__", launch))
+        stack.enter_context(no_launches())
         stack.enter_context(_FunctionRules())
         stack.enter_context(_OperatorRules())
         yield

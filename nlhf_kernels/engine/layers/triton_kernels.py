@@ -1,0 +1,199 @@
+"""What layers of a language model do between their products, in Triton: one launch each instead of three to twelve.
+
+Names, arguments and roundings are those of oracle.py. Inputs may be columns of a wider matrix: rows are read where
+they lie, as long as the elements of a row lie side by side. Outputs are contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...core.native import on_device
+
+_BLOCK = 1024  # elements of a gated activation that a program takes
+
+
+@triton.jit
+def rms_norm_kernel(
+    x,  # (outer, heads, D), strided
+    weight,  # (D,)
+    out,  # (outer, heads, D)
+    heads,
+    outer_stride,
+    head_stride,
+    eps,
+    D,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    place = row // heads * outer_stride + row % heads * head_stride
+    wide = tl.load(x + place + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / D + eps)
+    normed = (wide * scale).to(out.dtype.element_ty).to(tl.float32)
+    weights = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * D + column, (weights * normed).to(out.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    heads, width = x.shape[-2] if x.ndim > 2 else 1, x.shape[-1]
+    rows = _as_rows(x) if x.ndim > 2 else x[:, None]  # (outer, heads, D)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(width)
+    if out.numel():
+        with on_device(x.device):
+            rms_norm_kernel[(rows.shape[0] * heads,)](
+                rows, weight, out, heads, rows.stride(0), rows.stride(1), eps, width, BLOCK=block,
+                num_warps=min(max(block // 512, 1), 8),
+            )  # fmt: skip
+    return out
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., heads, D) as (outer, heads, D): a view wherever the outer dimensions lie one behind the other."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.flatten(0, -3) if x.ndim > 3 else x
+
+
+@triton.jit
+def silu_product_kernel(gate, up, out, width, gate_stride, up_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    active = (x / (1.0 + tl.exp(-x))).to(out.dtype.element_ty).to(tl.float32)
+    factor = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + column, (active * factor).to(out.dtype.element_ty), mask=inside)
+
+
+def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    width = gate.shape[-1]
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    gate, up = (x.flatten(0, -2) if x.stride(-1) == 1 else x.reshape(-1, width).contiguous() for x in (gate, up))
+    if out.numel():
+        with on_device(out.device):
+            silu_product_kernel[(gate.shape[0], triton.cdiv(width, _BLOCK))](
+                gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=_BLOCK
+            )
+    return out
+
+
+@triton.jit
+def rotate_kernel(
+    query,  # (B, Hq, T, D), strided
+    key,  # (B, Hkv, T, D), strided
+    cos,  # (B, T, D), strided
+    sin,
+    query_out,  # (B, Hq, T, D)
+    key_out,  # (B, Hkv, T, D)
+    tokens,
+    query_heads,
+    key_heads,
+    query_batch,
+    query_head,
+    query_token,
+    key_batch,
+    key_head,
+    key_token,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program takes one head of one token: the queries' heads, then the keys'."""
+    batch = (tl.program_id(0) // tokens).to(tl.int64)
+    token = (tl.program_id(0) % tokens).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < HALF
+    cos_place = cos + batch * cos_batch + token * cos_token + column
+    sin_place = sin + batch * sin_batch + token * sin_token + column
+    if head < query_heads:
+        source = query + batch * query_batch + head * query_head + token * query_token
+        target = query_out + ((batch * query_heads + head) * tokens + token) * 2 * HALF
+    else:
+        head -= query_heads
+        source = key + batch * key_batch + head * key_head + token * key_token
+        target = key_out + ((batch * key_heads + head) * tokens + token) * 2 * HALF
+    first = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF + column, mask=inside, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = query_out.dtype.element_ty
+    for half in tl.static_range(2):
+        straight, turned = (first, -second) if half == 0 else (second, first)
+        cosine = tl.load(cos_place + half * HALF, mask=inside, other=0.0).to(tl.float32)
+        sine = tl.load(sin_place + half * HALF, mask=inside, other=0.0).to(tl.float32)
+        # Products are rounded before they are added, as separate operations round them.
+        total = (straight * cosine).to(dtype).to(tl.float32) + (turned * sine).to(dtype).to(tl.float32)
+        tl.store(target + half * HALF + column, total.to(dtype), mask=inside)
+
+
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    (batch, query_heads, tokens, width), key_heads = query.shape, key.shape[1]
+    cos, sin = ((x if x.stride(-1) == 1 else x.contiguous()).expand(batch, tokens, width) for x in (cos, sin))
+    query_out, key_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
+    half = width // 2
+    if query_out.numel():
+        with on_device(query.device):
+            rotate_kernel[(batch * tokens, query_heads + key_heads)](
+                query, key, cos, sin, query_out, key_out, tokens, query_heads, key_heads, *query.stride()[:3],
+                *key.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], HALF=half,
+                BLOCK=triton.next_power_of_2(half), num_warps=1,
+            )  # fmt: skip
+    return query_out, key_out
+
+
+@triton.jit
+def store_slot_kernel(
+    keys,  # (B, H, L, D), strided
+    values,  # (B, H, L, Dv), strided
+    key,  # (B, H, 1, D), strided
+    value,  # (B, H, 1, Dv), strided
+    cursor,  # (1,) int64
+    length,
+    keys_batch,
+    keys_head,
+    values_batch,
+    values_head,
+    key_batch,
+    key_head,
+    value_batch,
+    value_head,
+    KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program takes one head of one row."""
+    batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    slot = tl.load(cursor)
+    column = tl.arange(0, BLOCK)
+    exists = (slot >= 0) & (slot < length)
+    inside = column < KEY_WIDTH
+    new = tl.load(key + batch * key_batch + head * key_head + column, mask=inside)
+    tl.store(keys + batch * keys_batch + head * keys_head + slot * KEY_WIDTH + column, new, mask=inside & exists)
+    inside = column < VALUE_WIDTH
+    new = tl.load(value + batch * value_batch + head * value_head + column, mask=inside)
+    tl.store(
+        values + batch * values_batch + head * values_head + slot * VALUE_WIDTH + column, new, mask=inside & exists
+    )
+
+
+def store_slot(
+    keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cursor: torch.Tensor
+) -> None:
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    rows, heads, length, width = keys.shape
+    if rows:
+        with on_device(keys.device):
+            store_slot_kernel[(rows, heads)](
+                keys, values, key, value, cursor, length, *keys.stride()[:2], *values.stride()[:2], *key.stride()[:2],
+                *value.stride()[:2], KEY_WIDTH=width, VALUE_WIDTH=values.shape[-1],
+                BLOCK=triton.next_power_of_2(max(width, values.shape[-1])), num_warps=1,
+            )  # fmt: skip
