@@ -1,11 +1,11 @@
 """Pairs and prompts as strings: columns checked row by row, conversations rendered by the tokenizer's chat template.
 
 Standard rows hold strings; conversational rows hold lists of {"role", "content"} messages. A conversation becomes text
-here, once: its prompt ends where the assistant is to speak, and a response is what the template adds for it, without
-the special token that ends the turn: as a policy's responses are when they are decoded without special tokens. So a
-model of preferences reads in its training what it will be asked about. Everything after this file works on strings.
+here, once: its prompt ends where the assistant's turn begins, and a response is the text that the template adds for
+it, without the special token that ends the turn. A policy's responses, decoded without special tokens, look the same,
+so a preference model is trained on texts like those that it will compare. All other rooms work on strings.
 
-Where the prompt of a conversational row is comes in three layouts:
+The prompt of a conversational row is found in one of three layouts:
 
     prompt is messages                      the responses are what follows them, or repeat them first
     prompt is a string                      the user's message of that content, which the responses may repeat first
@@ -26,7 +26,13 @@ Messages = Sequence[dict[str, str]]
 
 
 class Pair(NamedTuple):
-    """A human preference: of two responses to `prompt`, `chosen` over `rejected`."""
+    """A human preference: `chosen` over `rejected`.
+
+    Args:
+        prompt: the text that both responses answer.
+        chosen: the preferred response.
+        rejected: the other one.
+    """
 
     prompt: str
     chosen: str
@@ -34,29 +40,56 @@ class Pair(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two responses to `prompt` that are still to be compared."""
+    """Two responses that are to be compared.
+
+    Args:
+        prompt: the text that both responses answer.
+        first, second: the responses.
+    """
 
     prompt: str
     first: str
     second: str
 
 
-#: Columns beside `prompt` that say whether a row is a conversation, where the prompt alone is asked for.
+#: Columns beside `prompt` that show whether a row is a conversation, where the prompt alone is read.
 _BESIDE = (Pair._fields[1:], Comparison._fields[1:])
 
 
 def load_pairs(source: Source, tokenizer: Any = None, *, split: str | None = None) -> list[Pair]:
-    """Columns prompt, chosen, rejected; all rows are checked before any is returned."""
+    """Read columns prompt, chosen and rejected; all rows are checked before any is returned.
+
+    Args:
+        source: a file (.jsonl, .json, .csv; with `datasets` .parquet), a folder of `save_to_disk`, a name on the hub, a
+            `datasets.Dataset`, or dicts.
+        tokenizer: its chat template renders conversations; not needed where all rows are strings.
+        split: part of a hub data set (None: train) or of a saved `DatasetDict`.
+    """
     return [Pair(*texts) for texts in _texts(source, Pair._fields, tokenizer, split)]
 
 
 def load_comparisons(source: Source, tokenizer: Any = None, *, split: str | None = None) -> list[Comparison]:
-    """Columns prompt, first, second."""
+    """Read columns prompt, first and second.
+
+    Args:
+        source: a file (.jsonl, .json, .csv; with `datasets` .parquet), a folder of `save_to_disk`, a name on the hub, a
+            `datasets.Dataset`, or dicts.
+        tokenizer: its chat template renders conversations; not needed where all rows are strings.
+        split: part of a hub data set (None: train) or of a saved `DatasetDict`.
+    """
     return [Comparison(*texts) for texts in _texts(source, Comparison._fields, tokenizer, split)]
 
 
 def load_prompts(source: Source, tokenizer: Any = None, *, split: str | None = None, chat: bool = False) -> list[str]:
-    """Column prompt, or the prompts of pairs; other columns may be there. With `chat` a text is a user's message."""
+    """Read a column prompt, or the prompts of pairs; other columns are ignored.
+
+    Args:
+        source: a file (.jsonl, .json, .csv; with `datasets` .parquet), a folder of `save_to_disk`, a name on the hub, a
+            `datasets.Dataset`, or dicts.
+        tokenizer: its chat template renders conversations; not needed where all rows are strings.
+        split: part of a hub data set (None: train) or of a saved `DatasetDict`.
+        chat: render a prompt that is a string as a user's message.
+    """
     return [text for (text,) in _texts(source, ("prompt",), tokenizer, split, chat)]
 
 
@@ -85,11 +118,11 @@ def _read(place: str, row: Row, columns: Sequence[str], tokenizer: Any, chat: bo
         return values
     if kinds == {"text"}:
         values[0] = [{"role": "user", "content": values[0]}]
-    return _rendered(place, values[0], values[1:], tokenizer)
+    return _render(place, values[0], values[1:], tokenizer)
 
 
 def _with_prompt(place: str, row: Row, responses: Sequence[str]) -> Row:
-    """The row with its prompt as messages and its responses as what follows them, where it is a conversation."""
+    """Return the row; of a conversation, the prompt as messages and each response as the messages that follow."""
     prompt = row.get("prompt")
     for names in [responses] if responses else _BESIDE:
         conversations: list[Any] = [row.get(name) for name in names]
@@ -112,7 +145,7 @@ def _with_prompt(place: str, row: Row, responses: Sequence[str]) -> Row:
 
 
 def _shared_beginning(place: str, conversations: Sequence[Messages]) -> tuple[int, Messages]:
-    """The messages that two whole conversations begin with, which are their prompt, and their number."""
+    """Return how many messages two whole conversations have in common at their beginning, and them: the prompt."""
     one, other = conversations
     shared = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     if not 0 < shared < min(len(one), len(other)):
@@ -126,7 +159,7 @@ def _shared_beginning(place: str, conversations: Sequence[Messages]) -> tuple[in
 def _string_prompt(
     place: str, prompt: str, names: Sequence[str], conversations: Sequence[Messages]
 ) -> tuple[int, Messages]:
-    """How many messages of the conversations belong to a prompt that is a string, and the prompt as messages."""
+    """Return how many messages of the conversations belong to a prompt that is a string, and it as messages."""
     if not any(message["role"] == "user" for messages in conversations for message in messages):
         return 0, [{"role": "user", "content": prompt}]
     indices = [_find_user(prompt, messages) for messages in conversations]
@@ -146,7 +179,7 @@ def _string_prompt(
 def _message_prompt(
     place: str, prompt: Any, names: Sequence[str], conversations: Sequence[Messages]
 ) -> tuple[int, Messages]:
-    """How many messages of the conversations repeat a prompt that is messages (all of them or none); and the prompt."""
+    """Return how many messages of the conversations repeat a prompt of messages (all of them or none), and it."""
     _kind(place, "prompt", prompt)
     repeats = [list(messages[: len(prompt)]) == list(prompt) for messages in conversations]
     if any(repeats) and not all(repeats):
@@ -159,7 +192,7 @@ def _message_prompt(
 
 
 def _find_user(prompt: str, messages: Messages) -> int | None:
-    """The index of the first message of a user whose content is the prompt."""
+    """Return the index of the first user's message whose content is the prompt."""
     text = prompt.strip()
     return next((n for n, m in enumerate(messages) if m["role"] == "user" and m["content"].strip() == text), None)
 
@@ -182,13 +215,13 @@ def _kind(place: str, name: str, value: object) -> str:
     return "messages"
 
 
-def _rendered(place: str, prompt: Messages, responses: Sequence[Messages], tokenizer: Any) -> list[str]:
+def _render(place: str, prompt: Messages, responses: Sequence[Messages], tokenizer: Any) -> list[str]:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"data: {place}: expected a tokenizer with a chat template to render messages; got none")
     try:
         beginning = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         wholes = [tokenizer.apply_chat_template([*prompt, *response], tokenize=False) for response in responses]
-    except Exception as error:  # a template may raise whatever it wants
+    except Exception as error:  # a template may raise any exception
         raise ValueError(f"data: {place}: the chat template refuses the messages: {error}") from error
     for whole in wholes:
         if not whole.startswith(beginning):
@@ -200,7 +233,7 @@ def _rendered(place: str, prompt: Messages, responses: Sequence[Messages], token
 
 
 def _without_end_mark(response: str, tokenizer: Any) -> str:
-    """Without the special token at its end, and the white space that a template may put after it."""
+    """Remove the special token at the end, and white space that a template puts after it."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     bare = response.rstrip()
     mark = max((token for token in special if bare.endswith(token)), key=len, default=None)

@@ -1,7 +1,7 @@
-"""Rows of a data set, wherever they come from; every row comes with its place, so that an error can name it.
+"""Rows of a data set with their places (file and line, or number), so that errors can name them.
 
-JSON, JSONL and CSV files are read here as they are written, line by line. Everything else (a hub name, Parquet, a
-folder written by `save_to_disk`) is the work of the optional package `datasets`.
+JSON, JSONL and CSV files are read here, line by line. The optional package `datasets` reads everything else: hub names,
+Parquet, folders of `save_to_disk`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ Placed = tuple[str, Row]  # ("pairs.jsonl, line 7", the row)
 
 
 def read_rows(source: Source, *, split: str | None = None) -> Iterator[Placed]:
-    """Every row with its place. `split` names a part of a hub data set (default train) or of a saved `DatasetDict`."""
+    """Yield every row with its place.
+
+    Args:
+        source: a file, a folder of `save_to_disk`, a name on the hub, a `datasets.Dataset`, or dicts.
+        split: part of a hub data set (None: train) or of a saved `DatasetDict`.
+    """
     if isinstance(source, (str, Path)):
         return _read_path(str(source), split)
     if split is not None:

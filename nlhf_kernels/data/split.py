@@ -1,4 +1,4 @@
-"""A test set that training has not seen: split by prompt, since pairs of one prompt tell about each other."""
+"""A test set that shares no prompt with the training set, since pairs of one prompt are not independent."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ T = TypeVar("T", Pair, Comparison, str)
 
 
 def split_by_prompt(rows: Sequence[T], fraction: float = 0.1, seed: int = 0) -> tuple[list[T], list[T]]:
-    """(train, test): `fraction` of the distinct prompts, at least one, make the test set; the rows keep their order.
+    """Return (train, test), each in the order of the rows.
 
-    Which prompts depends on `seed` and the prompts alone, not on the order of the rows.
+    The choice depends on `seed` and the prompts alone, not on the order of the rows.
+
+    Args:
+        rows: pairs, comparisons or prompts.
+        fraction: share of the distinct prompts, at least one, that makes the test set.
+        seed: chooses the prompts.
     """
     check_number("split_by_prompt", "fraction", fraction, 0.0, 1.0, open_low=True)
     check_integer("split_by_prompt", "seed", seed, -(2**63), 2**63 - 1)
@@ -26,8 +31,9 @@ def split_by_prompt(rows: Sequence[T], fraction: float = 0.1, seed: int = 0) -> 
             f"split_by_prompt: rows: expected prompts for both sides; got {len(prompts)} distinct for a test fraction "
             f"of {fraction}"
         )
-    drawn = set(sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt}".encode()).digest())[:count])
-    return [row for row in rows if _prompt(row) not in drawn], [row for row in rows if _prompt(row) in drawn]
+    test_prompts = set(sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt}".encode()).digest())[:count])
+    train = [row for row in rows if _prompt(row) not in test_prompts]
+    return train, [row for row in rows if _prompt(row) in test_prompts]
 
 
 def _prompt(row: Pair | Comparison | str) -> str:

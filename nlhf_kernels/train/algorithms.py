@@ -1,9 +1,9 @@
-"""The algorithms: who answers beside the policy, what is trained on whose answers. One table, no branches elsewhere.
+"""The algorithms: which opponent answers beside the policy, and which loss is taken on whose answers, in one table.
 
 y ~ policy, y' ~ opponent^(1 - beta) reference^beta, token by token; a judge says P(y > y')
 
-policy gradient   climbs P(y > y') - tau KL(policy, reference), on y alone
-ipo               regresses log-ratios of y and y' on the preference; both come from the sampler of y'
+policy gradient   maximises P(y > y') - tau KL(policy, reference), on y alone
+ipo               regresses log-ratios of y and y' on the preference; both answers are sampled as y' is
 """
 
 from __future__ import annotations
@@ -16,20 +16,37 @@ from ..engine import Player
 
 @dataclass(frozen=True)
 class Algorithm:
+    """A row of the table.
+
+    Args:
+        name: as in `NashConfig.algorithm`.
+        summary: one line for documents.
+        loss: "policy-gradient" or "ipo".
+        beta: the reference's weight in the opponent's mixture, fixed by the algorithm; None: the configuration's.
+        opponent: whose weights sample y': "policy", "average" (a moving average of them) or "snapshot".
+        judged_by: "judge" or "reward".
+    """
+
     name: str
     summary: str
-    loss: str = "policy-gradient"  # or "ipo"
-    beta: float | None = None  # fixed by the algorithm; None: the configuration's
-    opponent: str = "policy"  # parameters y' is drawn with: policy, "average" (EMA) or "snapshot"
-    judged_by: str = "judge"  # or "reward"
+    loss: str = "policy-gradient"
+    beta: float | None = None
+    opponent: str = "policy"
+    judged_by: str = "judge"
 
     @property
     def own_parameters(self) -> bool:
-        """Whether the opponent keeps parameters of its own."""
+        """Whether the opponent has weights of its own."""
         return self.opponent != "policy"
 
     def players(self, beta: float, samples: int, row_ids: object) -> tuple[Player, ...]:
-        """Who answers. IPO trains on both answers, so both come from one mixture."""
+        """Return the players of a rollout. IPO trains on both answers, so both are sampled from one mixture.
+
+        Args:
+            beta: the reference's weight in the opponent's mixture.
+            samples: pairs of answers to every prompt.
+            row_ids ((B,)): numbers of the prompts, which determine the noise.
+        """
         parameters = "opponent" if self.own_parameters else "policy"
         first = Player(beta if self.loss == "ipo" else 0.0, Stream.POLICY, samples, row_ids)  # type: ignore[arg-type]
         second = Player(beta, Stream.OPPONENT, samples, row_ids, parameters)  # type: ignore[arg-type]

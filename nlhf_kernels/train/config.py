@@ -1,8 +1,9 @@
-"""NashConfig: what a training run is told, on top of transformers' TrainingArguments. All checks happen here."""
+"""NashConfig: the options of a training run beside transformers' TrainingArguments, and all their checks."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,12 +15,12 @@ from .algorithms import ALGORITHMS, Algorithm
 from .schedules import OP, Schedule, check_schedule
 
 KL_MODES = ("sequence", "to_go", "exact", "token")
-#: Options of TrainingArguments that keep their defaults, since nothing here would look at them or they contradict what
-#: is done here, and why.
 _NO_PREDICTIONS = "evaluations sample answers; there are no predictions to collect"
 _SHARDED = "rollouts need the whole model on every process"
 _COMPILED = "the model's head is replaced during the forward pass, which a compiled graph cannot see"
 _NO_LABELS = "there are no labels"
+#: Options of TrainingArguments that must keep their defaults, since nothing here would read them or they contradict
+#: what is done here -> the reason.
 FIXED = {
     "fp16_full_eval": "evaluations answer in the dtype of rollouts",
     "bf16_full_eval": "evaluations answer in the dtype of rollouts",
@@ -57,7 +58,7 @@ FIXED = {
     "do_predict": "the engine and `nlhf-kernels sample` answer prompts",
 }
 SAMPLING = ("random", "sequential")  # orders of the training data
-#: Numbers of TrainingArguments, which it takes as they come: name -> lowest value, and whether that one is left out.
+#: Numbers of TrainingArguments, which it does not check: name -> lowest value, and whether that one is excluded.
 _NUMBERS = {
     "learning_rate": (0.0, False),
     "weight_decay": (0.0, False),
@@ -88,7 +89,7 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class NashConfig(TrainingArguments):
-    """TrainingArguments, and what Nash learning needs beside them."""
+    """transformers' TrainingArguments, whose options keep their meaning, and the options of Nash learning."""
 
     algorithm: str = field(default="nash-md", metadata=_help("one of " + ", ".join(ALGORITHMS)))
     beta: Schedule = field(
@@ -226,7 +227,7 @@ class NashConfig(TrainingArguments):
             raise ValueError(f"{OP}: kl: {self.algorithm} has two references and needs to_go or sequence; got 'exact'")
 
     def _check_inherited(self) -> None:
-        """Infinity and NaN would end in weights that are not finite, after hours that look like training."""
+        """Check TrainingArguments' numbers: infinity and NaN would end in weights that are not finite, hours later."""
         for name, (low, open_low) in _NUMBERS.items():
             if (value := getattr(self, name)) is not None:
                 check_number(OP, name, value, low, open_low=open_low)
@@ -241,7 +242,7 @@ class NashConfig(TrainingArguments):
                 raise ValueError(f"{OP}: {entry.name}: expected finite numbers; got {wrong}")
 
     def _check_unused(self) -> None:
-        """What the chosen algorithm would not look at must be as it was: an option accepted is an option used."""
+        """Refuse changed options that the algorithm does not read: an option accepted is an option used."""
         algorithm, unused = self.algorithm_spec, []
         if algorithm.beta is not None:
             unused.append("beta")
@@ -271,20 +272,20 @@ class NashConfig(TrainingArguments):
             )
 
     def _check_batches(self) -> None:
-        """accelerate's ways to change what a process gets."""
+        """Refuse accelerate's options that would change which prompts a process gets."""
         split: Any = self.accelerator_config
-        for name, wanted in {"split_batches": False, "dispatch_batches": None, "even_batches": True}.items():
+        for name, needed in {"split_batches": False, "dispatch_batches": None, "even_batches": True}.items():
             value = getattr(split, name)
-            if (value or None) != (wanted or None):
+            if (value or None) != (needed or None):
                 raise ValueError(
-                    f"{OP}: accelerator_config: {name}: expected {wanted}, so that every process has "
+                    f"{OP}: accelerator_config: {name}: expected {needed}, so that every process has "
                     f"per_device_train_batch_size prompts of every batch; got {value!r}"
                 )
         if "num_steps" in (split.gradient_accumulation_kwargs or {}):
             raise ValueError(f"{OP}: accelerator_config: expected gradient_accumulation_steps instead of num_steps")
 
     def to_dict(self) -> dict[str, Any]:
-        """For logs: a schedule that is a function goes by its name."""
+        """Return all options for logs; a schedule that is a function is replaced by its name."""
         values: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
         for name in ("beta", "tau"):
             if callable(values[name]):
@@ -300,19 +301,31 @@ def _not_finite(value: Any) -> float | None:
 
 
 def _unset(value: Any) -> Any:
-    """None for all that means no: transformers' command line makes False of a default "no"."""
+    """Return None for all values that mean no: transformers' command line makes False of a default "no"."""
     return None if not value or value == "no" else value
 
 
 def defaults() -> dict[str, Any]:
-    """Of every field."""
+    """Return the default of every field."""
     return {
         entry.name: entry.default_factory() if callable(entry.default_factory) else entry.default
         for entry in fields(NashConfig)
     }
 
 
-def own_fields() -> list[Any]:
-    """The fields that NashConfig adds."""
+def own_fields(kind: type[TrainingArguments] | None = None) -> list[Any]:
+    """Return the fields that NashConfig, or another subclass of TrainingArguments, adds."""
     inherited = {entry.name for entry in fields(TrainingArguments)}
-    return [entry for entry in fields(NashConfig) if entry.name not in inherited]
+    return [entry for entry in fields(kind or NashConfig) if entry.name not in inherited]
+
+
+def document_fields(kind: type[TrainingArguments]) -> None:
+    """Append an Args block of the fields that `kind` adds, from their help texts, to its docstring."""
+    lines = []
+    for entry in own_fields(kind):
+        lines += textwrap.wrap(f"{entry.name}: {entry.metadata['help']}.", 108, subsequent_indent="    ")
+    block = "\n".join(f"        {line}" for line in lines)
+    kind.__doc__ = f"{(kind.__doc__ or '').rstrip()}\n\n    Args:\n{block}\n    "
+
+
+document_fields(NashConfig)

@@ -1,5 +1,5 @@
-"""Rewards: what they are called with, and the check that what comes back can be learned from. Judges have the same in
-`preference`; both are any callable that answers for a batch of texts with one number a row."""
+"""Rewards: callables (prompts, responses) -> one number a row, and the check of what they return. Judges have theirs in
+`preference`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from ..core.stopping import Stopped
 Reward = Callable[[Sequence[str], Sequence[str]], Any]
 
 
-def rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:  # (B,) float64
+def rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+    """Return a reward's (B,) float64 values on the CPU; raise where they are not B finite numbers.
+
+    Args:
+        reward: the callable.
+        prompts, responses: B texts each.
+    """
     name = getattr(reward, "__qualname__", type(reward).__name__)
     try:
-        given = reward(list(prompts), list(responses))
+        returned = reward(list(prompts), list(responses))
     except Stopped:
         raise
     except SystemExit as stop:  # it would pass for the end of a finished run
         raise RuntimeError(f"NashTrainer: reward: {name}: called sys.exit({stop.code!r})") from stop
     try:
-        values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
+        values = torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"NashTrainer: reward: {name}: expected {len(prompts)} numbers; got {type(given).__name__}: {error}"
+            f"NashTrainer: reward: {name}: expected {len(prompts)} numbers; got {type(returned).__name__}: {error}"
         ) from error
     if values.shape != (len(prompts),):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Numbers that change during training: beta and tau as a number, a list by epoch, a dict or a function by step."""
+"""Schedules of beta and tau: a number, a list by epoch, a dict by step, or a function of the step."""
 
 from __future__ import annotations
 
@@ -12,34 +12,46 @@ Schedule = float | list[float] | dict[int, float] | Callable[[int], float]
 OP = "NashConfig"
 
 
-def check_schedule(name: str, given: Any, open_low: bool = False) -> Schedule:
-    """`given` with its numbers checked; a function's are checked as they come, by `value_at`."""
+def check_schedule(name: str, schedule: Any, open_low: bool = False) -> Schedule:
+    """Return `schedule` with its numbers checked; those of a function are checked by `value_at`.
+
+    Args:
+        name: "beta" or "tau".
+        schedule: a number, a list by epoch, {step: value} or a function of the step.
+        open_low: refuse the lower bound, too.
+    """
     low, high = RANGES[name]
-    if callable(given):
+    if callable(schedule):
         try:
-            pickle.dumps(given)
+            pickle.dumps(schedule)
         except Exception as error:  # pickle has many ways to say no
             raise ValueError(
                 f"{OP}: {name}: expected a function that a checkpoint can hold, one that a module defines; "
-                f"got {given!r}: {error}"
+                f"got {schedule!r}: {error}"
             ) from error
-        return given  # type: ignore[no-any-return]
-    if isinstance(given, list | tuple):
-        if not given:
+        return schedule  # type: ignore[no-any-return]
+    if isinstance(schedule, list | tuple):
+        if not schedule:
             raise ValueError(f"{OP}: {name}: expected a number for every epoch; got an empty list")
-        return [_check(f"{name}[{epoch}]", value, low, high, open_low) for epoch, value in enumerate(given)]
-    if isinstance(given, dict):
-        steps = {_step(name, key): value for key, value in given.items()}
+        return [_check(f"{name}[{epoch}]", value, low, high, open_low) for epoch, value in enumerate(schedule)]
+    if isinstance(schedule, dict):
+        steps = {_step(name, key): value for key, value in schedule.items()}
         if 0 not in steps:
             raise ValueError(f"{OP}: {name}: expected the value from step 0 on among them; got steps {sorted(steps)}")
         return {step: _check(f"{name}[{step}]", steps[step], low, high, open_low) for step in sorted(steps)}
-    return _check(name, given, low, high, open_low)
+    return _check(name, schedule, low, high, open_low)
 
 
 def value_at(name: str, schedule: Schedule, step: int, epoch: float) -> float:
-    """The value for update `step`, counted from 0, which begins at the (fractional) `epoch`.
+    """Return the value for an update.
 
-    A list's entry i holds during epoch i, its last entry ever after; a dict's from its step on, until the next.
+    A list's entry i holds during epoch i, its last entry ever after; a dict's entry from its step until the next one.
+
+    Args:
+        name: "beta" or "tau".
+        schedule: what `check_schedule` returned.
+        step: number of the update, from 0.
+        epoch: the (fractional) epoch at which it begins.
     """
     if callable(schedule):
         return _check(f"{name}({step})", schedule(step), *RANGES[name], False)
@@ -51,7 +63,7 @@ def value_at(name: str, schedule: Schedule, step: int, epoch: float) -> float:
 
 
 def _step(name: str, key: Any) -> int:
-    """YAML and JSON know keys as text."""
+    """Return a dict's key as a step; YAML and JSON have keys as text."""
     try:
         step = int(key)
     except (TypeError, ValueError):
@@ -64,6 +76,6 @@ def _step(name: str, key: Any) -> int:
 def _check(name: str, value: Any, low: float, high: float, open_low: bool) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
-        wanted = f"{'(' if open_low else '['}{low}, {high}{']' if math.isfinite(high) else ')'}"
-        raise ValueError(f"{OP}: {name}: expected a finite number in {wanted}; got {value!r}")
+        interval = f"{'(' if open_low else '['}{low}, {high}{']' if math.isfinite(high) else ')'}"
+        raise ValueError(f"{OP}: {name}: expected a finite number in {interval}; got {value!r}")
     return float(value)

@@ -37,8 +37,10 @@ def accelerate_trl(*, kl: str = "to_go", backend: str | None = None) -> Accelera
 
     A second call changes nothing, and its `with` block ends without undoing the first.
 
-    kl        to_go or sequence, both unbiased; token is TRL's own estimate, biased where answers have several tokens
-    backend   of the kernels; None: the fastest that can run
+    Args:
+        kl: "to_go" or "sequence", both unbiased; "token" is TRL's own estimate, biased where answers have several
+            tokens.
+        backend: of the kernels; None: the fastest that can run.
     """
     check_option(OP, "kl", kl, KL_MODES)
     trainer = upstream.trl_trainer_class(OP)
@@ -57,7 +59,12 @@ def accelerate_trl(*, kl: str = "to_go", backend: str | None = None) -> Accelera
 
 
 class Acceleration:
-    """What `accelerate_trl` has changed. `undo()` changes it back; so does leaving the first call's `with` block."""
+    """The changes of `accelerate_trl`. `undo()` reverts them; so does leaving the first call's `with` block.
+
+    Args:
+        trainer: TRL's class.
+        kl, backend: as for `accelerate_trl`.
+    """
 
     def __init__(self, trainer: Any, kl: str, backend: str | None) -> None:
         self.kl, self.backend, self.trainer = kl, backend, trainer
@@ -69,7 +76,7 @@ class Acceleration:
             setattr(trainer, name, value)
 
     def undo(self) -> None:
-        """A second time changes nothing."""
+        """Restore the class's own methods; a second call changes nothing."""
         for name, value in self._before.items():
             if value is None:
                 delattr(self.trainer, name)
@@ -125,7 +132,7 @@ def _now(trainer: Any, name: str) -> float:
 
 @dataclass
 class Step:
-    """A micro-batch on its way from answers to a loss."""
+    """The state of a micro-batch between its rollout and its loss."""
 
     input_ids: torch.Tensor  # (B, S + T)
     attention_mask: torch.Tensor  # (B, S + T)
@@ -134,12 +141,12 @@ class Step:
 
 
 class Rollouts:
-    """One trainer's engine, and the micro-batch at hand."""
+    """One trainer's engine, and its current micro-batch."""
 
     def __init__(self, trainer: Any, kl: str, backend: str | None) -> None:
         _check(trainer)
         self.kl, self.backend = kl, backend
-        self.trainer = ref(trainer)  # which keeps this alive, and not the other way round
+        self.trainer = ref(trainer)  # weak: the trainer owns this object
         self.settings = _settings(trainer, backend)
         dtype = torch.bfloat16 if trainer.args.bf16 else None
         with _bare(trainer.model):
@@ -158,14 +165,14 @@ class Rollouts:
         if self.rollout_policy.refresh():
             self.engine.release()
         ids, mask = prompts["input_ids"], prompts["attention_mask"]
-        y, other = self.engine.rollout(ids, mask, nash_md(self._trainer().mixture_coef), self.settings)
-        if not (bool(y.ok.all()) and bool(other.ok.all())):
+        y, y_prime = self.engine.rollout(ids, mask, nash_md(self._trainer().mixture_coef), self.settings)
+        if not (bool(y.ok.all()) and bool(y_prime.ok.all())):
             raise FloatingPointError(f"{OP}: expected finite logits; got NaN or infinity while sampling")
         self.step = Step(torch.cat([ids, y.tokens], 1), torch.cat([mask, y.mask.to(mask)], 1), y)
-        return self.step.input_ids, torch.cat([ids, other.tokens], 1)
+        return self.step.input_ids, torch.cat([ids, y_prime.tokens], 1)
 
     def logprobs(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rollout's: the policy has not moved since. What is made here is what the loss needs."""
+        """Return the rollout's log-probabilities: the policy has not changed. Compute the loss's hidden states."""
         answer = self.step.answer
         hidden = hidden_states(model, self.step.input_ids[:, :-1], self.step.attention_mask[:, :-1])
         self.step.hidden = hidden[:, -answer.tokens.shape[1] :].contiguous()
@@ -173,7 +180,7 @@ class Rollouts:
         return answer.policy_logprobs, answer.reference_logprobs
 
     def loss(self, probability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss, and what TRL logs: the score and log(pi / mu) of every row."""
+        """Return the loss, and what TRL logs: the score and log(pi / mu) of every row."""
         trainer, answer = self._trainer(), self.step.answer
         hidden, self.step.hidden = self.step.hidden, None
         assert hidden is not None
@@ -194,9 +201,9 @@ class Rollouts:
 
 
 def _check(trainer: Any) -> None:
-    """What TRL's trainer can be told and this cannot do."""
+    """Refuse options of TRL's trainer that are not supported here."""
     args = trainer.args
-    wrong = {
+    unsupported = {
         "use_vllm": args.use_vllm,
         "fp16": args.fp16,
         "torch_compile": args.torch_compile,
@@ -204,8 +211,8 @@ def _check(trainer: Any) -> None:
         "use_transformers_paged": getattr(args, "use_transformers_paged", False),
         "cache_implementation": args.cache_implementation is not None,
     }
-    for name, given in wrong.items():
-        if given:
+    for name, is_set in unsupported.items():
+        if is_set:
             raise ValueError(f"{OP}: {name}: expected its default; got {getattr(args, name)!r}")
     count = max(trainer.accelerator.num_processes, args.n_gpu)
     if count > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
@@ -228,17 +235,17 @@ def _check(trainer: Any) -> None:
 
 
 def _settings(trainer: Any, backend: str | None) -> RolloutSettings:
-    given = trainer.generation_kwargs
-    for name in given:
+    options = trainer.generation_kwargs
+    for name in options:
         if name not in _PLAIN | _SAMPLING:
             raise ValueError(f"{OP}: generation_kwargs: expected {', '.join(sorted(_SAMPLING))}; got {name!r}")
-    if not given.get("do_sample", True) or given.get("repetition_penalty", 1.0) != 1.0:
-        name = "repetition_penalty" if given.get("do_sample", True) else "do_sample"
-        raise ValueError(f"{OP}: {name}: expected plain sampling; got {given[name]!r}")
+    if not options.get("do_sample", True) or options.get("repetition_penalty", 1.0) != 1.0:
+        name = "repetition_penalty" if options.get("do_sample", True) else "do_sample"
+        raise ValueError(f"{OP}: {name}: expected plain sampling; got {options[name]!r}")
     return RolloutSettings(
-        **{name: given[name] for name in _SAMPLING if name in given},
-        end_ids=given.get("eos_token_id", ()),
-        pad_id=given["pad_token_id"],
+        **{name: options[name] for name in _SAMPLING if name in options},
+        end_ids=options.get("eos_token_id", ()),
+        pad_id=options["pad_token_id"],
         logprobs=("policy", "reference"),
         backend=backend,
     )
@@ -246,9 +253,9 @@ def _settings(trainer: Any, backend: str | None) -> RolloutSettings:
 
 @contextmanager
 def _bare(model: Any) -> Iterator[None]:
-    """Without what accelerate has put around the model's forward pass: a copy of it would call the original's."""
-    around = {name: vars(model).pop(name) for name in upstream.WRAPPED_FORWARD if name in vars(model)}
+    """Remove accelerate's wrapper of the model's forward: a copy of the wrapper would call the original model."""
+    wrapper = {name: vars(model).pop(name) for name in upstream.WRAPPED_FORWARD if name in vars(model)}
     try:
         yield
     finally:
-        vars(model).update(around)
+        vars(model).update(wrapper)

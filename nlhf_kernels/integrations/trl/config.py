@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from ...core.checks import check_integer, check_number
 from ...train import NashConfig
+from ...train.config import document_fields
 
 OP = "NashMDConfig"
 _VLLM = "both models decode in lockstep, in the rollout engine"
@@ -52,7 +53,7 @@ def _refused(default: Any) -> Any:
 
 @dataclass
 class NashMDConfig(TrainingArguments):
-    """TrainingArguments, and TRL's options of Nash-MD; `nash_config` is what they mean here."""
+    """transformers' TrainingArguments, and TRL's options of Nash-MD; `nash_config` translates them."""
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
@@ -131,13 +132,13 @@ class NashMDConfig(TrainingArguments):
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
         self.check()
-        given = {entry.name: getattr(self, entry.name) for entry in fields(TrainingArguments)}
+        arguments = {entry.name: getattr(self, entry.name) for entry in fields(TrainingArguments)}
         super().__post_init__()  # type: ignore[no-untyped-call]
-        # transformers has filled in and converted some; NashConfig wants what was given, unless it is changed later
-        self._given = {name: (value, copy.deepcopy(getattr(self, name))) for name, value in given.items()}
+        # transformers fills in and converts some; NashConfig gets the arguments as passed, unless they are set later
+        self._passed = {name: (value, copy.deepcopy(getattr(self, name))) for name, value in arguments.items()}
 
     def check(self) -> None:
-        """Again before they are used: attributes can be set."""
+        """Check all options; called again before they are used, as attributes can be set."""
         for entry in fields(self):
             if entry.name in REFUSED and getattr(self, entry.name) != entry.default:
                 raise ValueError(
@@ -162,31 +163,34 @@ class NashMDConfig(TrainingArguments):
         check_number(OP, "min_p", self.sampling()["min_p"], 0.0, 1.0)
 
     def sampling(self) -> dict[str, Any]:
-        """How tokens are drawn."""
+        """Return the options of sampling, `generation_kwargs` before the options of the same names."""
         named = {name: getattr(self, name) for name in GENERATION if name != "min_new_tokens"}
-        chosen = {"min_new_tokens": 0, **named, **(self.generation_kwargs or {})}
-        return {**chosen, "min_p": chosen["min_p"] or 0.0, "top_k": chosen["top_k"] or 0}
+        options = {"min_new_tokens": 0, **named, **(self.generation_kwargs or {})}
+        return {**options, "min_p": options["min_p"] or 0.0, "top_k": options["top_k"] or 0}
 
     def init_options(self) -> dict[str, Any]:
-        """For from_pretrained of the policy."""
-        given = self.model_init_kwargs or {}
-        if not isinstance(given, dict):
-            raise TypeError(f"{OP}: model_init_kwargs: expected a dict, or one in JSON; got {given!r}")
-        return {"trust_remote_code": self.trust_remote_code, **given}
+        """Return the options of from_pretrained for the policy."""
+        options = self.model_init_kwargs or {}
+        if not isinstance(options, dict):
+            raise TypeError(f"{OP}: model_init_kwargs: expected a dict, or one in JSON; got {options!r}")
+        return {"trust_remote_code": self.trust_remote_code, **options}
 
     def nash_config(self, missing_eos_penalty: float) -> NashConfig:
-        """The same run as NashTrainer is told it; a penalty on rewards is not its matter."""
+        """Return the NashConfig of the same run.
+
+        Args:
+            missing_eos_penalty: taken off P(y > y') for an answer without an end token.
+        """
         self.check()
         values = {}
-        for name, (given, settled) in self._given.items():
-            now = getattr(self, name)
-            values[name] = given if now == settled else now
+        for name, (argument, initial) in self._passed.items():
+            current = getattr(self, name)
+            values[name] = argument if current == initial else current
         for old, new in _RENAMED:
             if new in values:
                 value = values.pop(old)
-                values[new] = (
-                    value if getattr(self, old) != self._given[old][1] else values[new]
-                )  # set later by that name
+                set_later = getattr(self, old) != self._passed[old][1]  # under its old name
+                values[new] = value if set_later else values[new]
         if values.get("ddp_find_unused_parameters") is None:
             values.pop("ddp_find_unused_parameters", None)
         sampling = self.sampling()
@@ -203,11 +207,14 @@ class NashMDConfig(TrainingArguments):
         )
 
 
-def _by_epoch(name: str, given: Any, high: float) -> Any:
-    """A number, or a list of them; a list of one is that one, as in TRL."""
-    if isinstance(given, (list, tuple)):
-        if not given:
+def _by_epoch(name: str, value: Any, high: float) -> Any:
+    """Return a number or a list of numbers, checked; a list of one becomes that number, as in TRL."""
+    if isinstance(value, (list, tuple)):
+        if not value:
             raise ValueError(f"{OP}: {name}: expected a number for every epoch; got an empty list")
-        numbers = [check_number(OP, f"{name}[{epoch}]", value, 0.0, high) for epoch, value in enumerate(given)]
+        numbers = [check_number(OP, f"{name}[{epoch}]", number, 0.0, high) for epoch, number in enumerate(value)]
         return numbers[0] if len(numbers) == 1 else numbers
-    return check_number(OP, name, given, 0.0, high)
+    return check_number(OP, name, value, 0.0, high)
+
+
+document_fields(NashMDConfig)

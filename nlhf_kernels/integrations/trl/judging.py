@@ -1,7 +1,7 @@
-"""What TRL calls `reward_funcs` and `judge`, as a judge of ours: P(y > y') for pairs of texts.
+"""TRL's `reward_funcs` and `judge` as a judge of this library: P(y > y') for pairs of texts.
 
 Rewards (models, functions) are summed by their weights, and P = sigmoid of the difference, less TRL's penalty for an
-answer without an end. Judges (callables of ours, TRL's judge objects, preference models) say P themselves.
+answer without an end token. Judges (callables, TRL's judge objects, preference models) return P themselves.
 """
 
 from __future__ import annotations
@@ -88,14 +88,15 @@ class FunctionReward:
 
     def __call__(self, prompts: Texts, answers: Texts) -> list[Any]:
         rows = [self.rows.row(prompt) for prompt in prompts]
-        given = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
-        given["prompts"] = given.pop("prompt")
-        given["completions"] = [
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        columns["prompts"] = columns.pop("prompt")
+        columns["completions"] = [
             answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
-            for prompt, answer in zip(given["prompts"], answers, strict=True)
+            for prompt, answer in zip(columns["prompts"], answers, strict=True)
         ]
-        wanted = {name: value for name, value in given.items() if self.takes is None or name in self.takes}
-        return [0.0 if value is None else value for value in self.function(**wanted)]
+        arguments = {name: value for name, value in columns.items() if self.takes is None or name in self.takes}
+        return [0.0 if value is None else value for value in self.function(**arguments)]
 
 
 class ModelReward:
@@ -165,23 +166,23 @@ class TrlJudge:
         return [{0: 1.0, 1: 0.0}.get(value, 0.5) for value in better]
 
 
-class Asked(NamedTuple):
-    """What a NashMDTrainer was given to compare answers with."""
+class Comparison(NamedTuple):
+    """How a NashMDTrainer compares answers."""
 
     judge: Judge
-    penalty: float  # on P(y > y') for an answer without an end, which is NashTrainer's to take off
-    reward_funcs: Any  # as `NashMDTrainer.reward_funcs`: loaded where they came by name; None beside `judge`
+    penalty: float  # that NashTrainer takes off P(y > y') for an answer without an end token
+    reward_funcs: Any  # for `NashMDTrainer.reward_funcs`: loaded where they are named; None beside `judge`
 
 
-def judge_of(
+def make_judge(
     args: NashMDConfig, reward_funcs: Any, judge: Any, tokenizers: Any, policy_tokenizer: Any, rows: Rows
-) -> Asked:
-    """One judge from all that was given."""
-    given = {"reward_funcs": reward_funcs, "judge": judge, "args.reward_model_path": args.reward_model_path}
-    named = [name for name, value in given.items() if value is not None]
+) -> Comparison:
+    """Return one judge from all arguments that name judges or rewards."""
+    sources = {"reward_funcs": reward_funcs, "judge": judge, "args.reward_model_path": args.reward_model_path}
+    named = [name for name, value in sources.items() if value is not None]
     if len(named) != 1:
-        raise ValueError(f"{OP}: expected one of {', '.join(given)}; got {' and '.join(named) or 'none'}")
-    value = given[named[0]]
+        raise ValueError(f"{OP}: expected one of {', '.join(sources)}; got {' and '.join(named) or 'none'}")
+    value = sources[named[0]]
     items = list(value) if isinstance(value, (list, tuple)) else [value]
     weights = _weights(args, len(items))
     kinds = {_is_judge(named[0], item) for item in items}
@@ -193,14 +194,14 @@ def judge_of(
             raise ValueError(f"{OP}: reward_processing_classes: expected with reward models; got judges beside them")
         judges = [_judge(item) for item in items]
         one = judges[0] if len(judges) == 1 and args.reward_weights is None else AverageJudge(judges, weights)
-        return Asked(one, penalty, _one_or_all(items) if named[0] == "reward_funcs" else None)
+        return Comparison(one, penalty, _one_or_all(items) if named[0] == "reward_funcs" else None)
     tokenizers = _one_each(tokenizers, len(items))
-    items = [_loaded(args, item) if isinstance(item, str) else item for item in items]
-    rewarded = [
+    items = [_load(args, item) if isinstance(item, str) else item for item in items]
+    reward_functions = [
         _reward(args, item, tokenizer, policy_tokenizer, rows)
         for item, tokenizer in zip(items, tokenizers, strict=True)
     ]
-    return Asked(RewardDifference(tuple(rewarded), tuple(weights), penalty), 0.0, _one_or_all(items))
+    return Comparison(RewardDifference(tuple(reward_functions), tuple(weights), penalty), 0.0, _one_or_all(items))
 
 
 def _one_or_all(items: list[Any]) -> Any:
@@ -267,7 +268,7 @@ def _judge(item: Any) -> Judge:
     return judge
 
 
-def _loaded(args: NashMDConfig, name: str) -> Any:
+def _load(args: NashMDConfig, name: str) -> Any:
     options: Any = {"num_labels": 1, "trust_remote_code": args.trust_remote_code}
     return load_model(f"{OP}: reward_funcs", name, "AutoModelForSequenceClassification", **options)
 

@@ -15,20 +15,33 @@ from ...engine import RolloutSettings
 from ...engine.peft_models import is_adapted
 from ...train import NashTrainer
 from .config import NashMDConfig
-from .judging import PenalisingCollector, judge_of
+from .judging import PenalisingCollector, make_judge
 from .rows import OP, Rows
 
 
 class NashMDTrainer(NashTrainer):
-    """Trains `model` by Nash-MD. Arguments as in TRL; those that are not TRL 1.13's come after the star.
-
-    reward_funcs               a reward model (or its name), a reward function, a list of them; or a judge
-    judge                      instead: (prompts, first, second) -> P(first preferred), an object with TRL's
-                               `judge(prompts, pairs)`, or a PairwisePreferenceModel
-    reward_processing_classes  tokenizers of the reward models; None: the one saved with a model, else the policy's
+    """Train `model` by Nash-MD. Arguments as in TRL; those that are not TRL 1.13's are keyword-only.
 
     `beta` and `mixture_coef`, of the trainer and of its logs, are TRL's. `args` of the trainer is the NashConfig that
-    the NashMDConfig amounts to; the latter stays in `trl_config`.
+    the NashMDConfig translates to; the latter stays in `trl_config`.
+
+    Args:
+        model: causal language model, a peft model around one, or a name for `from_pretrained`.
+        ref_model: the reference; None: a frozen copy of `model`, or its base where `peft_config` adds adapters.
+        reward_funcs: a reward model (or its name), a reward function, a list of them; or a judge.
+        args: the configuration.
+        data_collator: must be None: prompts are tokenised and padded here.
+        train_dataset: rows with a column `prompt`: texts, or lists of chat messages.
+        eval_dataset: likewise, or a mapping of names to such.
+        processing_class: the tokenizer.
+        peft_config: configuration of adapters to put on `model`.
+        compute_metrics: must be None: evaluations sample answers.
+        callbacks: callbacks of transformers' Trainer.
+        optimizers: optimizer and learning-rate scheduler, as in transformers' Trainer.
+        preprocess_logits_for_metrics: must be None: the logits are never computed.
+        judge: instead of `reward_funcs`: (prompts, first, second) -> P(first preferred), an object with TRL's
+            `judge(prompts, pairs)`, or a PairwisePreferenceModel.
+        reward_processing_classes: tokenizers of the reward models; None: the one saved with a model, else the policy's.
     """
 
     SCHEDULES = MappingProxyType({"beta": "mixture_coef", "tau": "beta"})
@@ -65,9 +78,9 @@ class NashMDTrainer(NashTrainer):
             processing_class.pad_token = processing_class.eos_token  # as TRL does; padding is masked
         self.trl_config = args
         self.rows = Rows(processing_class)
-        asked = judge_of(args, reward_funcs, judge, reward_processing_classes, processing_class, self.rows)
-        self._reward_funcs = asked.reward_funcs
-        model = _loaded(model, args)
+        comparison = make_judge(args, reward_funcs, judge, reward_processing_classes, processing_class, self.rows)
+        self._reward_funcs = comparison.reward_funcs
+        model = _load(model, args)
         if ref_model is None and peft_config is None and is_adapted(model):
             ref_model = copy.deepcopy(model)  # as it is now, adapters and all
         if isinstance(ref_model, torch.nn.Module) and isinstance(model, torch.nn.Module):
@@ -75,8 +88,8 @@ class NashMDTrainer(NashTrainer):
         super().__init__(
             model=model,
             reference_model=ref_model,
-            judge=asked.judge,
-            args=args.nash_config(asked.penalty),
+            judge=comparison.judge,
+            args=args.nash_config(comparison.penalty),
             train_dataset=None if train_dataset is None else self.rows.read("train_dataset", train_dataset),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -108,7 +121,12 @@ class NashMDTrainer(NashTrainer):
     def create_model_card(
         self, model_name: Any = None, dataset_name: Any = None, tags: Any = None, **options: Any
     ) -> None:
-        """Write the model's README.md; transformers' options beside TRL's."""
+        """Write the model's README.md.
+
+        Args:
+            model_name, dataset_name, tags: as in TRL.
+            options: as in transformers.
+        """
         super().create_model_card(model_name=model_name, tags=tags, **{"dataset": dataset_name, **options})
 
     def read_eval_dataset(self, rows: Any) -> Any:
@@ -133,12 +151,12 @@ class NashMDTrainer(NashTrainer):
         return replace(super().rollout_settings(end_ids, pad_id), min_p=self.trl_config.sampling()["min_p"])
 
 
-def _refuse(name: str, given: Any, reason: str) -> None:
-    if given is not None:
-        raise ValueError(f"{OP}: {name}: expected None, as {reason}; got {type(given).__name__}")
+def _refuse(name: str, value: Any, reason: str) -> None:
+    if value is not None:
+        raise ValueError(f"{OP}: {name}: expected None, as {reason}; got {type(value).__name__}")
 
 
-def _loaded(model: Any, args: NashMDConfig) -> Any:
+def _load(model: Any, args: NashMDConfig) -> Any:
     if isinstance(model, str):
         return load_model(f"{OP}: model", model, trainable=True, **args.init_options())
     if args.model_init_kwargs is not None:
