@@ -152,9 +152,9 @@ def test_ipo_of_one_comparison(tau, first) -> None:
 )
 def test_ipo_of_three_comparisons(tau, policy) -> None:
     wins = torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0]])
-    got = tabular.ipo(wins, log(1 / 3, 1 / 3, 1 / 3), tau)
-    torch.testing.assert_close(got.exp(), torch.tensor(policy, dtype=F64), rtol=0, atol=6e-4)
-    torch.testing.assert_close(got[0] - got[1], torch.tensor(1 / (3 * tau), dtype=F64))
+    fit = tabular.ipo(wins, log(1 / 3, 1 / 3, 1 / 3), tau)
+    torch.testing.assert_close(fit.exp(), torch.tensor(policy, dtype=F64), rtol=0, atol=6e-4)
+    torch.testing.assert_close(fit[0] - fit[1], torch.tensor(1 / (3 * tau), dtype=F64))
 
 
 BAD_GAMES = [

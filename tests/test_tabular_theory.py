@@ -28,8 +28,8 @@ def test_equilibrium_is_the_fixed_point(many, star) -> None:
     """log pi* = log mu + P(. > pi*) / tau + const, and nobody can gain against it."""
     torch.testing.assert_close(tabular.best_response(star, many), star, rtol=0, atol=1e-12)
     assert tabular.exploitability(star, many).abs().max() < 1e-13
-    away = (star + 0.01 * torch.randn(star.shape, dtype=F64)).log_softmax(-1)
-    assert (tabular.exploitability(away, many) > 1e-9).all()
+    moved = (star + 0.01 * torch.randn(star.shape, dtype=F64)).log_softmax(-1)
+    assert (tabular.exploitability(moved, many) > 1e-9).all()
 
 
 def test_theorem_1_bound_and_recursion(many, star) -> None:
@@ -74,10 +74,10 @@ def test_nash_mp_is_the_published_map() -> None:
         (theta + eta * game.log_reference + eta / game.tau * game.expected(log_pi)) / (1 + eta)
     ).log_softmax(-1)
     expected = advance(advance(theta.log_softmax(-1)))
-    got = solve(game, "nash-mp", steps=1, start=theta, eta=eta).log_policy
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+    policy = solve(game, "nash-mp", steps=1, start=theta, eta=eta).log_policy
+    torch.testing.assert_close(policy, expected, rtol=0, atol=1e-14)
     same = solve(game, "egpo", steps=1, start=theta, step=eta / (game.tau * (1 + eta))).log_policy
-    assert torch.equal(got, same)
+    assert torch.equal(policy, same)
 
 
 def test_online_mirror_descent_circles_above_its_step_limit() -> None:

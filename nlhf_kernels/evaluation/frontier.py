@@ -70,7 +70,7 @@ class Frontier:
             kl (float): within the range of the policies' KL.
             comparisons (int): number of estimates from which the best is picked.
         """
-        _check_range([self], kl)
+        _check_range({self.name: self.kl}, kl)
         _, runs, prompts = self.kl.shape
         return bootstrap(lambda weights: self.interpolated(weights, kl), runs, prompts, comparisons)
 
@@ -90,13 +90,7 @@ def shared_range(frontiers: Sequence[Frontier]) -> tuple[float, float]:
     Args:
         frontiers (sequence of Frontier): one or more.
     """
-    spans = {each.name: each.kl.double().mean((1, 2)) for each in frontiers}
-    low = max(float(span.min()) for span in spans.values())
-    high = min(float(span.max()) for span in spans.values())
-    if low > high:
-        listed = ", ".join(f"{name} {float(span.min()):.3g} to {float(span.max()):.3g}" for name, span in spans.items())
-        raise ValueError(f"frontier: expected ranges of KL that overlap; got {listed}")
-    return low, high
+    return _shared_range({frontier.name: frontier.kl for frontier in frontiers})
 
 
 def difference_at(first: Frontier, second: Frontier, kl: float, comparisons: int = 1) -> Estimate:
@@ -110,7 +104,7 @@ def difference_at(first: Frontier, second: Frontier, kl: float, comparisons: int
     if first.kl.shape[1:] != second.kl.shape[1:]:
         shapes = f"{tuple(first.kl.shape[1:])} and {tuple(second.kl.shape[1:])}"
         raise ValueError(f"frontier: expected as many runs and prompts of both; got {shapes}")
-    _check_range([first, second], kl)
+    _check_range({first.name: first.kl, second.name: second.kl}, kl)
 
     def difference(weights: Weights) -> torch.Tensor:
         return first.interpolated(weights, kl) - second.interpolated(weights, kl)
@@ -141,11 +135,7 @@ def rate_at_equal_kl(
     rates = torch.stack([torch.stack([tournament.match(a, b) for b in second]) for a in first])  # (N, M, S, P)
     runs, prompts = rates.shape[2:]
     sides = [torch.stack([kl[name].expand(runs, prompts) for name in names]) for names in (first, second)]
-    frontiers = [
-        Frontier(" ".join(names), range(len(names)), values, values)
-        for names, values in zip((first, second), sides, strict=True)
-    ]
-    _check_range(frontiers, at)
+    _check_range({", ".join(names): values for names, values in zip((first, second), sides, strict=True)}, at)
 
     def rate(weights: Weights) -> torch.Tensor:
         left, right = (interpolation(weights.mean(values), at) for values in sides)
@@ -170,8 +160,18 @@ def interpolation(kl: torch.Tensor, at: float) -> torch.Tensor:
     return torch.zeros_like(weights).scatter_(1, order, weights)
 
 
-def _check_range(frontiers: Sequence[Frontier], kl: float) -> None:
-    low, high = shared_range(frontiers)
-    if not low <= kl <= high:
-        names = " and ".join(each.name for each in frontiers)
-        raise ValueError(f"frontier: kl: expected between {low:.4g} and {high:.4g}, which {names} span; got {kl:.4g}")
+def _shared_range(kl: Mapping[str, torch.Tensor]) -> tuple[float, float]:  # method -> (N, S, P)
+    means = {name: values.double().mean((1, 2)) for name, values in kl.items()}
+    low = max(float(mean.min()) for mean in means.values())
+    high = min(float(mean.max()) for mean in means.values())
+    if low > high:
+        ranges = ", ".join(f"{name} {float(mean.min()):.3g} to {float(mean.max()):.3g}" for name, mean in means.items())
+        raise ValueError(f"frontier: expected ranges of KL that overlap; got {ranges}")
+    return low, high
+
+
+def _check_range(kl: Mapping[str, torch.Tensor], at: float) -> None:
+    low, high = _shared_range(kl)
+    if not low <= at <= high:
+        names = " and ".join(kl)
+        raise ValueError(f"frontier: kl: expected between {low:.4g} and {high:.4g}, which {names} span; got {at:.4g}")

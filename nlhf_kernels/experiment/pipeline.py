@@ -15,16 +15,15 @@ from ..core.atomic import atomic_folder
 from ..core.loading import load_model, quiet
 from ..core.terminal import SILENT, Reporter
 from ..evaluation import Answers, Sampling, answer_measures, play_tournament, sample_answers
+from ..preference import PreferenceModelJudge, load_preference_model
 from .best_responses import STARTS, make_best_response, measure_exploitability
 from .claims import beats_rewards, by_beta, interior_beta
 from .corpus import Material, load_corpus, make_corpus
 from .preferences import (
     count_all_cycles,
     load_annotators,
-    load_comparison_model,
     make_comparison_model,
     make_preferences,
-    model_judge,
 )
 from .presets import START, Preset, as_json, label
 from .report import write_report
@@ -117,12 +116,15 @@ class Experiment:
             make = partial(make_comparison_model, kind=kind, pairs=pairs, setting=self.setting)
             self._stage(title.replace(" ", "-"), title, make)
         annotators = load_annotators(self.corpus, pairs)
-        learned = model_judge(self.workspace.path("preference-model"), self.preset, self.device)
-        self.judges: dict[str, Any] = {"preference-model": learned}
+        preference_model, reward_model = (
+            load_preference_model(self.workspace.path(f"{kind}-model") / "model", device=self.device)
+            for kind in ("preference", "reward")
+        )
+        judge = PreferenceModelJudge(preference_model, self.preset.batch)
+        self.judges: dict[str, Any] = {"preference-model": judge}
         if annotators is not None:
             self.judges["annotators"] = annotators
-        model = load_comparison_model(self.workspace.path("reward-model"), self.device)
-        self.reward = Rewards(model, self.preset.batch)
+        self.reward = Rewards(reward_model, self.preset.batch)
 
     def _train(self) -> None:
         shared = {"judge": self.judges[self.preset.judge], "reward": self.reward, "setting": self.setting}

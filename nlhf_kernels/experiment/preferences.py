@@ -14,10 +14,7 @@ import torch
 from ..data import Pair
 from ..evaluation import Sampling, count_cycles, preference_table, sample_answers
 from ..preference import (
-    ComparisonModel,
-    PreferenceModelJudge,
     PreferenceTraining,
-    load_preference_model,
     save_preference_model,
     train_preference_model,
 )
@@ -120,10 +117,6 @@ def make_comparison_model(work: Path, kind: str, pairs: Path, setting: Setting) 
     )
 
 
-def load_comparison_model(folder: Path, device: torch.device) -> ComparisonModel:
-    return load_preference_model(folder / "model", device=device)
-
-
 def count_all_cycles(work: Path, judges: dict[str, Any], setting: Setting) -> None:
     """Count the cycles of each judge among answers of the supervised policy to the tournament's prompts."""
     corpus, preset, reporter = setting.corpus, setting.preset, setting.reporter
@@ -137,10 +130,6 @@ def count_all_cycles(work: Path, judges: dict[str, Any], setting: Setting) -> No
         facts[name] = {**asdict(cycles), "share": cycles.share, "responses": preset.cycle_responses}
         reporter.say(f"  {name}: {cycles.cyclic} of {cycles.triples} triples are cycles ({cycles.share:.1%})")
     write_json(work / "cycles.json", facts)
-
-
-def model_judge(folder: Path, preset: Preset, device: torch.device) -> PreferenceModelJudge:
-    return PreferenceModelJudge(load_comparison_model(folder, device), preset.batch)
 
 
 def _sampling(preset: Preset, samples: int, seed: int) -> Sampling:
