@@ -9,6 +9,7 @@ import torch
 
 import nlhf_kernels
 from nlhf_kernels.ops.decode_attention import oracle
+from nlhf_kernels.ops.decode_attention.op import DecodeAttentionInputs
 from tests.support.backends import DEVICE, SIMD_LEVELS, call, device_of, every_backend, every_rival
 from tests.support.poison import poisoned_allocations, surrounded
 from tests.support.tolerances import assert_accurate
@@ -38,8 +39,9 @@ def in_float64(tensors, ranges, scale=None, window=None, softcap=None, sinks=Non
     query, keys, values = (tensor.double() for tensor in tensors)
     sinks = None if sinks is None else sinks.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    starts, ends = ranges["starts"], ranges["ends"]
     return oracle.decode_attention(
-        query, keys, values, ranges["starts"], ranges["ends"], scale, window or 2**62, softcap or 0.0, sinks
+        DecodeAttentionInputs(query, keys, values, starts, ends, scale, window or 2**62, softcap or 0.0, sinks, "torch")
     )
 
 

@@ -11,12 +11,12 @@ import nlhf_kernels
 from nlhf_kernels import Head
 from nlhf_kernels.ops.linear_logprobs import chunks, products
 from nlhf_kernels.ops.linear_logprobs.oracle import linear_logprobs as oracle
-from nlhf_kernels.ops.logprobs.layout import Output, Want
+from nlhf_kernels.ops.logprobs.layout import Extra, Output
 from tests.support.backends import DEVICE, call, device_of, every_backend
 from tests.support.poison import poisoned_allocations
 from tests.support.tolerances import assert_accurate
 
-EVERYTHING = Want.ENTROPY | Want.KL | Want.MIXTURE
+EVERYTHING = Extra.ENTROPY | Extra.KL | Extra.MIXTURE
 ORDER = [Output.POLICY, Output.ENTROPY, Output.KL, Output.MIXTURE, Output.REFERENCE]
 
 
@@ -76,7 +76,7 @@ def assert_right(backend, inputs, head=None, reference_head=None, chunk_rows=4, 
 
     def plain(hidden, head, other, other_head, beta):
         real = torch.promote_types(hidden.dtype, torch.float32)
-        options = {"beta": beta.to(real), "temperature": temperature, "wanted": EVERYTHING}
+        options = {"beta": beta.to(real), "temperature": temperature, "extras": EVERYTHING}
         return oracle(hidden, head, targets, other, other_head, **options)[ORDER]
 
     def ours(hidden, head, other, other_head, beta):
@@ -132,7 +132,7 @@ def test_the_policy_alone() -> None:
     hidden, weight, targets, *_ = problem()
     result = nlhf_kernels.linear_logprobs(hidden, weight, targets, entropy=True)
     assert result.reference is result.kl is result.mixture is None
-    expected = oracle(hidden.double(), Head(weight.double()), targets, wanted=Want.ENTROPY)
+    expected = oracle(hidden.double(), Head(weight.double()), targets, extras=Extra.ENTROPY)
     assert_accurate(result.policy, expected[0], expected[0].float(), constant=8)
     assert_accurate(result.entropy, expected[2], expected[2].float(), constant=8)
 

@@ -8,14 +8,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nlhf_kernels.ops.logprobs.layout import Normalizer, Settings, Transform, Want
+from nlhf_kernels.ops.logprobs.layout import (
+    Extra,
+    LogprobsBackwardInputs,
+    LogprobsInputs,
+    Normalizer,
+    Settings,
+    Transform,
+)
 from nlhf_kernels.ops.logprobs.op import OP
 from tests.support.backends import DEVICE, SIMD_LEVELS, call, device_of, every_backend
 from tests.support.poison import poisoned_allocations, surrounded
 from tests.support.tolerances import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EVERYTHING = Want.ENTROPY | Want.KL | Want.MIXTURE
+EVERYTHING = Extra.ENTROPY | Extra.KL | Extra.MIXTURE
 OUTPUTS = ("policy", "entropy", "kl", "mixture")
 
 
@@ -316,12 +323,13 @@ def test_what_a_model_does_to_its_logits_is_inside(backend) -> None:
         values = of_pytorch(capped, targets, reference.to(dtype) * 0.25, beta.to(dtype), 0.9)
         return values, torch.autograd.grad(values, leaf, upstream_like(values).to(values))[0]
 
-    values, normalizers = entry.run(policy, reference, targets, beta, settings)
+    inputs = LogprobsInputs(policy, reference, targets, beta, settings, backend)
+    values, normalizers = entry.run(inputs)
     order = torch.tensor([0, 4, 1, 2, 3])  # of_pytorch's rows in the order of Output
     (truth, true_gradient), (pytorch, pytorch_gradient) = by_hand(torch.float64), by_hand(torch.float32)
     assert_accurate(values, truth[order], pytorch[order])
     upstream = upstream_like(truth).to(values)[order]
     gradient = torch.empty_like(policy)
-    entry.run_backward(policy, reference, targets, beta, values, normalizers, upstream, settings, gradient)
+    entry.run_backward(LogprobsBackwardInputs(values, normalizers, upstream, inputs), gradient)
     assert_accurate(gradient, true_gradient, pytorch_gradient)
     assert normalizers[Normalizer.POLICY_MAX].max() <= 8.0

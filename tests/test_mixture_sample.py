@@ -238,12 +238,12 @@ def test_packed_settings_sample_the_same(backend) -> None:
     draw |= {"row_ids": torch.arange(5, device=device)}
     expected = call("mixture_sample", backend, policy, reference, beta, top_p=0.9, **draw)
     settings = nlhf_kernels.mixture_settings([1 - beta, beta], top_p=0.9, device=device)
-    packed = sample_packed([policy, reference], settings, wanted=0b111, backend=backend, **draw)
+    packed = sample_packed([policy, reference], settings, logprob_mask=0b111, backend=backend, **draw)
     assert torch.equal(packed.tokens, expected.tokens) and torch.equal(packed.ok, expected.ok)
     assert all(torch.equal(one, other) for one, other in zip(packed.logprobs, expected[1:4], strict=True))
     named = nlhf_kernels.log_linear_sample([policy, reference], settings=settings, backend=backend, **draw)
     assert torch.equal(named.tokens, expected.tokens)
-    one = sample_packed([policy, reference], settings, wanted=0b100, backend=backend, **draw)
+    one = sample_packed([policy, reference], settings, logprob_mask=0b100, backend=backend, **draw)
     assert torch.equal(one.logprobs[2], expected.mixture_logprob)
 
 

@@ -16,6 +16,7 @@ import nlhf_kernels
 from nlhf_kernels.core import capabilities, tuning
 from nlhf_kernels.core import native as core_native
 from nlhf_kernels.ops.mixture_sample import native, oracle
+from nlhf_kernels.ops.mixture_sample.layout import MixtureSampleInputs, empty_sample
 from nlhf_kernels.ops.mixture_sample.op import OP
 from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
 from tests import test_mixture_sample as shared
@@ -131,12 +132,12 @@ def test_the_workspace_needs_no_zeros_and_suffices(emulation, device, dtypes, op
         results = []
         for poison in (0, 255):
             workspace = torch.full((size + 256,), poison, dtype=torch.uint8)
-            outputs = native.empty_outputs(len(logits), rows, packed.device)
-            unused = torch.empty(0, dtype=torch.int64)
-            wanted = (2 << len(logits)) - 1
-            rest = (packed, filtered, None, uniforms, unused, unused, unused, 0, wanted)
+            inputs = MixtureSampleInputs(
+                logits, packed, filtered, None, uniforms, None, None, None, 0, (2 << len(logits)) - 1, "cuda"
+            )
+            outputs = empty_sample(inputs)
+            arguments = native.binding_arguments(inputs, outputs)
             plan = emulation.module.mixture_sample_plan(rows, vocabulary)
-            arguments = native._arguments(outputs, logits, *rest)
             emulation.module.mixture_sample(*arguments, *plan, workspace.data_ptr(), 0, 0)
             assert (workspace[size:] == poison).all()
             results.append(outputs)

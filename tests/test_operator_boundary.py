@@ -53,7 +53,7 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def outcome(function: Any, arguments: list[Any]) -> Any:
-    """What the operator gives, or what it wrote into its first argument; None: it refused."""
+    """Return the operator's result, or the argument that it wrote into; None where it refused."""
     arguments = [copied(value) if isinstance(value, torch.Tensor) else value for value in arguments]
     try:
         result = function(*arguments)
@@ -61,7 +61,10 @@ def outcome(function: Any, arguments: list[Any]) -> Any:
         if str(error).partition(":")[0] not in nlhf_kernels.__all__:
             raise  # it does not say which op
         return None
-    return arguments[0] if result is None else result
+    if result is not None:
+        return result
+    (overwritten,) = (i for i, argument in enumerate(function._schema.arguments) if argument.alias_info is not None)
+    return arguments[overwritten]
 
 
 def assert_refused_or_right(function: Any, call: list[Any], backend: str, what: str) -> None:
@@ -128,7 +131,7 @@ def sampler_call(**changes: Any) -> list[Any]:
         "row_ids": torch.arange(ROWS),
         "step": torch.tensor(2),
         "stream": 0,
-        "wanted": 7,
+        "logprob_mask": 7,
         "backend": "",
     }
     return list({**call, **changes}.values())
@@ -146,9 +149,17 @@ def sampler_call(**changes: Any) -> list[Any]:
         ),
         ({"settings": torch.ones(1, 6).expand(ROWS, 6)}, "settings: expected neighbouring elements"),
         ({"settings": torch.ones(ROWS, 8)[:, :6]}, "settings: expected neighbouring elements"),
-        ({"uniforms": None, "row_ids": torch.empty(0, dtype=torch.int64)}, "row_ids: expected int64 .3,. on cpu; got"),
+        (
+            {"uniforms": None, "row_ids": torch.empty(0, dtype=torch.int64)},
+            r"row_ids: expected shape \(rows\) with rows=3; got \(0,\)",
+        ),
         ({"uniforms": None, "stream": 256}, "stream: expected an integer in .0, 255.; got 256"),
-        ({"wanted": 8}, "wanted: expected an integer in .0, 7.; got 8"),
+        ({"logprob_mask": 8}, "logprob_mask: expected an integer in .0, 7.; got 8"),
+        ({"uniforms": None, "seed": None}, "seed, row_ids, step: expected all three, or uniforms"),
+        (
+            {"uniforms": None, "row_ids": torch.arange(2 * ROWS)[::2]},
+            "row_ids: expected neighbouring elements",
+        ),
     ],
 )
 def test_the_sampler_refuses(changes, message) -> None:
@@ -186,17 +197,19 @@ def test_decode_attention_refuses_ends_of_no_row_and_a_window_of_nothing() -> No
 
 def test_mirror_descent_refuses_an_opponent_that_is_not_there() -> None:
     game = torch.zeros(1, 3), torch.full((1, 3, 3), 0.5), torch.zeros(1, 3), torch.tensor(0.1), torch.tensor([0.1])
-    with pytest.raises(ValueError, match="mirror_descent: log_opponent: expected with the opponent 'given'"):
-        OPERATOR.mirror_descent(*game, "given", None, "")
+    with pytest.raises(ValueError, match="mirror_descent: log_opponent: expected with the opponent 'fixed'"):
+        OPERATOR.mirror_descent(*game, "fixed", None, "")
 
 
-def test_logprobs_refuses_what_needs_a_reference_or_numbers_that_are_not_there() -> None:
-    policy, targets, numbers = torch.randn(2, 5), torch.tensor([1, 2]), [1.0, 1.0, 0.0, 1.0, 0.0]
-    for wanted, reference in ((2, None), (4, None), (4, policy)):
-        with pytest.raises(ValueError, match=r"logprobs: wanted: .* need"):
-            OPERATOR.logprobs(policy, reference, targets, None, numbers, wanted, "")
-    with pytest.raises(ValueError, match="logprobs: numbers: expected"):
-        OPERATOR.logprobs(policy, None, targets, None, numbers[:3], 0, "")
+#: temperature, then scale and softcap of the policy and of the reference
+SETTINGS = (1.0, 1.0, 0.0, 1.0, 0.0)
+
+
+def test_logprobs_refuses_what_needs_a_reference_that_is_not_there() -> None:
+    policy, targets = torch.randn(2, 5), torch.tensor([1, 2])
+    for extras, reference in ((2, None), (4, None), (4, policy)):
+        with pytest.raises(ValueError, match=r"logprobs: extras: .* need"):
+            OPERATOR.logprobs(policy, reference, targets, None, *SETTINGS, extras, "")
 
 
 @pytest.fixture
@@ -307,8 +320,8 @@ def test_logits_that_the_reference_shares_are_not_overwritten() -> None:
             ValueError, match="logprobs: overwrite_logits: expected reference logits in memory of their"
         ):
             nlhf_kernels.logprobs(policy, targets, reference, overwrite_logits=True, **options)
-    numbers, saved = [1.0, 1.0, 0.0, 1.0, 0.0], (torch.zeros(5, 4), torch.zeros(6, 4), torch.zeros(5, 4))
+    saved = torch.zeros(5, 4), torch.zeros(6, 4), torch.zeros(5, 4)
     with pytest.raises(ValueError, match="logprobs: overwrite_logits: expected reference logits in memory of their"):
-        OPERATOR.logprobs_backward_(policy.detach(), reference, targets, None, *saved, numbers, 2, "")
+        OPERATOR.logprobs_backward_(*saved, policy.detach(), reference, targets, None, *SETTINGS, 2, "")
     with pytest.raises(ValueError, match="logprobs: policy: expected rows that share no memory"):
-        OPERATOR.logprobs_backward_(both.detach()[:1].expand(4, 7), None, targets, None, *saved, numbers, 0, "")
+        OPERATOR.logprobs_backward_(*saved, both.detach()[:1].expand(4, 7), None, targets, None, *SETTINGS, 0, "")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch.autograd.function import once_differentiable
 
 import nlhf_kernels
 from nlhf_kernels.core import torch_op
@@ -76,47 +78,102 @@ def test_compiled_graph_leaves_the_backend_open() -> None:
         compiled(*args)
 
 
-def _log_sum_exp(x: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
-    return torch.logsumexp(scale * x, -1)
+class Transform(NamedTuple):
+    scale: float
+    shift: torch.Tensor | None
+
+
+class LogSumExpInputs(NamedTuple):
+    x: torch.Tensor
+    transform: Transform
+    backend: str
+
+
+class LogSumExpBackwardInputs(NamedTuple):
+    value: torch.Tensor
+    upstream: torch.Tensor
+    forward: LogSumExpInputs
+
+
+def _log_sum_exp(inputs: LogSumExpInputs) -> torch.Tensor:
+    assert isinstance(inputs, LogSumExpInputs) and isinstance(inputs.transform, Transform)
+    return torch.logsumexp(_transformed(inputs), -1)
+
+
+def _transformed(inputs: LogSumExpInputs) -> torch.Tensor:
+    scaled = inputs.transform.scale * inputs.x
+    return scaled if inputs.transform.shift is None else scaled + inputs.transform.shift
 
 
 COMPUTED = []
 
 
-def _log_sum_exp_backward(x: torch.Tensor, value: torch.Tensor, upstream: torch.Tensor, scale: float) -> torch.Tensor:
-    COMPUTED.append(x.shape)
-    return upstream.unsqueeze(-1) * scale * torch.exp(scale * x - value.unsqueeze(-1))
+def _log_sum_exp_backward(inputs: LogSumExpBackwardInputs) -> torch.Tensor:
+    COMPUTED.append(inputs.forward.x.shape)
+    weights = torch.exp(_transformed(inputs.forward) - inputs.value.unsqueeze(-1))
+    return inputs.upstream.unsqueeze(-1) * inputs.forward.transform.scale * weights
 
 
 @pytest.fixture(scope="module")
 def log_sum_exp():
-    forward = torch_op.define(
+    """An operator made with the helper, and its gradient as the rooms write theirs."""
+    operator = torch_op.define(
         "helper_log_sum_exp",
-        "(Tensor x, float scale, str backend) -> Tensor",
+        LogSumExpInputs,
+        "Tensor",
         _log_sum_exp,
-        lambda x, scale, backend: x.new_empty(x.shape[:-1]),
+        lambda inputs: inputs.x.new_empty(inputs.x.shape[:-1]),
     )
     gradient = torch_op.define(
         "helper_log_sum_exp_backward",
-        "(Tensor x, Tensor value, Tensor upstream, float scale) -> Tensor",
+        LogSumExpBackwardInputs,
+        "Tensor",
         _log_sum_exp_backward,
-        lambda x, value, upstream, scale: torch.empty_like(x),
+        lambda inputs: torch.empty_like(inputs.forward.x),
     )
 
-    def backward(needs, saved, inputs, upstream):
-        return gradient(*saved, upstream, inputs[1]) if needs[0] else None, None, None
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, inputs):
+            value = operator(inputs)
+            ctx.save_for_backward(x, inputs.transform.shift, value)
+            ctx.scale, ctx.backend = inputs.transform.scale, inputs.backend
+            return value
 
-    return torch_op.differentiable(forward, lambda inputs, output: (inputs[0], output), backward)
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, upstream):
+            x, shift, value = ctx.saved_tensors
+            forward = LogSumExpInputs(x, Transform(ctx.scale, shift), ctx.backend)
+            return gradient(LogSumExpBackwardInputs(value, upstream, forward)), None
+
+    def call(x: torch.Tensor, scale: float, shift: torch.Tensor | None = None) -> torch.Tensor:
+        inputs = LogSumExpInputs(x, Transform(scale, shift), "")
+        return Differentiable.apply(x, inputs) if torch_op.asks_for_gradient(x) else operator(inputs)
+
+    return call
+
+
+def test_the_inputs_write_the_schema(log_sum_exp) -> None:
+    schema = str(torch.ops.nlhf_kernels.helper_log_sum_exp_backward.default._schema)
+    assert schema == (
+        "nlhf_kernels::helper_log_sum_exp_backward(Tensor value, Tensor upstream, Tensor forward_x, "
+        "float forward_transform_scale, Tensor? forward_transform_shift, str forward_backend) -> Tensor"
+    )
+    schema = str(torch.ops.nlhf_kernels.logprobs_backward_.default._schema)
+    assert "Tensor(a!) forward_policy" in schema and schema.count("(a!)") == 1
+    x, shift = torch.randn(3, 5), torch.randn(5)
+    torch.testing.assert_close(log_sum_exp(x, 0.7, shift), torch.logsumexp(0.7 * x + shift, -1))
 
 
 def test_helper_gradient_against_finite_differences(log_sum_exp) -> None:
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: log_sum_exp(t, 1.5, ""), (x,))
+    assert torch.autograd.gradcheck(lambda t: log_sum_exp(t, 1.5), (x,))
 
 
 def test_helper_gradient_compiles(log_sum_exp) -> None:
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return (log_sum_exp(x * 2, 0.7, "") * torch.arange(3.0)).sum()
+        return (log_sum_exp(x * 2, 0.7, torch.ones(5)) * torch.arange(3.0)).sum()
 
     x = torch.randn(3, 5, requires_grad=True)
     (expected,) = torch.autograd.grad(loss(x), x)
@@ -126,18 +183,18 @@ def test_helper_gradient_compiles(log_sum_exp) -> None:
 
 def test_helper_computes_only_what_is_asked(log_sum_exp) -> None:
     x = torch.randn(3, 5)
-    assert not log_sum_exp(x, 1.0, "").requires_grad
+    assert not log_sum_exp(x, 1.0).requires_grad
     x.requires_grad_()
     with torch.no_grad():
-        assert log_sum_exp(x, 1.0, "").grad_fn is None
+        assert log_sum_exp(x, 1.0).grad_fn is None
     COMPUTED.clear()
-    log_sum_exp(x, 1.0, "").sum().backward()
+    log_sum_exp(x, 1.0).sum().backward()
     assert COMPUTED == [(3, 5)]
 
 
 def test_helper_backward_twice_and_double_use(log_sum_exp) -> None:
     x = torch.randn(2, 4, requires_grad=True)
-    total = (log_sum_exp(x, 1.0, "") + log_sum_exp(x, 1.0, "")).sum()
+    total = (log_sum_exp(x, 1.0) + log_sum_exp(x, 1.0)).sum()
     (first,) = torch.autograd.grad(total, x, retain_graph=True)
     (second,) = torch.autograd.grad(total, x)
     torch.testing.assert_close(first, 2 * x.softmax(-1))
@@ -146,6 +203,6 @@ def test_helper_backward_twice_and_double_use(log_sum_exp) -> None:
 
 def test_helper_refuses_a_second_derivative(log_sum_exp) -> None:
     x = torch.randn(2, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(log_sum_exp(x, 1.0, "").square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(log_sum_exp(x, 1.0).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

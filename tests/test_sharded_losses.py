@@ -11,9 +11,17 @@ import nlhf_kernels
 from nlhf_kernels import Head
 from nlhf_kernels.core.registry import get_op
 from nlhf_kernels.core.vocabulary import VocabularySlice
-from nlhf_kernels.ops.linear_logprobs.chunks import Kept, Side
+from nlhf_kernels.ops.linear_logprobs.chunks import ScoredRows, Side
 from nlhf_kernels.ops.linear_logprobs.slices import ChunkedSlice, merge
-from nlhf_kernels.ops.logprobs.layout import Normalizer, Output, Settings, Transform, Want
+from nlhf_kernels.ops.logprobs.layout import (
+    Extra,
+    LogprobsBackwardInputs,
+    LogprobsInputs,
+    Normalizer,
+    Output,
+    Settings,
+    Transform,
+)
 from nlhf_kernels.ops.logprobs.op import LogprobsProblem
 from nlhf_kernels.ops.logprobs.oracle import logprobs as oracle
 from nlhf_kernels.ops.logprobs.oracle import logprobs_backward as oracle_backward
@@ -22,7 +30,7 @@ from tests.support.backends import device_of, every_backend
 from tests.support.processes import collectives
 from tests.support.tolerances import assert_accurate
 
-EVERYTHING = Want.ENTROPY | Want.KL | Want.MIXTURE
+EVERYTHING = Extra.ENTROPY | Extra.KL | Extra.MIXTURE
 WIDE = 301  # tokens: no number of processes here divides it
 
 # ---- in one process: the statistics of slices, merged ----------------------------------------------------------------
@@ -54,7 +62,7 @@ def slices_of(
         part = VocabularySlice(None, rank, count, total)
         own = [model[:, part.first : part.stop].contiguous() for model in logits]
         side = Side(logits[0], own[0].t(), None)
-        call = ChunkedSlice(side, side, targets, beta, settings, chosen, 1 << 20, Kept(None, len(targets)), part)
+        call = ChunkedSlice(side, side, targets, beta, settings, chosen, 1 << 20, ScoredRows(None, len(targets)), part)
         yield call, own, call.score(slice(0, len(targets)), tuple(own))
 
 
@@ -79,17 +87,17 @@ def test_slices_merge_to_the_whole(backend, count, kind) -> None:
     values = values.masked_fill(targets == -100, 0)
 
     doubles = [model.double() for model in logits]
-    truth, true_normalizers = oracle(*doubles, targets, beta.double(), settings)
-    pytorch, _ = oracle(*logits, targets, beta, settings)
+    in_double = LogprobsInputs(*doubles, targets, beta.double(), settings, "torch")
+    in_float = LogprobsInputs(*logits, targets, beta, settings, "torch")
+    truth, true_normalizers = oracle(in_double)
+    pytorch, pytorch_normalizers = oracle(in_float)
     assert_accurate(values, truth, pytorch, constant=4)
 
     upstream = torch.randn(values.shape, generator=generator).to(device)
     true_gradient = torch.empty_like(doubles[0])
-    saved = (truth, true_normalizers, upstream.double())
-    oracle_backward(*doubles, targets, beta.double(), *saved, settings, true_gradient)
+    oracle_backward(LogprobsBackwardInputs(truth, true_normalizers, upstream.double(), in_double), true_gradient)
     plain = torch.empty_like(logits[0])
-    whole = oracle(*logits, targets, beta, settings)
-    oracle_backward(*logits, targets, beta, *whole, upstream, settings, plain)
+    oracle_backward(LogprobsBackwardInputs(pytorch, pytorch_normalizers, upstream, in_float), plain)
     gradients = [
         call.logits_gradient(slice(0, rows), (own[0].clone(), own[1]), values, normalizers, upstream)
         for call, own, _ in made
@@ -105,7 +113,7 @@ def test_a_target_beyond_the_vocabulary_is_nan_of_every_slice() -> None:
     assert ChunkedSlice._columns_of(call, slice(0, 4), 0).tolist() == [0, 4, 5, 5], "5 is no column of this slice"
     owners = part.owners(targets)
     assert owners.tolist() == [0, 1, -1, -1]
-    values, _ = merge(torch.zeros(2, 5, 4), torch.zeros(2, 6, 4), owners, Settings(wanted=EVERYTHING))
+    values, _ = merge(torch.zeros(2, 5, 4), torch.zeros(2, 6, 4), owners, Settings(extras=EVERYTHING))
     assert values[:, 2:].isnan().all() and not values[Output.POLICY, :2].isnan().any()
     assert len(Normalizer) == 6
 

@@ -10,6 +10,7 @@ import torch
 import nlhf_kernels
 from nlhf_kernels.core.registry import get_op
 from nlhf_kernels.core.vocabulary import VocabularySlice
+from nlhf_kernels.ops.mixture_sample.layout import MixtureSampleInputs
 from nlhf_kernels.ops.mixture_sample.op import MixtureSample, MixtureSampleProblem
 from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
 from nlhf_kernels.ops.mixture_sample.slices import SliceOfDraw
@@ -26,7 +27,7 @@ def drawn(backend: str, count: int, logits, weights, uniforms, bias=None, vocab_
     """A draw from `count` slices, as their processes make it; all of them must find the same."""
     device, total = uniforms.device, logits[0].shape[1]
     packed = mixture_settings(weights, device=device, **options).packed
-    wanted = (2 << len(logits)) - 1
+    logprob_mask = (2 << len(logits)) - 1
     made = []
     for rank in range(count):
         part = VocabularySlice(None, rank, count, total)
@@ -43,7 +44,8 @@ def drawn(backend: str, count: int, logits, weights, uniforms, bias=None, vocab_
             options = {"settings": settings, "uniforms": inside, "bias": own_bias, "backend": backend}
             return nlhf_kernels.log_linear_sample(own, **options).tokens
 
-        made.append(SliceOfDraw(own, packed, own_bias, uniforms, wanted, part, draw))
+        inputs = MixtureSampleInputs(own, packed, False, own_bias, uniforms, None, None, None, 0, logprob_mask, backend)
+        made.append(SliceOfDraw(inputs, uniforms, part, draw))
     sums = torch.stack([slice_.sums() for slice_ in made])
     candidates = torch.stack([slice_.candidates(sums) for slice_ in made])
     (tokens, logprobs, ok), *others = (slice_.sample(sums, candidates) for slice_ in made)

@@ -37,9 +37,15 @@ def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inpu
 def truth(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **ranges: torch.Tensor) -> torch.Tensor:
     """The library's oracle in float64, whose tests hold it against PyTorch's attention."""
     from nlhf_kernels.ops.decode_attention import oracle
+    from nlhf_kernels.ops.decode_attention.op import DecodeAttentionInputs
 
-    limits = ranges["starts"], ranges["ends"]
-    return oracle.decode_attention(query, keys, values, *limits, query.shape[-1] ** -0.5, 2**62, 0.0, None)
+    starts, ends = ranges["starts"], ranges["ends"]
+    scale = query.shape[-1] ** -0.5
+    return oracle.decode_attention(
+        DecodeAttentionInputs(
+            query, keys, values, starts, ends, scale, window=2**62, softcap=0.0, sinks=None, backend="torch"
+        )
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -35,17 +35,22 @@ def truth(policy: torch.Tensor, other: torch.Tensor, beta: float, **kwargs: Any)
     """The library's oracle in float64, whose tests hold it against transformers and against theory. What filters keep
     is decided in float32, as everywhere: of logits that collide in bfloat16, float64 would keep others."""
     from nlhf_kernels.ops.mixture_sample import oracle
+    from nlhf_kernels.ops.mixture_sample.layout import MixtureSampleInputs
     from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
 
     filters = {name: kwargs[name] for name in FILTERS if name in kwargs}
     settings = mixture_settings([1 - beta, beta], device=policy.device, **filters)
-    draw = (kwargs["seed"], kwargs["row_ids"], kwargs["step"])
     bias = None
     if filters:
         packed = settings.packed
         mixed = oracle.mixed_logits([policy.float(), other.float()], packed[:, oracle.WEIGHTS :], None)
         bias = torch.where(oracle.support(mixed, packed), 0.0, -torch.inf)
-    tokens, logprobs, _ = oracle.mixture_sample([policy, other], settings.packed, False, bias, None, *draw, 0, 0b111)
+    tokens, logprobs, _ = oracle.mixture_sample(
+        MixtureSampleInputs(
+            [policy, other], settings.packed, False, bias, None, kwargs["seed"], kwargs["row_ids"], kwargs["step"],
+            stream=0, logprob_mask=0b111, backend="torch",
+        )
+    )  # fmt: skip
     return tokens, *logprobs
 
 

@@ -22,6 +22,7 @@ Sizes = dict[str, int]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REALS = (torch.float32, torch.float64)
 INTEGERS = (torch.int64,)
+_DENSE = torch.strided
 
 
 def check_tensor(
@@ -33,7 +34,7 @@ def check_tensor(
     sizes: Sizes,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """`value` as a tensor of the symbolic `shape`, one of `dtypes`, on `device`; binds new symbols in `sizes`."""
+    """Return `value`, a tensor of the symbolic `shape`, one of `dtypes`, on `device`; bind new symbols in `sizes`."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor of shape ({', '.join(shape)}); got {type(value).__name__}")
     got = value.shape
@@ -42,6 +43,8 @@ def check_tensor(
     for symbol, size in zip(shape, got):  # noqa: B905  (lengths are equal; `strict` costs on every call)
         if sizes.setdefault(symbol, size) != size:
             _raise_shape(op, name, value, shape, sizes)
+    if value.dtype in dtypes and (device is None or value.device == device) and value.layout is _DENSE:
+        return value
     if value.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name}: expected dtype {expected}; got {str(value.dtype).removeprefix('torch.')}")
@@ -49,9 +52,7 @@ def check_tensor(
         raise ValueError(
             f"{op}: {name}: expected a tensor on {device}, where the other arguments are; got {value.device}"
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{op}: {name}: expected a dense tensor; got layout {value.layout}")
-    return value
+    raise TypeError(f"{op}: {name}: expected a dense tensor; got layout {value.layout}")
 
 
 def _raise_shape(op: str, name: str, value: torch.Tensor, shape: Sequence[str], sizes: Sizes) -> None:
@@ -104,7 +105,18 @@ def _row_bytes(matrix: torch.Tensor) -> tuple[int, int]:
 def check_counter(
     op: str, seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, sizes: Sizes, device: torch.device
 ) -> None:
-    """What random numbers are a function of: row_ids (rows,); seed and step () or (rows,)."""
+    """Check what random numbers are a function of: row_ids (rows,); seed and step () or (rows,); int64."""
+    shape = row_ids.shape
+    if (
+        len(shape) == 1
+        and sizes.setdefault("rows", shape[0]) == shape[0]
+        and row_ids.dtype == seed.dtype == step.dtype == torch.int64
+        and row_ids.device == seed.device == step.device == device
+        and (not seed.ndim or seed.shape == shape)
+        and (not step.ndim or step.shape == shape)
+    ):
+        return
+    # One of these says what is wrong.
     check_tensor(op, "row_ids", row_ids, ("rows",), INTEGERS, sizes, device)
     check_tensor(op, "seed", seed, ("rows",) if seed.ndim else (), INTEGERS, sizes, device)
     check_tensor(op, "step", step, ("rows",) if step.ndim else (), INTEGERS, sizes, device)

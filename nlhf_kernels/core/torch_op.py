@@ -1,77 +1,135 @@
 """Operators: how a room's function becomes `torch.ops.nlhf_kernels.<name>`, opaque to torch.compile and cheap to call.
 
+An operator's inputs are one NamedTuple, written once in the room's op.py. Its fields are the operator's schema, the
+public function fills them, and the backends read them by name. A field may be such a NamedTuple itself, as the inputs
+of the forward are among those of a backward operator; the schema then has its fields in that place.
+
 `define` registers schema, implementation and fake with `torch.library.Library`, which is cheaper to call than
 `torch.library.custom_op`; `benchmarks/cases/row_uniforms.py` measures what a call costs. The backend is chosen inside
 the operator, so a compiled graph holds no choice and a `use_backend` around it still counts.
-
-`differentiable` puts an autograd Function over operators defined this way. It is left out of the call where no input
-asks for a gradient; `backward` is told which inputs ask and computes nothing for the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
-from torch.autograd.function import once_differentiable
 
 NAMESPACE = "nlhf_kernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
-Operator = Callable[..., Any]
+Inputs = TypeVar("Inputs", bound=NamedTuple)
+Result = TypeVar("Result")
 
-#: What runs behind each operator, for tests that watch it: PyTorch's modes see an operator's call, not its insides.
-IMPLEMENTATIONS: dict[Operator, Operator] = {}
+#: The implementation behind each operator, for tests that run it: PyTorch's modes see an operator's call only.
+IMPLEMENTATIONS: dict[object, Callable[..., Any]] = {}
+
+_SCHEMA_TYPES: dict[object, str] = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    list[torch.Tensor]: "Tensor[]",
+    torch.dtype: "ScalarType",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+}
 
 
-def define(name: str, signature: str, run: Operator, fake: Operator) -> Operator:
-    """Register `torch.ops.nlhf_kernels.<name>` and return it.
+def define(
+    name: str,
+    inputs: type[Inputs],
+    returns: str,
+    run: Callable[[Inputs], Result],
+    fake: Callable[[Inputs], Result],
+    overwrites: str = "",
+) -> Callable[[Inputs], Result]:
+    """Register `torch.ops.nlhf_kernels.<name>` and return it as a function of its inputs.
 
-    signature  as in `(Tensor x, float scale, str backend) -> Tensor`
-    run        runs eagerly on CPU and CUDA tensors; may not alias an input in its output
-    fake       the outputs' shapes, dtypes and devices for the same arguments, without reading values
+    Args:
+        name: of the operator.
+        inputs: the NamedTuple of its inputs.
+        returns: the schema of its result, as in `(Tensor, Tensor)`.
+        run: the implementation, on CPU and CUDA tensors; its result may not alias an input.
+        fake: the result's shapes, dtypes and devices for the same inputs, without reading values.
+        overwrites: the argument of the schema that `run` writes into; empty for none.
     """
-    _library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    arguments = _schema(inputs, overwrites)
+    nested = len(arguments) > len(inputs._fields)
+
+    of_operands = _builder(inputs)
+
+    def on_operands(function: Callable[[Inputs], Result]) -> Callable[..., Result]:
+        return lambda *operands: function(of_operands(operands))
+
+    _library.define(f"{name}({', '.join(arguments)}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    implementation = on_operands(run)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    operator: Operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-    IMPLEMENTATIONS[operator] = run
-    return operator
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", on_operands(fake), lib=_library)
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    IMPLEMENTATIONS[operator] = implementation
+    if nested:
+        return lambda inputs: operator(*_flatten(inputs))
+    return lambda inputs: operator(*inputs)
 
 
-def differentiable(
-    forward: Operator,
-    save: Callable[..., Sequence[torch.Tensor | None]],
-    backward: Callable[..., Sequence[torch.Tensor | None]],
-    visible: Operator = lambda output: output,
-) -> Operator:
-    """`forward` with a gradient.
+def asks_for_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Return whether a result of these tensors would have a gradient: without one, an autograd Function is left out."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
-    forward   an operator; called with positional arguments
-    visible   output -> the part of it that the caller gets; the rest exists for `save`
-    save      (inputs, output) -> the tensors that backward needs
-    backward  (needs, saved, inputs, *upstream) -> one gradient or None per input, where `needs[i]` says whether input
-              i asks for one and `inputs` holds the non-tensor arguments (tensors in it are None: they were not saved)
-    """
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = forward(*inputs)
-            ctx.save_for_backward(*save(inputs, output))
-            ctx.plain = tuple(None if isinstance(value, torch.Tensor) else value for value in inputs)
-            return visible(output)
+def _schema(inputs: type[NamedTuple], overwrites: str, prefix: str = "") -> list[str]:
+    """Return the schema's arguments, one for each field that is no NamedTuple itself, named by the path to it."""
+    nested = _nested_fields(inputs)
+    arguments: list[str] = []
+    for field, kind in get_type_hints(inputs).items():
+        if nested[field] is not None:
+            arguments += _schema(nested[field], overwrites, f"{prefix}{field}_")
+        else:
+            alias = "(a!)" if prefix + field == overwrites else ""
+            arguments.append(f"{_SCHEMA_TYPES[kind]}{alias} {prefix}{field}")
+    return arguments
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, *upstream: Any) -> Any:
-            return tuple(backward(ctx.needs_input_grad, ctx.saved_tensors, ctx.plain, *upstream))
 
-    def call(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
-            return Differentiable.apply(*inputs)  # type: ignore[no-untyped-call]
-        return visible(forward(*inputs))
+@cache
+def _nested_fields(inputs: type[NamedTuple]) -> dict[str, Any]:
+    """Return for each field its NamedTuple, or None."""
+    kinds = get_type_hints(inputs)
+    return {field: kind if hasattr(kind, "_fields") else None for field, kind in kinds.items()}
 
-    return call
+
+def _flatten(inputs: tuple[Any, ...]) -> list[Any]:
+    """Return the operands in the schema's order."""
+    operands: list[Any] = []
+    for value in inputs:
+        if isinstance(value, tuple):
+            operands += _flatten(value)
+        else:
+            operands.append(value)
+    return operands
+
+
+@cache
+def _builder(inputs: type[Inputs]) -> Callable[[Sequence[Any]], Inputs]:
+    """Return the function from operands in the schema's order to the inputs. It runs in every call of an operator."""
+    pieces: list[tuple[int, int, Callable[[Sequence[Any]], Any] | None]] = []  # runs of plain fields; nested ones
+    stop = 0
+    for kind in _nested_fields(inputs).values():
+        start, stop = stop, stop + (1 if kind is None else len(_schema(kind, "")))
+        if kind is None and pieces and pieces[-1][2] is None:
+            start = pieces.pop()[0]
+        pieces.append((start, stop, None if kind is None else _builder(kind)))
+    if len(pieces) == 1:
+        return partial(tuple.__new__, inputs)  # half of what inputs(*operands) costs
+
+    def build(operands: Sequence[Any]) -> Inputs:
+        values: list[Any] = []
+        for start, stop, build_nested in pieces:
+            part = operands[start:stop]
+            values += part if build_nested is None else (build_nested(part),)
+        return inputs(*values)
+
+    return build

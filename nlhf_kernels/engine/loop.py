@@ -122,7 +122,7 @@ class Rollout:
             step=space.state.step,
             stream=player.stream,
             bias=space.bias[columns] if self._ends_forbidden() else None,
-            wanted=sum({1 << indices[name] for name in request.logprobs}),
+            logprob_mask=sum({1 << indices[name] for name in request.logprobs}),
             backend=request.settings.backend,
             part=request.part,
         )

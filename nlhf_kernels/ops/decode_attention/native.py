@@ -6,31 +6,23 @@ import torch
 
 from ...core import capabilities
 from ...core.native import DTYPES
+from .op import DecodeAttentionInputs, empty_result
 
 
-def decode_attention_cpu(
-    query: torch.Tensor,  # (R, Hq, D), contiguous
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    starts: torch.Tensor | None,
-    ends: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+def decode_attention_cpu(inputs: DecodeAttentionInputs) -> torch.Tensor:
+    query, keys, values, starts, ends, scale, window, softcap, sinks, _ = inputs
     rows, heads, dim = query.shape
     _, kv_heads, positions, value_dim = values.shape
     sinks = None if sinks is None else sinks.float()
-    out = torch.empty((rows, heads, value_dim), dtype=torch.float32, device=query.device)
+    out = empty_result(inputs, torch.float32)
     capabilities.native("_cpu").decode_attention(
         DTYPES[query.dtype],
         (query.data_ptr(), keys.data_ptr(), values.data_ptr()),
         keys.stride()[:3],
         values.stride()[:3],
-        starts.data_ptr() if starts is not None else 0,
+        0 if starts is None else starts.data_ptr(),
         ends.data_ptr(),
-        sinks.data_ptr() if sinks is not None else 0,
+        0 if sinks is None else sinks.data_ptr(),
         (rows, heads, kv_heads, positions, dim, value_dim, window),
         scale,
         softcap,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +23,19 @@ _HERE = "nlhf_kernels.ops.decode_attention"
 _NO_WINDOW = 2**62  # positions: more than any cache has
 
 
+class DecodeAttentionInputs(NamedTuple):
+    query: torch.Tensor  # (R, Hq, D) float32, bfloat16 or float16
+    keys: torch.Tensor  # (R, Hkv, L, D), its last dimension contiguous
+    values: torch.Tensor  # (R, Hkv, L, Dv), likewise
+    starts: torch.Tensor | None  # (R,) int64
+    ends: torch.Tensor  # (R,) int64
+    scale: float
+    window: int
+    softcap: float  # 0: none
+    sinks: torch.Tensor | None  # (Hq,)
+    backend: str
+
+
 class DecodeAttentionProblem(NamedTuple):
     device: torch.device
     dtype: torch.dtype
@@ -30,7 +43,9 @@ class DecodeAttentionProblem(NamedTuple):
     value_dim: int
 
 
-def _describe(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> Any:
+def _describe(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object
+) -> DecodeAttentionProblem:
     return DecodeAttentionProblem(query.device, query.dtype, query.shape[2], values.shape[3])
 
 
@@ -58,17 +73,8 @@ OP = register(
 )
 
 
-def _check(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    starts: torch.Tensor | None,
-    ends: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-) -> None:
+def _check(inputs: DecodeAttentionInputs) -> None:
+    query, keys, values, starts, ends, _, window, _, sinks, _ = inputs
     op = OP.name
     sizes: Sizes = {}
     check_tensor(op, "query", query, ("rows", "heads", "dim"), FLOATS, sizes)
@@ -78,12 +84,13 @@ def _check(
     check_not_empty(op, "keys", sizes, "kv_heads", "positions", "dim")
     if sizes["heads"] % sizes["kv_heads"] or not sizes["heads"]:
         raise ValueError(f"{op}: query: expected a multiple of {sizes['kv_heads']} heads; got {sizes['heads']}")
-    for name, cache in (("keys", keys), ("values", values)):
-        strides = cache.stride()
-        if strides[3] != 1 and cache.shape[3] > 1:
-            raise ValueError(
-                f"{op}: {name}: expected a last dimension of stride 1, a cache is not copied; got strides {strides}"
-            )
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        for name, cache in (("keys", keys), ("values", values)):
+            if cache.stride(3) != 1 and cache.shape[3] > 1:
+                raise ValueError(
+                    f"{op}: {name}: expected a last dimension of stride 1, a cache is not copied; "
+                    f"got strides {cache.stride()}"
+                )
     check_tensor(op, "ends", ends, ("rows",), INTEGERS, sizes, device)
     if starts is not None:
         check_tensor(op, "starts", starts, ("rows",), INTEGERS, sizes, device)
@@ -92,87 +99,89 @@ def _check(
     check_integer(op, "window", window, 1, _NO_WINDOW)
 
 
-def _run(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    starts: torch.Tensor | None,
-    ends: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-    backend: str,
-) -> torch.Tensor:
-    _check(query, keys, values, starts, ends, scale, window, softcap, sinks)
-    result: torch.Tensor = OP.resolve(backend, _describe(query, keys, values)).run(
-        query.contiguous(),
-        keys,
-        values,
-        None if starts is None else starts.contiguous(),
-        ends.contiguous(),
-        scale,
-        window,
-        softcap,
-        None if sinks is None else sinks.contiguous(),
-    )
+def _run(inputs: DecodeAttentionInputs) -> torch.Tensor:
+    _check(inputs)
+    query, keys, values, starts, ends, scale, window, softcap, sinks, backend = inputs
+    if not (
+        query.is_contiguous()
+        and ends.is_contiguous()
+        and (starts is None or starts.is_contiguous())
+        and (sinks is None or sinks.is_contiguous())
+    ):
+        query, ends = query.contiguous(), ends.contiguous()
+        starts, sinks = (None if tensor is None else tensor.contiguous() for tensor in (starts, sinks))
+        inputs = DecodeAttentionInputs(query, keys, values, starts, ends, scale, window, softcap, sinks, backend)
+    problem = DecodeAttentionProblem(query.device, query.dtype, query.shape[2], values.shape[3])
+    result: torch.Tensor = OP.resolve(backend, problem).run(inputs)
     return result
 
 
-def _fake(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any) -> torch.Tensor:
-    *call, _ = rest
-    _check(query, keys, values, *call)
-    return query.new_empty((query.shape[0], query.shape[1], values.shape[3]))
+def empty_result(inputs: DecodeAttentionInputs, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Allocate (R, Hq, Dv), in the query's dtype unless `dtype` is given."""
+    query = inputs.query
+    rows, heads, _ = query.shape
+    return torch.empty((rows, heads, inputs.values.shape[3]), dtype=dtype or query.dtype, device=query.device)
 
 
-_operator = torch_op.define(
-    "decode_attention",
-    "(Tensor query, Tensor keys, Tensor values, Tensor? starts, Tensor ends, float scale, int window, float softcap,"
-    " Tensor? sinks, str backend) -> Tensor",
-    _run,
-    _fake,
-)
+def _fake(inputs: DecodeAttentionInputs) -> torch.Tensor:
+    _check(inputs)
+    return empty_result(inputs)
+
+
+_operator = torch_op.define("decode_attention", DecodeAttentionInputs, "Tensor", _run, _fake)
 
 
 def decode_attention(
-    query: torch.Tensor,  # (R, Hq, D) float32, bfloat16 or float16
-    keys: torch.Tensor,  # (R, Hkv, L, D), any strides but for the last dimension; Hq a multiple of Hkv
-    values: torch.Tensor,  # (R, Hkv, L, Dv), likewise
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     *,
-    ends: torch.Tensor,  # (R,) int64: the position of the row's new token, plus 1
-    starts: torch.Tensor | None = None,  # (R,) int64: how much padding stands on the left; None: none
+    ends: torch.Tensor,
+    starts: torch.Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    sinks: torch.Tensor | None = None,  # (Hq,) float32, bfloat16 or float16
+    sinks: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:  # (R, Hq, Dv)
-    """softmax(scale query . keys) values of every row, over the positions [starts, ends) of that row.
+    """Return softmax(scale query . keys) values of every row, over the positions [starts, ends) of that row.
 
-    Query head i reads key/value head i // (Hq / Hkv). Nothing outside a row's range is looked at, so a cache need not
-    be initialised; a row whose range is empty gives zeros. A cache of L slots holds the last L positions: where ends
+    Query head i reads key/value head i // (Hq / Hkv). Nothing outside a row's range is read, so a cache need not be
+    initialised; a row whose range is empty gives zeros. A cache of L slots holds the last L positions: where ends
     exceeds L, slot 0 is position ends - L.
-
-    scale: 1 / sqrt(D) where not given. window: only the last `window` positions before ends. softcap: scores s become
-    softcap tanh(s / softcap). sinks: a score per head that takes part in the softmax and has no value.
 
     starts and ends are read by the kernels only: a captured graph advances as they change. Not differentiable;
     gradients are not recorded.
+
+    Args:
+        query ((R, Hq, D) float32, bfloat16 or float16): of one new token a row.
+        keys ((R, Hkv, L, D), dtype as query): the cache; any strides but for the last dimension; Hq a multiple of Hkv.
+        values ((R, Hkv, L, Dv), dtype as query): likewise.
+        ends ((R,) int64): the position of the row's new token, plus 1.
+        starts ((R,) int64): the row's padding on the left; None is none.
+        scale: of the scores; None is 1 / sqrt(D).
+        window: only the last `window` positions before ends are read; None reads all.
+        softcap: scores s become softcap tanh(s / softcap); None leaves them.
+        sinks ((Hq,) float32, bfloat16 or float16): a score per head that takes part in the softmax and has no value.
+        backend: see `use_backend`; None leaves the choice to it.
     """
     op = OP.name
-    tensors = {"query": query, "keys": keys, "values": values, "ends": ends, "starts": starts, "sinks": sinks}
-    for name, value in tensors.items():
-        if value is not None or name not in ("starts", "sinks"):
-            check_is_tensor(op, name, value)
+    for name, value in (("query", query), ("keys", keys), ("values", values), ("ends", ends)):
+        check_is_tensor(op, name, value)
+    if starts is not None:
+        check_is_tensor(op, "starts", starts)
+    if sinks is not None:
+        check_is_tensor(op, "sinks", sinks)
     scale = max(query.shape[-1:], default=1) ** -0.5 if scale is None else check_number(op, "scale", scale)
     window = _NO_WINDOW if window is None else check_integer(op, "window", window, 1, _NO_WINDOW)
     softcap = 0.0 if softcap is None else check_number(op, "softcap", softcap, 0.0, open_low=True)
-    result: torch.Tensor = _operator(
-        _plain(query), _plain(keys), _plain(values), starts, ends, scale, window, softcap,
-        None if sinks is None else _plain(sinks), backend or "",
+    return _operator(
+        DecodeAttentionInputs(
+            _detached(query), _detached(keys), _detached(values), starts, ends, scale, window, softcap,
+            None if sinks is None else _detached(sinks), backend or "",
+        )
     )  # fmt: skip
-    return result
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if tensor.requires_grad else tensor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .op import DecodeAttentionInputs
+
 
 def live_range(
     starts: torch.Tensor | None, ends: torch.Tensor, positions: int, window: int
@@ -15,17 +17,8 @@ def live_range(
     return (first - rolled).clamp(min=0), end - rolled
 
 
-def decode_attention(
-    query: torch.Tensor,  # (R, Hq, D)
-    keys: torch.Tensor,  # (R, Hkv, L, D)
-    values: torch.Tensor,  # (R, Hkv, L, Dv)
-    starts: torch.Tensor | None,  # (R,)
-    ends: torch.Tensor,  # (R,)
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,  # (Hq,)
-) -> torch.Tensor:  # (R, Hq, Dv)
+def decode_attention(inputs: DecodeAttentionInputs) -> torch.Tensor:  # (R, Hq, Dv)
+    query, keys, values, starts, ends, scale, window, softcap, sinks, _ = inputs
     rows, heads, dim = query.shape
     kv_heads, positions = keys.shape[1:3]
     real = torch.promote_types(query.dtype, torch.float32)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ...core import settings, tuning
 from ...core.native import on_device
+from .op import DecodeAttentionInputs, empty_result
 
 _TILE_BYTES = 8192  # of keys, and as much of values: small, so that a short range is several, all of them in flight
 #: A split costs a second launch and a pass over partial results, so short caches have one. How many there are follows
@@ -228,21 +229,12 @@ def merge_kernel(
     tl.store(out + program * VALUE_DIM + value_dim, result.to(out.dtype.element_ty), mask=value_dim < VALUE_DIM)
 
 
-def decode_attention(
-    query: torch.Tensor,  # (R, Hq, D), contiguous
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    starts: torch.Tensor | None,
-    ends: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+def decode_attention(inputs: DecodeAttentionInputs) -> torch.Tensor:
+    query, keys, values, starts, ends, scale, window, softcap, sinks, _ = inputs
     rows, heads, dim = query.shape
     _, kv_heads, positions, value_dim = values.shape
     group = heads // kv_heads
-    out = torch.empty((rows, heads, value_dim), dtype=query.dtype, device=query.device)
+    out = empty_result(inputs)
     if not out.numel():
         return out
     dot = group > 1 and query.dtype != torch.float32

@@ -14,7 +14,16 @@ from typing import NamedTuple
 import torch
 
 from ...core.registry import Backend
-from ..logprobs.layout import IGNORED, Normalizer, Output, Settings, Want, real_dtype
+from ..logprobs.layout import (
+    IGNORED,
+    Extra,
+    LogprobsBackwardInputs,
+    LogprobsInputs,
+    Normalizer,
+    Output,
+    Settings,
+    real_dtype,
+)
 from .products import add_weight_gradient, logits_into
 
 _TILE = 128  # rows that a matrix product handles at a time on a GPU: a chunk is a multiple where it can
@@ -36,60 +45,60 @@ def chunk_rows(rows: int, vocabulary: int, itemsize: int, compares: bool, chunk_
 
 
 class Side(NamedTuple):
-    """One model: what its logits are made of, all in the dtype they are computed in."""
+    """What one model's logits are computed from."""
 
     hidden: torch.Tensor  # (N, D)
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
 
     def to(self, dtype: torch.dtype) -> Side:
-        return Side(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
+        return Side(self.hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def shares_head_with(self, other: Side) -> bool:
         return _same(self.weight, other.weight) and _same(self.bias, other.bias)
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """The same memory, seen the same way."""
+    """Return whether both are None, or the same elements of the same memory."""
     if one is None or other is None:
         return one is other
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
 
 
-class Kept(NamedTuple):
-    """Which rows are multiplied at all. On the CPU those that are scored; on a GPU, where counting them would stop the
-    device, all of them."""
+class ScoredRows(NamedTuple):
+    """The rows whose logits are computed: on the CPU those that are scored; on a GPU all of them, since counting them
+    would wait for the device."""
 
-    rows: torch.Tensor | None  # (K,) indices; None: all
+    indices: torch.Tensor | None  # (K,); None: all
     total: int  # N
 
     @staticmethod
-    def of(targets: torch.Tensor) -> Kept:
+    def of(targets: torch.Tensor) -> ScoredRows:
         scored = targets != IGNORED
         if targets.device.type != "cpu" or bool(scored.all()):
-            return Kept(None, targets.numel())
-        return Kept(scored.nonzero().squeeze(1), targets.numel())
+            return ScoredRows(None, targets.numel())
+        return ScoredRows(scored.nonzero().squeeze(1), targets.numel())
 
     def pick(self, values: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Of all N, those kept."""
-        return values if self.rows is None else values.index_select(dim, self.rows)
+        """Return the K of all N along `dim`."""
+        return values if self.indices is None else values.index_select(dim, self.indices)
 
     def spread(self, values: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """The way back; 0 for the others."""
-        if self.rows is None:
+        """Return N values along `dim` from those of K rows, 0 for the others."""
+        if self.indices is None:
             return values
         shape = list(values.shape)
         shape[dim] = self.total
-        return values.new_zeros(shape).index_copy_(dim, self.rows, values)
+        return values.new_zeros(shape).index_copy_(dim, self.indices, values)
 
     def offsets(self, offsets: torch.Tensor) -> torch.Tensor:
-        """Where sequences begin among the rows kept."""
-        return offsets if self.rows is None else torch.searchsorted(self.rows, offsets)
+        """Return where sequences begin among the K rows."""
+        return offsets if self.indices is None else torch.searchsorted(self.indices, offsets)
 
 
 @dataclass(frozen=True)
 class Chunked:
-    """A call of a linear op, to be walked chunk by chunk. Its N rows are those kept of the caller's."""
+    """A call of a linear op, to be computed chunk by chunk. Its N rows are the caller's that are scored."""
 
     policy: Side
     reference: Side | None
@@ -98,12 +107,12 @@ class Chunked:
     settings: Settings
     backend: Backend  # of the room logprobs: what it does to rows of logits
     chunk_bytes: int
-    kept: Kept
+    scored: ScoredRows
 
     @property
     def compares(self) -> bool:
         """Whether both models' logits are needed at once."""
-        return bool(self.settings.wanted & (Want.KL | Want.MIXTURE))
+        return bool(self.settings.extras & (Extra.KL | Extra.MIXTURE))
 
     @property
     def columns(self) -> int:
@@ -127,14 +136,14 @@ class Chunked:
             yield slice(start, min(start + self.rows_per_chunk, last))
 
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where values and normalizers of all rows go."""
+        """Allocate values and normalizers of all rows."""
         real, count = real_dtype(self.policy.weight.dtype), self.targets.numel()
         shapes = ((len(Output), count), (len(Normalizer), count))
         values, normalizers = (torch.zeros(shape, dtype=real, device=self.targets.device) for shape in shapes)
         return values, normalizers
 
     def reference_logprobs(self, buffer: torch.Tensor) -> torch.Tensor:  # (N,)
-        """The reference's log-probabilities alone: scored as if it were the policy."""
+        """Score the reference alone, as if it were the policy."""
         assert self.reference is not None, "there is a reference"
         settings = Settings(self.settings.temperature, self.settings.reference)
         parts = []
@@ -145,7 +154,7 @@ class Chunked:
         return self.merged(values, normalizers, slice(0, values.shape[1]), settings)[0][Output.POLICY]
 
     def logits(self, rows: slice, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of the policy, and of the reference where the outputs compare them; both in `buffer`."""
+        """Compute the logits of the policy, and of the reference where the outputs compare them, in `buffer`."""
         if not self.compares or self.reference is None:
             return _logits(self.policy, rows, buffer), None
         count = rows.stop - rows.start
@@ -156,21 +165,21 @@ class Chunked:
         return _logits(self.policy, rows, buffer), _logits(self.reference, rows, buffer[count:])
 
     def score(self, rows: slice, logits: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the columns at hand; `merged` makes the vocabulary's of them."""
+        """Score the columns at hand; `merged` makes the vocabulary's of them."""
         return self.score_rows(*logits, rows, self.settings)
 
     def score_rows(
         self, policy: torch.Tensor, reference: torch.Tensor | None, rows: slice, settings: Settings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        result: tuple[torch.Tensor, torch.Tensor] = self.backend.run(
-            policy, reference, self.targets[rows], self.beta_of(rows), settings
-        )
+        beta = self.beta_of(rows) if settings.computes(Extra.MIXTURE) else None
+        inputs = LogprobsInputs(policy, reference, self.targets[rows], beta, settings, self.backend.name)
+        result: tuple[torch.Tensor, torch.Tensor] = self.backend.run(inputs)
         return result
 
     def merged(
         self, values: torch.Tensor, normalizers: torch.Tensor, rows: slice, settings: Settings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the whole vocabulary, from what `score` gave for all `rows`: the same, where its columns are all."""
+        """Return the whole vocabulary's, from what `score` gave for all `rows`: the same, where its columns are all."""
         return values, normalizers
 
     def logits_gradient(
@@ -181,20 +190,20 @@ class Chunked:
         normalizers: torch.Tensor,  # (6, C)
         upstream: torch.Tensor,  # (5, C), of values
     ) -> torch.Tensor:
-        """Written over the policy's logits."""
+        """Write the gradient of the policy's logits over them."""
         policy, reference = logits
+        targets, beta = self.gradient_targets(rows), self.beta_of(rows)
+        forward = LogprobsInputs(policy, reference, targets, beta, self.settings, self.backend.name)
         saved = (values.contiguous(), normalizers.contiguous(), upstream.contiguous())
-        self.backend.run_backward(
-            policy, reference, self.gradient_targets(rows), self.beta_of(rows), *saved, self.settings, policy
-        )
+        self.backend.run_backward(LogprobsBackwardInputs(*saved, forward), policy)
         return policy
 
     def gradient_targets(self, rows: slice) -> torch.Tensor:
         return self.targets[rows]
 
     def gradient_tensors(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What all chunks have added, for an operator's result."""
-        return gradients.tensors(self.kept)
+        """Return what all chunks have added, as an operator's result."""
+        return gradients.tensors(self.scored)
 
     def beta_of(self, rows: slice) -> torch.Tensor | None:
         return self.beta[rows] if self.beta is not None and self.beta.ndim else self.beta
@@ -205,7 +214,7 @@ def _logits(side: Side, rows: slice, buffer: torch.Tensor) -> torch.Tensor:
 
 
 class Needs(NamedTuple):
-    """Which inputs ask for a gradient; the others cost nothing."""
+    """Which inputs ask for a gradient; the others' is not computed."""
 
     hidden: bool
     weight: bool
@@ -213,7 +222,7 @@ class Needs(NamedTuple):
 
 
 class Gradients:
-    """Of hidden states, weight and bias, collected over the chunks; those of the head in float32 or better."""
+    """The gradients of hidden states, weight and bias, summed over the chunks; the head's in float32 or better."""
 
     def __init__(self, side: Side, needs: Needs) -> None:
         real = real_dtype(side.weight.dtype)
@@ -233,16 +242,16 @@ class Gradients:
         self.empty = False
 
     def scale(self, ratio: torch.Tensor) -> None:  # ()
-        """All that has been added so far, times `ratio`."""
+        """Multiply all that has been added so far by `ratio`."""
         for part in (self.hidden, self.weight, self.bias):
             if part is not None:
                 part.mul_(ratio)
 
-    def tensors(self, kept: Kept) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For an operator's result: what was not asked for is empty."""
+    def tensors(self, scored: ScoredRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the gradients as an operator's result: what was not asked for is empty."""
         if self.empty and self.weight is not None:
             self.weight.zero_()
-        spread = None if self.hidden is None else kept.spread(self.hidden, 0)
+        spread = None if self.hidden is None else scored.spread(self.hidden, 0)
         empty = self.side.weight.new_empty(0)
         hidden, weight, bias = (empty.clone() if part is None else part for part in (spread, self.weight, self.bias))
         return hidden, weight, bias

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ...core import torch_op
 from ...core.checks import INTEGERS, Sizes, check_integer, check_not_empty, check_number, check_tensor
-from ...core.registry import built_on
+from ...core.registry import Op, built_on
 from ...core.vocabulary import VocabularySlice, is_dtensor
-from ..logprobs.layout import Output, Settings, Want, real_dtype
+from ..logprobs.layout import Extra, Normalizer, Output, Settings, Transform, real_dtype
 from ..logprobs.op import (
     DTYPES,
     Logprobs,
@@ -19,17 +20,40 @@ from ..logprobs.op import (
     beta_tensor,
     check_beta,
     check_constant,
+    check_extras,
     check_saved,
     check_targets,
-    check_wanted,
 )
 from ..logprobs.op import OP as LOGPROBS
-from .chunks import CHUNK_BYTES, Chunked, Gradients, Kept, Needs, Side
+from .chunks import CHUNK_BYTES, Chunked, Gradients, Needs, ScoredRows, Side
 from .head import Head, check_head
 from .slices import ChunkedSlice, local_heads
 
 
-def _describe(hidden: torch.Tensor, *_: Any, **__: Any) -> LogprobsProblem:
+class LinearLogprobsInputs(NamedTuple):
+    hidden: torch.Tensor  # (N, D)
+    weight: torch.Tensor  # (V, D)
+    bias: torch.Tensor | None  # (V,)
+    reference_hidden: torch.Tensor | None  # (N, D'); this and the next two are constants
+    reference_weight: torch.Tensor | None  # (V, D')
+    reference_bias: torch.Tensor | None  # (V,)
+    targets: torch.Tensor  # (N,) int64
+    beta: torch.Tensor | None  # () or (N,), in the dtype of the outputs
+    settings: Settings
+    chunk_bytes: int  # of logits held at a time
+    compute: torch.dtype  # of the products
+    backend: str
+
+
+class LinearLogprobsBackwardInputs(NamedTuple):
+    values: torch.Tensor  # (5, N)
+    normalizers: torch.Tensor  # (6, N)
+    upstream: torch.Tensor  # (5, N), the gradient of `values`
+    needs: Needs
+    forward: LinearLogprobsInputs
+
+
+def _describe(hidden: torch.Tensor, *_: object, **__: object) -> LogprobsProblem:
     return LogprobsProblem(hidden.device, (compute_dtype(hidden),))
 
 
@@ -37,68 +61,69 @@ OP = built_on(LOGPROBS, "linear_logprobs", _describe)
 
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """What the products are made in: autocast's dtype where it is on, else the hidden states' own."""
+    """Return the dtype of the products: autocast's where it is on, else the hidden states' own."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return hidden.dtype
 
 
-def chunked(inputs: tuple[Any, ...], op: Any = OP, part: VocabularySlice | None = None) -> Chunked:
-    """The tensors and settings of an operator call, cast to the dtype of the products, with the backend chosen."""
-    *tensors, targets, beta, numbers, wanted, chunk_bytes, compute, backend = inputs
-    _check_operands(op.name, tensors, targets, beta, wanted, chunk_bytes, compute)
-    if part is None and not tensors[1].shape[0]:
+def chunked(inputs: LinearLogprobsInputs, op: Op = OP, part: VocabularySlice | None = None) -> Chunked:
+    """Check an operator's inputs, cast them to the dtype of the products, choose the backend."""
+    _check_operands(op.name, inputs)
+    if part is None and not inputs.weight.shape[0]:
         raise ValueError(f"{op.name}: weight: expected at least one of vocabulary; got 0")
-    check_targets(op.name, targets, tensors[1].shape[0] if part is None else part.total)
-    policy, reference = Side(*tensors[:3]), None
-    if tensors[3] is not None:
-        reference = Side(*tensors[3:])
-        shared = policy.shares_head_with(reference)  # asked before a cast makes two of one
-    kept = Kept.of(targets)
-    policy = policy._replace(hidden=kept.pick(policy.hidden, 0)).to(compute)
+    check_targets(op.name, inputs.targets, inputs.weight.shape[0] if part is None else part.total)
+    scored = ScoredRows.of(inputs.targets)
+    policy = Side(scored.pick(inputs.hidden, 0), inputs.weight, inputs.bias)
+    reference = None
+    if inputs.reference_hidden is not None and inputs.reference_weight is not None:
+        hidden = scored.pick(inputs.reference_hidden, 0)
+        reference = Side(hidden, inputs.reference_weight, inputs.reference_bias)
+    shared = reference is not None and policy.shares_head_with(reference)  # asked before a cast makes two of one
+    policy = policy.to(inputs.compute)
     if reference is not None:
-        reference = reference._replace(hidden=kept.pick(reference.hidden, 0))
-        reference = policy._replace(hidden=reference.hidden.to(compute)) if shared else reference.to(compute)
-    chosen = op.resolve(backend, LogprobsProblem(targets.device, (compute,)))
-    beta = kept.pick(beta) if beta is not None and beta.ndim else beta
-    settings = Settings.of(numbers, wanted)
-    call = (policy, reference, kept.pick(targets).contiguous(), beta, settings, chosen, chunk_bytes, kept)
-    return Chunked(*call) if part is None else ChunkedSlice(*call, part)
+        reference = (
+            policy._replace(hidden=reference.hidden.to(inputs.compute)) if shared else reference.to(inputs.compute)
+        )
+    beta = inputs.beta
+    call = Chunked(
+        policy,
+        reference,
+        targets=scored.pick(inputs.targets).contiguous(),
+        beta=scored.pick(beta) if beta is not None and beta.ndim else beta,
+        settings=inputs.settings,
+        backend=op.resolve(inputs.backend, LogprobsProblem(inputs.targets.device, (inputs.compute,))),
+        chunk_bytes=inputs.chunk_bytes,
+        scored=scored,
+    )
+    return call if part is None else ChunkedSlice(**vars(call), part=part)
 
 
-def _check_operands(
-    op: str,
-    tensors: list[Any],
-    targets: torch.Tensor,
-    beta: torch.Tensor | None,
-    wanted: int,
-    chunk_bytes: int,
-    compute: torch.dtype,
-) -> None:
-    hidden, weight, bias, *reference = tensors
+def _check_operands(op: str, inputs: LinearLogprobsInputs) -> None:
     sizes: Sizes = {}
-    device = hidden.device
-    check_tensor(op, "hidden", hidden, ("tokens", "hidden"), DTYPES, sizes)
-    check_tensor(op, "weight", weight, ("vocabulary", "hidden"), DTYPES, sizes, device)
-    if bias is not None:
-        check_tensor(op, "bias", bias, ("vocabulary",), DTYPES, sizes, device)
-    if reference[0] is not None:
-        check_tensor(op, "reference_hidden", reference[0], ("tokens", "reference_hidden"), DTYPES, sizes, device)
-        check_tensor(op, "reference_weight", reference[1], ("vocabulary", "reference_hidden"), DTYPES, sizes, device)
-        if reference[2] is not None:
-            check_tensor(op, "reference_bias", reference[2], ("vocabulary",), DTYPES, sizes, device)
+    device = inputs.hidden.device
+    check_tensor(op, "hidden", inputs.hidden, ("tokens", "hidden"), DTYPES, sizes)
+    check_tensor(op, "weight", inputs.weight, ("vocabulary", "hidden"), DTYPES, sizes, device)
+    if inputs.bias is not None:
+        check_tensor(op, "bias", inputs.bias, ("vocabulary",), DTYPES, sizes, device)
+    hidden, weight, bias = inputs.reference_hidden, inputs.reference_weight, inputs.reference_bias
+    if hidden is not None:
+        check_tensor(op, "reference_hidden", hidden, ("tokens", "reference_hidden"), DTYPES, sizes, device)
+        check_tensor(op, "reference_weight", weight, ("vocabulary", "reference_hidden"), DTYPES, sizes, device)
+        if bias is not None:
+            check_tensor(op, "reference_bias", bias, ("vocabulary",), DTYPES, sizes, device)
     check_not_empty(op, "weight", sizes, "hidden")
-    check_tensor(op, "targets", targets, ("tokens",), INTEGERS, sizes, device)
-    if compute not in DTYPES:
-        raise TypeError(f"{op}: compute: expected one of {DTYPES}; got {compute}")
-    check_beta(op, beta, sizes["tokens"], real_dtype(compute), device)
-    check_wanted(op, wanted, reference[0] is not None, beta is not None)
-    check_integer(op, "chunk_bytes", chunk_bytes, 1, 2**62)
+    check_tensor(op, "targets", inputs.targets, ("tokens",), INTEGERS, sizes, device)
+    if inputs.compute not in DTYPES:
+        raise TypeError(f"{op}: compute: expected one of {DTYPES}; got {inputs.compute}")
+    check_beta(op, inputs.beta, sizes["tokens"], real_dtype(inputs.compute), device)
+    check_extras(op, inputs.settings.extras, hidden is not None, inputs.beta is not None)
+    check_integer(op, "chunk_bytes", inputs.chunk_bytes, 1, 2**62)
 
 
-def _run(*inputs: Any, part: VocabularySlice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast(inputs[0].device.type, enabled=False):
+def _run(inputs: LinearLogprobsInputs, part: VocabularySlice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
         call = chunked(inputs, part=part)
         values, normalizers = call.outputs()
         buffer = call.buffer()
@@ -107,93 +132,116 @@ def _run(*inputs: Any, part: VocabularySlice | None = None) -> tuple[torch.Tenso
         values, normalizers = call.merged(values, normalizers, slice(0, call.targets.numel()), call.settings)
         if call.reference is not None and not call.compares and call.targets.numel():
             values[Output.REFERENCE] = call.reference_logprobs(buffer)
-        return call.kept.spread(values), call.kept.spread(normalizers)
+        return call.scored.spread(values), call.scored.spread(normalizers)
 
 
-def _fake(hidden: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    real, count = real_dtype(inputs[-2]), hidden.shape[0]
-    return hidden.new_empty((5, count), dtype=real), hidden.new_empty((6, count), dtype=real)
+def _fake(inputs: LinearLogprobsInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden, real = inputs.hidden, real_dtype(inputs.compute)
+    shapes = ((len(Output), hidden.shape[0]), (len(Normalizer), hidden.shape[0]))
+    return hidden.new_empty(shapes[0], dtype=real), hidden.new_empty(shapes[1], dtype=real)
 
 
 def _run_backward(
-    values: torch.Tensor,
-    normalizers: torch.Tensor,
-    upstream: torch.Tensor,
-    needs: list[bool],
-    *inputs: Any,
-    part: VocabularySlice | None = None,
+    inputs: LinearLogprobsBackwardInputs, part: VocabularySlice | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The logits are computed again: they were not kept."""
+    """Compute the logits again, and the gradients from them."""
+    values, normalizers, upstream, needs, forward = inputs
     with torch.autocast(values.device.type, enabled=False):
-        call = chunked(inputs, part=part)
+        call = chunked(forward, part=part)
         saved = {"values": values, "normalizers": normalizers, "upstream": upstream}
-        check_saved(OP.name, saved, call.kept.total, real_dtype(inputs[-2]), call.targets.device)
-        gradients = Gradients(call.policy, Needs(*needs))
+        check_saved(OP.name, saved, call.scored.total, real_dtype(forward.compute), call.targets.device)
+        gradients = Gradients(call.policy, needs)
         buffer = call.buffer()
-        of_rows = [call.kept.pick(part) for part in saved.values()]
+        of_rows = [call.scored.pick(tensor) for tensor in saved.values()]
         for rows in call.chunks():
-            of_chunk = (part[:, rows] for part in of_rows)
+            of_chunk = (tensor[:, rows] for tensor in of_rows)
             gradients.add(rows, call.logits_gradient(rows, call.logits(rows, buffer), *of_chunk))
         return call.gradient_tensors(gradients)
 
 
-def fake_gradients(needs: list[bool], hidden: torch.Tensor, weight: torch.Tensor, compute: torch.dtype) -> Any:
+def fake_gradients(needs: Needs, inputs: LinearLogprobsInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden, weight, compute = inputs.hidden, inputs.weight, inputs.compute
     real, empty = real_dtype(compute), hidden.new_empty(0, dtype=compute)
     return (
-        torch.empty_like(hidden, dtype=compute) if needs[0] else empty,
-        torch.empty_like(weight, dtype=real) if needs[1] else empty.clone(),
-        weight.new_empty(weight.shape[0], dtype=real) if needs[2] else empty.clone(),
+        torch.empty_like(hidden, dtype=compute) if needs.hidden else empty,
+        torch.empty_like(weight, dtype=real) if needs.weight else empty.clone(),
+        weight.new_empty(weight.shape[0], dtype=real) if needs.bias else empty.clone(),
     )
 
 
-def _fake_backward(values: Any, normalizers: Any, upstream: Any, needs: list[bool], *inputs: Any) -> Any:
-    return fake_gradients(needs, inputs[0], inputs[1], inputs[-2])
-
-
-INPUTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? reference_hidden, Tensor? reference_weight,"
-    " Tensor? reference_bias, Tensor targets, Tensor? beta, float[] numbers, int wanted, int chunk_bytes,"
-    " ScalarType compute, str backend"
-)
-_operator = torch_op.define("linear_logprobs", f"({INPUTS}) -> (Tensor, Tensor)", _run, _fake)
+_operator = torch_op.define("linear_logprobs", LinearLogprobsInputs, "(Tensor, Tensor)", _run, _fake)
 _backward = torch_op.define(
     "linear_logprobs_backward",
-    f"(Tensor values, Tensor normalizers, Tensor upstream, bool[] needs, {INPUTS}) -> (Tensor, Tensor, Tensor)",
+    LinearLogprobsBackwardInputs,
+    "(Tensor, Tensor, Tensor)",
     _run_backward,
-    _fake_backward,
+    lambda inputs: fake_gradients(inputs.needs, inputs.forward),
 )
 
 
-def _scored(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(inputs: LinearLogprobsInputs, part: VocabularySlice | None) -> tuple[torch.Tensor, torch.Tensor]:
     """With collectives in it a call is no operator: torch.compile would have to know the group by name."""
-    *operands, part = inputs
-    result: tuple[torch.Tensor, torch.Tensor] = _operator(*operands) if part is None else _run(*operands, part=part)
-    return result
+    return _operator(inputs) if part is None else _run(inputs, part)
 
 
-def _gradients(needs: Any, saved: Any, inputs: Any, upstream: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    *tensors, values, normalizers = saved
-    *plain, part = inputs[8:]
-    asked = list(needs[:3])
-    operands = (values, normalizers, upstream, asked, *tensors, *plain)
-    parts = _backward(*operands) if part is None else _run_backward(*operands, part=part)
-    given = [
-        part.to(tensor.dtype) if ask else None for ask, part, tensor in zip(asked, parts, tensors[:3], strict=True)
-    ]
-    return (*given, *[None] * 11)
+class _LinearLogprobs(torch.autograd.Function):
+    """`_score` with its gradients in hidden states, weight and bias, which autograd sees."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        inputs: LinearLogprobsInputs,
+        part: VocabularySlice | None,
+    ) -> Any:
+        values, normalizers = _score(inputs, part)
+        reference = inputs.reference_hidden, inputs.reference_weight, inputs.reference_bias
+        ctx.save_for_backward(
+            hidden, weight, bias, *reference, inputs.targets, inputs.beta, values, normalizers
+        )  # fmt: skip
+        ctx.settings = inputs.settings, inputs.chunk_bytes, inputs.compute, inputs.backend
+        ctx.part = part
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        *operands, values, normalizers = ctx.saved_tensors
+        forward = LinearLogprobsInputs(*operands, *ctx.settings)
+        needs = Needs(*ctx.needs_input_grad[:3])
+        inputs = LinearLogprobsBackwardInputs(values, normalizers, upstream, needs, forward)
+        hidden, weight, bias = _backward(inputs) if ctx.part is None else _run_backward(inputs, ctx.part)
+        return (
+            hidden.to(forward.hidden.dtype) if needs.hidden else None,
+            weight.to(forward.weight.dtype) if needs.weight else None,
+            bias.to(forward.bias.dtype) if needs.bias and forward.bias is not None else None,
+            None,
+            None,
+        )
 
 
-_differentiable = torch_op.differentiable(_scored, lambda inputs, output: (*inputs[:8], *output), _gradients)
+class Models(NamedTuple):
+    """The arguments about models that all linear ops share, checked and flat."""
 
-
-class LinearInputs(NamedTuple):
-    """The checked arguments that all linear ops share, flat: (N, D) hidden states, (N,) targets."""
-
-    tensors: tuple[torch.Tensor | None, ...]  # hidden, weight, bias of the policy, then of the reference
-    transforms: tuple[Any, Any]
+    policy: Side
+    reference: Side | None  # detached
+    policy_transform: Transform
+    reference_transform: Transform
     compute: torch.dtype
     chunk_bytes: int
     part: VocabularySlice | None  # of the heads; None: they are whole
+
+    def inputs(
+        self, targets: torch.Tensor, beta: torch.Tensor | None, temperature: float, extras: int, backend: str | None
+    ) -> LinearLogprobsInputs:
+        settings = Settings(temperature, self.policy_transform, self.reference_transform, extras)
+        hidden, weight, bias = (None, None, None) if self.reference is None else self.reference
+        return LinearLogprobsInputs(
+            *self.policy, hidden, weight, bias, targets.reshape(-1), beta, settings, self.chunk_bytes, self.compute,
+            backend or "",
+        )  # fmt: skip
 
 
 def check_linear(
@@ -205,85 +253,92 @@ def check_linear(
     reference_hidden: torch.Tensor | None,
     reference_head: Head | torch.Tensor | None,
     chunk_bytes: int | None,
-) -> LinearInputs:
-    """Shapes, dtypes, devices, and that the reference asks for no gradient. Binds the symbols it meets in `sizes`."""
+) -> Models:
+    """Check shapes, dtypes, devices, and that the reference asks for no gradient. Binds symbols in `sizes`."""
     check_tensor(op, "hidden", hidden, (*shape, "hidden"), DTYPES, sizes)
     if is_dtensor(hidden):
         raise TypeError(f"{op}: hidden: expected a plain tensor, equal in all processes of the head; got a DTensor")
     head, reference_head, part = local_heads(op, head, reference_head)
     policy = check_head(op, "head", head, sizes, "hidden", hidden.device)
     check_not_empty(op, "head.weight", sizes, *(["vocabulary"] if part is None else []), "hidden")
-    other: Head | None = None
+    other, reference = policy, None
     if reference_hidden is not None:
         expected = (*shape, "reference_hidden")
         check_tensor(op, "reference_hidden", reference_hidden, expected, DTYPES, sizes, hidden.device)
         check_constant(op, "reference_hidden", reference_hidden)
-        given = policy if reference_head is None else reference_head
-        other = check_head(op, "reference_head", given, sizes, "reference_hidden", hidden.device)
+        own_head = policy if reference_head is None else reference_head
+        other = check_head(op, "reference_head", own_head, sizes, "reference_hidden", hidden.device)
         if other.weight is not policy.weight:
             check_constant(op, "reference_head.weight", other.weight)
         if other.bias is not None and other.bias is not policy.bias:
             check_constant(op, "reference_head.bias", other.bias)
+        other_bias = None if other.bias is None else other.bias.detach()
+        reference = Side(_flat(reference_hidden.detach()), other.weight.detach(), other_bias)
     elif reference_head is not None:
         raise ValueError(f"{op}: reference_head: expected with reference_hidden; got it alone")
     chunk = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) if chunk_bytes is None else chunk_bytes
-    return LinearInputs(
-        (
-            hidden.reshape(-1, hidden.shape[-1]),
-            policy.weight,
-            policy.bias,
-            None if reference_hidden is None else reference_hidden.detach().reshape(-1, reference_hidden.shape[-1]),
-            None if other is None else other.weight.detach(),
-            None if other is None or other.bias is None else other.bias.detach(),
-        ),
-        (policy.transform, policy.transform if other is None else other.transform),
+    return Models(
+        Side(_flat(hidden), policy.weight, policy.bias),
+        reference,
+        policy.transform,
+        other.transform,
         compute_dtype(hidden),
         check_integer(op, "chunk_bytes", chunk, 1, 2**62),
         part,
     )
 
 
+def _flat(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
 def linear_logprobs(
-    hidden: torch.Tensor,  # (..., D): one or two dimensions before the last
-    head: Head | torch.Tensor,  # the policy's; its weight (V, D) alone is fine
-    targets: torch.Tensor,  # (...) int64; -100: not scored
-    reference_hidden: torch.Tensor | None = None,  # (..., D')
-    reference_head: Head | torch.Tensor | None = None,  # None: the policy's, as a constant
+    hidden: torch.Tensor,
+    head: Head | torch.Tensor,
+    targets: torch.Tensor,
+    reference_hidden: torch.Tensor | None = None,
+    reference_head: Head | torch.Tensor | None = None,
     *,
-    beta: float | torch.Tensor | None = None,  # number or (...); asks for the mixture
+    beta: float | torch.Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
     kl: bool = False,
-    chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 64 MiB on a CPU
+    chunk_bytes: int | None = None,
     backend: str | None = None,
 ) -> Logprobs:
     """`logprobs(hidden @ weight^T + bias, ...)` with memory for a chunk of logits only; backward computes them again.
 
     Differentiable in the policy's hidden states and head; what asks for no gradient costs none. The head's gradient is
-    summed in float32. Under autocast the products are made in its dtype.
+    summed in float32. Under autocast the products are made in its dtype. A head may be a DTensor that tensor-parallel
+    processes share: each then computes with its own slice of the vocabulary (README.md, section 4), and all get the
+    same result.
 
-    A head may be a DTensor that tensor-parallel processes share: each then computes with its own slice of the
-    vocabulary (README.md, section 4), and all get the same result.
+    Args:
+        hidden ((..., D) float32, bfloat16, float16 or float64): the policy's; one or two dimensions before D.
+        head: the policy's, a Head or its weight (V, D) alone.
+        targets ((...) int64): token ids; -100 is not scored.
+        reference_hidden ((..., D')): the reference's hidden states, a constant.
+        reference_head: the reference's; None takes the policy's, as a constant.
+        beta (number or (...)): weight of the reference in the mixture, whose log-probability it asks for.
+        temperature: above 0.
+        entropy: asks for the policy's entropy.
+        kl: asks for the exact KL(policy || reference), over the vocabulary.
+        chunk_bytes: bytes of logits held at a time; None takes 512 MiB on a GPU, 64 MiB on a CPU.
+        backend: see `use_backend`; None leaves the choice to it.
     """
     op = "linear_logprobs"
     shape = {2: ("tokens",), 3: ("sequences", "tokens")}.get(getattr(hidden, "ndim", 2), ("...",))
     sizes: Sizes = {}
-    inputs = check_linear(op, hidden, head, shape, sizes, reference_hidden, reference_head, chunk_bytes)
+    models = check_linear(op, hidden, head, shape, sizes, reference_hidden, reference_head, chunk_bytes)
     check_tensor(op, "targets", targets, shape, INTEGERS, sizes, hidden.device)
     if reference_hidden is None and (kl or beta is not None):
         raise ValueError(f"{op}: {'kl' if kl else 'beta'}: expected only with reference_hidden; got None for it")
     check_number(op, "temperature", temperature, 0.0, open_low=True)
-    flags = Want.ENTROPY * entropy | Want.KL * kl | Want.MIXTURE * (beta is not None)
-    numbers, wanted = Settings(temperature, *inputs.transforms, flags).flat()
-    values, _ = _differentiable(
-        *inputs.tensors,
-        targets.reshape(-1),
-        beta_tensor(op, beta, targets, real_dtype(inputs.compute)),
-        numbers,
-        wanted,
-        inputs.chunk_bytes,
-        inputs.compute,
-        backend or "",
-        inputs.part,
-    )
-    return as_logprobs(values, targets.shape, reference_hidden is not None, wanted)
+    extras = Extra.ENTROPY * entropy | Extra.KL * kl | Extra.MIXTURE * (beta is not None)
+    weights = beta_tensor(op, beta, targets, real_dtype(models.compute))
+    inputs = models.inputs(targets, weights, temperature, extras, backend)
+    if torch_op.asks_for_gradient(*models.policy):
+        values = _LinearLogprobs.apply(*models.policy, inputs, models.part)  # type: ignore[no-untyped-call]
+    else:
+        values, _ = _score(inputs, models.part)
+    return as_logprobs(values, targets.shape, reference_hidden is not None, extras)

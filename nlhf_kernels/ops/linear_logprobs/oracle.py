@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..logprobs.layout import Settings
+from ..logprobs.layout import LogprobsInputs, Settings, Transform
 from ..logprobs.oracle import logprobs
 from .head import Head
 
@@ -18,14 +18,15 @@ def linear_logprobs(
     *,
     beta: torch.Tensor | None = None,  # () or (N,)
     temperature: float = 1.0,
-    wanted: int = 0,
+    extras: int = 0,
 ) -> torch.Tensor:  # (5, N), rows as in layout.Output
-    reference, transform = None, head.transform
+    reference, transform = None, Transform()
     if reference_hidden is not None:
         other = reference_head or head
         reference, transform = products(reference_hidden, other), other.transform
-    settings = Settings(temperature, head.transform, transform, wanted)
-    return logprobs(products(hidden, head), reference, targets, beta, settings)[0]
+    settings = Settings(temperature, head.transform, transform, extras)
+    values, _ = logprobs(LogprobsInputs(products(hidden, head), reference, targets, beta, settings, "torch"))
+    return values
 
 
 def products(hidden: torch.Tensor, head: Head) -> torch.Tensor:  # (N, V)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...core.vocabulary import VocabularySlice, is_dtensor, same_slice, slice_of, trained_apart
-from ..logprobs.layout import ELSEWHERE, IGNORED, Normalizer, Output, Settings, Want
+from ..logprobs.layout import ELSEWHERE, IGNORED, Extra, LogprobsInputs, Normalizer, Output, Settings
 from ..logprobs.oracle import mixed, transformed
 from .chunks import Chunked, Gradients
 from .head import Head
@@ -95,9 +95,11 @@ class ChunkedSlice(Chunked):
             normalizers[[Normalizer.POLICY_MAX, Normalizer.REFERENCE_MAX, Normalizer.MIXTURE_MAX]] = -torch.inf
             return values, normalizers
         targets = self._columns_of(rows, 0)
-        values, normalizers = self.backend.run(policy, reference, targets, self.beta_of(rows), settings)
+        beta = self.beta_of(rows) if settings.computes(Extra.MIXTURE) else None
+        inputs = LogprobsInputs(policy, reference, targets, beta, settings, self.backend.name)
+        values, normalizers = self.backend.run(inputs)
         if targets.device.type == "cpu" and bool(normalizers.isnan().any()):
-            _find_empty(normalizers, policy, reference, self.beta_of(rows), settings)
+            _find_empty(normalizers, inputs)
         return values, normalizers
 
     def merged(
@@ -134,19 +136,14 @@ class ChunkedSlice(Chunked):
         return columns.masked_fill_(~known, part.width).masked_fill_(targets == IGNORED, IGNORED)
 
 
-def _find_empty(
-    normalizers: torch.Tensor,  # (6, C)
-    policy: torch.Tensor,  # (C, V)
-    reference: torch.Tensor | None,  # (C, V)
-    beta: torch.Tensor | None,  # () or (C,)
-    settings: Settings,
-) -> None:
+def _find_empty(normalizers: torch.Tensor, inputs: LogprobsInputs) -> None:
     """Of rows that are NaN to the C++ kernel, tell those of -inf alone: no distribution, but a slice without mass."""
+    policy, reference, _, beta, settings, _ = inputs
     rows = normalizers.isnan().any(0).nonzero().squeeze(1)
     scores = [transformed(policy[rows].to(normalizers.dtype), settings.policy)]
     if reference is not None:
         scores.append(transformed(reference[rows].to(normalizers.dtype), settings.reference))
-        if settings.wants(Want.MIXTURE):
+        if settings.computes(Extra.MIXTURE):
             scores.append(mixed(scores[0], scores[1], beta[rows] if beta is not None and beta.ndim else beta))
     for of_model, (top, _, _) in zip(scores, _DISTRIBUTIONS, strict=False):
         empty = (of_model == -torch.inf).all(1)
@@ -175,8 +172,8 @@ def merge(
     real, temperature = values.dtype, settings.temperature
     values, normalizers = values.double(), normalizers.double()
     result, whole = torch.zeros_like(values[0]), torch.zeros_like(normalizers[0])
-    compares = bool(settings.wanted & (Want.KL | Want.MIXTURE))
-    present = (True, compares, settings.wants(Want.MIXTURE))
+    compares = bool(settings.extras & (Extra.KL | Extra.MIXTURE))
+    present = (True, compares, settings.computes(Extra.MIXTURE))
     of_owner = owners.clamp(min=0)[None]
     log_shares = []
     for there, (top, log_sum, output) in zip(present, _DISTRIBUTIONS, strict=True):
@@ -190,9 +187,9 @@ def merge(
         log_p = torch.where(log_shares[-1] == -torch.inf, -torch.inf, values[:, output] + log_shares[-1])
         result[output] = log_p.gather(0, of_owner)[0]  # equation 11
     share = log_shares[0].exp()
-    if settings.wants(Want.ENTROPY):
+    if settings.computes(Extra.ENTROPY):
         result[Output.ENTROPY] = _expected(share, values[:, Output.ENTROPY] - log_shares[0])  # equation 12
-    if settings.wants(Want.KL):
+    if settings.computes(Extra.KL):
         ratio = values[:, Output.KL] + log_shares[0] - log_shares[1]
         ratio = torch.where(log_shares[1] == -torch.inf, torch.inf, ratio)
         result[Output.KL] = _expected(share, ratio).clamp(min=0)  # equation 13

@@ -1,4 +1,4 @@
-"""What the backends of logprobs agree on: the order of the outputs and the settings of a call."""
+"""What the backends of logprobs agree on: inputs, the order of the outputs, how both are allocated."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Normalizer(IntEnum):
     MIXTURE_LOG_SUM = 5
 
 
-class Want(IntFlag):
-    """Outputs that cost more than the log-probabilities."""
+class Extra(IntFlag):
+    """Outputs beside the log-probabilities, computed where asked for."""
 
     ENTROPY = 1
     KL = 2
@@ -45,34 +45,47 @@ class Want(IntFlag):
 
 
 class Transform(NamedTuple):
-    """What a model does to the products of its head: scale * x, then softcap * tanh(scale * x / softcap)."""
+    """From the products x of a model's head to its logits: scale * x, then softcap * tanh(scale * x / softcap)."""
 
     scale: float = 1.0
     softcap: float = 0.0  # 0: none
 
 
 class Settings(NamedTuple):
-    """The numbers of a call; `flat()` is how they travel through an operator's schema."""
+    """The numbers of a call."""
 
     temperature: float = 1.0
     policy: Transform = Transform()
     reference: Transform = Transform()
-    wanted: int = 0
+    extras: int = 0  # of Extra
 
-    def flat(self) -> tuple[list[float], int]:
-        return [self.temperature, *self.policy, *self.reference], self.wanted
+    def computes(self, extra: Extra) -> bool:
+        return bool(self.extras & extra)
 
-    @staticmethod
-    def of(numbers: list[float], wanted: int) -> Settings:
-        if len(numbers) != 5:
-            raise ValueError(f"logprobs: numbers: expected temperature, scale and softcap twice; got {len(numbers)}")
-        temperature, *rest = numbers
-        return Settings(temperature, Transform(*rest[:2]), Transform(*rest[2:]), wanted)
 
-    def wants(self, output: Want) -> bool:
-        return bool(self.wanted & output)
+class LogprobsInputs(NamedTuple):
+    policy: torch.Tensor  # (N, V) logits; elements of a row lie side by side
+    reference: torch.Tensor | None  # (N, V), likewise; a constant
+    targets: torch.Tensor  # (N,) int64
+    beta: torch.Tensor | None  # () or (N,), in the dtype of the outputs
+    settings: Settings
+    backend: str
+
+
+class LogprobsBackwardInputs(NamedTuple):
+    values: torch.Tensor  # (5, N), see Output
+    normalizers: torch.Tensor  # (6, N), see Normalizer
+    upstream: torch.Tensor  # (5, N), the gradient of `values`
+    forward: LogprobsInputs
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of outputs and arithmetic for logits of `dtype`."""
+    """Return the dtype of outputs and arithmetic for logits of `dtype`."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def empty_outputs(inputs: LogprobsInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate values (5, N) and normalizers (6, N)."""
+    policy = inputs.policy
+    real, rows = real_dtype(policy.dtype), policy.shape[0]
+    return policy.new_empty((len(Output), rows), dtype=real), policy.new_empty((len(Normalizer), rows), dtype=real)

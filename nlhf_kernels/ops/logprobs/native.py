@@ -2,70 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ...core import capabilities
 from ...core.native import DTYPES
-from .layout import Normalizer, Output, Settings, Transform
+from .layout import LogprobsBackwardInputs, LogprobsInputs, Transform, empty_outputs
 
 
-def _model(logits: torch.Tensor | None, transform: Transform) -> tuple[Any, ...]:
+def _model(logits: torch.Tensor | None, transform: Transform) -> tuple[float, ...]:
     if logits is None:
         return (0, 0, 0, *transform)
     return (logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0), *transform)
 
 
-def _arguments(
-    policy: torch.Tensor,
-    reference: torch.Tensor | None,
-    targets: torch.Tensor,
-    beta: torch.Tensor | None,
-    settings: Settings,
-    values: torch.Tensor,
-    normalizers: torch.Tensor,
-) -> tuple[Any, ...]:
+def _arguments(inputs: LogprobsInputs, values: torch.Tensor, normalizers: torch.Tensor) -> tuple[object, ...]:
     """The positional arguments of logprobs_binding.h."""
+    beta, settings = inputs.beta, inputs.settings
     return (
-        _model(policy, settings.policy),
-        _model(reference, settings.reference),
-        targets.data_ptr(),
-        beta.data_ptr() if beta is not None else 0,
-        beta.ndim if beta is not None else 0,  # its stride: 0 for one beta, 1 for one a row
+        _model(inputs.policy, settings.policy),
+        _model(inputs.reference, settings.reference),
+        inputs.targets.data_ptr(),
+        0 if beta is None else beta.data_ptr(),
+        0 if beta is None else beta.ndim,  # its stride: 0 for one beta, 1 for one a row
         settings.temperature,
-        settings.wanted,
-        *policy.shape,
+        settings.extras,
+        *inputs.policy.shape,
         values.data_ptr(),
         normalizers.data_ptr(),
     )
 
 
-def logprobs_cpu(
-    policy: torch.Tensor,
-    reference: torch.Tensor | None,
-    targets: torch.Tensor,
-    beta: torch.Tensor | None,
-    settings: Settings,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    values = torch.empty((len(Output), policy.shape[0]), dtype=torch.float32, device="cpu")
-    normalizers = torch.empty((len(Normalizer), policy.shape[0]), dtype=torch.float32, device="cpu")
-    arguments = _arguments(policy, reference, targets, beta, settings, values, normalizers)
-    capabilities.native("_cpu").logprobs(*arguments, torch.get_num_threads())
+def logprobs_cpu(inputs: LogprobsInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    values, normalizers = empty_outputs(inputs)
+    capabilities.native("_cpu").logprobs(*_arguments(inputs, values, normalizers), torch.get_num_threads())
     return values, normalizers
 
 
-def logprobs_backward_cpu(
-    policy: torch.Tensor,
-    reference: torch.Tensor | None,
-    targets: torch.Tensor,
-    beta: torch.Tensor | None,
-    values: torch.Tensor,
-    normalizers: torch.Tensor,
-    upstream: torch.Tensor,
-    settings: Settings,
-    out: torch.Tensor,
-) -> None:
-    arguments = _arguments(policy, reference, targets, beta, settings, values, normalizers)
-    into = (upstream.data_ptr(), out.data_ptr(), out.stride(0))
-    capabilities.native("_cpu").logprobs_backward(*arguments, *into, torch.get_num_threads())
+def logprobs_backward_cpu(inputs: LogprobsBackwardInputs, out: torch.Tensor) -> None:
+    arguments = _arguments(inputs.forward, inputs.values, inputs.normalizers)
+    gradient = (inputs.upstream.data_ptr(), out.data_ptr(), out.stride(0))
+    capabilities.native("_cpu").logprobs_backward(*arguments, *gradient, torch.get_num_threads())

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ...core import torch_op
 from ...core.checks import FLOATS, INTEGERS, Sizes, check_memory, check_not_empty, check_number, check_tensor, overlap
 from ...core.registry import Backend, Op, register
 from ...core.upstream import viewed
-from .layout import IGNORED, Normalizer, Output, Settings, Want, real_dtype
+from .layout import (
+    IGNORED,
+    Extra,
+    LogprobsBackwardInputs,
+    LogprobsInputs,
+    Normalizer,
+    Output,
+    Settings,
+    empty_outputs,
+    real_dtype,
+)
 
 _HERE = "nlhf_kernels.ops.logprobs"
 DTYPES = (*FLOATS, torch.float64)
@@ -31,15 +43,19 @@ class LogprobsProblem(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
-def _describe(policy_logits: torch.Tensor, targets: Any = None, reference_logits: Any = None, **_: Any) -> Any:
+def _describe(
+    policy_logits: torch.Tensor,
+    targets: torch.Tensor | None = None,
+    reference_logits: torch.Tensor | None = None,
+    **_: object,
+) -> LogprobsProblem:
     logits = [policy_logits] if reference_logits is None else [policy_logits, reference_logits]
     return LogprobsProblem(policy_logits.device, tuple(model.dtype for model in logits))
 
 
-def no_float64(problem: Any) -> list[str]:
-    return ["dtype: the kernels compute in float32; float64 is for the backend torch"] * (
-        torch.float64 in problem.dtypes
-    )
+def no_float64(problem: LogprobsProblem) -> list[str]:
+    wrong = torch.float64 in problem.dtypes
+    return ["dtype: the kernels compute in float32; float64 is for the backend torch"] if wrong else []
 
 
 def _backend(name: str, module: str, suffix: str) -> Backend:
@@ -65,24 +81,16 @@ OP = register(
 )
 
 
-def _run(policy: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    reference, targets, beta, numbers, wanted, backend = arguments
-    _check_operands(policy, reference, targets, beta, wanted)
-    check_targets(OP.name, targets, policy.shape[1])
-    chosen = OP.resolve(backend, _describe(policy, targets, reference))
-    result: tuple[torch.Tensor, torch.Tensor] = chosen.run(
-        policy, reference, targets.contiguous(), beta, Settings.of(numbers, wanted)
-    )
+def _run(inputs: LogprobsInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = _checked(inputs)
+    check_targets(OP.name, inputs.targets, inputs.policy.shape[1])
+    result: tuple[torch.Tensor, torch.Tensor] = _resolve(inputs).run(inputs)
     return result
 
 
-def _check_operands(
-    policy: torch.Tensor,
-    reference: torch.Tensor | None,
-    targets: torch.Tensor,
-    beta: torch.Tensor | None,
-    wanted: int,
-) -> None:
+def _checked(inputs: LogprobsInputs) -> LogprobsInputs:
+    """Check the operands; return them with contiguous targets."""
+    policy, reference, targets, beta, settings, backend = inputs
     shape, device = policy.shape, policy.device
     if len(shape) != 2 or not shape[1]:
         raise ValueError(f"{OP.name}: policy: expected (N, V), at least one token; got {tuple(shape)}")
@@ -91,7 +99,14 @@ def _check_operands(
         check_memory(OP.name, "reference", reference, shape, DTYPES, device, "rows")
     check_memory(OP.name, "targets", targets, (shape[0],), INTEGERS, device, "any")
     check_beta(OP.name, beta, shape[0], real_dtype(policy.dtype), device)
-    check_wanted(OP.name, wanted, reference is not None, beta is not None)
+    check_extras(OP.name, settings.extras, reference is not None, beta is not None)
+    return LogprobsInputs(policy, reference, targets.contiguous(), beta, settings, backend)
+
+
+def _resolve(inputs: LogprobsInputs) -> Backend:
+    policy, reference = inputs.policy, inputs.reference
+    dtypes = (policy.dtype,) if reference is None else (policy.dtype, reference.dtype)
+    return OP.resolve(inputs.backend, LogprobsProblem(policy.device, dtypes))
 
 
 def check_beta(op: str, beta: torch.Tensor | None, count: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -99,96 +114,90 @@ def check_beta(op: str, beta: torch.Tensor | None, count: int, dtype: torch.dtyp
         check_memory(op, "beta", beta, (count,) if beta.ndim else (), (dtype,), device)
 
 
-def check_wanted(op: str, wanted: int, with_reference: bool, with_beta: bool) -> None:
-    if wanted & (Want.KL | Want.MIXTURE) and not with_reference:
-        raise ValueError(f"{op}: wanted: KL and mixture need the reference; got {wanted} without")
-    if wanted & Want.MIXTURE and not with_beta:
-        raise ValueError(f"{op}: wanted: the mixture needs beta; got {wanted} without")
+def check_extras(op: str, extras: int, with_reference: bool, with_beta: bool) -> None:
+    if extras & (Extra.KL | Extra.MIXTURE) and not with_reference:
+        raise ValueError(f"{op}: extras: KL and mixture need the reference; got {extras} without")
+    if extras & Extra.MIXTURE and not with_beta:
+        raise ValueError(f"{op}: extras: the mixture needs beta; got {extras} without")
 
 
 def check_saved(op: str, saved: dict[str, torch.Tensor], count: int, dtype: torch.dtype, device: torch.device) -> None:
-    """What backward gets beside the forward's inputs."""
+    """Check what backward takes beside the forward's inputs."""
     for name, tensor in saved.items():
         outputs = len(Normalizer) if name == "normalizers" else len(Output)
         check_memory(op, name, tensor, (outputs, count), (dtype,), device, "any")
 
 
-def _fake(policy: torch.Tensor, reference: Any, targets: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    real, count = real_dtype(policy.dtype), targets.shape[0]
-    return policy.new_empty((5, count), dtype=real), policy.new_empty((6, count), dtype=real)
-
-
-def _run_backward(policy: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    out = torch.empty_like(policy, memory_format=torch.contiguous_format)
-    _gradient_into(out, policy, *arguments)
+def _run_backward(inputs: LogprobsBackwardInputs) -> torch.Tensor:
+    out = torch.empty_like(inputs.forward.policy, memory_format=torch.contiguous_format)
+    _write_gradient(inputs, out)
     return out
 
 
-def _run_backward_in_place(policy: torch.Tensor, reference: torch.Tensor | None, *arguments: Any) -> None:
+def _run_backward_in_place(inputs: LogprobsBackwardInputs) -> None:
+    policy = inputs.forward.policy
     if not rows_apart(policy):
         raise ValueError(f"{OP.name}: policy: expected rows that share no memory; got strides {policy.stride()}")
-    _check_not_the_reference(OP.name, policy, reference)
-    _gradient_into(policy, policy, reference, *arguments)
+    _check_not_the_reference(OP.name, policy, inputs.forward.reference)
+    _write_gradient(inputs, policy)
 
 
-def _gradient_into(out: torch.Tensor, policy: torch.Tensor, *arguments: Any) -> None:
-    reference, targets, beta, values, normalizers, upstream, numbers, wanted, backend = arguments
-    _check_operands(policy, reference, targets, beta, wanted)
+def _write_gradient(inputs: LogprobsBackwardInputs, out: torch.Tensor) -> None:
+    values, normalizers, upstream, forward = inputs
+    forward = _checked(forward)
     saved = {"values": values, "normalizers": normalizers, "upstream": upstream}
-    check_saved(OP.name, saved, policy.shape[0], real_dtype(policy.dtype), policy.device)
-    chosen = OP.resolve(backend, _describe(policy, targets, reference))
-    settings = Settings.of(numbers, wanted)
-    parts = (part.contiguous() for part in saved.values())
-    chosen.run_backward(policy, reference, targets.contiguous(), beta, *parts, settings, out)
+    check_saved(OP.name, saved, forward.policy.shape[0], real_dtype(forward.policy.dtype), forward.policy.device)
+    contiguous = LogprobsBackwardInputs(values.contiguous(), normalizers.contiguous(), upstream.contiguous(), forward)
+    _resolve(forward).run_backward(contiguous, out)
 
 
-def _fake_backward(policy: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(policy, memory_format=torch.contiguous_format)
-
-
-_FORWARD = "Tensor? reference, Tensor targets, Tensor? beta, "
-_NUMBERS = "float[] numbers, int wanted, str backend) -> "
-_SAVED = "Tensor values, Tensor normalizers, Tensor upstream, "
-_operator = torch_op.define("logprobs", f"(Tensor policy, {_FORWARD}{_NUMBERS}(Tensor, Tensor)", _run, _fake)
+_operator = torch_op.define("logprobs", LogprobsInputs, "(Tensor, Tensor)", _run, empty_outputs)
 _backward = torch_op.define(
-    "logprobs_backward", f"(Tensor policy, {_FORWARD}{_SAVED}{_NUMBERS}Tensor", _run_backward, _fake_backward
+    "logprobs_backward",
+    LogprobsBackwardInputs,
+    "Tensor",
+    _run_backward,
+    lambda inputs: torch.empty_like(inputs.forward.policy, memory_format=torch.contiguous_format),
 )
 _backward_in_place = torch_op.define(
     "logprobs_backward_",
-    f"(Tensor(a!) policy, {_FORWARD}{_SAVED}{_NUMBERS}()",
+    LogprobsBackwardInputs,
+    "()",
     _run_backward_in_place,
-    lambda *_: None,
+    lambda inputs: None,
+    overwrites="forward_policy",
 )
 
 
-def _save(inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-    return (*inputs[:4], *output)
+class _Logprobs(torch.autograd.Function):
+    """The operator with its gradient in `inputs.policy`, the one argument that autograd sees."""
 
+    @staticmethod
+    def forward(ctx: Any, policy: torch.Tensor, inputs: LogprobsInputs, overwrite: bool) -> Any:
+        values, normalizers = _operator(inputs)
+        ctx.save_for_backward(policy, inputs.reference, inputs.targets, inputs.beta, values, normalizers)
+        ctx.settings, ctx.backend, ctx.overwrite = inputs.settings, inputs.backend, overwrite
+        return values
 
-def _gradients(needs: Any, saved: Any, inputs: Any, upstream: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    numbers, wanted, backend = inputs[4:]
-    gradient = _backward(*saved, upstream, numbers, wanted, backend)
-    return gradient, None, None, None, None, None, None
-
-
-def _gradients_in_place(needs: Any, saved: Any, inputs: Any, upstream: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    numbers, wanted, backend = inputs[4:]
-    policy = saved[0]
-    _backward_in_place(*saved, upstream, numbers, wanted, backend)
-    torch.autograd.graph.increment_version(policy)  # whoever saved the logits hears that they are gone
-    return policy, None, None, None, None, None, None
-
-
-_differentiable = torch_op.differentiable(_operator, _save, _gradients)
-_overwriting = torch_op.differentiable(_operator, _save, _gradients_in_place)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        policy, reference, targets, beta, values, normalizers = ctx.saved_tensors
+        forward = LogprobsInputs(policy, reference, targets, beta, ctx.settings, ctx.backend)
+        inputs = LogprobsBackwardInputs(values, normalizers, upstream, forward)
+        if not ctx.overwrite:
+            return _backward(inputs), None, None
+        _backward_in_place(inputs)
+        torch.autograd.graph.increment_version(policy)  # so that autograd raises if the saved logits are used again
+        return policy, None, None
 
 
 def logprobs(
-    policy_logits: torch.Tensor,  # (..., V) float32, bfloat16, float16 or float64
-    targets: torch.Tensor,  # (...) int64; -100: not scored
-    reference_logits: torch.Tensor | None = None,  # (..., V), its dtype its own; a constant
+    policy_logits: torch.Tensor,
+    targets: torch.Tensor,
+    reference_logits: torch.Tensor | None = None,
     *,
-    beta: float | torch.Tensor | None = None,  # number or (...); asks for the mixture
+    beta: float | torch.Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
     kl: bool = False,
@@ -197,13 +206,20 @@ def logprobs(
 ) -> Logprobs:
     """Score `targets` under the policy and, where its logits are given, under the reference.
 
-    Everything is of softmax(logits / temperature) and differentiable in the policy's logits. entropy, kl (exact, over
-    the vocabulary) and the log-probability under the geometric mixture of weight `beta` are computed where asked for.
-    overwrite_logits lets backward write the gradient over the policy's logits: no second (N, V) buffer, one backward.
-    The reference's must then lie in memory of their own.
+    Everything is of softmax(logits / temperature) and differentiable in the policy's logits. Shift the targets, not the
+    logits: `logits[:, :-1]` would be copied. On a GPU a target outside [0, V) gives NaN in its row; on a CPU it raises.
 
-    Shift the targets, not the logits: `logits[:, :-1]` would be copied. On a GPU a target outside [0, V) gives NaN in
-    its row; on a CPU it raises.
+    Args:
+        policy_logits ((..., V) float32, bfloat16, float16 or float64): one or two dimensions before V.
+        targets ((...) int64): token ids; -100 is not scored.
+        reference_logits ((..., V), its dtype its own): a constant.
+        beta (number or (...)): weight of the reference in the mixture, whose log-probability it asks for.
+        temperature: above 0.
+        entropy: asks for the policy's entropy.
+        kl: asks for the exact KL(policy || reference), over the vocabulary.
+        overwrite_logits: backward writes the gradient over the policy's logits, which takes no second (N, V) buffer and
+            permits one backward. The reference's must then lie in memory of their own.
+        backend: see `use_backend`; None leaves the choice to it.
     """
     op = "logprobs"
     shape = _symbols(policy_logits)
@@ -224,32 +240,34 @@ def logprobs(
         overwrite_logits = rows_apart(rows)  # others keep their logits
         if not torch.compiler.is_compiling():  # which knows no addresses; backward looks too
             _check_not_the_reference(op, rows, reference)
-    wanted = Want.ENTROPY * entropy | Want.KL * kl | Want.MIXTURE * (beta is not None)
-    numbers, wanted = Settings(temperature, wanted=wanted).flat()
-    values, _ = (_overwriting if overwrite_logits else _differentiable)(
+    extras = Extra.ENTROPY * entropy | Extra.KL * kl | Extra.MIXTURE * (beta is not None)
+    inputs = LogprobsInputs(
         rows,
         reference,
         targets.reshape(-1),
         beta_tensor(op, beta, targets, real_dtype(policy_logits.dtype)),
-        numbers,
-        wanted,
+        Settings(temperature, extras=extras),
         backend or "",
     )
-    return as_logprobs(values, targets.shape, reference_logits is not None, wanted)
+    if torch_op.asks_for_gradient(rows):
+        values = _Logprobs.apply(rows, inputs, overwrite_logits)  # type: ignore[no-untyped-call]
+    else:
+        values, _ = _operator(inputs)
+    return as_logprobs(values, targets.shape, reference_logits is not None, extras)
 
 
-def as_logprobs(values: torch.Tensor, shape: Any, with_reference: bool, wanted: int) -> Logprobs:
-    """The rows of `values` under their names."""
+def as_logprobs(values: torch.Tensor, shape: Sequence[int], with_reference: bool, extras: int) -> Logprobs:
+    """Return the rows of `values` under their names."""
 
-    def row(output: Output, given: bool | int) -> torch.Tensor | None:
-        return values[output].reshape(shape) if given else None
+    def row(output: Output, computed: bool | int) -> torch.Tensor | None:
+        return values[output].reshape(shape) if computed else None
 
     return Logprobs(
         values[Output.POLICY].reshape(shape),
         row(Output.REFERENCE, with_reference),
-        row(Output.ENTROPY, wanted & Want.ENTROPY),
-        row(Output.KL, wanted & Want.KL),
-        row(Output.MIXTURE, wanted & Want.MIXTURE),
+        row(Output.ENTROPY, extras & Extra.ENTROPY),
+        row(Output.KL, extras & Extra.KL),
+        row(Output.MIXTURE, extras & Extra.MIXTURE),
     )
 
 

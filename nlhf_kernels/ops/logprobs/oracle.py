@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import torch
 
-from .layout import ELSEWHERE, IGNORED, Normalizer, Output, Settings, Transform, Want, real_dtype
+from .layout import (
+    ELSEWHERE,
+    IGNORED,
+    Extra,
+    LogprobsBackwardInputs,
+    LogprobsInputs,
+    Output,
+    Transform,
+    empty_outputs,
+    real_dtype,
+)
 
 
-def logprobs(
-    policy: torch.Tensor,  # (N, V)
-    reference: torch.Tensor | None,  # (N, V)
-    targets: torch.Tensor,  # (N,)
-    beta: torch.Tensor | None,  # () or (N,)
-    settings: Settings,
-) -> tuple[torch.Tensor, torch.Tensor]:  # values (5, N), normalizers (6, N)
-    count, real = targets.numel(), real_dtype(policy.dtype)
-    values = torch.zeros(len(Output), count, dtype=real, device=policy.device)
-    normalizers = torch.zeros(len(Normalizer), count, dtype=real, device=policy.device)
+def logprobs(inputs: LogprobsInputs) -> tuple[torch.Tensor, torch.Tensor]:  # values (5, N), normalizers (6, N)
+    policy, reference, targets, beta, settings, _ = inputs
+    real = real_dtype(policy.dtype)
+    values, normalizers = (output.zero_() for output in empty_outputs(inputs))
     inside = (targets >= 0) & (targets < policy.shape[1])
     index = torch.where(inside, targets, 0).unsqueeze(1)
 
@@ -29,15 +33,15 @@ def logprobs(
     scores = transformed(policy.to(real), settings.policy)
     log_p, normalizers[0], normalizers[1] = _log_softmax(scores, settings.temperature)
     values[Output.POLICY] = of_target(log_p)
-    if settings.wants(Want.ENTROPY):
+    if settings.computes(Extra.ENTROPY):
         values[Output.ENTROPY] = -_expectation(log_p, log_p)
     if reference is not None:
         reference_scores = transformed(reference.to(real), settings.reference)
         log_q, normalizers[2], normalizers[3] = _log_softmax(reference_scores, settings.temperature)
         values[Output.REFERENCE] = of_target(log_q)
-        if settings.wants(Want.KL):
+        if settings.computes(Extra.KL):
             values[Output.KL] = _expectation(log_p, log_p - log_q).clamp(min=0)
-        if settings.wants(Want.MIXTURE):
+        if settings.computes(Extra.MIXTURE):
             mixture = mixed(scores, reference_scores, beta)
             log_m, normalizers[4], normalizers[5] = _log_softmax(mixture, settings.temperature)
             values[Output.MIXTURE] = of_target(log_m)
@@ -46,17 +50,10 @@ def logprobs(
     return values.masked_fill_(ignored, 0), normalizers.masked_fill_(ignored, 0)
 
 
-def logprobs_backward(
-    policy: torch.Tensor,  # (N, V)
-    reference: torch.Tensor | None,  # (N, V)
-    targets: torch.Tensor,  # (N,)
-    beta: torch.Tensor | None,  # () or (N,)
-    values: torch.Tensor,  # (5, N)
-    normalizers: torch.Tensor,  # (6, N)
-    upstream: torch.Tensor,  # (5, N), of `values`
-    settings: Settings,
-    out: torch.Tensor,  # (N, V) the gradient; may be `policy` itself
-) -> None:
+def logprobs_backward(inputs: LogprobsBackwardInputs, out: torch.Tensor) -> None:
+    """Write the gradient (N, V) to `out`, which may be the policy's logits themselves."""
+    values, normalizers, upstream, forward = inputs
+    policy, reference, targets, beta, settings, _ = forward
     real = real_dtype(policy.dtype)
     scores = transformed(policy.to(real), settings.policy)
     log_p = _from_normalizers(scores, normalizers[0:2], settings.temperature)
@@ -66,16 +63,16 @@ def logprobs_backward(
     of_target = torch.zeros_like(p).scatter_(1, index, inside.to(p.dtype).unsqueeze(1))
     by_row = upstream.unsqueeze(-1)
     gradient = by_row[Output.POLICY] * (of_target - p)  # equation 5
-    if settings.wants(Want.ENTROPY):
+    if settings.computes(Extra.ENTROPY):
         entropy = values[Output.ENTROPY].unsqueeze(-1)
         gradient -= _scaled(by_row[Output.ENTROPY], p, log_p + entropy)  # equation 6
-    if reference is not None and settings.wanted & (Want.KL | Want.MIXTURE):
+    if reference is not None and settings.extras & (Extra.KL | Extra.MIXTURE):
         reference_scores = transformed(reference.to(real), settings.reference)
-        if settings.wants(Want.KL):
+        if settings.computes(Extra.KL):
             log_q = _from_normalizers(reference_scores, normalizers[2:4], settings.temperature)
             kl = values[Output.KL].unsqueeze(-1)
             gradient += _scaled(by_row[Output.KL], p, log_p - log_q - kl)  # equation 7
-        if settings.wants(Want.MIXTURE):
+        if settings.computes(Extra.MIXTURE):
             mixture = mixed(scores, reference_scores, beta)
             m = _from_normalizers(mixture, normalizers[4:6], settings.temperature).exp()
             share = 1 - _column(beta)

@@ -10,7 +10,7 @@ off: a score must round the same as a term of the sums, as the target's and in b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +18,18 @@ import triton.language as tl
 
 from ...core import tuning
 from ...core.native import on_device
-from .layout import ELSEWHERE, IGNORED, Normalizer, Output, Settings, Transform, Want
+from .layout import (
+    ELSEWHERE,
+    IGNORED,
+    Extra,
+    LogprobsBackwardInputs,
+    LogprobsInputs,
+    Normalizer,
+    Output,
+    Settings,
+    Transform,
+    empty_outputs,
+)
 
 LOG2_E = 1.4426950408889634
 _IGNORED, _ELSEWHERE = tl.constexpr(IGNORED), tl.constexpr(ELSEWHERE)
@@ -52,10 +63,10 @@ _TUNABLE = tuning.Tunable("logprobs", "triton", Plan, _candidates)
 
 
 def _plan(policy: torch.Tensor, reference: torch.Tensor, default: int, settings: Settings, variant: str) -> Plan:
-    """How a program's elements and warps are chosen: by everything but the number of rows."""
+    """Choose a program's elements and warps: by everything but the number of rows."""
     vocabulary = policy.shape[1]
     elements = min(default, max(64, triton.next_power_of_2(vocabulary)))
-    workload = tuning.make_workload(0, (vocabulary,), (policy, reference), f"{variant} {settings.wanted}")
+    workload = tuning.make_workload(0, (vocabulary,), (policy, reference), f"{variant} {settings.extras}")
     default_plan = Plan(elements, min(8, max(1, elements // _ELEMENTS_PER_WARP)))
     return _TUNABLE.plan(policy.device, workload, default_plan)
 
@@ -321,15 +332,15 @@ def _numbers(settings: Settings) -> tuple[float, ...]:
 
 def _light(settings: Settings) -> bool:
     """Whether an element takes little work: no mixture, no transform."""
-    return not (settings.wants(Want.MIXTURE) or _form(settings.policy) or _form(settings.reference))
+    return not (settings.computes(Extra.MIXTURE) or _form(settings.policy) or _form(settings.reference))
 
 
-def _flags(settings: Settings, has_reference: bool, warps: int) -> dict[str, Any]:
-    """The constexpr arguments and options that both kernels share."""
+def _flags(settings: Settings, has_reference: bool, warps: int) -> dict[str, object]:
+    """Return the constexpr arguments and options that both kernels share."""
     return {
-        "ENTROPY": settings.wants(Want.ENTROPY),
-        "KL": has_reference and settings.wants(Want.KL),
-        "MIXTURE": has_reference and settings.wants(Want.MIXTURE),
+        "ENTROPY": settings.computes(Extra.ENTROPY),
+        "KL": has_reference and settings.computes(Extra.KL),
+        "MIXTURE": has_reference and settings.computes(Extra.MIXTURE),
         "POLICY_FORM": _form(settings.policy),
         "REFERENCE_FORM": _form(settings.reference),
         "enable_fp_fusion": False,
@@ -338,19 +349,13 @@ def _flags(settings: Settings, has_reference: bool, warps: int) -> dict[str, Any
     }
 
 
-def logprobs(
-    policy: torch.Tensor,  # (N, V)
-    reference: torch.Tensor | None,  # (N, V)
-    targets: torch.Tensor,  # (N,)
-    beta: torch.Tensor | None,  # () or (N,)
-    settings: Settings,
-) -> tuple[torch.Tensor, torch.Tensor]:  # values (5, N), normalizers (6, N)
+def logprobs(inputs: LogprobsInputs) -> tuple[torch.Tensor, torch.Tensor]:  # values (5, N), normalizers (6, N)
+    policy, reference, targets, beta, settings, _ = inputs
+    values, normalizers = empty_outputs(inputs)
     rows, vocabulary = policy.shape
-    values = torch.empty((len(Output), rows), dtype=torch.float32, device=policy.device)
-    normalizers = torch.empty((len(Normalizer), rows), dtype=torch.float32, device=policy.device)
     if not rows:
         return values, normalizers
-    other = policy if reference is None else reference  # what is absent is not looked at
+    other = policy if reference is None else reference  # what is absent is not read
     models = (policy, other)
     depth = 16 // min(model.element_size() for model in models)
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 for x in models) and vocabulary % 16 == 0
@@ -366,22 +371,15 @@ def logprobs(
     return values, normalizers
 
 
-def logprobs_backward(
-    policy: torch.Tensor,  # (N, V)
-    reference: torch.Tensor | None,  # (N, V)
-    targets: torch.Tensor,  # (N,)
-    beta: torch.Tensor | None,  # () or (N,)
-    values: torch.Tensor,  # (5, N)
-    normalizers: torch.Tensor,  # (6, N)
-    upstream: torch.Tensor,  # (5, N), of `values`
-    settings: Settings,
-    out: torch.Tensor,  # (N, V) the gradient; may be `policy` itself
-) -> None:
+def logprobs_backward(inputs: LogprobsBackwardInputs, out: torch.Tensor) -> None:
+    """Write the gradient (N, V) to `out`, which may be the policy's logits themselves."""
+    values, normalizers, upstream, forward = inputs
+    policy, reference, targets, beta, settings, _ = forward
     rows, vocabulary = policy.shape
     if not rows:
         return
     other = policy if reference is None else reference
-    widest = _CHUNK // 2 if settings.wanted or not _light(settings) else _CHUNK
+    widest = _CHUNK // 2 if settings.extras or not _light(settings) else _CHUNK
     plan = _plan(policy, other, widest, settings, "backward")
     chunk = plan.elements
     chunks = triton.cdiv(vocabulary, chunk)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ...core import capabilities, tuning
 from ...core.native import cuda_stream, on_device
+from .op import MirrorDescentInputs
 
-_OPPONENTS = ("policy", "mixture", "given")  # enum class Opponent of mirror_descent.h
+_OPPONENTS = ("policy", "mixture", "fixed")  # enum class Opponent of mirror_descent.h
 
 
-def _arguments(
-    out: torch.Tensor,
-    log_policy: torch.Tensor,
-    preference: torch.Tensor,
-    log_reference: torch.Tensor,
-    tau: torch.Tensor,
-    step_sizes: torch.Tensor,
-    opponent: str,
-    log_opponent: torch.Tensor | None,
-) -> tuple[int | bool, ...]:
+def _arguments(inputs: MirrorDescentInputs, out: torch.Tensor) -> tuple[int | bool, ...]:
+    """The positional arguments that both bindings of mirror_descent share."""
+    log_policy, preference, log_reference, tau, step_sizes, opponent, log_opponent, _ = inputs
     games, actions = log_policy.shape
     return (
         log_policy.dtype == torch.float64,
@@ -36,15 +30,14 @@ def _arguments(
         actions,
         step_sizes.numel(),
         _OPPONENTS.index(opponent),
-        log_opponent.data_ptr() if log_opponent is not None else 0,
+        0 if log_opponent is None else log_opponent.data_ptr(),
         out.data_ptr(),
     )
 
 
-def mirror_descent_cpu(log_policy: torch.Tensor, *rest: Any) -> torch.Tensor:
-    out = torch.empty_like(log_policy)
-    arguments = _arguments(out, log_policy, *rest)
-    capabilities.native("_cpu").mirror_descent(*arguments, torch.get_num_threads())
+def mirror_descent_cpu(inputs: MirrorDescentInputs) -> torch.Tensor:
+    out = torch.empty_like(inputs.log_policy)
+    capabilities.native("_cpu").mirror_descent(*_arguments(inputs, out), torch.get_num_threads())
     return out
 
 
@@ -62,7 +55,8 @@ def _candidates(default: Plan) -> Iterator[Plan]:
 _TUNABLE = tuning.Tunable("mirror_descent", "cuda", Plan, _candidates)
 
 
-def mirror_descent_cuda(log_policy: torch.Tensor, *rest: Any) -> torch.Tensor:
+def mirror_descent_cuda(inputs: MirrorDescentInputs) -> torch.Tensor:
+    log_policy = inputs.log_policy
     out = torch.empty_like(log_policy)
     device, (games, actions), is_double = log_policy.device, log_policy.shape, log_policy.dtype == torch.float64
     module = capabilities.native("_cuda")
@@ -71,6 +65,5 @@ def mirror_descent_cuda(log_policy: torch.Tensor, *rest: Any) -> torch.Tensor:
         plan = _TUNABLE.plan(device, workload, Plan(*module.mirror_descent_plan(is_double, games, actions)))
         size = module.mirror_descent_workspace(is_double, games, actions, plan.parts)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        arguments = (*_arguments(out, log_policy, *rest), *plan, workspace.data_ptr())
-        module.mirror_descent(*arguments, cuda_stream(device))
+        module.mirror_descent(*_arguments(inputs, out), *plan, workspace.data_ptr(), cuda_stream(device))
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +20,18 @@ from ...core.registry import Backend, Op, register
 
 _HERE = "nlhf_kernels.ops.mirror_descent"
 OPPONENTS = ("mixture", "policy")
-_GIVEN = "given"  # the opponent that is a tensor, in the operator's words
+_FIXED = "fixed"  # in the operator's words: the opponent is log_opponent, the same in every step
+
+
+class MirrorDescentInputs(NamedTuple):
+    log_policy: torch.Tensor  # (G, A) float32 or float64, as all of them
+    preference: torch.Tensor  # (G, A, A), [g, a, b] = P(a > b)
+    log_reference: torch.Tensor  # (G, A)
+    tau: torch.Tensor  # () or (G,)
+    step_sizes: torch.Tensor  # (K,)
+    opponent: str  # "mixture", "policy" or "fixed"
+    log_opponent: torch.Tensor | None  # (G, A), where the opponent is fixed
+    backend: str
 
 
 class MirrorDescentProblem(NamedTuple):
@@ -29,7 +40,7 @@ class MirrorDescentProblem(NamedTuple):
     actions: int
 
 
-def _describe(log_policy: torch.Tensor, *_: Any, **__: Any) -> MirrorDescentProblem:
+def _describe(log_policy: torch.Tensor, *_: object, **__: object) -> MirrorDescentProblem:
     return MirrorDescentProblem(log_policy.device, log_policy.dtype, log_policy.shape[1])
 
 
@@ -62,15 +73,8 @@ OP = register(
 )
 
 
-def _check(
-    log_policy: torch.Tensor,
-    preference: torch.Tensor,
-    log_reference: torch.Tensor,
-    tau: torch.Tensor,
-    step_sizes: torch.Tensor,
-    opponent: str,
-    log_opponent: torch.Tensor | None,
-) -> None:
+def _check(inputs: MirrorDescentInputs) -> None:
+    log_policy, preference, log_reference, tau, step_sizes, opponent, log_opponent, _ = inputs
     op = OP.name
     sizes: Sizes = {}
     check_tensor(op, "log_policy", log_policy, ("games", "actions"), REALS, sizes)
@@ -80,55 +84,65 @@ def _check(
     check_tensor(op, "step_sizes", step_sizes, ("iterations",), same, sizes, device)
     check_not_empty(op, "log_policy", sizes, "actions")
     check_tensor(op, "tau", tau, ("games",) if tau.ndim else (), same, sizes, device)
-    check_option(op, "opponent", opponent, (*OPPONENTS, _GIVEN))
-    if (log_opponent is not None) is not (opponent == _GIVEN):
-        raise ValueError(f"{op}: log_opponent: expected with the opponent {_GIVEN!r} and not without; got {opponent!r}")
+    check_option(op, "opponent", opponent, (*OPPONENTS, _FIXED))
+    if (log_opponent is not None) is not (opponent == _FIXED):
+        raise ValueError(f"{op}: log_opponent: expected with the opponent {_FIXED!r} and not without; got {opponent!r}")
     if log_opponent is not None:
         check_tensor(op, "opponent", log_opponent, ("games", "actions"), same, sizes, device)
 
 
-def _run(*arguments: Any) -> torch.Tensor:
-    *call, backend = arguments
-    _check(*call)
-    run = OP.resolve(backend, _describe(*call)).run
-    result: torch.Tensor = run(*(x.contiguous() if isinstance(x, torch.Tensor) else x for x in call))
+def _run(inputs: MirrorDescentInputs) -> torch.Tensor:
+    _check(inputs)
+    problem = MirrorDescentProblem(inputs.log_policy.device, inputs.log_policy.dtype, inputs.log_policy.shape[1])
+    contiguous = MirrorDescentInputs(
+        inputs.log_policy.contiguous(),
+        inputs.preference.contiguous(),
+        inputs.log_reference.contiguous(),
+        inputs.tau.contiguous(),
+        inputs.step_sizes.contiguous(),
+        inputs.opponent,
+        None if inputs.log_opponent is None else inputs.log_opponent.contiguous(),
+        inputs.backend,
+    )
+    result: torch.Tensor = OP.resolve(inputs.backend, problem).run(contiguous)
     return result
 
 
-def _fake(log_policy: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    *call, _ = arguments
-    _check(log_policy, *call)
-    return torch.empty_like(log_policy, memory_format=torch.contiguous_format)
+def _fake(inputs: MirrorDescentInputs) -> torch.Tensor:
+    _check(inputs)
+    return torch.empty_like(inputs.log_policy, memory_format=torch.contiguous_format)
 
 
-_operator = torch_op.define(
-    "mirror_descent",
-    "(Tensor log_policy, Tensor preference, Tensor log_reference, Tensor tau, Tensor step_sizes, str opponent,"
-    " Tensor? log_opponent, str backend) -> Tensor",
-    _run,
-    _fake,
-)
+_operator = torch_op.define("mirror_descent", MirrorDescentInputs, "Tensor", _run, _fake)
 
 
 def mirror_descent(
-    log_policy: torch.Tensor,  # (G, A) float32 or float64, unnormalised is fine
-    preference: torch.Tensor,  # (G, A, A), [g, a, b] = P(a > b)
-    log_reference: torch.Tensor,  # (G, A)
+    log_policy: torch.Tensor,
+    preference: torch.Tensor,
+    log_reference: torch.Tensor,
     *,
-    tau: float | torch.Tensor,  # number or (G,)
-    step_sizes: torch.Tensor,  # (K,)
-    opponent: str | torch.Tensor = "mixture",  # or (G, A) log-probabilities
+    tau: float | torch.Tensor,
+    step_sizes: torch.Tensor,
+    opponent: str | torch.Tensor = "mixture",
     backend: str | None = None,
-) -> torch.Tensor:  # (G, A) log-probabilities
-    """Play K steps of mirror descent in G preference games of A actions and return the last policies.
+) -> torch.Tensor:  # (G, A)
+    """Play K steps of mirror descent in G preference games of A actions; return the last log-policies.
 
     One step of size eta moves the policy towards the reference and then along its chances of winning:
 
         log pi <- (1 - eta tau) log pi + eta tau log mu + eta P(. > opponent) + const
 
-    opponent "mixture" plays against the policy's geometric mixture with the reference (Nash-MD), "policy" against the
-    policy itself (online mirror descent), a tensor against the policies it holds, the same in every step. Not
-    differentiable; gradients are not recorded.
+    Not differentiable; gradients are not recorded.
+
+    Args:
+        log_policy ((G, A) float32 or float64): where to start; unnormalised is fine.
+        preference ((G, A, A)): [g, a, b] is P(a > b).
+        log_reference ((G, A)): log mu.
+        tau (number or (G,)): strength of the regularisation.
+        step_sizes ((K,)): eta of every step.
+        opponent (str or (G, A)): "mixture" is the policy's geometric mixture with the reference (Nash-MD), "policy" the
+            policy itself (online mirror descent), a tensor the log-probabilities that are played in every step.
+        backend: see `use_backend`; None leaves the choice to it.
     """
     op = OP.name
     tensors = {"log_policy": log_policy, "preference": preference, "log_reference": log_reference}
@@ -138,9 +152,18 @@ def mirror_descent(
         tau = torch.full((), check_number(op, "tau", tau, 0.0), dtype=log_policy.dtype, device=log_policy.device)
     log_opponent = None
     if isinstance(opponent, torch.Tensor):
-        log_opponent, opponent = opponent.detach(), _GIVEN
+        log_opponent, opponent = opponent.detach(), _FIXED
     else:
         check_option(op, "opponent", opponent, OPPONENTS)
-    plain = (tensor.detach() for tensor in (*tensors.values(), tau, step_sizes))
-    result: torch.Tensor = _operator(*plain, opponent, log_opponent, backend or "")
-    return result
+    return _operator(
+        MirrorDescentInputs(
+            log_policy.detach(),
+            preference.detach(),
+            log_reference.detach(),
+            tau.detach(),
+            step_sizes.detach(),
+            opponent,
+            log_opponent,
+            backend or "",
+        )
+    )

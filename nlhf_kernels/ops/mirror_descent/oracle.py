@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from .op import MirrorDescentInputs
 
-def mirror_descent(
-    log_policy: torch.Tensor,  # (G, A)
-    preference: torch.Tensor,  # (G, A, A)
-    log_reference: torch.Tensor,  # (G, A)
-    tau: torch.Tensor,  # () or (G,)
-    step_sizes: torch.Tensor,  # (K,)
-    opponent: str,
-    log_opponent: torch.Tensor | None = None,  # (G, A), where the opponent is given
-) -> torch.Tensor:
+
+def mirror_descent(inputs: MirrorDescentInputs) -> torch.Tensor:
+    log_policy, preference, log_reference, tau, step_sizes, opponent, log_opponent, _ = inputs
     log_policy = log_policy.log_softmax(-1)
     for step in step_sizes:
         b = (step * tau).reshape(-1, 1)  # (G, 1) or (1, 1)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...core.native import on_device
+from .op import MirrorDescentInputs
 
 _MATRIX_BYTES_PER_THREAD = 256  # 64 registers: the largest matrix served, 64 KiB, takes 8 warps and spills nothing
 
@@ -24,12 +25,12 @@ def mirror_descent_kernel(
     log_reference,  # (games, actions)
     tau,  # () or (games,)
     step_sizes,  # (iterations,)
-    log_opponent,  # (games, actions); read where OPPONENT is "given" only
+    log_opponent,  # (games, actions); read where OPPONENT is "fixed" only
     out,  # (games, actions)
     actions,
     iterations,
     tau_stride,
-    OPPONENT: tl.constexpr,  # "mixture", "policy" or "given"
+    OPPONENT: tl.constexpr,  # "mixture", "policy" or "fixed"
     BLOCK: tl.constexpr,  # a power of two >= actions
 ):
     game = tl.program_id(0).to(tl.int64)
@@ -47,7 +48,7 @@ def mirror_descent_kernel(
         kept = tl.where(b == 1, tl.where(inside, 0.0, float("-inf")), (1 - b) * log_pi)
         pulled = tl.where(b == 0, 0.0, b * log_mu)
         mixture = tl.where(inside, kept + pulled, float("-inf"))
-        if OPPONENT == "given":
+        if OPPONENT == "fixed":
             played = tl.load(log_opponent + game * actions + action, mask=inside, other=float("-inf"))
         elif OPPONENT == "mixture":
             played = mixture
@@ -61,15 +62,8 @@ def mirror_descent_kernel(
     tl.store(out + game * actions + action, _log_softmax(log_pi), mask=inside)
 
 
-def mirror_descent(
-    log_policy: torch.Tensor,
-    preference: torch.Tensor,
-    log_reference: torch.Tensor,
-    tau: torch.Tensor,
-    step_sizes: torch.Tensor,
-    opponent: str,
-    log_opponent: torch.Tensor | None,
-) -> torch.Tensor:
+def mirror_descent(inputs: MirrorDescentInputs) -> torch.Tensor:
+    log_policy, preference, log_reference, tau, step_sizes, opponent, log_opponent, _ = inputs
     games, actions = log_policy.shape
     out = torch.empty_like(log_policy)
     block = triton.next_power_of_2(actions)

@@ -2,71 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ...core import capabilities, tuning
 from ...core.native import DTYPES, Counters, cuda_stream, on_device
-
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, logprobs, ok
+from .layout import MixtureSampleInputs, empty_sample
 
 _counters = Counters()
 
 
-def empty_outputs(models: int, rows: int, device: torch.device) -> Outputs:
-    return (
-        torch.empty(rows, dtype=torch.int64, device=device),
-        torch.empty((models + 1, rows), dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.bool, device=device),
-    )
+Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, logprobs, ok
 
 
-def _arguments(
-    outputs: Outputs,
-    logits: Sequence[torch.Tensor],
-    settings: torch.Tensor,
-    filtered: bool,
-    bias: torch.Tensor | None,
-    uniforms: torch.Tensor | None,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor,
-    step: torch.Tensor,
-    stream: int,
-    wanted: int,
-) -> tuple[Any, ...]:
+def binding_arguments(inputs: MixtureSampleInputs, sample: Sample) -> tuple[object, ...]:
     """The positional arguments of mixture_sample_binding.h."""
+    logits, settings, filtered, bias, uniforms, seed, row_ids, step, stream, logprob_mask, _ = inputs
+    tokens, logprobs, ok = sample
     rows, vocabulary = logits[0].shape
-    tokens, logprobs, ok = outputs
     return (
-        tuple((model.data_ptr(), DTYPES[model.dtype], model.stride(0)) for model in logits),
+        tuple([(model.data_ptr(), DTYPES[model.dtype], model.stride(0)) for model in logits]),
         settings.data_ptr(),
         settings.shape[1] if settings.shape[0] > 1 else 0,
         filtered,
-        bias.data_ptr() if bias is not None else 0,
+        0 if bias is None else bias.data_ptr(),
         bias.stride(0) if bias is not None and bias.ndim == 2 else 0,
-        uniforms.data_ptr() if uniforms is not None else 0,
-        seed.data_ptr(),
-        seed.ndim,
-        row_ids.data_ptr(),
-        step.data_ptr(),
-        step.ndim,
+        0 if uniforms is None else uniforms.data_ptr(),
+        0 if seed is None else seed.data_ptr(),
+        0 if seed is None else seed.ndim,  # its stride: 0 for one seed, 1 for one a row
+        0 if row_ids is None else row_ids.data_ptr(),
+        0 if step is None else step.data_ptr(),
+        0 if step is None else step.ndim,
         stream,
         rows,
         vocabulary,
-        wanted,
+        logprob_mask,
         tokens.data_ptr(),
         logprobs.data_ptr(),
         ok.data_ptr(),
     )
 
 
-def mixture_sample_cpu(logits: Sequence[torch.Tensor], *rest: Any) -> Outputs:
-    outputs = empty_outputs(len(logits), logits[0].shape[0], logits[0].device)
-    capabilities.native("_cpu").mixture_sample(*_arguments(outputs, logits, *rest), torch.get_num_threads())
-    return outputs
+def mixture_sample_cpu(inputs: MixtureSampleInputs) -> Sample:
+    sample = empty_sample(inputs)
+    capabilities.native("_cpu").mixture_sample(*binding_arguments(inputs, sample), torch.get_num_threads())
+    return sample
 
 
 class Plan(NamedTuple):
@@ -95,22 +78,20 @@ def _workload(rows: int, vocabulary: int, dtypes: tuple[torch.dtype, ...], filte
     return tuning.make_workload(rows, (vocabulary,), tensors, "filtered" if filtered else "")
 
 
-def mixture_sample_cuda(logits: Sequence[torch.Tensor], settings: torch.Tensor, filtered: bool, *rest: Any) -> Outputs:
+def mixture_sample_cuda(inputs: MixtureSampleInputs) -> Sample:
+    logits, filtered, device, sample = inputs.logits, inputs.filtered, inputs.device, empty_sample(inputs)
     rows, vocabulary = logits[0].shape
-    device = logits[0].device
-    outputs = empty_outputs(len(logits), rows, device)
     module = capabilities.native("_cuda")
     # From PyTorch's allocator, so it belongs to the stream: two streams never share it, a captured graph owns its own.
     size = module.mixture_sample_workspace(rows, vocabulary, len(logits), filtered)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    arguments = _arguments(outputs, logits, settings, filtered, *rest)
     with on_device(device):
-        workload = _workload(rows, vocabulary, tuple(model.dtype for model in logits), filtered)
+        workload = _workload(rows, vocabulary, tuple([model.dtype for model in logits]), filtered)
         plan = _TUNABLE.plan(device, workload, _default_plan(device, rows, vocabulary))
         stream = cuda_stream(device)
         counters = _counters.address(device, stream, module.mixture_sample_counters(rows))
-        module.mixture_sample(*arguments, *plan, workspace.data_ptr(), counters, stream)
-    return outputs
+        module.mixture_sample(*binding_arguments(inputs, sample), *plan, workspace.data_ptr(), counters, stream)
+    return sample
 
 
 def mixture_sample_floor(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -125,13 +106,14 @@ def mixture_sample_floor(policy: torch.Tensor, reference: torch.Tensor) -> torch
     rows, vocabulary = policy.shape
     device = policy.device
     module = capabilities.native("_cuda")
-    outputs = empty_outputs(2, rows, device)
     settings = torch.ones((1, 6), dtype=torch.float32, device=device)
-    uniforms, unused = (torch.empty(rows, dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
-    call = (settings, False, None, uniforms, unused[:0], unused[:0], unused[:0], 0, 0)
+    uniforms = torch.empty(rows, dtype=torch.float64, device=device)
+    inputs = MixtureSampleInputs(
+        [policy, reference], settings, False, None, uniforms, None, None, None, stream=0, logprob_mask=0, backend="cuda"
+    )
     with on_device(device):
         plan = _default_plan(device, rows, vocabulary)
         maxima = torch.empty(rows * 2 * -(-vocabulary // 512), dtype=torch.float32, device=device)
-        arguments = _arguments(outputs, (policy, reference), *call)
+        arguments = binding_arguments(inputs, empty_sample(inputs))
         parts = module.mixture_sample_floor(*arguments, *plan, maxima.data_ptr(), cuda_stream(device))
     return maxima[: rows * 2 * parts].view(rows, 2, parts)

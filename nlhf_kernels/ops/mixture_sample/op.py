@@ -23,11 +23,11 @@ from ...core.checks import (
 from ...core.registry import Backend, Measured, Op, register
 from ...core.vocabulary import VocabularySlice, is_dtensor, same_slice, slice_of
 from ..row_uniforms.op import row_uniforms
-from .settings import MixtureSettings, Number, mixture_settings
+from .layout import MAX_MODELS, MixtureSampleInputs, empty_sample
+from .settings import MixtureSettings, Number, has_filter, mixture_settings
 from .slices import SliceOfDraw
 
 _HERE = "nlhf_kernels.ops.mixture_sample"
-MAX_MODELS = 4
 Integer = int | torch.Tensor  # () or (R,) int64
 
 
@@ -54,7 +54,7 @@ class PackedSample(NamedTuple):
     """What `sample_packed` returns."""
 
     tokens: torch.Tensor  # (R,) int64
-    logprobs: torch.Tensor  # (models + 1, R) float32: a row per model, then the mixture's; undefined where unwanted
+    logprobs: torch.Tensor  # (models + 1, R) float32: a row per model, then the mixture's; undefined where unasked
     ok: torch.Tensor  # (R,) bool
 
 
@@ -65,23 +65,22 @@ class MixtureSampleProblem(NamedTuple):
     filtered: bool
 
 
-def _describe_call(logits: Sequence[torch.Tensor], filtered: bool) -> MixtureSampleProblem:
-    first = logits[0]
-    return MixtureSampleProblem(first.device, tuple(model.dtype for model in logits), first.shape[1], filtered)
-
-
 def _describe(
-    policy_logits: torch.Tensor, reference_logits: torch.Tensor | None = None, *args: Any, **kwargs: Any
-) -> Any:
+    policy_logits: torch.Tensor,
+    reference_logits: torch.Tensor | None = None,
+    beta: Number | None = None,
+    *,
+    top_k: Number = 0,
+    top_p: Number = 1.0,
+    min_p: Number = 0.0,
+    settings: MixtureSettings | None = None,
+    vocab_size: int | None = None,
+    **_: object,
+) -> MixtureSampleProblem:
     logits = [policy_logits] if reference_logits is None else [policy_logits, reference_logits]
-    logits = [model[:, : kwargs.get("vocab_size")] for model in logits]
-    settings = kwargs.get("settings")
-    filtered = settings.filtered if settings else _filters(**kwargs)
-    return _describe_call(logits, filtered)
-
-
-def _filters(top_k: Number = 0, top_p: Number = 1.0, min_p: Number = 0.0, **_: Any) -> bool:
-    return any(isinstance(value, torch.Tensor) or value != off for value, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
+    vocabulary = policy_logits[:, :vocab_size].shape[1]
+    filtered = has_filter(top_k, top_p, min_p) if settings is None else settings.filtered
+    return MixtureSampleProblem(policy_logits.device, tuple(model.dtype for model in logits), vocabulary, filtered)
 
 
 #: Microseconds of cuda and triton, rows x vocabulary, three log-probabilities; then with top-k and top-p:
@@ -112,23 +111,17 @@ OP = register(
 )
 
 
-def _run(logits: Sequence[torch.Tensor], settings: torch.Tensor, filtered: bool, *arguments: Any) -> Any:
-    *rest, backend = arguments
-    _check_operands(logits, settings, *rest)
-    return OP.resolve(backend, _describe_call(logits, filtered)).run(logits, settings, filtered, *rest)
+def _run(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_operands(inputs)
+    logits = inputs.logits
+    first, dtypes = logits[0], tuple([model.dtype for model in logits])
+    problem = MixtureSampleProblem(first.device, dtypes, first.shape[1], inputs.filtered)
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = OP.resolve(inputs.backend, problem).run(inputs)
+    return result
 
 
-def _check_operands(
-    logits: Sequence[torch.Tensor],
-    settings: torch.Tensor,
-    bias: torch.Tensor | None,
-    uniforms: torch.Tensor | None,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor,
-    step: torch.Tensor,
-    stream: int,
-    wanted: int,
-) -> None:
+def _check_operands(inputs: MixtureSampleInputs) -> None:
+    logits, settings, _, bias, uniforms, seed, row_ids, step, stream, logprob_mask, _ = inputs
     if not 1 <= len(logits) <= MAX_MODELS:
         raise ValueError(f"{OP.name}: logits: expected 1 to {MAX_MODELS} models; got {len(logits)}")
     shape, device = logits[0].shape, logits[0].device
@@ -145,35 +138,25 @@ def _check_operands(
     if uniforms is not None:
         check_memory(OP.name, "uniforms", uniforms, (rows,), (torch.float64,), device)
     else:
-        check_memory(OP.name, "row_ids", row_ids, (rows,), INTEGERS, device)
-        check_memory(OP.name, "seed", seed, (rows,) if seed.ndim else (), INTEGERS, device)
-        check_memory(OP.name, "step", step, (rows,) if step.ndim else (), INTEGERS, device)
-    check_integer(OP.name, "stream", stream, 0, 255)
-    check_integer(OP.name, "wanted", wanted, 0, (2 << len(logits)) - 1)
+        if seed is None or row_ids is None or step is None:
+            raise ValueError(f"{OP.name}: seed, row_ids, step: expected all three, or uniforms; got one that is None")
+        check_counter(OP.name, seed, row_ids, step, {"rows": rows}, device)
+        if not (row_ids.is_contiguous() and seed.is_contiguous() and step.is_contiguous()):
+            for name, tensor in (("row_ids", row_ids), ("seed", seed), ("step", step)):
+                check_memory(OP.name, name, tensor, tensor.shape, INTEGERS, device)
+    most = (2 << len(logits)) - 1
+    if not (0 <= stream <= 255 and 0 <= logprob_mask <= most):
+        check_integer(OP.name, "stream", stream, 0, 255)
+        check_integer(OP.name, "logprob_mask", logprob_mask, 0, most)
 
 
-def _fake(logits: Sequence[torch.Tensor], *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, first = logits[0].shape[0], logits[0]
-    return (
-        first.new_empty(rows, dtype=torch.int64),
-        first.new_empty((len(logits) + 1, rows), dtype=torch.float32),
-        first.new_empty(rows, dtype=torch.bool),
-    )
-
-
-_operator = torch_op.define(
-    "mixture_sample",
-    "(Tensor[] logits, Tensor settings, bool filtered, Tensor? bias, Tensor? uniforms, Tensor seed, Tensor row_ids,"
-    " Tensor step, int stream, int wanted, str backend) -> (Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
-)
+_operator = torch_op.define("mixture_sample", MixtureSampleInputs, "(Tensor, Tensor, Tensor)", _run, empty_sample)
 
 
 def mixture_sample(
-    policy_logits: torch.Tensor,  # (R, V) float32, bfloat16 or float16
-    reference_logits: torch.Tensor | None = None,  # (R, V), its dtype and row stride its own; None: the policy alone
-    beta: Number | None = None,  # number or (R,); needed with a reference, unless `settings` are given
+    policy_logits: torch.Tensor,
+    reference_logits: torch.Tensor | None = None,
+    beta: Number | None = None,
     *,
     temperature: Number = 1.0,
     top_k: Number = 0,
@@ -181,33 +164,45 @@ def mixture_sample(
     min_p: Number = 0.0,
     settings: MixtureSettings | None = None,
     seed: Integer | None = None,
-    row_ids: torch.Tensor | None = None,  # (R,) int64
+    row_ids: torch.Tensor | None = None,
     step: Integer | None = None,
     stream: int = 0,
-    uniforms: torch.Tensor | None = None,  # (R,) float64 in [0, 1]
-    bias: torch.Tensor | None = None,  # (V,) or (R, V) float32
+    uniforms: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     vocab_size: int | None = None,
     logprobs: Sequence[str] | None = None,
     backend: str | None = None,
 ) -> MixtureSample:
     """Draw each row's next token from softmax(((1 - beta) z_policy + beta z_reference + bias) / temperature).
 
-    beta 0 never looks at the reference's values and beta 1 never at the policy's; beta outside [0, 1] is contrastive
-    decoding or guidance. temperature 0 takes the likeliest token. Filters act on the mixture in transformers' order:
-    top_k (0: off), top_p (1: off), min_p (0: off). bias is added before the temperature; -inf forbids a token.
-    vocab_size leaves columns beyond it out of everything (padded heads).
+    The draw is a function of (seed, row id, step, stream) alone, see `row_uniforms`, or of `uniforms`. With tensors for
+    seed, row_ids and step a captured graph advances as they change. Filters act on the mixture, in transformers' order:
+    top_k, top_p, min_p. Logits may be DTensors whose columns tensor-parallel processes share (README.md, "Slices of the
+    vocabulary").
 
-    The draw is the uniform of (seed, row id, step, stream) alone, see `row_uniforms`, or your own `uniforms`. With
-    tensors for seed, row_ids and step a captured graph advances as they change.
-
-    logprobs names what is computed: any of "policy", "reference", "mixture"; None means all there are. Per-row
-    tensors of settings can be packed once, `settings=mixture_settings([1 - beta, beta], ...)`, instead of per call.
-
-    Logits may be DTensors whose columns tensor-parallel processes share (README.md, "Slices of the vocabulary").
+    Args:
+        policy_logits ((R, V) float32, bfloat16 or float16): z_policy; rows may lie further apart than V.
+        reference_logits ((R, V), its dtype its own): z_reference; None samples from the policy alone.
+        beta (number or (R,)): weight of the reference; needed with reference_logits, unless `settings` are given. 0
+            never looks at the reference's values, 1 never at the policy's; outside [0, 1] it is contrastive decoding.
+        temperature (number or (R,)): 0 takes the likeliest token.
+        top_k (number or (R,)): 0 keeps all tokens.
+        top_p (number or (R,)): 1 keeps all tokens.
+        min_p (number or (R,)): 0 keeps all tokens.
+        settings: beta, temperature and filters, packed once by `mixture_settings([1 - beta, beta], ...)`.
+        seed (number, () or (R,) int64): of all rows, or of each.
+        row_ids ((R,) int64): what tells the rows apart.
+        step (number, () or (R,) int64): the decoding step.
+        stream: tells independent draws for one row apart, 0 to 255.
+        uniforms ((R,) float64 in [0, 1]): instead of seed, row_ids and step.
+        bias ((V,) or (R, V) float32): added before the temperature; -inf forbids a token.
+        vocab_size: columns that count; those beyond it, of padded heads, are left out of everything.
+        logprobs: what is computed, any of "policy", "reference", "mixture"; None means all there are.
+        backend: see `use_backend`; None leaves the choice to it.
     """
     op = "mixture_sample"
     names = ("policy", "mixture") if reference_logits is None else ("policy", "reference", "mixture")
-    wanted = _wanted(op, names, logprobs)
+    logprob_mask = _logprob_mask(op, names, logprobs)
     logits = {"policy_logits": policy_logits}
     if reference_logits is not None:
         logits["reference_logits"] = reference_logits
@@ -215,19 +210,21 @@ def mixture_sample(
         if (beta is None) is not (reference_logits is None):
             raise ValueError(f"{op}: beta: expected with reference_logits and not without; got {beta!r}")
         weights = [1.0] if beta is None else _weights(op, beta)
-        settings = _settings(op, policy_logits, weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    tokens, rows, ok = _sample(
-        op, logits, settings, bias, uniforms, (seed, row_ids, step), stream, vocab_size, wanted, backend
+        settings = _settings(op, policy_logits, weights, temperature, top_k, top_p, min_p)
+    sample = _sample(
+        op, logits, settings, bias, uniforms, seed, row_ids, step, stream, vocab_size, logprob_mask, backend
     )
-    given = [rows[index] if wanted >> index & 1 else None for index in range(len(names))]
-    if reference_logits is None:
-        given.insert(1, None)
-    return MixtureSample(tokens, given[0], given[1], given[2], ok)
+    values = {
+        name: row for name, row in zip(names, sample.logprobs, strict=True) if logprobs is None or name in logprobs
+    }
+    return MixtureSample(
+        sample.tokens, values.get("policy"), values.get("reference"), values.get("mixture"), sample.ok
+    )  # fmt: skip
 
 
 def log_linear_sample(
-    logits: Sequence[torch.Tensor],  # of (R, V), one to four models
-    weights: Sequence[Number] | None = None,  # a number or (R,) per model, any sum; needed unless `settings` are given
+    logits: Sequence[torch.Tensor],
+    weights: Sequence[Number] | None = None,
     *,
     temperature: Number = 1.0,
     top_k: Number = 0,
@@ -244,24 +241,51 @@ def log_linear_sample(
     logprobs: Sequence[int | str] | None = None,
     backend: str | None = None,
 ) -> LogLinearSample:
-    """`mixture_sample` for softmax((sum_m weights[m] z_m + bias) / temperature): contrastive decoding (2, -1), proxy
-    tuning (1, 1, -1), classifier-free guidance. A model of weight 0 is not looked at. logprobs names model indices and
-    "mixture"; None means all."""
+    """Draw each row's next token from softmax((sum_m weights[m] z_m + bias) / temperature).
+
+    Contrastive decoding is weights (2, -1), proxy tuning (1, 1, -1); classifier-free guidance has such weights too.
+
+    Args:
+        logits (of (R, V) float32, bfloat16 or float16): z_m of one to four models, each of its own dtype.
+        weights (numbers or (R,)): one per model, of any sum; needed unless `settings` are given. A model of weight 0 is
+            not looked at.
+        temperature, top_k, top_p, min_p (number or (R,)): as for `mixture_sample`.
+        settings: weights, temperature and filters packed once by `mixture_settings`, instead of them.
+        seed, row_ids, step, stream, uniforms: what the draw is a function of, as for `mixture_sample`.
+        bias ((V,) or (R, V) float32): added before the temperature; -inf forbids a token.
+        vocab_size: columns that count; those beyond it, of padded heads, are left out of everything.
+        logprobs: what is computed, indices of models and "mixture"; None means all.
+        backend: see `use_backend`; None leaves the choice to it.
+    """
     op = "log_linear_sample"
     if not 1 <= len(logits) <= MAX_MODELS:
         raise ValueError(f"{op}: logits: expected 1 to {MAX_MODELS} models; got {len(logits)}")
-    wanted = _wanted(op, (*range(len(logits)), "mixture"), logprobs)
+    names = (*range(len(logits)), "mixture")
+    logprob_mask = _logprob_mask(op, names, logprobs)
     if settings is None:
         if weights is None or len(weights) != len(logits):
             got = None if weights is None else len(weights)
             raise ValueError(f"{op}: weights: expected one per model, {len(logits)}; got {got}")
-        settings = _settings(op, logits[0], weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        settings = _settings(op, logits[0], weights, temperature, top_k, top_p, min_p)
     named = {f"logits[{m}]": model for m, model in enumerate(logits)}
-    tokens, rows, ok = _sample(
-        op, named, settings, bias, uniforms, (seed, row_ids, step), stream, vocab_size, wanted, backend
+    sample = _sample(
+        op, named, settings, bias, uniforms, seed, row_ids, step, stream, vocab_size, logprob_mask, backend
     )
-    given = [rows[index] if wanted >> index & 1 else None for index in range(len(logits) + 1)]
-    return LogLinearSample(tokens, tuple(given[:-1]), given[-1], ok)
+    asked = names if logprobs is None else logprobs
+    *values, mixture = (row if name in asked else None for name, row in zip(names, sample.logprobs, strict=True))
+    return LogLinearSample(sample.tokens, tuple(values), mixture, sample.ok)
+
+
+def _logprob_mask(op: str, names: Sequence[int | str], logprobs: Sequence[int | str] | None) -> int:
+    """Bit i: the log-probability of names[i]."""
+    if logprobs is None:
+        return (1 << len(names)) - 1
+    mask = 0
+    for name in logprobs:
+        if name not in names:
+            raise ValueError(f"{op}: logprobs: expected any of {', '.join(map(str, names))}; got {name!r}")
+        mask |= 1 << list(names).index(name)
+    return mask
 
 
 def _weights(op: str, beta: Number) -> list[Number]:
@@ -272,70 +296,82 @@ def _weights(op: str, beta: Number) -> list[Number]:
     return [1 - beta, beta]
 
 
-def _settings(op: str, first: torch.Tensor, weights: Sequence[Number], **named: Number) -> MixtureSettings:
+def _settings(
+    op: str,
+    first: torch.Tensor,
+    weights: Sequence[Number],
+    temperature: Number,
+    top_k: Number,
+    top_p: Number,
+    min_p: Number,
+) -> MixtureSettings:
     """Packed for the rows and the device of `first`, whose own check comes later."""
     known = isinstance(first, torch.Tensor) and first.ndim > 0
     device, rows = (first.device, first.shape[0]) if known else (torch.device("cpu"), None)
-    return mixture_settings(weights, device=device, rows=rows, op=op, **named)
-
-
-def _wanted(op: str, names: Sequence[int | str], logprobs: Sequence[int | str] | None) -> int:
-    """Bit i: the log-probability of names[i]."""
-    if logprobs is None:
-        return (1 << len(names)) - 1
-    wanted = 0
-    for name in logprobs:
-        if name not in names:
-            raise ValueError(f"{op}: logprobs: expected any of {', '.join(map(str, names))}; got {name!r}")
-        wanted |= 1 << list(names).index(name)
-    return wanted
+    return mixture_settings(
+        weights, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, device=device, rows=rows, op=op
+    )
 
 
 def _sample(
     op: str,
-    named: dict[str, torch.Tensor],
+    named_logits: dict[str, Any],
     settings: MixtureSettings,
     bias: torch.Tensor | None,
     uniforms: torch.Tensor | None,
-    counter: tuple[Integer | None, torch.Tensor | None, Integer | None],
+    seed: Integer | None,
+    row_ids: torch.Tensor | None,
+    step: Integer | None,
     stream: int,
     vocab_size: int | None,
-    wanted: int,
+    logprob_mask: int,
     backend: str | None,
 ) -> PackedSample:
-    """Check the rest and sample."""
-    named, bias, part = _local(op, named, bias, vocab_size)
+    """Check in the caller's words what the operator would name otherwise, lay tensors out as it takes them, sample."""
+    named_logits, bias, part = _local(op, named_logits, bias, vocab_size)
     if part is not None:
         vocab_size = None  # the columns beyond are left out already
     sizes: Sizes = {}
-    first = next(iter(named.values()))
-    for name, value in named.items():
+    first = next(iter(named_logits.values()))
+    for name, value in named_logits.items():
         check_tensor(op, name, value, ("rows", "vocabulary"), FLOATS, sizes, first.device)
     if part is None:
-        check_not_empty(op, next(iter(named)), sizes, "vocabulary")
-    logits = [_columns(op, model, vocab_size) for model in named.values()]
+        check_not_empty(op, next(iter(named_logits)), sizes, "vocabulary")
+    rows, device = sizes["rows"], first.device
+    logits = [_columns(op, model, vocab_size) for model in named_logits.values()]
     sizes["vocabulary"] = logits[0].shape[1]
     if bias is not None:
         shape = ("rows", "vocabulary") if isinstance(bias, torch.Tensor) and bias.ndim == 2 else ("vocabulary",)
-        check_tensor(op, "bias", bias, shape, (torch.float32,), sizes, first.device)
+        check_tensor(op, "bias", bias, shape, (torch.float32,), sizes, device)
         bias = _rows_contiguous(bias)
-    packed = _packed(op, settings, sizes["rows"], len(logits), first.device)
-    uniforms, seed, row_ids, step = _draw(op, uniforms, counter, sizes, first.device)
+    settings = _checked_settings(op, settings, rows, len(logits), device)
     check_integer(op, "stream", stream, 0, 255)
+    if uniforms is not None:
+        check_tensor(op, "uniforms", uniforms, ("rows",), (torch.float64,), sizes, device)
+        return sample_packed(
+            logits, settings, uniforms=uniforms.contiguous(), bias=bias, logprob_mask=logprob_mask, backend=backend,
+            part=part,
+        )  # fmt: skip
+    if seed is None or row_ids is None or step is None:
+        raise ValueError(f"{op}: seed, row_ids, step: expected all three, or uniforms; got one that is None")
+    seed, step = _as_tensor(op, "seed", seed, device), _as_tensor(op, "step", step, device)
+    check_is_tensor(op, "row_ids", row_ids)
+    check_counter(op, seed, row_ids, step, sizes, device)
     return sample_packed(
-        logits, MixtureSettings(packed, settings.filtered), seed=seed, row_ids=row_ids, step=step, stream=stream,
-        uniforms=uniforms, bias=bias, wanted=wanted, backend=backend, part=part,
+        logits, settings, seed=seed.contiguous(), row_ids=row_ids.contiguous(), step=step.contiguous(), stream=stream,
+        bias=bias, logprob_mask=logprob_mask, backend=backend, part=part,
     )  # fmt: skip
 
 
 def _local(
-    op: str, named: dict[str, Any], bias: Any, vocab_size: int | None
+    op: str, named_logits: dict[str, Any], bias: Any, vocab_size: int | None
 ) -> tuple[dict[str, Any], Any, VocabularySlice | None]:
-    """Logits and bias as plain tensors, of this process's slice where several share the vocabulary."""
-    if not any(map(is_dtensor, named.values())):
-        return named, bias, None
+    """Return logits and bias as plain tensors: of this process's slice, where several share the vocabulary."""
+    if not any(map(is_dtensor, named_logits.values())):
+        return named_logits, bias, None
     parts = {
-        name: slice_of(model, 1) if is_dtensor(model) and model.ndim == 2 else None for name, model in named.items()
+        name: slice_of(model, 1) if is_dtensor(model) and model.ndim == 2 else None
+        for name, model in named_logits.items()
     }
     part = next(iter(parts.values()))
     for name, other in parts.items():
@@ -345,9 +381,9 @@ def _local(
                 "mesh dimension named 'tp' shares; got another layout"
             )
     assert part is not None
-    stop = (
-        part.stop if vocab_size is None else min(part.stop, check_integer(op, "vocab_size", vocab_size, 1, part.total))
-    )
+    stop = part.stop
+    if vocab_size is not None:
+        stop = min(stop, check_integer(op, "vocab_size", vocab_size, 1, part.total))
     width = max(0, stop - part.first)
     if isinstance(bias, torch.Tensor):
         columns = part.total if vocab_size is None else vocab_size
@@ -356,104 +392,7 @@ def _local(
                 f"{op}: bias: expected {columns} columns, of the whole vocabulary; got {tuple(bias.shape)}"
             )
         bias = bias[..., part.first : part.first + width]
-    return {name: model.detach().to_local()[:, :width] for name, model in named.items()}, bias, part
-
-
-def sample_packed(
-    logits: Sequence[torch.Tensor],  # of (R, V), one to four models; elements of a row side by side
-    settings: MixtureSettings,  # packed for one row, or for these rows
-    *,
-    seed: torch.Tensor,  # () or (R,) int64; this and the next two are not read where there are uniforms
-    row_ids: torch.Tensor,  # (R,) int64
-    step: torch.Tensor,  # () or (R,) int64
-    stream: int = 0,
-    uniforms: torch.Tensor | None = None,  # (R,) float64 in [0, 1]
-    bias: torch.Tensor | None = None,  # (V,) or (R, V) float32
-    wanted: int,  # bit m: the log-probability under model m; bit len(logits): under the mixture
-    backend: str | None = None,
-    part: VocabularySlice | None = None,
-) -> PackedSample:
-    """Sample with packed settings, from tensors laid out as the operator takes and checks them.
-
-    With `part`, logits (and bias) are this process's slice of a vocabulary that tensor-parallel processes share; all of
-    them get the same sample. A filter is refused there.
-
-    For callers that sample step after step, as the rollout engine does; `mixture_sample` and `log_linear_sample` bring
-    their arguments into this form.
-    """
-    if part is not None:
-        return _sample_slice(logits, settings, (seed, row_ids, step), stream, uniforms, bias, wanted, backend, part)
-    return PackedSample(
-        *_operator(
-            logits, settings.packed, settings.filtered, bias, uniforms, seed, row_ids, step, stream, wanted,
-            backend or "",
-        )
-    )  # fmt: skip
-
-
-def _sample_slice(
-    logits: Sequence[torch.Tensor],
-    settings: MixtureSettings,
-    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    stream: int,
-    uniforms: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    wanted: int,
-    backend: str | None,
-    part: VocabularySlice,
-) -> PackedSample:
-    if settings.filtered:
-        raise ValueError(
-            f"{OP.name}: top_k, top_p, min_p: expected none over logits that processes share: a threshold needs the "
-            "values of the whole vocabulary (gather the logits: `full_tensor()`); got a filter"
-        )
-    if uniforms is None:
-        seed, row_ids, step = counter
-        uniforms = row_uniforms(seed, row_ids, step, stream=stream, backend=backend)
-
-    def draw(inside: torch.Tensor) -> torch.Tensor:
-        tokens, _, _ = _operator(logits, settings.packed, False, bias, inside, *counter, stream, 0, backend or "")
-        return tokens  # type: ignore[no-any-return]
-
-    return PackedSample(*SliceOfDraw(logits, settings.packed, bias, uniforms, wanted, part, draw).run())
-
-
-def _packed(op: str, settings: MixtureSettings, rows: int, models: int, device: torch.device) -> torch.Tensor:
-    if not isinstance(settings, MixtureSettings):
-        raise TypeError(f"{op}: settings: expected MixtureSettings; got {type(settings).__name__}")
-    packed = check_tensor(op, "settings.packed", settings.packed, ("sets", "columns"), (torch.float32,), {}, device)
-    if packed.shape[1] != 4 + models or packed.shape[0] not in (1, rows):
-        expected = f"({rows} or 1 rows, 4 + {models} columns)"
-        raise ValueError(f"{op}: settings: expected packed for {expected}; got {tuple(packed.shape)}")
-    return packed.contiguous()
-
-
-def _draw(
-    op: str,
-    uniforms: torch.Tensor | None,
-    counter: tuple[Integer | None, torch.Tensor | None, Integer | None],
-    sizes: Sizes,
-    device: torch.device,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """uniforms, seed, row_ids, step as the operator takes them."""
-    seed, row_ids, step = counter
-    if uniforms is not None:
-        check_tensor(op, "uniforms", uniforms, ("rows",), (torch.float64,), sizes, device)
-        unused = torch.empty(0, dtype=torch.int64, device=device)
-        return uniforms.contiguous(), unused, unused, unused
-    if seed is None or row_ids is None or step is None:
-        raise ValueError(f"{op}: seed, row_ids, step: expected all three, or uniforms; got one that is None")
-    seed, step = _as_tensor(op, "seed", seed, device), _as_tensor(op, "step", step, device)
-    check_is_tensor(op, "row_ids", row_ids)
-    check_counter(op, seed, row_ids, step, sizes, device)
-    return None, seed.contiguous(), row_ids.contiguous(), step.contiguous()
-
-
-def _as_tensor(op: str, name: str, value: Integer, device: torch.device) -> torch.Tensor:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return torch.full((), value, dtype=torch.int64, device=device)
-    check_is_tensor(op, name, value)
-    return value  # type: ignore[return-value]
+    return {name: model.detach().to_local()[:, :width] for name, model in named_logits.items()}, bias, part
 
 
 def _columns(op: str, model: torch.Tensor, vocab_size: int | None) -> torch.Tensor:
@@ -467,3 +406,83 @@ def _columns(op: str, model: torch.Tensor, vocab_size: int | None) -> torch.Tens
 
 def _rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride()[-1] == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
+
+
+def _checked_settings(
+    op: str, settings: MixtureSettings, rows: int, models: int, device: torch.device
+) -> MixtureSettings:
+    if not isinstance(settings, MixtureSettings):
+        raise TypeError(f"{op}: settings: expected MixtureSettings; got {type(settings).__name__}")
+    packed = check_tensor(op, "settings.packed", settings.packed, ("sets", "columns"), (torch.float32,), {}, device)
+    if packed.shape[1] != 4 + models or packed.shape[0] not in (1, rows):
+        expected = f"({rows} or 1 rows, 4 + {models} columns)"
+        raise ValueError(f"{op}: settings: expected packed for {expected}; got {tuple(packed.shape)}")
+    return MixtureSettings(packed.contiguous(), settings.filtered)
+
+
+def _as_tensor(op: str, name: str, value: Integer, device: torch.device) -> torch.Tensor:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return torch.full((), value, dtype=torch.int64, device=device)
+    check_is_tensor(op, name, value)
+    return value  # type: ignore[return-value]
+
+
+def sample_packed(
+    logits: list[torch.Tensor],
+    settings: MixtureSettings,
+    *,
+    seed: torch.Tensor | None = None,
+    row_ids: torch.Tensor | None = None,
+    step: torch.Tensor | None = None,
+    stream: int = 0,
+    uniforms: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    logprob_mask: int,
+    backend: str | None = None,
+    part: VocabularySlice | None = None,
+) -> PackedSample:
+    """Sample with packed settings, from tensors laid out as the operator takes and checks them.
+
+    For callers that sample step after step, as the rollout engine does. `mixture_sample` and `log_linear_sample` bring
+    their arguments into this form.
+
+    Args:
+        logits (of (R, V)): of one to four models; elements of a row side by side.
+        settings: packed for one row, or for these rows.
+        seed (() or (R,) int64): this, row_ids and step, or uniforms.
+        row_ids ((R,) int64): contiguous, as the rest.
+        step (() or (R,) int64): the decoding step.
+        stream: 0 to 255.
+        uniforms ((R,) float64): in [0, 1].
+        bias ((V,) or (R, V) float32): added before the temperature.
+        logprob_mask: bit m asks for the log-probability under model m, bit len(logits) for the mixture's.
+        backend: see `use_backend`; None leaves the choice to it.
+        part: this process's slice of a vocabulary that tensor-parallel processes share, whose columns logits and bias
+            are. All of them get the same sample. A filter is refused there.
+    """
+    packed, filtered = settings
+    inputs = MixtureSampleInputs(
+        logits, packed, filtered, bias, uniforms, seed, row_ids, step, stream, logprob_mask, backend or ""
+    )
+    return PackedSample(*(_operator(inputs) if part is None else _sample_slice(inputs, part)))
+
+
+def _sample_slice(
+    inputs: MixtureSampleInputs, part: VocabularySlice
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if inputs.filtered:
+        raise ValueError(
+            f"{OP.name}: top_k, top_p, min_p: expected none over logits that processes share: a threshold needs the "
+            "values of the whole vocabulary (gather the logits: `full_tensor()`); got a filter"
+        )
+    uniforms = inputs.uniforms
+    if uniforms is None:
+        seed, row_ids, step = inputs.seed, inputs.row_ids, inputs.step
+        assert seed is not None and row_ids is not None and step is not None, "without uniforms all three are given"
+        uniforms = row_uniforms(seed, row_ids, step, stream=inputs.stream, backend=inputs.backend)
+
+    def draw(inside: torch.Tensor) -> torch.Tensor:
+        tokens, _, _ = _operator(inputs._replace(uniforms=inside, logprob_mask=0))
+        return tokens
+
+    return SliceOfDraw(inputs._replace(uniforms=uniforms), uniforms, part, draw).run()

@@ -10,29 +10,20 @@ from collections.abc import Sequence
 import torch
 
 from ...core import rng
+from .layout import MixtureSampleInputs
 
 TEMPERATURE, TOP_K, TOP_P, MIN_P, WEIGHTS = range(5)  # columns of the packed settings; a weight per model from WEIGHTS
 
 
-def mixture_sample(
-    logits: Sequence[torch.Tensor],  # of (R, V), one per model
-    settings: torch.Tensor,  # (R or 1, 4 + models) float32
-    filtered: bool,
-    bias: torch.Tensor | None,  # (V,) or (R, V)
-    uniforms: torch.Tensor | None,  # (R,) float64
-    seed: torch.Tensor,
-    row_ids: torch.Tensor,  # (R,) int64
-    step: torch.Tensor,
-    stream: int,
-    wanted: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens (R,), log-probabilities (models + 1, R) with NaN where unwanted, ok (R,)."""
+def mixture_sample(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return tokens, logprobs, which are NaN where unasked, and ok."""
+    logits, settings = inputs.logits, inputs.settings
     rows, vocabulary = logits[0].shape
     temperature = settings[:, TEMPERATURE, None]
     greedy = (temperature <= 0).expand(rows, 1).squeeze(1)
-    mixed = mixed_logits(logits, settings[:, WEIGHTS:], bias)
+    mixed = mixed_logits(logits, settings[:, WEIGHTS:], inputs.bias)
     scaled = mixed / torch.where(temperature <= 0, 1, temperature)  # (1)
-    if filtered:
+    if inputs.filtered:
         scaled = scaled.masked_fill(~support(scaled, settings), -torch.inf)
 
     top = scaled.max(-1, keepdim=True).values
@@ -40,8 +31,11 @@ def mixture_sample(
     cumulative = mass.cumsum(-1)
     total = cumulative[:, -1:]
     ok = total.squeeze(-1).isfinite() & top.squeeze(-1).isfinite()
+    uniforms = inputs.uniforms
     if uniforms is None:
-        uniforms = rng.open_unit(rng.random_bits(seed, row_ids, step, stream))
+        seed, row_ids, step = inputs.seed, inputs.row_ids, inputs.step
+        assert seed is not None and row_ids is not None and step is not None, "the operator checks it"
+        uniforms = rng.open_unit(rng.random_bits(seed, row_ids, step, inputs.stream))
     beyond = cumulative > uniforms.unsqueeze(-1) * total  # (2)
     last = vocabulary - 1 - (mass > 0).flip(-1).long().argmax(-1)  # where rounding leaves none beyond
     tokens = torch.where(beyond.any(-1), beyond.long().argmax(-1), last)
@@ -50,15 +44,15 @@ def mixture_sample(
 
     logprobs = torch.full((len(logits) + 1, rows), torch.nan, dtype=torch.float32, device=settings.device)
     for m, model in enumerate(logits):
-        if wanted >> m & 1:
+        if inputs.logprob_mask >> m & 1:
             logprobs[m] = model.double().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    if wanted >> len(logits) & 1:
+    if inputs.logprob_mask >> len(logits) & 1:
         log_mass = (scaled - top).double().gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - total.squeeze(-1).log()
         logprobs[-1] = torch.where(greedy, 0.0, log_mass)
     logprobs.masked_fill_(~ok, torch.nan)
     broken = ~ok
     for index in range(len(logprobs)):
-        if wanted >> index & 1:
+        if inputs.logprob_mask >> index & 1:
             broken = broken | logprobs[index].isnan()
     return tokens, logprobs, ~broken
 

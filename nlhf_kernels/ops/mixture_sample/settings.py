@@ -48,7 +48,7 @@ def mixture_settings(
             check_tensor(op, name, value, ("rows",) if value.ndim else (), _DTYPES, sizes, device)
         else:
             _check_value(op, name, value)
-    filtered = any(isinstance(named[name], torch.Tensor) or named[name] != off for name, off in _OFF.items())
+    filtered = has_filter(top_k, top_p, min_p)
     if any(isinstance(value, torch.Tensor) for value in named.values()):
         per_row = any(isinstance(value, torch.Tensor) and value.ndim for value in named.values())
         return MixtureSettings(_pack_columns(list(named.values()), sizes["rows"] if per_row else 1, device), filtered)
@@ -56,7 +56,11 @@ def mixture_settings(
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
-_OFF = {"top_k": 0, "top_p": 1, "min_p": 0}  # the values that filter nothing
+
+
+def has_filter(top_k: Number, top_p: Number, min_p: Number) -> bool:
+    """Return whether any of the three filters; a tensor counts as filtering, its values are not looked at."""
+    return any(isinstance(value, torch.Tensor) or value != off for value, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
 
 
 def _check_value(op: str, name: str, value: object) -> None:

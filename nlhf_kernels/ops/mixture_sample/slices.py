@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ...core.vocabulary import VocabularySlice
+from .layout import MixtureSampleInputs
 from .oracle import TEMPERATURE, WEIGHTS, mixed_logits
 
 _TOP, _TOTAL, _MODELS = 0, 1, 2  # rows of `sums`: largest z, sum of exp(z - it), then each model's log-sum-exp
@@ -23,20 +24,14 @@ class SliceOfDraw:
     """One process's part of a draw.
 
     Args:
-        logits (sequence of (R, W)): of each model, this slice's W tokens, which may be none.
-        settings ((R or 1, 4 + models)): packed, without filters.
-        bias ((W,) or (R, W)): or None.
+        inputs (MixtureSampleInputs): logits (R, W) of this slice's W tokens, which may be none; without filters.
         uniforms ((R,) float64): the same in all processes.
-        wanted (int): bit m: the log-probability under model m; bit len(logits): under the mixture.
         part (VocabularySlice): this process's.
         draw (function): uniforms (R,) -> a token of this slice (R,), by the kernels.
     """
 
-    logits: Sequence[torch.Tensor]
-    settings: torch.Tensor
-    bias: torch.Tensor | None
+    inputs: MixtureSampleInputs
     uniforms: torch.Tensor
-    wanted: int
     part: VocabularySlice
     draw: Callable[[torch.Tensor], torch.Tensor]
 
@@ -47,31 +42,31 @@ class SliceOfDraw:
 
     def sums(self) -> torch.Tensor:  # (2 + models, R) float64
         rows = len(self.uniforms)
-        result = torch.zeros(_MODELS + len(self.logits), rows, dtype=torch.float64, device=self.uniforms.device)
-        if not self.logits[0].shape[1]:
+        result = torch.zeros(_MODELS + len(self.inputs.logits), rows, dtype=torch.float64, device=self.uniforms.device)
+        if not self.inputs.logits[0].shape[1]:
             result[_TOP], result[_MODELS:] = -torch.inf, -torch.inf
             return result
-        scaled = self._scaled(self.logits, self.bias)
+        scaled = self._scaled(self.inputs.logits, self.inputs.bias)
         top = scaled.amax(1)
         mass = torch.exp(scaled - torch.where(top == -torch.inf, 0, top)[:, None])
         result[_TOP], result[_TOTAL] = top, mass.sum(1, dtype=torch.float64)
-        for m, model in enumerate(self.logits):
-            if self.wanted >> m & 1:
+        for m, model in enumerate(self.inputs.logits):
+            if self.inputs.logprob_mask >> m & 1:
                 result[_MODELS + m] = model.float().logsumexp(1)
         return result
 
     def candidates(self, sums: torch.Tensor) -> torch.Tensor:  # (S, 2 + models, R) -> (2 + models, R) float64
         """The token of this slice that is the row's, should the slice be; its z; its logit of each model."""
         rows = len(self.uniforms)
-        if not self.logits[0].shape[1]:
-            return torch.zeros(2 + len(self.logits), rows, dtype=torch.float64, device=self.uniforms.device)
+        if not self.inputs.logits[0].shape[1]:
+            return torch.zeros(2 + len(self.inputs.logits), rows, dtype=torch.float64, device=self.uniforms.device)
         shares = _shares(sums)
         before, share = shares[: self.part.rank].sum(0), shares[self.part.rank]
         inside = (self.uniforms * shares.sum(0) - before) / share  # what is left of the uniform, as one of this slice
         tokens = self.draw(inside.nan_to_num(0.0, 0.0, 0.0).clamp(0, _LARGEST))
         at = tokens[:, None]
-        of_token = [model.gather(1, at) for model in self.logits]
-        bias = self.bias if self.bias is None else self.bias.expand(rows, -1).gather(1, at)
+        of_token = [model.gather(1, at) for model in self.inputs.logits]
+        bias = self.inputs.bias if self.inputs.bias is None else self.inputs.bias.expand(rows, -1).gather(1, at)
         z = self._scaled(of_token, bias)
         parts = [tokens + self.part.first, z.squeeze(1), *(logit.squeeze(1) for logit in of_token)]
         return torch.stack([part.double() for part in parts])
@@ -84,27 +79,27 @@ class SliceOfDraw:
         beyond = cumulative > self.uniforms * total  # (2), of slices
         last = len(shares) - 1 - (shares > 0).flip(0).long().argmax(0)
         owner = torch.where(beyond.any(0), beyond.long().argmax(0), last)
-        greedy = self.settings[:, TEMPERATURE] <= 0
+        greedy = self.inputs.settings[:, TEMPERATURE] <= 0
         owner = torch.where(greedy, tops.argmax(0), owner)
         tokens, z, *of_models = candidates.gather(0, owner.expand(1, *candidates.shape[1:]))[0]
 
         ok = total.isfinite() & top.isfinite()
         logprobs = torch.full_like(candidates[0, 1:], torch.nan)  # (1 + models, R), the mixture last
         for m, logit in enumerate(of_models):
-            if self.wanted >> m & 1:
+            if self.inputs.logprob_mask >> m & 1:
                 log_sum = sums[:, _MODELS + m].logsumexp(0)
                 logprobs[m] = torch.where(log_sum == torch.inf, torch.nan, logit - log_sum).clamp(max=0)
-        if self.wanted >> len(of_models) & 1:
+        if self.inputs.logprob_mask >> len(of_models) & 1:
             logprobs[-1] = torch.where(greedy, 0.0, (z - top - total.log()).clamp(max=0))
         logprobs.masked_fill_(~ok, torch.nan)
-        asked = [index for index in range(len(logprobs)) if self.wanted >> index & 1]
+        asked = [index for index in range(len(logprobs)) if self.inputs.logprob_mask >> index & 1]
         broken = logprobs[asked].isnan().any(0) | ~ok
         return torch.where(ok, tokens, 0).long(), logprobs.float(), ~broken
 
     def _scaled(self, logits: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
         """z of equation 1."""
-        temperature = self.settings[:, TEMPERATURE, None]
-        mixed = mixed_logits(logits, self.settings[:, WEIGHTS:], bias)
+        temperature = self.inputs.settings[:, TEMPERATURE, None]
+        mixed = mixed_logits(logits, self.inputs.settings[:, WEIGHTS:], bias)
         return mixed / torch.where(temperature <= 0, 1, temperature)
 
 

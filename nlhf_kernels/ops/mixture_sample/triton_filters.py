@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_tiles import A_PROGRAM_PER_ROW, Call, combine_tiles, exp_of, load_tile, sum_of, temperature_of
+from .layout import MixtureSampleInputs
+from .triton_tiles import A_PROGRAM_PER_ROW, combine_tiles, exp_of, kernel_arguments, load_tile, sum_of, temperature_of
 
 _ROUNDS = tl.constexpr(2)  # of counting: Gaussian logits of any scale leave a tenth to the search, or far less
 _PIVOTS = tl.constexpr(8)
@@ -306,30 +307,32 @@ def search_kernel(
     tl.store(thresholds + row, threshold)
 
 
-def find_thresholds(call: Call, tops: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+def find_thresholds(inputs: MixtureSampleInputs, tops: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """(rows,) float32, from the sums of the unfiltered tiles."""
-    device, rows, tiles = tops.device, call.rows, tops.shape[1]
-    width = max(256, min(_CHUNK, triton.next_power_of_2(call.vocabulary)))
-    width = max(width, triton.next_power_of_2(triton.cdiv(call.vocabulary, _MAX_CHUNKS)))
-    chunks = triton.cdiv(call.vocabulary, width)
+    device, rows, vocabulary, tiles = tops.device, inputs.rows, inputs.vocabulary, tops.shape[1]
+    arguments = kernel_arguments(inputs)
+    width = max(256, min(_CHUNK, triton.next_power_of_2(vocabulary)))
+    width = max(width, triton.next_power_of_2(triton.cdiv(vocabulary, _MAX_CHUNKS)))
+    chunks = triton.cdiv(vocabulary, width)
     table = (rows, _ROUNDS.value, _PIVOTS.value, chunks)
     counts = torch.empty(table, dtype=torch.int32, device=device)
     masses = torch.empty(table, dtype=torch.float64, device=device)
-    gathered = torch.empty((rows, call.vocabulary), dtype=torch.float32, device=device)
+    gathered = torch.empty((rows, vocabulary), dtype=torch.float32, device=device)
     thresholds = torch.empty(rows, dtype=torch.float32, device=device)
     tasks = torch.empty((rows, 4), dtype=torch.float32, device=device)
     brackets = torch.empty((rows, _ROUNDS.value, _COLUMNS.value), dtype=torch.float64, device=device)
+    settings_stride = inputs.settings.stride(0) if inputs.settings.shape[0] > 1 else 0
     tables = (tasks, brackets, counts, masses, chunks)
-    flags = {**call.flags, "CHUNK": width, "CHUNKS": max(16, triton.next_power_of_2(chunks))}
+    flags = {**arguments.flags, "CHUNK": width, "CHUNKS": max(16, triton.next_power_of_2(chunks))}
     flags["num_warps"] = min(16, max(4, width // 1024))
     wide = max(16, triton.next_power_of_2(tiles))
     for round_ in range(_ROUNDS.value):
         count_kernel[(rows * chunks,)](
-            *call.tensors, *call.sizes, tops, sums, tiles, *tables, **flags, TILES=wide, ROUND=round_
+            *arguments.tensors, *arguments.sizes, tops, sums, tiles, *tables, **flags, TILES=wide, ROUND=round_
         )  # fmt: skip
-    gather_kernel[(rows * chunks,)](*call.tensors, *call.sizes, *tables, gathered, **flags)
+    gather_kernel[(rows * chunks,)](*arguments.tensors, *arguments.sizes, *tables, gathered, **flags)
     search_kernel[(rows,)](
-        call.tensors[-1], call.sizes[-2], call.vocabulary, tasks, brackets, gathered, thresholds,
+        inputs.settings, settings_stride, vocabulary, tasks, brackets, gathered, thresholds,
         BLOCK=_BLOCK, enable_fp_fusion=False, **A_PROGRAM_PER_ROW,
     )  # fmt: skip
     return thresholds

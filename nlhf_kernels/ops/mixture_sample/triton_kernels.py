@@ -5,7 +5,7 @@ Equation numbers are those of README.md. Filters put a third stage between, see 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,13 +15,14 @@ import triton.language as tl
 from ...core import tuning
 from ...core.native import on_device
 from ...core.rng_triton import open_unit, random_bits
+from .layout import MixtureSampleInputs, empty_sample
 from .triton_filters import find_thresholds
 from .triton_tiles import (
     A_PROGRAM_PER_ROW,
     LOG2_E,
     combine_tiles,
-    describe,
     exp_of,
+    kernel_arguments,
     load_tile,
     sum_of,
     temperature_of,
@@ -182,52 +183,48 @@ def draw_kernel(
     tl.store(ok + row, fine)
 
 
-def mixture_sample(
-    logits: Sequence[torch.Tensor],
-    settings: torch.Tensor,
-    filtered: bool,
-    bias: torch.Tensor | None,
-    uniforms: torch.Tensor | None,
-    seed: torch.Tensor,
-    row_ids: torch.Tensor,
-    step: torch.Tensor,
-    stream: int,
-    wanted: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    call = describe(logits, settings, bias)
-    rows, device = call.rows, logits[0].device
-    tokens = torch.empty(rows, dtype=torch.int64, device=device)
-    logprobs = torch.empty((call.models + 1, rows), dtype=torch.float32, device=device)
-    ok = torch.empty(rows, dtype=torch.bool, device=device)
+def mixture_sample(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sample = empty_sample(inputs)
+    rows, vocabulary, device = inputs.rows, inputs.vocabulary, inputs.device
     if not rows:
-        return tokens, logprobs, ok
-    workload = tuning.make_workload(0, (call.vocabulary,), logits, "filtered" if filtered else "")
+        return sample
+    models = len(inputs.logits)
+    workload = tuning.make_workload(0, (vocabulary,), inputs.logits, "filtered" if inputs.filtered else "")
     plan = _TUNABLE.plan(device, workload, Plan(_TILE, min(16, max(4, _TILE // 512)), A_PROGRAM_PER_ROW["num_warps"]))
-    width = max(256, min(plan.tile, triton.next_power_of_2(call.vocabulary)))
-    width = max(width, triton.next_power_of_2(triton.cdiv(call.vocabulary, _MAX_TILES)))
-    tiles = triton.cdiv(call.vocabulary, width)
-    tops = torch.empty((rows, tiles, 1 + call.models), dtype=torch.float32, device=device)
-    sums = torch.empty((rows, tiles, 1 + call.models), dtype=torch.float64, device=device)
-    wanted &= (1 << call.models) - 1  # the mixture's costs nothing more
-    flags = {**call.flags, "TILE": width}
+    width = max(256, min(plan.tile, triton.next_power_of_2(vocabulary)))
+    width = max(width, triton.next_power_of_2(triton.cdiv(vocabulary, _MAX_TILES)))
+    tiles = triton.cdiv(vocabulary, width)
+    tops = torch.empty((rows, tiles, 1 + models), dtype=torch.float32, device=device)
+    sums = torch.empty((rows, tiles, 1 + models), dtype=torch.float64, device=device)
+    model_mask = inputs.logprob_mask & ((1 << models) - 1)  # the mixture's costs nothing more
+    arguments = kernel_arguments(inputs)
+    flags = {**arguments.flags, "TILE": width}
     thresholds = tops  # unless filtered: not looked at
     with on_device(device):
 
         def sum_tiles(**options: object) -> None:
             tile_sums_kernel[(rows * tiles,)](
-                *call.tensors, *call.sizes, thresholds, tops, sums, tiles,
+                *arguments.tensors, *arguments.sizes, thresholds, tops, sums, tiles,
                 **flags, **options, num_warps=plan.warps,
             )  # fmt: skip
 
-        sum_tiles(WANTED=wanted, FILTERED=False)
-        if filtered:
-            thresholds = find_thresholds(call, tops, sums)
+        sum_tiles(WANTED=model_mask, FILTERED=False)
+        if inputs.filtered:
+            thresholds = find_thresholds(inputs, tops, sums)
             sum_tiles(WANTED=0, FILTERED=True)
         draw_kernel[(rows,)](
-            *call.tensors, *call.sizes, thresholds, tops, sums, tiles,
-            settings if uniforms is None else uniforms, seed, row_ids, step, seed.ndim, step.ndim,
-            tokens, logprobs, ok, rows,
-            **flags, WANTED=wanted, FILTERED=filtered, HAS_UNIFORMS=uniforms is not None, STREAM=stream,
-            TILES=max(16, triton.next_power_of_2(tiles)), **A_PROGRAM_PER_ROW | {"num_warps": plan.draw_warps},
+            *arguments.tensors, *arguments.sizes, thresholds, tops, sums, tiles,
+            *_draw_arguments(inputs), *sample, rows,
+            **flags, WANTED=model_mask, FILTERED=inputs.filtered, HAS_UNIFORMS=inputs.uniforms is not None,
+            STREAM=inputs.stream, TILES=max(16, triton.next_power_of_2(tiles)),
+            **A_PROGRAM_PER_ROW | {"num_warps": plan.draw_warps},
         )  # fmt: skip
-    return tokens, logprobs, ok
+    return sample
+
+
+def _draw_arguments(inputs: MixtureSampleInputs) -> tuple[torch.Tensor | int, ...]:
+    """uniforms to step_stride, as the kernel takes them; in place of what is absent a tensor that is not read."""
+    unread = inputs.settings
+    seed, row_ids, step = (unread if x is None else x for x in (inputs.seed, inputs.row_ids, inputs.step))
+    uniforms = unread if inputs.uniforms is None else inputs.uniforms
+    return uniforms, seed, row_ids, step, seed.ndim, step.ndim

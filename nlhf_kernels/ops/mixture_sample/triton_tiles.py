@@ -8,12 +8,13 @@ functions here alone, and every launch switches multiply-add fusion off, which c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from .layout import MixtureSampleInputs
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 #: Launches with one program per row wait for memory, so they get many warps; and their programs are too few to have to
@@ -22,26 +23,23 @@ A_PROGRAM_PER_ROW = {"num_warps": 8, "maxnreg": 168}
 _LANES = tl.constexpr(8)  # elements added in float32, before float64: a head token absorbs 7 others at most
 
 
-class Call(NamedTuple):
-    """What every kernel takes of a call, in the kernels' order."""
+class KernelArguments(NamedTuple):
+    """What every kernel takes of a call's inputs, in the kernels' order."""
 
     tensors: tuple[torch.Tensor, ...]  # four models, of which the absent ones repeat the first; bias; settings
     sizes: tuple[int, ...]  # the row strides of all these; vocabulary
-    rows: int
-    vocabulary: int
-    models: int
     flags: dict[str, object]  # constexpr arguments of every kernel, and the option that all launches share
 
 
-def describe(logits: Sequence[torch.Tensor], settings: torch.Tensor, bias: torch.Tensor | None) -> Call:
-    rows, vocabulary = logits[0].shape
+def kernel_arguments(inputs: MixtureSampleInputs) -> KernelArguments:
+    logits, settings, bias = inputs.logits, inputs.settings, inputs.bias
     models = [*logits, *[logits[0]] * (4 - len(logits))]
     strides = [model.stride(0) for model in models]
     strides.append(bias.stride(0) if bias is not None and bias.ndim == 2 else 0)
     strides.append(settings.stride(0) if settings.shape[0] > 1 else 0)
     flags = {"MODELS": len(logits), "HAS_BIAS": bias is not None, "enable_fp_fusion": False}
     tensors = (*models, settings if bias is None else bias, settings)
-    return Call(tensors, (*strides, vocabulary), rows, vocabulary, len(logits), flags)
+    return KernelArguments(tensors, (*strides, inputs.vocabulary), flags)
 
 
 @triton.jit

@@ -1,25 +1,26 @@
 """linear_nash_pg_loss: the same loss from hidden states and heads, its gradient taken while the logits are at hand.
 
 A token's weight needs its whole sequence. So a chunk holds whole sequences where it can: scored, weighted and turned
-into gradients, its logits are never computed again. A sequence that no chunk can hold is walked twice (README.md,
-section 3). Backward only scales what forward has made.
+into gradients, its logits are never computed again. A sequence that no chunk can hold is computed twice (README.md,
+section 3). Backward only scales the gradients that forward computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ...core import torch_op
 from ...core.checks import INTEGERS, Sizes, check_option, check_tensor
 from ...core.vocabulary import VocabularySlice
 from ..linear_logprobs.chunks import Chunked, Gradients, Needs
 from ..linear_logprobs.head import Head
-from ..linear_logprobs.op import INPUTS, check_linear, chunked, fake_gradients
+from ..linear_logprobs.op import LinearLogprobsInputs, check_linear, chunked, fake_gradients
 from ..linear_logprobs.products import scaled
-from ..logprobs.layout import IGNORED, Output, Settings, Want, real_dtype
+from ..logprobs.layout import IGNORED, Extra, Output, real_dtype
 from ..logprobs.op import DTYPES
 from .op import OP, NashPGLoss, Scalar, as_result, check_terms
 from .sequences import Sequences, check_offset_values, layout_symbols
@@ -33,7 +34,7 @@ _FLOAT16_LARGEST = 16.0
 
 
 def whole_sequences(offsets: list[int], rows: int) -> Iterator[tuple[int, int]]:
-    """Runs [first, last) of sequences that fit in `rows` tokens together; a longer sequence is a run of its own."""
+    """Yield runs [first, last) of sequences that fit in `rows` tokens together; a longer one is a run of its own."""
     first = 0
     while first < len(offsets) - 1:
         last = first + 1
@@ -44,14 +45,14 @@ def whole_sequences(offsets: list[int], rows: int) -> Iterator[tuple[int, int]]:
 
 
 class _Scaling:
-    """The factor of all gradients made so far. Later weights may be larger: then it shrinks, and they with it."""
+    """The common factor of the gradients summed so far. It shrinks, and they with it, for larger weights later."""
 
     def __init__(self, compute: torch.dtype, device: torch.device) -> None:
         self.active = compute == torch.float16
         self.factor = torch.ones((), dtype=torch.float32, device=device)
 
     def admit(self, upstream: torch.Tensor, values: torch.Tensor, gradients: Gradients) -> torch.Tensor:  # (5, C)
-        """`upstream` of a run of rows, scaled; `gradients` of the runs before are brought to the same factor."""
+        """Return `upstream` of a run of rows, scaled; bring `gradients` of the runs before to the same factor."""
         if not self.active or not upstream.numel():
             return upstream
         kl = upstream[Output.KL].abs() * (2 * values[Output.KL] + 1)  # bounds p |log p - log q - KL| times upstream
@@ -65,63 +66,63 @@ class _Scaling:
         return upstream * factor
 
 
-def _run(
-    advantage: torch.Tensor,
-    offsets: torch.Tensor,
-    reference_logprobs: torch.Tensor | None,
-    tau: float,
-    mode: str,
-    needs: list[bool],
-    *inputs: Any,
-    part: VocabularySlice | None = None,
-) -> tuple[torch.Tensor, ...]:
-    with torch.autocast(advantage.device.type, enabled=False):
-        call = chunked(inputs, OP, part)
-        _check_operands(advantage, offsets, reference_logprobs, mode, call)
-        offsets = call.kept.offsets(offsets.contiguous())
+class LinearNashInputs(NamedTuple):
+    advantage: torch.Tensor  # (B,)
+    offsets: torch.Tensor  # (B + 1,) int64, on the CPU: the chunks are planned there
+    reference_logprobs: torch.Tensor | None  # (N,); instead of the reference's hidden states
+    tau: float
+    mode: str  # of KL_MODES
+    needs: Needs
+    scoring: LinearLogprobsInputs
+
+
+def _run(inputs: LinearNashInputs, part: VocabularySlice | None = None) -> tuple[torch.Tensor, ...]:
+    mode, tau = inputs.mode, inputs.tau
+    with torch.autocast(inputs.advantage.device.type, enabled=False):
+        call = chunked(inputs.scoring, OP, part)
+        _check_operands(inputs, call)
+        offsets = call.scored.offsets(inputs.offsets.contiguous())
         boundaries = offsets.tolist()
         offsets = offsets.to(call.targets.device)
         buffer = call.buffer()
         values, normalizers = call.outputs()
-        if reference_logprobs is not None:
-            values[Output.REFERENCE] = call.kept.pick(reference_logprobs)
+        if inputs.reference_logprobs is not None:
+            values[Output.REFERENCE] = call.scored.pick(inputs.reference_logprobs)
         elif not call.compares and call.targets.numel():
             values[Output.REFERENCE] = call.reference_logprobs(buffer)
         weights = torch.zeros_like(values[0], dtype=torch.float64)
-        gradients = Gradients(call.policy, Needs(*needs))
-        scaling = _Scaling(inputs[-2], call.targets.device)
+        gradients = Gradients(call.policy, inputs.needs)
+        scaling = _Scaling(inputs.scoring.compute, call.targets.device)
         for first, last in whole_sequences(boundaries, call.rows_per_chunk):
             start, stop = boundaries[first], boundaries[last]
             chunks = list(call.chunks(start, stop))
             run = slice(start, stop)
             logits = _score(call, run, chunks, buffer, values, normalizers)
             sequences = Sequences.from_offsets(offsets[first : last + 1] - start, stop - start)
-            weights[run] = token_weights(mode, tau, advantage[first:last], values[:, run], sequences)
-            if any(needs):
+            weights[run] = token_weights(mode, tau, inputs.advantage[first:last], values[:, run], sequences)
+            if any(inputs.needs):
                 upstream = _upstream(mode, tau, weights[run], values.dtype)
                 upstream = scaling.admit(upstream, values[:, run], gradients)
                 for rows in chunks:
-                    kept = logits[0] if len(chunks) == 1 else call.logits(rows, buffer)
+                    of_chunk = logits[0] if len(chunks) == 1 else call.logits(rows, buffer)
                     saved = (values[:, rows], normalizers[:, rows], upstream[:, rows.start - start : rows.stop - start])
-                    gradients.add(rows, call.logits_gradient(rows, kept, *saved))
+                    gradients.add(rows, call.logits_gradient(rows, of_chunk, *saved))
         weights.masked_fill_(call.targets == IGNORED, 0)
         total = surrogate(mode, tau, weights, values[Output.POLICY], values[Output.KL])
-        spread = call.kept.spread
+        spread = call.scored.spread
         return total, spread(values), spread(weights), *call.gradient_tensors(gradients), scaling.factor
 
 
-def _check_operands(
-    advantage: torch.Tensor, offsets: torch.Tensor, reference_logprobs: torch.Tensor | None, mode: str, call: Chunked
-) -> None:
-    """Those that linear_logprobs has not checked."""
-    check_option(_OP, "mode", mode, KL_MODES)
-    device = call.targets.device
-    check_tensor(_OP, "offsets", offsets, ("sequences + 1",), INTEGERS, {}, torch.device("cpu"))
-    check_offset_values(_OP, offsets.tolist(), call.kept.total)
-    check_tensor(_OP, "advantage", advantage, ("sequences",), DTYPES, {"sequences": offsets.numel() - 1}, device)
-    if reference_logprobs is not None:
-        sizes = {"tokens": call.kept.total}
-        check_tensor(_OP, "reference_logprobs", reference_logprobs, ("tokens",), DTYPES, sizes, device)
+def _check_operands(inputs: LinearNashInputs, call: Chunked) -> None:
+    """Check those that linear_logprobs has not checked."""
+    check_option(_OP, "mode", inputs.mode, KL_MODES)
+    device, tokens = call.targets.device, call.scored.total
+    check_tensor(_OP, "offsets", inputs.offsets, ("sequences + 1",), INTEGERS, {}, torch.device("cpu"))
+    check_offset_values(_OP, inputs.offsets.tolist(), tokens)
+    sizes: Sizes = {"sequences": inputs.offsets.numel() - 1, "tokens": tokens}
+    check_tensor(_OP, "advantage", inputs.advantage, ("sequences",), DTYPES, sizes, device)
+    if inputs.reference_logprobs is not None:
+        check_tensor(_OP, "reference_logprobs", inputs.reference_logprobs, ("tokens",), DTYPES, sizes, device)
 
 
 def _score(
@@ -132,15 +133,15 @@ def _score(
     values: torch.Tensor,  # (5, N)
     normalizers: torch.Tensor,  # (6, N)
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Fill in values and normalizers of a run. Returns the logits of its chunks; the last are still in `buffer`."""
-    known = values[Output.REFERENCE, run].clone()
+    """Fill in values and normalizers of a run. Return the logits of its chunks; the last are still in `buffer`."""
+    reference_logprobs = values[Output.REFERENCE, run].clone()
     logits = []
     for rows in chunks:
         logits.append(call.logits(rows, buffer))
         values[:, rows], normalizers[:, rows] = call.score(rows, logits[-1])
     values[:, run], normalizers[:, run] = call.merged(values[:, run], normalizers[:, run], run, call.settings)
     if not call.compares:
-        values[Output.REFERENCE, run] = known
+        values[Output.REFERENCE, run] = reference_logprobs
     return logits
 
 
@@ -152,109 +153,143 @@ def _upstream(mode: str, tau: float, weights: torch.Tensor, dtype: torch.dtype) 
     return upstream
 
 
-def _fake(advantage: Any, offsets: Any, given: Any, tau: Any, mode: Any, needs: list[bool], *inputs: Any) -> Any:
-    hidden, weight, compute = inputs[0], inputs[1], inputs[-2]
+def _fake(inputs: LinearNashInputs) -> tuple[torch.Tensor, ...]:
+    hidden, compute = inputs.scoring.hidden, inputs.scoring.compute
     total = hidden.new_empty((), dtype=torch.float64)
     values = hidden.new_empty((len(Output), hidden.shape[0]), dtype=real_dtype(compute))
     weights = hidden.new_empty(hidden.shape[0], dtype=torch.float64)
     factor = hidden.new_empty((), dtype=torch.float32)
-    return total, values, weights, *fake_gradients(needs, hidden, weight, compute), factor
+    return total, values, weights, *fake_gradients(inputs.needs, inputs.scoring), factor
+
+
+class ScaledGradientInputs(NamedTuple):
+    part: torch.Tensor
+    scale: torch.Tensor  # ()
+    dtype: torch.dtype  # of the result
 
 
 _operator = torch_op.define(
-    _OP,
-    f"(Tensor advantage, Tensor offsets, Tensor? reference_logprobs, float tau, str mode, bool[] needs, {INPUTS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
+    _OP, LinearNashInputs, "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _run, _fake
 )
 _scaled = torch_op.define(
     "scaled_gradient",
-    "(Tensor part, Tensor scale, ScalarType dtype) -> Tensor",
-    scaled,
-    lambda part, scale, dtype: torch.empty_like(part, dtype=dtype),
+    ScaledGradientInputs,
+    "Tensor",
+    lambda inputs: scaled(inputs.part, inputs.scale, inputs.dtype),
+    lambda inputs: torch.empty_like(inputs.part, dtype=inputs.dtype),
 )
-_HIDDEN, _WEIGHT, _BIAS = 6, 7, 8  # positions of what is differentiated
 
 
-def _backward(needs: Any, saved: Any, inputs: Any, upstream: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    *parts, factor = saved
-    dtypes = inputs[-1]
-    scale = upstream / factor
-    given: list[torch.Tensor | None] = [None] * len(inputs)
-    for position, part, dtype in zip((_HIDDEN, _WEIGHT, _BIAS), parts, dtypes, strict=True):
-        if needs[position]:
-            given[position] = _scaled(part, scale.to(real_dtype(part.dtype)), dtype)
-    return tuple(given)
+def _loss(inputs: LinearNashInputs, part: VocabularySlice | None) -> tuple[torch.Tensor, ...]:
+    """With collectives in it a call is no operator, as in linear_logprobs."""
+    return _operator(inputs) if part is None else _run(inputs, part)
 
 
-def _forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    *operands, part, _ = inputs  # the last are dtypes, for the gradients
-    result: tuple[torch.Tensor, ...] = _operator(*operands) if part is None else _run(*operands, part=part)
-    return result
+class _LinearNash(torch.autograd.Function):
+    """`_loss`, whose last results are the gradients in hidden states, weight and bias, which autograd sees.
 
+    They are saved here and not returned: autograd would make zeros of their size in backward for each.
+    """
 
-_differentiable = torch_op.differentiable(
-    _forward,
-    lambda inputs, output: output[3:],
-    _backward,
-    visible=lambda output: output[:3],
-)
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        inputs: LinearNashInputs,
+        part: VocabularySlice | None,
+    ) -> Any:
+        total, values, weights, *gradients, factor = _loss(inputs, part)
+        ctx.save_for_backward(*gradients, factor)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return total, values, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> Any:
+        *gradients, factor = ctx.saved_tensors
+        scale = upstream / factor
+        results: list[torch.Tensor | None] = []
+        for needed, gradient, dtype in zip(ctx.needs_input_grad[:3], gradients, ctx.dtypes, strict=True):
+            inputs = ScaledGradientInputs(gradient, scale.to(real_dtype(gradient.dtype)), dtype)
+            results.append(_scaled(inputs) if needed else None)
+        return *results, None, None
 
 
 def linear_nash_pg_loss(
-    hidden: torch.Tensor,  # (B, T, D), or (N, D) with cu_seqlens
-    head: Head | torch.Tensor,  # the policy's; its weight (V, D) alone is fine
-    targets: torch.Tensor,  # (B, T) or (N,) int64; -100: not part of the response
-    preference: torch.Tensor | None = None,  # (B,) P(y > y'), in [0, 1]; or advantage
-    reference_hidden: torch.Tensor | None = None,  # (B, T, D') or (N, D')
-    reference_head: Head | torch.Tensor | None = None,  # None: the policy's, as a constant
+    hidden: torch.Tensor,
+    head: Head | torch.Tensor,
+    targets: torch.Tensor,
+    preference: torch.Tensor | None = None,
+    reference_hidden: torch.Tensor | None = None,
+    reference_head: Head | torch.Tensor | None = None,
     *,
-    advantage: torch.Tensor | None = None,  # (B,), any finite numbers; instead of preference and baseline
+    advantage: torch.Tensor | None = None,
     tau: float,
     kl: str = "sequence",
-    reference_logprobs: torch.Tensor | None = None,  # as targets; instead of reference_hidden
-    mask: torch.Tensor | None = None,  # as targets; 0: not part of the response
-    cu_seqlens: torch.Tensor | None = None,  # (B + 1,); one on the CPU costs no synchronisation
-    baseline: Scalar | None = None,  # number, () or (B,), with preference; None: 1/2
-    normalizer: Scalar | None = None,  # None: the number of sequences
+    reference_logprobs: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    baseline: Scalar | None = None,
+    normalizer: Scalar | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 64 MiB on a CPU
+    chunk_bytes: int | None = None,
     backend: str | None = None,
 ) -> NashPGLoss:
     """`nash_pg_loss` of hidden @ weight^T + bias, with memory for a chunk of logits and the gradients only.
 
     The gradients are computed in the forward pass, for those of hidden states, weight and bias that ask for one, and
     scaled in the backward pass. Heads may be DTensors that tensor-parallel processes share, as in `linear_logprobs`.
+
+    Args:
+        hidden ((B, T, D), or (N, D) with cu_seqlens): the policy's; float32, bfloat16, float16 or float64.
+        head: the policy's, a Head or its weight (V, D) alone.
+        targets ((B, T) or (N,) int64): token ids; -100 is not part of the response.
+        preference ((B,)): P(y > y'), in [0, 1]; or advantage.
+        reference_hidden ((B, T, D') or (N, D')): the reference's hidden states, a constant.
+        reference_head: the reference's; None takes the policy's, as a constant.
+        advantage ((B,)): any finite numbers, instead of preference and baseline.
+        tau: price of leaving the reference, per nat.
+        kl: "sequence", "to_go", "exact" or "token", see `nash_pg_loss`.
+        reference_logprobs (as targets): instead of reference_hidden.
+        mask (as targets): 0 is not part of the response.
+        cu_seqlens ((B + 1,)): offsets of packed sequences, from 0 to N; on the CPU they cost no synchronisation.
+        baseline (number, () or (B,)): what is taken off the preference; None is 1/2.
+        normalizer (number or ()): what the sum is divided by; None is the number of sequences.
+        temperature: of the log-probabilities trained on.
+        entropy: asks for the policy's entropy.
+        chunk_bytes: bytes of logits held at a time; None takes 512 MiB on a GPU, 64 MiB on a CPU.
+        backend: see `use_backend`; None leaves the choice to it.
     """
     sizes: Sizes = {}
     symbols = layout_symbols(cu_seqlens)
-    inputs = check_linear(_OP, hidden, head, symbols, sizes, reference_hidden, reference_head, chunk_bytes)
+    models = check_linear(_OP, hidden, head, symbols, sizes, reference_hidden, reference_head, chunk_bytes)
     terms = check_terms(
-        _OP, targets, mask, cu_seqlens, advantage, preference, baseline, normalizer, tau, kl,
-        (reference_hidden, reference_logprobs), sizes, hidden.device,
-    )  # fmt: skip
-    flags = Want.ENTROPY * entropy | Want.KL * (kl == "exact")
-    numbers, wanted = Settings(temperature, *inputs.transforms, flags).flat()
-    needs = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in inputs.tensors[:3]]
-    total, values, weights = _differentiable(
-        terms.advantage,
-        terms.layout.offsets(torch.device("cpu")),  # the chunks are planned on the host
-        terms.reference_logprobs,
-        tau,
-        kl,
-        needs,
-        *inputs.tensors,
-        terms.layout.targets,
-        None,
-        numbers,
-        wanted,
-        inputs.chunk_bytes,
-        inputs.compute,
-        backend or "",
-        inputs.part,
-        [None if tensor is None else tensor.dtype for tensor in inputs.tensors[:3]],
+        _OP,
+        sizes,
+        hidden.device,
+        targets=targets,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        advantage=advantage,
+        preference=preference,
+        baseline=baseline,
+        normalizer=normalizer,
+        tau=tau,
+        kl=kl,
+        reference_model=reference_hidden,
+        reference_logprobs=reference_logprobs,
     )
+    extras = Extra.ENTROPY * entropy | Extra.KL * (kl == "exact")
+    needs = Needs(*(torch_op.asks_for_gradient(tensor) for tensor in models.policy))
+    offsets = terms.layout.offsets(torch.device("cpu"))
+    scoring = models.inputs(terms.layout.targets, None, temperature, extras, backend)
+    inputs = LinearNashInputs(terms.advantage, offsets, terms.reference_logprobs, tau, kl, needs, scoring)
+    if any(needs):
+        total, values, weights = _LinearNash.apply(*models.policy, inputs, models.part)  # type: ignore[no-untyped-call]
+    else:
+        total, values, weights, *_ = _loss(inputs, models.part)
     scored_entropy = values[Output.ENTROPY] if entropy else None
     return as_result(total / terms.normalizer, values, weights.detach(), scored_entropy, targets.shape, kl)

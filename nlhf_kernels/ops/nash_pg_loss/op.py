@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -29,7 +30,11 @@ class NashPGLoss(NamedTuple):
 
 
 def _describe(
-    policy_logits: torch.Tensor, targets: Any = None, preference: Any = None, reference_logits: Any = None, **_: Any
+    policy_logits: torch.Tensor,
+    targets: torch.Tensor | None = None,
+    preference: torch.Tensor | None = None,
+    reference_logits: torch.Tensor | None = None,
+    **_: object,
 ) -> LogprobsProblem:
     logits = [policy_logits] if reference_logits is None else [policy_logits, reference_logits]
     return LogprobsProblem(policy_logits.device, tuple(model.dtype for model in logits))
@@ -39,35 +44,53 @@ OP = built_on(LOGPROBS, "nash_pg_loss", _describe)
 
 
 def nash_pg_loss(
-    policy_logits: torch.Tensor,  # (B, T, V), or (N, V) with cu_seqlens
-    targets: torch.Tensor,  # (B, T) or (N,) int64; -100: not part of the response
-    preference: torch.Tensor | None = None,  # (B,) P(y > y'), in [0, 1]; or advantage
-    reference_logits: torch.Tensor | None = None,  # as policy_logits
+    policy_logits: torch.Tensor,
+    targets: torch.Tensor,
+    preference: torch.Tensor | None = None,
+    reference_logits: torch.Tensor | None = None,
     *,
-    advantage: torch.Tensor | None = None,  # (B,), any finite numbers; instead of preference and baseline
+    advantage: torch.Tensor | None = None,
     tau: float,
     kl: str = "sequence",
-    reference_logprobs: torch.Tensor | None = None,  # as targets; instead of reference_logits
-    mask: torch.Tensor | None = None,  # as targets; 0: not part of the response
-    cu_seqlens: torch.Tensor | None = None,  # (B + 1,) offsets of packed sequences, from 0 to N
-    baseline: Scalar | None = None,  # number, () or (B,), with preference; None: 1/2
-    normalizer: Scalar | None = None,  # None: the number of sequences
+    reference_logprobs: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    baseline: Scalar | None = None,
+    normalizer: Scalar | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
     overwrite_logits: bool = False,
     backend: str | None = None,
 ) -> NashPGLoss:
-    """-sum over sequences and tokens of log pi(y_n) (advantage - tau * price_n), over the normalizer.
+    """Return -sum over sequences and tokens of log pi(y_n) (advantage - tau * price_n), over the normalizer.
 
     The advantage is given, or a preference is, which stands for P(y > y') - baseline.
 
     kl says what price_n is: "sequence" the whole sequence's log(pi / mu), as in the paper; "to_go" that of this token
     and later ones; "exact" the exact KL at later tokens, with tau times the exact KL of every token added to the loss;
     all three are unbiased, in this order of variance. "token", the same token's log(pi / mu), is biased and there to
-    reproduce runs of TRL up to 1.13. The temperature is that of the log-probabilities trained on.
+    reproduce runs of TRL up to 1.13.
 
     With gradient accumulation give every micro-batch the same normalizer, the sequences of the whole batch: the
-    gradients then add up to that batch's. overwrite_logits is `logprobs`'.
+    gradients then add up to that batch's.
+
+    Args:
+        policy_logits ((B, T, V), or (N, V) with cu_seqlens): float32, bfloat16, float16 or float64.
+        targets ((B, T) or (N,) int64): token ids; -100 is not part of the response.
+        preference ((B,)): P(y > y'), in [0, 1]; or advantage.
+        reference_logits (as policy_logits): a constant.
+        advantage ((B,)): any finite numbers, instead of preference and baseline.
+        tau: price of leaving the reference, per nat.
+        kl: "sequence", "to_go", "exact" or "token".
+        reference_logprobs (as targets): instead of reference_logits.
+        mask (as targets): 0 is not part of the response.
+        cu_seqlens ((B + 1,)): offsets of packed sequences, from 0 to N.
+        baseline (number, () or (B,)): what is taken off the preference; None is 1/2.
+        normalizer (number or ()): what the sum is divided by; None is the number of sequences.
+        temperature: of the log-probabilities trained on.
+        entropy: asks for the policy's entropy.
+        overwrite_logits: backward writes over the policy's logits, as for `logprobs`.
+        backend: see `use_backend`; None leaves the choice to it.
     """
     op = "nash_pg_loss"
     sizes: Sizes = {}
@@ -77,9 +100,21 @@ def nash_pg_loss(
     if reference_logits is not None:
         check_tensor(op, "reference_logits", reference_logits, (*symbols, "vocabulary"), DTYPES, sizes, device)
     terms = check_terms(
-        op, targets, mask, cu_seqlens, advantage, preference, baseline, normalizer, tau, kl,
-        (reference_logits, reference_logprobs), sizes, device,
-    )  # fmt: skip
+        op,
+        sizes,
+        device,
+        targets=targets,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        advantage=advantage,
+        preference=preference,
+        baseline=baseline,
+        normalizer=normalizer,
+        tau=tau,
+        kl=kl,
+        reference_model=reference_logits,
+        reference_logprobs=reference_logprobs,
+    )
     scored = logprobs(
         policy_logits.reshape(-1, policy_logits.shape[-1]),
         terms.layout.targets,
@@ -113,6 +148,9 @@ class Terms(NamedTuple):
 
 def check_terms(
     op: str,
+    sizes: Sizes,
+    device: torch.device,
+    *,
     targets: torch.Tensor,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
@@ -122,25 +160,24 @@ def check_terms(
     normalizer: Scalar | None,
     tau: float,
     kl: str,
-    reference: tuple[torch.Tensor | None, torch.Tensor | None],
-    sizes: Sizes,
-    device: torch.device,
+    reference_model: torch.Tensor | None,  # its logits or hidden states
+    reference_logprobs: torch.Tensor | None,
 ) -> Terms:
     check_number(op, "tau", tau, 0.0)
     check_option(op, "kl", kl, KL_MODES)
     layout = check_layout(op, targets, mask, cu_seqlens, sizes, device)
     advantage = _check_advantage(op, advantage, preference, baseline, sizes, device)
-    model, given = reference
-    if (model is None) is (given is None):
-        got = "neither" if model is None else "both"
+    if (reference_model is None) is (reference_logprobs is None):
+        got = "neither" if reference_model is None else "both"
         raise ValueError(f"{op}: reference_logprobs: expected either them or the reference model's; got {got}")
-    if kl == "exact" and model is None:
+    if kl == "exact" and reference_model is None:
         raise ValueError(f"{op}: kl: 'exact' needs the reference model, over the vocabulary; got reference_logprobs")
-    if given is not None:
-        check_tensor(op, "reference_logprobs", given, layout.symbols, DTYPES, sizes, device)
-        check_constant(op, "reference_logprobs", given)
-        given = given.detach().reshape(-1).masked_fill(layout.targets == IGNORED, 0)
-    return Terms(layout, advantage, check_normalizer(op, normalizer, layout.sequences, device), given)
+    if reference_logprobs is not None:
+        check_tensor(op, "reference_logprobs", reference_logprobs, layout.symbols, DTYPES, sizes, device)
+        check_constant(op, "reference_logprobs", reference_logprobs)
+        reference_logprobs = reference_logprobs.detach().reshape(-1).masked_fill(layout.targets == IGNORED, 0)
+    normalizer = check_normalizer(op, normalizer, layout.sequences, device)
+    return Terms(layout, advantage, normalizer, reference_logprobs)
 
 
 def _check_advantage(
@@ -171,7 +208,7 @@ def _check_advantage(
 
 
 def check_normalizer(op: str, normalizer: Scalar | None, count: int, device: torch.device) -> Scalar:
-    """What sums are divided by; `count` where none is given."""
+    """Return what sums are divided by: `normalizer`, or `count` where it is None."""
     if isinstance(normalizer, torch.Tensor):
         allowed = (*DTYPES, torch.int64, torch.int32)
         return check_tensor(op, "normalizer", normalizer, (), allowed, {}, device).detach()
@@ -179,7 +216,8 @@ def check_normalizer(op: str, normalizer: Scalar | None, count: int, device: tor
 
 
 def check_probabilities(op: str, name: str, value: torch.Tensor) -> None:
-    """On the CPU, where looking costs no synchronisation; elsewhere, and in a compiled graph, wrong ones become NaN."""
+    """Refuse others on the CPU, where reading them waits for nothing; elsewhere, and in a compiled graph, the caller
+    turns them into NaN."""
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ~((value >= 0) & (value <= 1))
         if bool(wrong.any()):
@@ -191,7 +229,7 @@ def as_result(
     values: torch.Tensor,  # (5, N)
     weights: torch.Tensor,  # (N,)
     entropy: torch.Tensor | None,  # (N,)
-    shape: Any,
+    shape: Sequence[int],
     kl: str,
 ) -> NashPGLoss:
     values = values.detach()

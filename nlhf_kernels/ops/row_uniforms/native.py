@@ -9,17 +9,21 @@ import torch
 
 from ...core import capabilities, tuning
 from ...core.native import cuda_stream, on_device
+from .op import RowUniformsInputs
 
 
-def _pointers(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor) -> tuple[int, ...]:
-    return seed.data_ptr(), seed.ndim, row_ids.data_ptr(), step.data_ptr(), step.ndim
+def _arguments(inputs: RowUniformsInputs, out: torch.Tensor) -> tuple[int, ...]:
+    """The positional arguments that both bindings of row_uniforms share."""
+    seed, row_ids, step, stream, _ = inputs
+    return (
+        seed.data_ptr(), seed.ndim, row_ids.data_ptr(), step.data_ptr(), step.ndim, stream, row_ids.numel(),
+        out.data_ptr(),
+    )  # fmt: skip
 
 
-def row_uniforms_cpu(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> torch.Tensor:
-    rows = row_ids.numel()
-    out = torch.empty(rows, dtype=torch.float64, device="cpu")
-    pointers = _pointers(seed, row_ids, step)
-    capabilities.native("_cpu").row_uniforms(*pointers, stream, rows, out.data_ptr(), torch.get_num_threads())
+def row_uniforms_cpu(inputs: RowUniformsInputs) -> torch.Tensor:
+    out = torch.empty_like(inputs.row_ids, dtype=torch.float64)
+    capabilities.native("_cpu").row_uniforms(*_arguments(inputs, out), torch.get_num_threads())
     return out
 
 
@@ -34,12 +38,10 @@ def _candidates(default: Plan) -> Iterator[Plan]:
 _TUNABLE = tuning.Tunable("row_uniforms", "cuda", Plan, _candidates)
 
 
-def row_uniforms_cuda(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> torch.Tensor:
-    rows = row_ids.numel()
-    out = torch.empty(rows, dtype=torch.float64, device=row_ids.device)
-    pointers = _pointers(seed, row_ids, step)
-    plan = _TUNABLE.plan(row_ids.device, tuning.make_workload(rows, (), (row_ids,)), Plan(256))
-    with on_device(row_ids.device):
-        arguments = (*pointers, stream, rows, out.data_ptr(), *plan)
-        capabilities.native("_cuda").row_uniforms(*arguments, cuda_stream(row_ids.device))
+def row_uniforms_cuda(inputs: RowUniformsInputs) -> torch.Tensor:
+    out = torch.empty_like(inputs.row_ids, dtype=torch.float64)
+    device = out.device
+    plan = _TUNABLE.plan(device, tuning.make_workload(out.numel(), (), (inputs.row_ids,)), Plan(256))
+    with on_device(device):
+        capabilities.native("_cuda").row_uniforms(*_arguments(inputs, out), *plan, cuda_stream(device))
     return out

@@ -13,6 +13,14 @@ from ...core.registry import Backend, Op, register
 _HERE = "nlhf_kernels.ops.row_uniforms"
 
 
+class RowUniformsInputs(NamedTuple):
+    seed: torch.Tensor  # () or (R,) int64
+    row_ids: torch.Tensor  # (R,) int64
+    step: torch.Tensor  # () or (R,) int64
+    stream: int
+    backend: str
+
+
 class RowUniformsProblem(NamedTuple):
     device: torch.device
 
@@ -36,45 +44,48 @@ OP = register(
 )
 
 
-def _check(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> None:
-    check_counter(OP.name, seed, row_ids, step, {}, row_ids.device)
+def _run(inputs: RowUniformsInputs) -> torch.Tensor:
+    seed, row_ids, step, stream, backend = inputs
+    device = row_ids.device
+    check_counter(OP.name, seed, row_ids, step, {}, device)
     check_integer(OP.name, "stream", stream, 0, 255)
-
-
-def _run(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int, backend: str) -> torch.Tensor:
-    _check(seed, row_ids, step, stream)
-    run = OP.resolve(backend, RowUniformsProblem(row_ids.device)).run
-    result: torch.Tensor = run(seed.contiguous(), row_ids.contiguous(), step.contiguous(), stream)
+    if not (seed.is_contiguous() and row_ids.is_contiguous() and step.is_contiguous()):
+        inputs = RowUniformsInputs(seed.contiguous(), row_ids.contiguous(), step.contiguous(), stream, backend)
+    result: torch.Tensor = OP.resolve(backend, RowUniformsProblem(device)).run(inputs)
     return result
 
 
-def _fake(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int, backend: str) -> torch.Tensor:
-    _check(seed, row_ids, step, stream)
-    return row_ids.new_empty(row_ids.shape, dtype=torch.float64)
+def _fake(inputs: RowUniformsInputs) -> torch.Tensor:
+    check_counter(OP.name, inputs.seed, inputs.row_ids, inputs.step, {}, inputs.row_ids.device)
+    check_integer(OP.name, "stream", inputs.stream, 0, 255)
+    return torch.empty_like(inputs.row_ids, dtype=torch.float64, memory_format=torch.contiguous_format)
 
 
-_operator = torch_op.define(
-    "row_uniforms", "(Tensor seed, Tensor row_ids, Tensor step, int stream, str backend) -> Tensor", _run, _fake
-)
+_operator = torch_op.define("row_uniforms", RowUniformsInputs, "Tensor", _run, _fake)
 
 
 def row_uniforms(
-    seed: torch.Tensor,  # () or (R,) int64
-    row_ids: torch.Tensor,  # (R,) int64
-    step: torch.Tensor,  # () or (R,) int64
+    seed: torch.Tensor,
+    row_ids: torch.Tensor,
+    step: torch.Tensor,
     *,
     stream: int = 0,
     backend: str | None = None,
-) -> torch.Tensor:
-    """One float64 uniform in (0, 1) per row, a function of (seed, row id, step, stream) alone.
+) -> torch.Tensor:  # (R,)
+    """Return one float64 uniform in (0, 1) per row, a function of (seed, row id, step, stream) alone.
 
-    seed, row_ids and step are int64 tensors on one device, so that a captured graph advances when they change; of
-    step the low 32 bits count. stream tells independent draws for one row apart: 0 the policy's response, 1 the
-    opponent's (`core.rng.Stream`), 128 to 255 are yours.
+    The three tensors lie on one device, so that a captured graph advances when they change.
+
+    Args:
+        seed (() or (R,) int64): of all rows, or of each.
+        row_ids ((R,) int64): what tells the rows apart.
+        step (() or (R,) int64): the decoding step; its low 32 bits count.
+        stream: tells independent draws for one row apart: 0 the policy's response, 1 the opponent's
+            (`core.rng.Stream`), 128 to 255 are free for the caller.
+        backend: see `use_backend`; None leaves the choice to it.
     """
     for name, value in (("seed", seed), ("row_ids", row_ids), ("step", step)):
         check_is_tensor(OP.name, name, value)
     if not isinstance(stream, int):
         check_integer(OP.name, "stream", stream, 0, 255)
-    result: torch.Tensor = _operator(seed, row_ids, step, stream, backend or "")
-    return result
+    return _operator(RowUniformsInputs(seed, row_ids, step, stream, backend or ""))

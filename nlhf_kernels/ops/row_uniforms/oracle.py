@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ...core import rng
+from .op import RowUniformsInputs
 
 
-def row_uniforms(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> torch.Tensor:
-    return rng.open_unit(rng.random_bits(seed, row_ids, step, stream))
+def row_uniforms(inputs: RowUniformsInputs) -> torch.Tensor:
+    return rng.open_unit(rng.random_bits(inputs.seed, inputs.row_ids, inputs.step, inputs.stream))

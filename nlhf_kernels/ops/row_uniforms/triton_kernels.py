@@ -8,6 +8,9 @@ import triton.language as tl
 
 from ...core.native import on_device
 from ...core.rng_triton import open_unit, random_bits
+from .op import RowUniformsInputs
+
+_BLOCK = 256  # rows a program
 
 
 @triton.jit
@@ -33,13 +36,12 @@ def row_uniforms_kernel(
     tl.store(out + row, open_unit(bits), mask=inside)
 
 
-def row_uniforms(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> torch.Tensor:
-    rows = row_ids.numel()
-    out = torch.empty(rows, dtype=torch.float64, device=row_ids.device)
-    block = 256
+def row_uniforms(inputs: RowUniformsInputs) -> torch.Tensor:
+    seed, row_ids, step, stream, _ = inputs
+    rows, out = row_ids.numel(), torch.empty_like(row_ids, dtype=torch.float64)
     if rows:
-        with on_device(row_ids.device):
-            row_uniforms_kernel[(triton.cdiv(rows, block),)](
-                seed, row_ids, step, out, rows, seed.ndim, step.ndim, STREAM=stream, BLOCK=block
+        with on_device(out.device):
+            row_uniforms_kernel[(triton.cdiv(rows, _BLOCK),)](
+                seed, row_ids, step, out, rows, seed.ndim, step.ndim, STREAM=stream, BLOCK=_BLOCK
             )
     return out
