@@ -29,7 +29,7 @@ endif
 # Algorithms' learning and the sampler's statistics say nothing of transformers.
 NEWEST := build/newest
 NEWEST_TESTS := $(filter-out %/test_train_learning.py %/test_preference_loss.py, $(wildcard \
-  $(patsubst %,tests/test_%.py,upstream adapters attention engine* generate* train* trl* preference* cli_prefer cli_sample cli_train evaluation experiment)))
+  $(patsubst %,tests/test_%.py,upstream adapters attention engine* generate* sharded_models train* trl* preference* cli_prefer cli_sample cli_train evaluation experiment)))
 
 .PHONY: demo test test-newest sanitize bench lint format-check setup clean
 .DELETE_ON_ERROR:

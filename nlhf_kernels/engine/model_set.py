@@ -129,7 +129,9 @@ class ModelSet:
         """Compiled forwards for steps of static shapes. Prompts have lengths of their own and are read uncompiled."""
         forwards: dict[str, Forward] = {}
         for role, info in self.info.items():
-            if not info.cached:
+            if self.sharding.in_step:
+                self._note(f"not compiled: the {role} is shared by several processes")
+            elif not info.cached:
                 self._note(f"not compiled: the {role} reads the whole text every step")
             elif role == "policy" and self.shares_base:
                 self._note("not compiled: the policy's adapters are switched by the host")

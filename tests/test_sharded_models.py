@@ -1,7 +1,8 @@
-"""Rollouts of models that several processes share: the whole model's tokens in every process, and no broadcasts."""
+"""Models that transformers shares among processes: the whole model's tokens and gradients, and nothing broadcast."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,34 @@ pytest.importorskip("transformers")
 
 from tests.support import processes
 from tests.support.processes import collectives
-from tests.support.tiny_models import VOCABULARY, padded, prompts, random_model, tiny_model
+from tests.support.tiny_models import ARCHITECTURES, padded, prompts, random_model
 
-ARCHITECTURES = ("llama", "qwen2", "gemma2", "mixtral")  # gemma2 caps its logits; qwen2's head is its embedding
+SHARED = ("llama", "qwen2", "gemma2", "mixtral")  # gemma2 caps its logits; qwen2's head is its embedding
+
+
+def tokens() -> int:
+    """No number of processes here divides 97; before 5.23 transformers shared no vocabulary that does not divide."""
+    import transformers
+
+    return 97 if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23) else 96
 
 
 def model_of(architecture: str, seed: int) -> torch.nn.Module:
     import transformers
 
-    shape = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"vocab_size": tokens(), "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     if architecture == "mixtral":
         sizes = {"hidden_size": 32, "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2}
         return random_model(transformers.MixtralConfig(**shape, **sizes), seed)
+    if architecture == "wide":
+        sizes = {"hidden_size": 32, "intermediate_size": 40}
+        return random_model(transformers.LlamaConfig(**shape | {"num_key_value_heads": 4}, **sizes), seed)
     if architecture == "qwen2":
         sizes = {"hidden_size": 32, "intermediate_size": 40, "tie_word_embeddings": True}
         return random_model(transformers.Qwen2Config(**shape, **sizes), seed)
-    return tiny_model(architecture, seed)
+    config = ARCHITECTURES[architecture](32)
+    config.vocab_size = tokens()
+    return random_model(config, seed)
 
 
 _saved: set[Path] = set()
@@ -83,14 +96,14 @@ def split_layers_give_the_whole_models_tokens() -> None:
     """97 tokens in slices of 49 and 48; two samples of y and y' for two prompts of two lengths; some end early."""
     from nlhf_kernels.engine import RolloutEngine, nash_md
 
-    for architecture in ARCHITECTURES:
+    for architecture in SHARED:
         engine = RolloutEngine(*pair(architecture, tp_size=size()))
         part = engine.models.sharding.part
-        assert part is not None and part.total == VOCABULARY and part.processes == size(), engine.models.notes
+        assert part is not None and part.total == tokens() and part.processes == size(), engine.models.notes
         result = engine.rollout(*batch(), nash_md(0.25, samples=2), settings())
         assert_same(result, RolloutEngine(*pair(architecture)).rollout(*batch(), nash_md(0.25, samples=2), settings()))
         assert min(int(response.lengths.min()) for response in result) < 12, "rows that end leave the batch"
-        assert engine.models.policy.lm_head(torch.zeros(1, 32)).shape == (1, VOCABULARY), "the head is as it was"
+        assert engine.models.policy.lm_head(torch.zeros(1, 32)).shape == (1, tokens()), "the head is as it was"
 
 
 def filters_hooks_and_least_lengths() -> None:
@@ -132,10 +145,10 @@ def processes_agree_on_a_seed_and_on_prompts() -> None:
     rank = torch.distributed.get_rank()
     torch.manual_seed(rank)
     engine = RolloutEngine(*pair(tp_size=size()))
-    tokens = engine.rollout(*batch(), nash_md(0.25), settings(seed=None, end_ids=())).responses[0].tokens
-    parts = [torch.empty_like(tokens) for _ in range(size())]
-    torch.distributed.all_gather(parts, tokens)
-    assert all(torch.equal(part, tokens) for part in parts)
+    own = engine.rollout(*batch(), nash_md(0.25), settings(seed=None, end_ids=())).responses[0].tokens
+    parts = [torch.empty_like(own) for _ in range(size())]
+    torch.distributed.all_gather(parts, own)
+    assert all(torch.equal(part, own) for part in parts)
     with pytest.raises(ValueError, match="input_ids: expected the same prompts, settings and seed in all processes"):
         engine.rollout(*batch(seed=rank), nash_md(0.25), settings())
     with pytest.raises(ValueError, match="expected the same prompts, settings and seed in all processes"):
@@ -198,6 +211,73 @@ def stored_in_parts_and_gathered_at_every_step() -> None:
         engine.rollout(*own, nash_md(0.25), settings(max_new_tokens=4 + rank))
 
 
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def losses_over_split_heads_have_the_whole_models_gradients() -> None:
+    """Of every parameter: the loss reads the head's slice, and the embedding where that is the head."""
+    import nlhf_kernels
+    from nlhf_kernels import Head
+
+    ids, _ = batch()
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+
+    def gradients(policy: Any, reference: Any, mode: str) -> tuple[float, dict[str, torch.Tensor]]:
+        heads = [Head(model.lm_head.weight) for model in (policy, reference)]
+        with torch.no_grad():
+            other = reference.model(input_ids=ids).last_hidden_state
+        hidden = policy.model(input_ids=ids).last_hidden_state
+        loss = nlhf_kernels.linear_nash_pg_loss(
+            hidden, heads[0], targets, torch.tensor([0.8, 0.3]), other, heads[1], tau=0.05, kl=mode
+        ).loss
+        policy.zero_grad()
+        loss.backward()
+        parts = {name: parameter.grad for name, parameter in policy.named_parameters()}
+        whole = {name: part.full_tensor() if hasattr(part, "full_tensor") else part for name, part in parts.items()}
+        return float(loss), whole
+
+    for architecture in ("llama", "qwen2", "mixtral"):
+        pairs = []
+        for layout in ({"tp_size": size()}, {}):
+            policy, reference = pair(architecture, **layout)
+            pairs.append((policy, reference.requires_grad_(False)))
+        for mode in ("sequence", "exact"):
+            (loss, split), (expected, whole) = (gradients(*models, mode) for models in pairs)
+            assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            for name, gradient in whole.items():
+                scale = float(gradient.abs().max())
+                torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-5 * scale + 1e-7, msg=name)
+
+
+def split_by_two_and_stored_by_two() -> None:
+    """Four processes: layers split within each pair, parameters stored across the pairs, which have other prompts."""
+    from nlhf_kernels.engine import RolloutEngine, nash_md
+
+    own = batch(seed=torch.distributed.get_rank() // 2)
+    policy, reference = pair(tp_size=2, fsdp_size=2)
+    engine = RolloutEngine(policy, reference)
+    assert engine.models.sharding.part is not None and engine.models.sharding.part.processes == 2
+    whole = RolloutEngine(*pair()).rollout(*own, nash_md(0.25), settings(max_new_tokens=20))
+    result = engine.rollout(*own, nash_md(0.25), settings(max_new_tokens=20))
+    assert not result.notes
+    assert_same(result, whole)
+    plan = engine.memory_plan(2, own[0].shape[1], nash_md(0.25), settings(max_new_tokens=20))
+    engine.memory_limit = plan.total + 1000
+    result = engine.rollout(*own, nash_md(0.25), settings(max_new_tokens=20))
+    assert result.notes == ("parameters are gathered at every step: all at once they do not fit",)
+    assert_same(result, whole)
+
+
+def split_by_four() -> None:
+    """97 tokens in three slices of 25 and one of 22."""
+    from nlhf_kernels.engine import RolloutEngine, nash_md
+
+    engine = RolloutEngine(*pair("wide", tp_size=4))
+    assert engine.models.sharding.part is not None
+    result = engine.rollout(*batch(), nash_md(0.25, samples=2), settings())
+    assert_same(result, RolloutEngine(*pair("wide")).rollout(*batch(), nash_md(0.25, samples=2), settings()))
+
+
 CHECKS = [
     split_layers_give_the_whole_models_tokens,
     filters_hooks_and_least_lengths,
@@ -206,12 +286,19 @@ CHECKS = [
     bad_models_are_named,
     stored_in_parts_and_gathered_once,
     stored_in_parts_and_gathered_at_every_step,
+    losses_over_split_heads_have_the_whole_models_gradients,
 ]
+OF_FOUR = [split_by_two_and_stored_by_two, split_by_four]
 
 
 @pytest.fixture(scope="module")
 def reports():
-    return processes.run_checks("tests.test_sharded_rollouts", 2)
+    return processes.run_checks("tests.test_sharded_models", 2)
+
+
+@pytest.fixture(scope="module")
+def reports_of_four():
+    return processes.run_checks("tests.test_sharded_models", 4)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
@@ -220,5 +307,11 @@ def test_two_processes(reports, check) -> None:
     processes.assert_passed(reports, check)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.parametrize("check", OF_FOUR, ids=lambda check: check.__name__)
+def test_four_processes(reports_of_four, check) -> None:
+    processes.assert_passed(reports_of_four, check)
+
+
 if __name__ == "__main__":
-    processes.main(CHECKS)
+    processes.main(CHECKS if os.environ["WORLD_SIZE"] == "2" else OF_FOUR)
