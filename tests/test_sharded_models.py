@@ -12,24 +12,17 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
+
 from tests.support import processes
 from tests.support.processes import collectives
-from tests.support.tiny_models import ARCHITECTURES, padded, prompts, random_model
+from tests.support.tiny_models import VOCABULARY, padded, prompts, random_model, tiny_model
 
 SHARED = ("llama", "qwen2", "gemma2", "mixtral")  # gemma2 caps its logits; qwen2's head is its embedding
 
 
-def tokens() -> int:
-    """No number of processes here divides 97; before 5.23 transformers shared no vocabulary that does not divide."""
-    import transformers
-
-    return 97 if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23) else 96
-
-
 def model_of(architecture: str, seed: int) -> torch.nn.Module:
-    import transformers
-
-    shape = {"vocab_size": tokens(), "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     if architecture == "mixtral":
         sizes = {"hidden_size": 32, "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2}
         return random_model(transformers.MixtralConfig(**shape, **sizes), seed)
@@ -39,9 +32,7 @@ def model_of(architecture: str, seed: int) -> torch.nn.Module:
     if architecture == "qwen2":
         sizes = {"hidden_size": 32, "intermediate_size": 40, "tie_word_embeddings": True}
         return random_model(transformers.Qwen2Config(**shape, **sizes), seed)
-    config = ARCHITECTURES[architecture](32)
-    config.vocab_size = tokens()
-    return random_model(config, seed)
+    return tiny_model(architecture, seed)
 
 
 _saved: set[Path] = set()
@@ -49,7 +40,6 @@ _saved: set[Path] = set()
 
 def loaded(architecture: str, seed: int, **layout: int) -> Any:
     """A model as saved by the first process; shared as `layout` says, whole without."""
-    import transformers
     from transformers.distributed import DistributedConfig
 
     folder = Path(sys.argv[1], f"{architecture}-{seed}")
@@ -99,11 +89,11 @@ def split_layers_give_the_whole_models_tokens() -> None:
     for architecture in SHARED:
         engine = RolloutEngine(*pair(architecture, tp_size=size()))
         part = engine.models.sharding.part
-        assert part is not None and part.total == tokens() and part.processes == size(), engine.models.notes
+        assert part is not None and part.total == VOCABULARY and part.processes == size(), engine.models.notes
         result = engine.rollout(*batch(), nash_md(0.25, samples=2), settings())
         assert_same(result, RolloutEngine(*pair(architecture)).rollout(*batch(), nash_md(0.25, samples=2), settings()))
         assert min(int(response.lengths.min()) for response in result) < 12, "rows that end leave the batch"
-        assert engine.models.policy.lm_head(torch.zeros(1, 32)).shape == (1, tokens()), "the head is as it was"
+        assert engine.models.policy.lm_head(torch.zeros(1, 32)).shape == (1, VOCABULARY), "the head is as it was"
 
 
 def filters_hooks_and_least_lengths() -> None:
@@ -291,6 +281,15 @@ CHECKS = [
 OF_FOUR = [split_by_two_and_stored_by_two, split_by_four]
 
 
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+OLD = "before 5.23 transformers shares no vocabulary that does not divide, and names no meshes: heads are gathered"
+
+
+def available(test):
+    test = pytest.mark.skipif(VERSION < (5, 23), reason=OLD)(test)
+    return pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")(test)
+
+
 @pytest.fixture(scope="module")
 def reports():
     return processes.run_checks("tests.test_sharded_models", 2)
@@ -301,13 +300,13 @@ def reports_of_four():
     return processes.run_checks("tests.test_sharded_models", 4)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@available
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_two_processes(reports, check) -> None:
     processes.assert_passed(reports, check)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@available
 @pytest.mark.parametrize("check", OF_FOUR, ids=lambda check: check.__name__)
 def test_four_processes(reports_of_four, check) -> None:
     processes.assert_passed(reports_of_four, check)
