@@ -1,4 +1,4 @@
-"""What subcommands share: help that fits the terminal, devices and functions by name, what to do next."""
+"""What subcommands share: help that fits the terminal, devices and functions by name, hints of the next command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .errors import BadInput
 
 
 def check_output(command: str, path: Path | None) -> None:
-    """Before the work, not after it."""
+    """Raise where `path` cannot be written, before the work instead of after it."""
     if path is None:
         return
     try:
@@ -58,7 +58,7 @@ def find_device(command: str, name: str | None) -> torch.device:
 
 
 def read_data(place: str, load: Callable[..., Read], source: Any, *args: Any, **options: Any) -> Read:
-    """`load(source, ...)` of `data`, whose errors name the file and the line; `place` goes before them."""
+    """Return `load(source, ...)` of `nlhf_kernels.data`; `place` precedes its errors, which name file and line."""
     try:
         return load(source, *args, **options)
     except (TypeError, ValueError) as error:
@@ -70,7 +70,7 @@ def read_data(place: str, load: Callable[..., Read], source: Any, *args: Any, **
 
 
 def show_next(*commands: Sequence[str]) -> None:
-    """On stderr, what to do with what a command has made: whole commands, to be copied."""
+    """Print the next commands on stderr, whole, to be copied."""
     console = new_console(stderr=True)
     for number, words in enumerate(commands):
         line = " ".join(word if word in (">", "...") else shlex.quote(word) for word in words)
@@ -78,24 +78,24 @@ def show_next(*commands: Sequence[str]) -> None:
 
 
 def is_function(name: str) -> bool:
-    """Whether `name` means a function rather than a model."""
+    """Return whether `name` names a function rather than a model."""
     return ":" in name and not Path(name).exists()
 
 
 def load_function(place: str, name: str) -> Any:
-    """The function that module:name or file.py:name stands for; modules are found in the working folder, too."""
+    """Return the function named by module:name or file.py:name; modules are searched in the working folder, too."""
     module, _, function = name.rpartition(":")
     if not module or not function:
         raise BadInput(f"{place}: expected module:name or file.py:name; got {name!r}")
     try:
-        found = getattr(_file(Path(module)) if module.endswith(".py") else _module(module), function)
+        value = getattr(_file(Path(module)) if module.endswith(".py") else _module(module), function)
     except Stopped:
         raise
     except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         raise BadInput(f"{place}: cannot load {name!r}: {type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise BadInput(f"{place}: expected a function; got {type(found).__name__} as {name!r}")
-    return found
+    if not callable(value):
+        raise BadInput(f"{place}: expected a function; got {type(value).__name__} as {name!r}")
+    return value
 
 
 def _file(path: Path) -> ModuleType:
@@ -109,7 +109,7 @@ def _file(path: Path) -> ModuleType:
 
 
 def _module(name: str) -> ModuleType:
-    """A script's sys.path has the script's folder in the place where `python -m` has the working folder."""
+    """Import a module, searching the working folder first, as `python -m` does and a script does not."""
     sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(name)

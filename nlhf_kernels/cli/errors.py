@@ -1,7 +1,7 @@
-"""How a command ends: its exit code, and the one line on stderr that says why.
+"""The end of a command: its exit code, and the line on stderr that explains it.
 
-The library's errors begin with an operation and an argument, "prefer: max_length: expected ..."; here they get the
-command's own option in its place, "--max-length".
+The library's errors begin with an operation and an argument, "prefer: max_length: expected ..."; here the argument is
+replaced by the command's option, "--max-length".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SUBJECT = re.compile(r"(?P<operation>\w+(?: \w+)?): (?P<name>\w+)(?P<rest>\b.*)
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used; the message is one line."""
+    """An option, file, model or judge that cannot be used; the message is one line."""
 
 
 def finish(
@@ -48,7 +48,7 @@ def finish(
     resume_hint: Callable[[argparse.Namespace], str],
     names: Mapping[str, str],
 ) -> int:
-    """Run `work`; return its exit code, or that of what stopped it, explained on stderr.
+    """Run `work`; return its exit code, or that of what stopped it, with an explanation on stderr.
 
     Args:
         work: the command.
@@ -59,7 +59,7 @@ def finish(
     try:
         with stoppable():
             code = work()
-        sys.stdout.flush()  # here, where a reader that has gone is an exception like any other
+        sys.stdout.flush()  # here, where a closed pipe is an exception like any other
         return code
     except BrokenPipeError:
         _give_up_output()
@@ -77,11 +77,11 @@ def finish(
             sys.stdout.flush()
         except OSError:
             _give_up_output()
-        return _end(*describe(error, arguments.command, names, shown=arguments.traceback))
+        return _end(*describe(error, arguments.command, names, arguments.traceback))
 
 
 def _give_up_output() -> None:
-    """The interpreter flushes stdout once more at its end, and would complain."""
+    """Redirect stdout to nowhere: the interpreter flushes it once more at its end, and would report the closed pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -90,8 +90,10 @@ def _end(code: int, text: str) -> int:
     return code
 
 
-def describe(error: BaseException, command: str, names: Mapping[str, str], shown: bool = False) -> tuple[int, str]:
-    """Exit code and line for an exception; one of an unforeseen kind has its traceback printed, unless `shown`."""
+def describe(
+    error: BaseException, command: str, names: Mapping[str, str], traceback_printed: bool = False
+) -> tuple[int, str]:
+    """Return exit code and line for an exception; print the traceback of an unforeseen kind, unless it was printed."""
     line = first_line(error)
     if isinstance(error, WriteError):
         return FAILED, f"error: {command}: {line}"
@@ -109,14 +111,14 @@ def describe(error: BaseException, command: str, names: Mapping[str, str], shown
         return REFUSED, f"error: {command}: {error.strerror}{where}"
     if isinstance(error, BadInput | ValueError | TypeError | OSError | ImportError | ArithmeticError | RuntimeError):
         return REFUSED, f"error: {with_options(line, command, names)}"
-    if not shown:
+    if not traceback_printed:
         traceback.print_exception(error)
     what = f"unexpected {type(error).__name__}: {line}"
     return FAILED, f"error: {command}: {what} (please report it, with the output of `nlhf-kernels info`)"
 
 
 def with_options(message: str, command: str, names: Mapping[str, str]) -> str:
-    """The message, with the command's options in place of the library's arguments."""
+    """Return the message with the command's options in place of the library's arguments."""
     subject = _SUBJECT.match(message)
     if subject is not None and subject["name"] in names and subject["rest"].startswith((":", "[")):
         message = f"{command}: {names[subject['name']]}{subject['rest']}"
@@ -126,7 +128,7 @@ def with_options(message: str, command: str, names: Mapping[str, str]) -> str:
 
 
 def _as_option(match: re.Match[str], names: Mapping[str, str]) -> str:
-    """name=True -> --name, name='value' -> --name value; a key of a run file keeps its =."""
+    """Rewrite name=True as --name and name='value' as --name value; a key of a run file keeps its =."""
     name, value = names.get(match["name"]), match["value"].strip("'")
     if name is None:
         return match[0]
@@ -134,6 +136,6 @@ def _as_option(match: re.Match[str], names: Mapping[str, str]) -> str:
 
 
 def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """The argument of the library that each option is named after -> the option."""
+    """Return the library's argument that each option is named after -> the option."""
     actions = parser._actions
     return {action.dest: action.option_strings[-1] for action in actions if action.option_strings}

@@ -103,7 +103,7 @@ def _devices_here() -> list[torch.device]:
 
 
 def _backends() -> Table:
-    """What this machine lets each backend do; what a single call adds to that, `nlhf_kernels.explain` tells."""
+    """Return why backends cannot run on this machine; `nlhf_kernels.explain` adds the limits of a single call."""
     table = _table("Backends on this machine", "backend", *map(str, _devices_here()))
     table.show_header = True
     for backend in settings.BACKENDS:
@@ -116,14 +116,14 @@ def _backends() -> Table:
 
 
 def _ops() -> Table:
-    """Per op, what `auto` tries on each device, in order; a backend the machine rules out is in brackets."""
+    """Return, per op, the order of `auto` on each device; backends that cannot run here are in brackets."""
     devices = _devices_here()
     table = _table("Ops: the order of auto", "op", *map(str, devices), "no such backend")
     for op in ops():
         orders = []
         for device in devices:
-            measured = [entry for entry in op.measured if entry.device == device.type]
-            cases = {f" ({entry.problems})": entry.order for entry in measured} or {"": op.order[device.type]}
+            measurements = [entry for entry in op.measured if entry.device == device.type]
+            cases = {f" ({entry.problems})": entry.order for entry in measurements} or {"": op.order[device.type]}
             orders.append("\n".join(_marked(order, device) + case for case, order in cases.items()))
         table.add_row(op.name, *orders, "\n".join(f"{name}: {reason}" for name, reason in op.absent.items()))
     return table
@@ -158,7 +158,7 @@ def _settings() -> Table:
 
 
 def ops_table() -> str:
-    """Ops x backends, from the registry; the README's table is this text, and a test holds it to that."""
+    """Return the registry's table of ops and backends, which the README contains (a test compares them)."""
     notes: list[str] = []  # each reason once, however many rooms share it
 
     def cell(op: Op, backend: str) -> str:

@@ -1,7 +1,7 @@
 """`nlhf-kernels prefer`: train a model of human preferences, and ask it which of two responses is better.
 
 `train` makes one from preference pairs and a base model; `evaluate` measures it on pairs that people have judged;
-`score` prints P(first > second | prompt) of pairs that nobody has.
+`score` prints P(first > second | prompt) for new pairs.
 """
 
 from __future__ import annotations
@@ -138,10 +138,10 @@ def _train(arguments: argparse.Namespace) -> str:
         check_folder(arguments.output, KIND, overwrite=arguments.overwrite)
     except OSError as error:
         raise BadInput(f"prefer: --output: {error}") from error
-    with ExitStack() as held:  # before models are loaded
+    with ExitStack() as locks:  # before models are loaded
         for place in (arguments.output, arguments.checkpoint):
             if place is not None and place.absolute().parent.is_dir():
-                held.enter_context(lock_place(place))
+                locks.enter_context(lock_place(place))
         return _train_and_save(arguments, device)
 
 
@@ -153,10 +153,10 @@ def _train_and_save(arguments: argparse.Namespace, device: torch.device) -> str:
     pairs, held_out = _pairs(arguments, tokenizer)
     settings = _settings(arguments, len(pairs))
     model = _new_model(arguments, tokenizer).to(device)
-    keeping: dict[str, Any] = {"checkpoint": arguments.checkpoint}
+    options: dict[str, Any] = {"checkpoint": arguments.checkpoint}
     if arguments.checkpoint_every is not None:
-        keeping["checkpoint_every"] = arguments.checkpoint_every
-    report = train_preference_model(model, pairs, settings, held_out=held_out, **keeping)
+        options["checkpoint_every"] = arguments.checkpoint_every
+    report = train_preference_model(model, pairs, settings, held_out=held_out, **options)
     with quiet():
         save_preference_model(model, arguments.output, overwrite=arguments.overwrite)
     if arguments.checkpoint is not None:
@@ -202,7 +202,7 @@ def _new_model(arguments: argparse.Namespace, tokenizer: Any) -> ComparisonModel
 
 
 def _adapter(arguments: argparse.Namespace) -> Any:
-    """peft's configuration of it; None: all weights are trained."""
+    """Return peft's configuration of the adapter; None: all weights are trained."""
     rank, alpha, targets = arguments.lora_rank, arguments.lora_alpha, arguments.lora_targets
     if rank is None:
         for option, value in (("--lora-alpha", alpha), ("--lora-targets", targets)):
@@ -234,8 +234,8 @@ def _report(arguments: argparse.Namespace, report: TrainingReport, pairs: int) -
             "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),
         }
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
-    trained = f"{pairs} pairs, {len(report.losses)} steps, last loss {report.losses[-1]:.4f}\n"
-    measured = "" if evaluation is None else f"held out: {_described(evaluation)}"
+    summary = f"{pairs} pairs, {len(report.losses)} steps, last loss {report.losses[-1]:.4f}\n"
+    measures = "" if evaluation is None else f"held out: {_described(evaluation)}"
     key = "preference_model" if arguments.kind == "pairwise" else "reward_model"
     show_next(
         ["nlhf-kernels", "prefer", "score", "--model", str(arguments.output), "--prompt", "...", "--first", "...",
@@ -243,7 +243,7 @@ def _report(arguments: argparse.Namespace, report: TrainingReport, pairs: int) -
         ["nlhf-kernels", "train", "--example", ">", "run.yaml"],
         ["nlhf-kernels", "train", "--config", "run.yaml", "--set", f"judge={json.dumps({key: str(arguments.output)})}"],
     )  # fmt: skip
-    return f"{trained}{measured}Saved: {arguments.output}\n"
+    return f"{summary}{measures}Saved: {arguments.output}\n"
 
 
 def _described(evaluation: Evaluation) -> str:
@@ -267,7 +267,7 @@ def _described(evaluation: Evaluation) -> str:
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share of `count`, which is an interval also where all or none were right."""
+    """Return Wilson's score interval of a share of `count`, which has a width even where the share is 0 or 1."""
     centre, scale = share + z**2 / (2 * count), 1 + z**2 / count
     half = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
@@ -313,8 +313,8 @@ def _score(arguments: argparse.Namespace) -> str:
         place = "prefer: --file" if arguments.file is not None else "prefer: --prompt, --first, --second"
         pairs = read_data(place, load_comparisons, source, model.tokenizer)
     except BadInput as error:
-        judged = "first is not among" in str(error) and "'chosen'" in str(error)
-        raise BadInput(f"{error}{' (`prefer evaluate` measures on such pairs)' if judged else ''}") from error
+        are_judged = "first is not among" in str(error) and "'chosen'" in str(error)
+        raise BadInput(f"{error}{' (`prefer evaluate` measures on such pairs)' if are_judged else ''}") from error
     judge = checked(PreferenceModelJudge(model, arguments.batch_size), arguments.model)
     probabilities = judge(*zip(*pairs, strict=True)).tolist()
     rows = [{**pair._asdict(), "probability": p} for pair, p in zip(pairs, probabilities, strict=True)]

@@ -81,9 +81,9 @@ def _train(arguments: argparse.Namespace, run_file: RunFile, args: NashConfig, p
     if arguments.check:
         return _check(arguments, trainer)
     trainer.train(resume_from_checkpoint=bool(arguments.resume and list_checkpoints(Path(trainer.args.output_dir))))
-    if trainer.state.global_step < trainer.state.max_steps:  # a callback's wish, a signal that transformers handles
-        done = f"{trainer.state.global_step} of {trainer.state.max_steps} updates"
-        raise RuntimeError(f"stopped after {done}, which is not the run's end: {resume_hint(arguments)}")
+    if trainer.state.global_step < trainer.state.max_steps:  # by a callback, or a signal that transformers handles
+        progress = f"{trainer.state.global_step} of {trainer.state.max_steps} updates"
+        raise RuntimeError(f"stopped after {progress}, which is not the run's end: {resume_hint(arguments)}")
     check_finite(f"train: {place} is not written", trainer.model)
     if trainer.is_world_process_zero():
         with quiet(), atomic_folder(place, KIND, overwrite=True) as work:

@@ -34,20 +34,20 @@ class OptimizerHooks(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """transformers' bar, with the speed beside it; what is logged comes in lines as wide as the terminal."""
+    """transformers' bar with the speed beside it; logs are printed in lines as wide as the terminal."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.training_bar is None or not logs:  # not training, or not the first process
             return
-        shown = {name: value for name, value in logs.items() if name != "total_flos"}
+        values = {name: value for name, value in logs.items() if name != "total_flos"}
         width = shutil.get_terminal_size().columns
-        self.training_bar.write(log_lines({"update": state.global_step, **shown}, width), file=sys.stderr)
+        self.training_bar.write(log_lines({"update": state.global_step, **values}, width), file=sys.stderr)
         if "tokens_per_second" in logs:
             self.training_bar.set_postfix_str(speed_line(logs))
 
 
 def close_bars(callbacks: Iterable[Any]) -> None:
-    """A training that ends with an exception leaves its bar open, which would be drawn again below the error."""
+    """Close the bars of a training that ended with an exception; an open one would be drawn again below the error."""
     for callback in callbacks:
         if isinstance(callback, Progress) and callback.training_bar is not None:
             callback.training_bar.close()
@@ -55,7 +55,7 @@ def close_bars(callbacks: Iterable[Any]) -> None:
 
 
 def log_lines(logs: dict[str, Any], width: int) -> str:
-    """Names and numbers side by side, a pair never cut in two."""
+    """Return names and numbers side by side, without breaking a line inside a pair."""
     lines = [""]
     for name, value in logs.items():
         pair = f"  {name} {f'{value:.4g}' if isinstance(value, float) else value}"
@@ -66,5 +66,5 @@ def log_lines(logs: dict[str, Any], width: int) -> str:
 
 
 def speed_line(logs: dict[str, float]) -> str:
-    """Short, to fit 80 columns with the bar: the log has the shares of all phases."""
+    """Return a text short enough for 80 columns with the bar; the log has the shares of all phases."""
     return f"{logs['tokens_per_second']:.0f} tokens/s, {100 * logs['time/rollout']:.0f}% rollout"

@@ -1,7 +1,7 @@
-"""What a run will take: two updates made as training makes them, on the longest prompts, and thrown away.
+"""Estimate a run's time, memory and disk from two updates on the longest prompts, whose results are discarded.
 
-So the figures are upper ones, of the real models, judge and settings; what would fail in the first update (memory, a
-judge) fails here. The trainer is of no further use: its weights have moved.
+The figures are upper bounds for the real models, judge and settings; what would fail in the first update (memory, a
+judge) fails here. The trainer cannot be used afterwards: its weights have changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
     memory: int  # bytes at the peak: the device's, or the process's on a CPU
     device_memory: int  # bytes there are
     checkpoint: int  # bytes of one
-    checkpoints: int  # that lie on the disk at once
+    checkpoints: int  # on the disk at once
 
     @property
     def seconds(self) -> float:
@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(trainer: Any) -> Estimate:
-    """Of a `NashTrainer` that has not trained yet. Asks the judge about the pairs of two updates."""
+    """Return the estimate of a `NashTrainer` that has not trained yet. Calls the judge for the pairs of two updates."""
     args, device = trainer.args, trainer.args.device
     updates = _updates(trainer)
     parts = trainer.evaluation_prompts
@@ -91,7 +91,7 @@ class _Times(TrainerCallback):
 
 
 def _train(trainer: Any) -> float:
-    """Seconds of the second of two updates: kernels are compiled and the optimizer has its state by then."""
+    """Return the seconds of the second of two updates, when kernels are compiled and the optimizer has its state."""
     args, times = copy.copy(trainer.args), _Times()
     args.max_steps, args.load_best_model_at_end, args.eval_on_start, args.logging_first_step = 2, False, False, False
     for name in UNMEASURED:
@@ -111,7 +111,7 @@ def _train(trainer: Any) -> float:
 
 
 def _evaluate(trainer: Any, prompts: PromptDataset) -> float:
-    """Seconds of all prompts, from one batch of the longest."""
+    """Return the seconds of all prompts, extrapolated from one batch of the longest."""
     size = int(trainer.args.per_device_eval_batch_size * trainer.args.world_size)
     began = time.perf_counter()
     trainer.evaluator(_longest(prompts, size), "estimate")
@@ -119,9 +119,9 @@ def _evaluate(trainer: Any, prompts: PromptDataset) -> float:
 
 
 def _longest(prompts: PromptDataset, count: int) -> PromptDataset:
-    chosen = copy.copy(prompts)
-    chosen.prompts = sorted(prompts.prompts, key=lambda prompt: -len(prompt.ids))[:count]
-    return chosen
+    longest = copy.copy(prompts)
+    longest.prompts = sorted(prompts.prompts, key=lambda prompt: -len(prompt.ids))[:count]
+    return longest
 
 
 def _prompts_per_update(args: Any) -> int:
@@ -137,7 +137,7 @@ def _updates(trainer: Any) -> int:
 
 
 def _count(strategy: Any, steps: float, updates: int, epochs: float) -> int:
-    """How often something happens that happens every so many steps (or a share of them), or every epoch."""
+    """Return how often a strategy's action happens: every so many steps (or a share of them), or every epoch."""
     name = str(getattr(strategy, "value", strategy))
     if name == "no":
         return 0
@@ -148,9 +148,9 @@ def _count(strategy: Any, steps: float, updates: int, epochs: float) -> int:
 
 
 def _checkpoint_bytes(trainer: Any) -> int:
-    """The weights that are saved, and the optimizer's state."""
-    trained = [value for value in trainer.model.parameters() if value.requires_grad]
-    saved = trained if hasattr(trainer.model, "peft_config") else list(trainer.model.parameters())
+    """Return the bytes of the saved weights and the optimizer's state."""
+    trainable = [value for value in trainer.model.parameters() if value.requires_grad]
+    saved = trainable if hasattr(trainer.model, "peft_config") else list(trainer.model.parameters())
     state = [value for each in trainer.optimizer.state.values() for value in each.values()]
     return sum(int(value.nbytes) for value in [*saved, *state] if isinstance(value, torch.Tensor))
 

@@ -1,9 +1,9 @@
-"""Hidden states instead of logits: the model's own forward pass, its head replaced by a recorder, and that head.
+"""Hidden states instead of logits: the model's own forward pass with its head replaced by a recorder, and that head.
 
-The losses want what goes into the output layer, not what comes out: (rows, tokens, vocabulary) logits are what costs.
-Replacing the output layer's forward works for every architecture, under adapters, checkpointing and wrappers alike.
-What the model does with its logits afterwards (a scale, a soft cap) is found and proven once, on random hidden states,
-by comparing with the logits the model itself gives.
+The fused losses take the output layer's input, so that (rows, tokens, vocabulary) logits are never stored. Replacing
+the output layer's forward works for every architecture, under adapters, checkpointing and wrappers alike. What the
+model does to its logits afterwards (a scale, a soft cap) is determined once, on random hidden states, and checked
+against the logits that the model itself returns.
 """
 
 from __future__ import annotations
@@ -20,34 +20,41 @@ from ..core.tokens import count_positions
 from ..ops import Head
 
 OP = "NashTrainer"
-_scales: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # of models whose heads have been proven
+_scales: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # of models whose heads have been checked
 
 
 def unwrapped(model: Any) -> Any:
-    """The causal language model inside wrappers of processes and of peft."""
+    """Return the causal language model inside wrappers of processes and of peft."""
     while isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model = model.module
     return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
 
 
 def hidden_states(
-    model: Any,  # any wrapper: its forward pass is the one that is called
-    input_ids: torch.Tensor,  # (R, S)
-    attention_mask: torch.Tensor,  # (R, S)
-) -> torch.Tensor:  # (R, S, D): what the output layer would read
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Return the input of the output layer, (R, S, D).
+
+    Args:
+        model: in any wrapper, whose forward pass is called.
+        input_ids ((R, S)): tokens.
+        attention_mask ((R, S)): 0 at padding.
+    """
     inner = unwrapped(model)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if "position_ids" in inspect.signature(type(inner).forward).parameters:
         inputs["position_ids"] = count_positions(attention_mask)
-    seen: list[torch.Tensor] = []
+    recorded_states: list[torch.Tensor] = []
 
     def record(states: torch.Tensor) -> torch.Tensor:
-        seen.append(states)
+        recorded_states.append(states)
         return states[..., :1]
 
     with _forward_of(inner.get_output_embeddings(), record):
         model(**inputs)
-    return seen[0]
+    return recorded_states[0]
 
 
 @contextmanager
@@ -64,7 +71,7 @@ def _forward_of(module: Any, forward: Any) -> Iterator[None]:
 
 
 def head_of(model: Any) -> Head:
-    """The output layer as the losses take it: weight, bias, scale, soft cap. Its tensors are the model's own."""
+    """Return the output layer as the losses take it: weight, bias, scale, soft cap. Its tensors are the model's own."""
     inner = unwrapped(model)
     if inner not in _scales:
         check_head(inner, "model")
@@ -74,7 +81,12 @@ def head_of(model: Any) -> Head:
 
 @torch.no_grad()
 def check_head(model: Any, name: str) -> int:
-    """That `head_of` gives the logits which the model gives. Returns the width of the vocabulary."""
+    """Check that `head_of` computes the model's own logits; return the width of the vocabulary.
+
+    Args:
+        model: a causal language model, in any wrapper.
+        name: the argument that errors name.
+    """
     inner = unwrapped(model)
     layer = getattr(inner, "get_output_embeddings", lambda: None)()
     if layer is None or getattr(inner.config, "is_encoder_decoder", False):
@@ -87,14 +99,14 @@ def check_head(model: Any, name: str) -> int:
             f"{OP}: {name}: expected one linear output layer, with no adapter on it, whose logits the losses can "
             f"compute in pieces; got {type(layer).__name__}"
         )
-    given, products = _probed(inner, layer)
+    logits, products = _probe(inner, layer)
     cap = _cap(inner)
-    for scale in _candidates(inner, given, products):
+    for scale in _candidates(inner, logits, products):
         computed = scale * products
         if cap:
             computed = cap * torch.tanh(computed / cap)
         allowed = 64 * torch.finfo(layer.weight.dtype).eps * max(float(computed.abs().max()), 1e-6)
-        if given.shape == computed.shape and bool(((given - computed).abs() <= allowed).all()):
+        if logits.shape == computed.shape and bool(((logits - computed).abs() <= allowed).all()):
             _scales[inner] = scale
             return int(layer.weight.shape[0])
     raise ValueError(
@@ -103,13 +115,13 @@ def check_head(model: Any, name: str) -> int:
     )
 
 
-def _probed(inner: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # each (2, V) float32
-    """The model's logits, and the output layer's products, from random states of two sizes in front of that layer."""
+def _probe(inner: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # each (2, V) float32
+    """Return the model's logits and the output layer's products for random hidden states of two magnitudes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         states = torch.randn(1, 2, layer.in_features, dtype=torch.float32, device="cpu").to(layer.weight)
-    states = 8 * states / layer.weight.norm(dim=1).mean().clamp(min=1e-3)  # logits of a size where caps show
-    states[:, 1] *= 0.25  # what depends on the states' size is no scale
+    states = 8 * states / layer.weight.norm(dim=1).mean().clamp(min=1e-3)  # logits large enough for caps to matter
+    states[:, 1] *= 0.25  # a factor that depends on the states' magnitude is no scale
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=layer.weight.device)
     original = layer.forward
     with torch.autocast(states.device.type, enabled=False), _forward_of(layer, lambda _: original(states)):
@@ -117,16 +129,16 @@ def _probed(inner: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # eac
         return outputs.logits[0].float(), original(states)[0].float()
 
 
-def _candidates(inner: Any, given: torch.Tensor, products: torch.Tensor) -> Iterator[float]:
-    """Scales that may be it. A configuration names one that some models apply to the states, not to the logits."""
+def _candidates(inner: Any, logits: torch.Tensor, products: torch.Tensor) -> Iterator[float]:
+    """Yield scales to try: a configuration may name one that the model applies to the states, not to the logits."""
     config = _text(inner)
     if isinstance(scale := getattr(config, "logit_scale", None), int | float):
         yield float(scale)
     if isinstance(divisor := getattr(config, "logits_scaling", None), int | float) and divisor:
         yield 1 / divisor
     yield 1.0
-    if given.shape == products.shape:
-        yield float((given.double() * products.double()).sum() / products.double().square().sum())
+    if logits.shape == products.shape:
+        yield float((logits.double() * products.double()).sum() / products.double().square().sum())
 
 
 def _cap(inner: Any) -> float:

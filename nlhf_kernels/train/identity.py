@@ -1,7 +1,7 @@
-"""What makes a run this run: everything that changes its result, to be compared with the checkpoint it resumes from.
+"""The identity of a run: everything that changes its result, compared with the checkpoint that it resumes from.
 
-Settings go by their values, models by digests of their weights, judges and rewards by name and source, prompts by a
-digest. What only changes speed, logs or the moment of saving is left out, and so is how long the run is to be.
+Settings are compared by value, models by digests of their weights, judges and rewards by name and source, prompts by a
+digest. Options that only change speed, logs or the moment of saving are left out, as is the length of the run.
 """
 
 from __future__ import annotations

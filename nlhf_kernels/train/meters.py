@@ -1,4 +1,4 @@
-"""What a run measures between two logs: means over all processes, and where the time went."""
+"""Means over all processes, and time by phase, between two logs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,28 @@ PHASES = ("rollout", "judge", "loss", "optimizer")
 
 
 class Meters:
-    """Sums and counts stay on the device until they are asked for."""
+    """Means by name; sums and counts stay on the device until `means` is called."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        """Every entry counts once. All processes must measure the same things."""
+        """Add values to a mean; every entry counts once. All processes must add the same names.
+
+        Args:
+            name: of the mean.
+            values (any shape): the entries.
+        """
         total = values.detach().double().sum()
         pair = torch.stack([total, torch.full_like(total, values.numel())])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def means(self, accelerator: Any) -> dict[str, float]:
-        """And start anew."""
+        """Return the means over all processes, and reset them.
+
+        Args:
+            accelerator: sums over processes.
+        """
         if not self.sums:
             return {}
         names, pairs = list(self.sums), torch.stack(list(self.sums.values()))
@@ -36,7 +45,11 @@ class Meters:
 
 
 class PhaseTimer:
-    """Seconds by phase; a phase ends when the device has finished its work."""
+    """Seconds by phase; a phase ends when the device has finished its work.
+
+    Args:
+        device: where the work is done.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -54,11 +67,15 @@ class PhaseTimer:
     def add(self, name: str, began: float) -> None:
         """Count the time since `began`, a reading of time.perf_counter(), as the phase's."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the trainer looks at the loss after every micro-batch anyway
+            torch.cuda.synchronize(self.device)  # the trainer reads the loss after every micro-batch anyway
         self.seconds[name] += time.perf_counter() - began
 
     def report(self, accelerator: Any) -> dict[str, float]:
-        """Shares of the time since the last report (what is missing from 1: saving, evaluating, reading data)."""
+        """Return shares of the time since the last report; the rest to 1 is saving, evaluating and reading data.
+
+        Args:
+            accelerator: sums the tokens per second over processes.
+        """
         elapsed = time.perf_counter() - self.began
         shares = {f"time/{name}": self.seconds[name] / elapsed for name in PHASES}
         rate = torch.tensor(self.tokens / elapsed, dtype=torch.float32, device=self.device)

@@ -1,4 +1,4 @@
-"""Prompts: read, checked and tokenised before training starts; padded on the left in batches."""
+"""Prompts: read, checked and tokenised before training starts, and padded on the left in batches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ _log = logging.getLogger(__name__)
 
 
 class Prompt(NamedTuple):
-    number: int  # in the data set: the answers' noise depends on it, not on the batch
-    text: str  # as the judge sees it
+    number: int  # in the data set; the noise of its answers depends on it, not on the batch
+    text: str  # for the judge
     ids: list[int]
 
 
 class PromptDataset(torch.utils.data.Dataset[Prompt]):
-    """The column `prompt` of some rows: texts, or lists of chat messages, which take the tokenizer's chat template."""
+    """The prompts of rows, tokenised.
+
+    Args:
+        name: of the argument that errors name.
+        rows: rows with a column `prompt`: texts, or lists of chat messages for the tokenizer's chat template.
+        tokenizer: tokenises the texts.
+        max_length: tokens; of longer prompts the last ones are kept.
+        first: read the first so many rows; None: all.
+    """
 
     def __init__(self, name: str, rows: Any, tokenizer: Any, max_length: int, first: int | None = None) -> None:
         if isinstance(rows, torch.utils.data.IterableDataset) or not (
@@ -49,7 +57,7 @@ class PromptDataset(torch.utils.data.Dataset[Prompt]):
         return self.prompts[index]
 
     def digest(self) -> str:
-        """Of all texts and tokens, in order: whether a run goes on with the prompts it began with."""
+        """Return a digest of all texts and tokens in order, by which a resumed run recognises its prompts."""
         return digest(repr([(prompt.text, prompt.ids) for prompt in self.prompts]))
 
 

@@ -42,9 +42,9 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
             raise ValueError(f"{OP}: train: expected a train_dataset; got none")
         with stopping.stoppable():
             with stopping.deferred():
-                done = self._train(resume, options)
-            stopping.stop_if_requested()  # after the last update: not finished, where a policy is still to be saved
-        return done
+                result = self._train(resume, options)
+            stopping.stop_if_requested()  # after the last update, a policy may still have to be saved
+        return result
 
     def _train(self, resume: str | bool | None, options: dict[str, Any]) -> Any:
         output = Path(self.args.output_dir)

@@ -1,6 +1,6 @@
-"""A training run as a YAML file: who plays, who judges, on what, and every field of NashConfig under `training`.
+"""A training run as a YAML file: models, judges, data, and every field of NashConfig under `training`.
 
-Every key is known or refused with the nearest one; every value has the type it should have. Nothing is loaded here.
+Unknown keys are refused with the nearest known one, and values of another type. No model or data is loaded here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class JudgeSpec:
-    """Who says which of two answers is better. One of preference_model, reward_model and function."""
+    """What compares two answers. One of preference_model, reward_model and function."""
 
     preference_model: str | None = field(default=None, metadata=_help("a folder that `nlhf-kernels prefer train` made"))
     reward_model: str | None = field(
@@ -52,7 +52,7 @@ class JudgeSpec:
 
 @dataclass
 class RewardSpec:
-    """What rlhf climbs; measured in evaluations of every algorithm. One of reward_model and function."""
+    """What rlhf maximises; measured in evaluations of every algorithm. One of reward_model and function."""
 
     reward_model: str | None = field(
         default=None, metadata=_help("a folder of `nlhf-kernels prefer train --kind reward`")
@@ -111,7 +111,12 @@ class RunFile:
 
 
 def read_run_file(path: Path, changes: Iterable[str] = ()) -> RunFile:
-    """`changes`: "training.beta=0.25", over what the file says."""
+    """Return the run of a YAML file; raise where a key or value is wrong.
+
+    Args:
+        path: the file.
+        changes: "training.beta=0.25", each replacing what the file has there.
+    """
     try:
         text = read_text(path)
     except ValueError as error:
@@ -125,7 +130,7 @@ def read_run_file(path: Path, changes: Iterable[str] = ()) -> RunFile:
 
 
 def option_names() -> dict[str, str]:
-    """Arguments of NashConfig and NashTrainer, as errors name them -> keys of the file."""
+    """Return arguments of NashConfig and NashTrainer, as errors name them -> keys of the file."""
     return {entry.name: f"training.{entry.name}" for entry in dataclasses.fields(NashConfig)} | {
         "train_dataset": "data.train",
         "eval_dataset": "data.evaluation",
@@ -139,11 +144,11 @@ def option_names() -> dict[str, str]:
 def _checked(content: dict[str, Any]) -> RunFile:
     judges = content.get("judge")
     if judges is not None:
-        listed = isinstance(judges, list)
-        named = [(f"judge[{i}]", one) for i, one in enumerate(judges)] if listed else [("judge", judges)]
-        if not named:
+        many = isinstance(judges, list)
+        entries = [(f"judge[{i}]", one) for i, one in enumerate(judges)] if many else [("judge", judges)]
+        if not entries:
             raise ValueError(f"{OP}: judge: expected at least one; got an empty list")
-        content = {**content, "judge": [_spec(place, JudgeSpec, one) for place, one in named]}
+        content = {**content, "judge": [_spec(place, JudgeSpec, one) for place, one in entries]}
     for name, kind in (("reward", RewardSpec), ("data", DataSpec)):
         if content.get(name) is not None:
             content = {**content, name: _spec(name, kind, content[name])}
@@ -169,13 +174,13 @@ def _spec(place: str, kind: Any, content: Any) -> Any:
 
 
 def _one_of(place: str, spec: Any, names: tuple[str, ...]) -> None:
-    given = [name for name in names if getattr(spec, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"{OP}: {place}: expected one of {', '.join(names)}; got {' and '.join(given) or 'none'}")
+    present = [name for name in names if getattr(spec, name) is not None]
+    if len(present) != 1:
+        raise ValueError(f"{OP}: {place}: expected one of {', '.join(names)}; got {' and '.join(present) or 'none'}")
 
 
 def _check_keys(place: str, content: Mapping[Any, Any], kind: Any, typed: bool = True) -> None:
-    """That `content` names fields of the dataclass `kind`, all that have no default, with values of their types."""
+    """Check that `content` has fields of the dataclass `kind`, all without a default, with values of their types."""
     known = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}
     dot = f"{place}." if place else ""
     for key in content:
@@ -195,7 +200,7 @@ def _check_keys(place: str, content: Mapping[Any, Any], kind: Any, typed: bool =
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Of a YAML value; what YAML cannot write (a function, an enumeration's member) is NashConfig's to check."""
+    """Return whether a YAML value has a type; NashConfig checks what YAML cannot write (functions, enumerations)."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return any(_fits(value, part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
@@ -239,7 +244,7 @@ def _parse(text: str, place: str) -> Any:
 
 
 def _count(value: Any, known: dict[int, int]) -> int:
-    """The values in `value`, aliases written out: a page of aliases of aliases can stand for billions."""
+    """Return the number of values in `value`, aliases expanded: a page of aliases of aliases can stand for billions."""
     if not isinstance(value, dict | list | set | tuple):
         return 1
     if known.get(id(value)) == 0:
@@ -252,16 +257,16 @@ def _count(value: Any, known: dict[int, int]) -> int:
 
 
 def _loader(yaml: Any) -> Any:
-    """YAML's safe loader, except that 1e-5 is a number and a key given twice is an error."""
+    """Return YAML's safe loader, except that 1e-5 is a number and a repeated key is an error."""
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen: set[Any] = set()
+            names: set[Any] = set()
             for key, _ in node.value:
                 name = self.construct_object(key, deep=True)
-                if name in seen:
+                if name in names:
                     raise yaml.MarkedYAMLError(problem=f"{name!r} is there twice", problem_mark=key.start_mark)
-                seen.add(name)
+                names.add(name)
             return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")

@@ -1,4 +1,4 @@
-"""A few prompts with their answers as a table, to see what the numbers hide: on the terminal, and where numbers go."""
+"""A few prompts with their answers as a table, on the terminal and wherever metrics are reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Samples(NamedTuple):
 
 
 def samples_of(experience: Experience, count: int, each: int = 1) -> Samples:
-    """Of the first `count` prompts, the first of their `each` pairs."""
+    """Return the first pair of the first `count` prompts, where every prompt has `each` pairs."""
     sides = ("y", "y'")[: len(experience.answers)]
     value = "P(y > y')" if len(sides) == 2 else "reward"
     rows = [
@@ -39,21 +39,23 @@ def samples_of(experience: Experience, count: int, each: int = 1) -> Samples:
 
 
 def show(samples: Samples, step: int, console: Any = None) -> None:
-    """One under the other, as texts want the width of the terminal: two lines of a prompt, four of an answer."""
+    """Print each pair below the other, two lines of a prompt and four of an answer, to use the terminal's width."""
     console = new_console(stderr=True) if console is None else console
     label = max(map(len, samples.columns))
     console.print(f"samples of update {step}")
     for row in samples.rows:
         grid = Table.grid(padding=(0, 1))
         for name, cell in zip(samples.columns, row, strict=True):
-            asked = name == samples.columns[0]
-            grid.add_row(f"  {name}", Text(cut_lines(cell, console.width - label - 3, 2 if asked else 4, end=asked)))
+            is_prompt = name == samples.columns[0]
+            grid.add_row(
+                f"  {name}", Text(cut_lines(cell, console.width - label - 3, 2 if is_prompt else 4, end=is_prompt))
+            )
         console.print(grid)
         console.print()
 
 
 def report(samples: Samples, step: int, callbacks: Iterable[Any]) -> None:
-    """To tensorboard and wandb, where transformers reports to them."""
+    """Send the table to tensorboard and wandb where transformers reports to them."""
     for callback in callbacks:
         if isinstance(callback, _writers.TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_text(NAME, markdown_table(samples.columns, samples.rows), step)
@@ -63,5 +65,5 @@ def report(samples: Samples, step: int, callbacks: Iterable[Any]) -> None:
 
 
 def _shown(text: str) -> str:
-    """A model may write escape sequences; the terminal must not obey them."""
+    """Return the text's end without escape sequences, which a model may write and a terminal would obey."""
     return printable(text if len(text) <= WIDTH else "..." + text[-WIDTH:])

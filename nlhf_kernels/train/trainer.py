@@ -373,14 +373,14 @@ class NashTrainer(ResumableTrainer):
             ignore_keys: transformers' argument, without meaning here: there are no predictions.
             metric_key_prefix: of the metrics' names.
         """
-        chosen = self.evaluation_prompts if eval_dataset is None else self.read_eval_dataset(eval_dataset)
-        if chosen is None:
+        prompts = self.evaluation_prompts if eval_dataset is None else self.read_eval_dataset(eval_dataset)
+        if prompts is None:
             raise ValueError(f"{OP}: evaluate: expected an eval_dataset; got none")
         metrics: dict[str, float] = {}
-        named = chosen if isinstance(chosen, Mapping) else {"": chosen}
+        parts = prompts if isinstance(prompts, Mapping) else {"": prompts}
         with self.abandonable():
-            for name, prompts in named.items():
-                metrics |= self.evaluator(prompts, f"{metric_key_prefix}_{name}".rstrip("_"))
+            for name, part in parts.items():
+                metrics |= self.evaluator(part, f"{metric_key_prefix}_{name}".rstrip("_"))
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
