@@ -104,20 +104,35 @@ def compiled() -> Callable[..., Any]:
 
 
 def parts(inputs: Inputs) -> Mapping[str, Callable[[], Any] | Unavailable]:
+    """The floor, and FlashInfer's sampler."""
+    return {"floor: logits read": _floor(inputs), "flashinfer, pre-mixed": _flashinfer(inputs)}
+
+
+def _floor(inputs: Inputs) -> Callable[[], Any] | Unavailable:
+    """The least that the sampler's launch can take: a kernel that reads both models' logits and reduces them."""
+    from nlhf_kernels.core.capabilities import machine_reasons
+    from nlhf_kernels.ops.mixture_sample.native import mixture_sample_floor
+
+    policy, other, _ = inputs.args
+    if reasons := machine_reasons("cuda", policy.device):
+        return Unavailable(tuple(reasons))
+    return lambda: mixture_sample_floor(policy, other)
+
+
+def _flashinfer(inputs: Inputs) -> Callable[[], Any] | Unavailable:
     """FlashInfer samples one model's logits: timed on logits mixed beforehand, without log-probabilities."""
-    name = "flashinfer, pre-mixed"
     policy, other, beta = inputs.args
     if importlib.util.find_spec("flashinfer") is None:
-        return {name: Unavailable(("flashinfer does not import (pip install flashinfer-python)",))}
+        return Unavailable(("flashinfer does not import (pip install flashinfer-python)",))
     if policy.device.type != "cuda":
-        return {name: Unavailable((f"the tensors are on {policy.device}, flashinfer needs a GPU",))}
+        return Unavailable((f"the tensors are on {policy.device}, flashinfer needs a GPU",))
     from flashinfer import sampling
 
     mixed = torch.lerp(policy.float(), other.float(), beta)
     if "top_k" in inputs.kwargs or "top_p" in inputs.kwargs:
         limits = inputs.kwargs.get("top_k", mixed.shape[1]), inputs.kwargs.get("top_p", 1.0)
-        return {name: lambda: sampling.top_k_top_p_sampling_from_logits(mixed, *limits)}
-    return {name: lambda: sampling.sampling_from_logits(mixed)}
+        return lambda: sampling.top_k_top_p_sampling_from_logits(mixed, *limits)
+    return lambda: sampling.sampling_from_logits(mixed)
 
 
 def bytes_moved(shape: Shape, mode: str) -> float:
