@@ -29,6 +29,7 @@ BETA = 0.3
 SDPA, COMPILED = "engine, sdpa", "engine, compiled"  # without decode_attention; torch.compile for the models' steps
 #: Settings of `fused`: nothing, query/key/value and gate/up as one product, norms and the like as Triton kernels.
 UNFUSED, PRODUCTS, LAYERS = "engine, unfused", "engine, products", "engine, layers"
+COMPILED_UNFUSED = "engine, compiled, unfused"
 FIRST, STEP = ": the first token", ": a token step"
 ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.3}  # nats, of a log-probability
 _SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
@@ -197,6 +198,8 @@ def run_shape(
     if device.type == "cuda":  # where "engine" has products and layers fused
         options |= {UNFUSED: {"fused": False}, PRODUCTS: {"fused": "products"}, LAYERS: {"fused": "layers"}}
         options[COMPILED] = {"compile": True}
+        if shape.sizes["width"] < 2048:  # larger models compile for half a minute
+            options[COMPILED_UNFUSED] = {"compile": True, "fused": False}
     else:
         options[PRODUCTS] = {"fused": "products"}
     engines = {name: engine_calls(pair, **engine_options) for name, engine_options in options.items()}

@@ -111,6 +111,7 @@ HEADLINES = (
     _rollout("token step, 0.5B, products", ROLLOUT_HALF, "engine, products: a token step", None),
     _rollout("token step, 0.5B, layers", ROLLOUT_HALF, "engine, layers: a token step", None),
     _rollout("token step, 0.5B, compiled", ROLLOUT_HALF, "engine, compiled: a token step", _us(1_250)),
+    _rollout("token step, 0.5B, compiled, unfused", ROLLOUT_HALF, "engine, compiled, unfused: a token step", None),
     _rollout("prompts and first token, 0.5B, compiled", ROLLOUT_HALF, "engine, compiled: the first token", _us(25_000)),
     _rollout("rollout of 96 tokens, 0.5B", ROLLOUT_HALF, "engine", None),
     _rollout("token step, 7B", ROLLOUT_7B, "engine: a token step", _us(9_300)),

@@ -187,6 +187,30 @@ def test_an_interrupted_rollout_leaves_the_layers_as_they_were() -> None:
     assert worst_error(engine.rollout(**request)[0], policy, None, rows, 0.0) < TOLERANCE
 
 
+def test_compiled_models_join_products_without_a_break_or_another_compilation(monkeypatch) -> None:
+    """A graph for each model and bucket holds the joint products, and serves later rollouts and changed weights."""
+    policy, reference = tiny_pair("qwen2")
+    compile, weights = torch.compile, []
+
+    def backend(module, inputs):
+        for node in module.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
+            weights.append(tuple(node.args[1].meta["example_value"].shape))
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend=backend))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    engine, rows = RolloutEngine(policy, reference, compile=True, bucket=16, fused=True), prompts()
+    counters = torch._dynamo.utils.counters
+    for _ in range(2):
+        result = engine.rollout(**padded(rows), players=nash_md(BETA), settings=settings(12))
+        assert worst_error(result[1], policy, reference, rows, BETA) < TOLERANCE
+        assert counters["stats"]["unique_graphs"] == 2 * 2 and not counters["graph_break"]
+        in_place(policy)
+    layers = policy.config.num_hidden_layers
+    assert len(weights) == 2 * 2 * (4 * layers + 1), "two buckets, two models; the head"
+
+
 # ---- one product -----------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +220,7 @@ def product() -> tuple[JointProduct, list]:
     joint = JointProduct(layers)
     with torch.no_grad():
         joint.load()
-    return joint, [forward for _, forward in joint.forwards()]
+    return joint, [forward for _, forward in joint.forwards]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])

@@ -57,8 +57,9 @@ class RolloutEngine:
         compile (bool): torch.compile for the models' steps, which takes a minute or more per number of rows.
         fused ("auto", bool, "products" or "layers"): "products": query, key and value as one product, gate and up as
             one, with weights copied side by side; "layers": norms, gated activations, rotary positions and the cache's
-            write as Triton kernels, on a GPU; True: both; "auto": both on a GPU, the products where memory allows.
-            Compiled models, models with adapters and those that processes share run as they are.
+            write as Triton kernels, on a GPU and without `compile`, which fuses by itself; True: both; "auto": both on
+            a GPU, the products where memory allows. Models with adapters and those that processes share run as they
+            are.
         graphs (bool): False takes eager steps on a GPU too.
         recorder: what records steps; None: CUDA graphs on a GPU, nothing elsewhere.
         bucket (int): cache slots by which a recorded step's view of the cache grows.

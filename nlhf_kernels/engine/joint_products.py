@@ -36,7 +36,8 @@ class JointProducts:
     """The groups of some models. Their joint weights are allocated by the first rollout and kept until `release`."""
 
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
-        self.groups = [group for model in models for group in find_groups(model)]
+        distinct = {id(model): model for model in models}.values()
+        self.groups = [group for model in distinct for group in find_groups(model)]
         self.enabled = True  # False: there is no memory for them
         self._products: dict[int, JointProduct] = {}  # index of the group -> its product
 
@@ -63,7 +64,7 @@ class JointProducts:
         self._products = products
         for product in products.values():
             product.load()
-        forwards = [pair for product in products.values() for pair in product.forwards()]
+        forwards = [pair for product in products.values() for pair in product.forwards]
         for layer, forward in forwards:
             layer.forward = forward  # type: ignore[method-assign, assignment]
         try:
@@ -141,6 +142,8 @@ class JointProduct:
         self.columns = [
             slice(sum(widths[:index]), sum(widths[: index + 1])) for index in range(len(layers))
         ]  # of the product, layer by layer
+        #: The same functions for every rollout: a compiled model is compiled anew for others.
+        self.forwards = [(layer, self._forward(index)) for index, layer in enumerate(layers)]
         self.forget()
 
     def fits(self) -> bool:
@@ -163,20 +166,17 @@ class JointProduct:
         self.output: torch.Tensor | None = None
         self.waiting: set[int] = set()  # layers that have not taken their columns yet
 
-    def forwards(self) -> list[tuple[torch.nn.Linear, Callable[[torch.Tensor], torch.Tensor]]]:
-        return [(layer, self._forward(index)) for index, layer in enumerate(self.layers)]
-
     def _forward(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
         layer, columns = self.layers[index], self.columns[index]
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            if self.waiting and (index not in self.waiting or x is not self.input or version_of(x) != self.version):
+            if self.waiting and (index not in self.waiting or x is not self.input or _writes(x) != self.version):
                 self.joined = False  # the layers do not read one input, or not all are called
                 self.forget()
             if not self.joined:
                 return torch.nn.functional.linear(x, layer.weight, layer.bias)
             if not self.waiting:
-                self.input, self.version = x, version_of(x)
+                self.input, self.version = x, _writes(x)
                 self.output = torch.nn.functional.linear(x, self.weight, self.bias)
                 self.waiting = set(range(len(self.layers)))
             assert self.output is not None
@@ -187,3 +187,8 @@ class JointProduct:
             return result
 
         return forward
+
+
+def _writes(x: torch.Tensor) -> int:
+    """How often a tensor has been written to in place. torch.compile, which cannot ask, traces the model's own code."""
+    return 0 if torch.compiler.is_compiling() else version_of(x)

@@ -78,14 +78,13 @@ class ModelSet:
             self._note(note)
         self.one_pass = self.shares_base and self._can_take_one_pass(use_cache)
         self.compiled = self._compile() if compile else {}
-        eager = {id(info.model): info.model for role, info in self.info.items() if role not in self.compiled}
-        if self.sharding.in_step:  # their weights are parts, or elsewhere until a layer is called
-            eager = {}
-            if fused not in (False, "auto"):
-                self._note("separate products and layers: processes share the models")
+        whole = {} if self.sharding.in_step else self.info  # weights of shared models are parts, or elsewhere
+        if not whole and fused not in (False, "auto"):
+            self._note("separate products and layers: processes share the models")
         joins = fused in (True, "products") or (fused == "auto" and self.device.type == "cuda")
-        self.joint_products = JointProducts(list(eager.values()) if joins else [])
-        self.fused_layers = self._fuse_layers(list(eager.values()), fused) if fused not in (False, "products") else None
+        self.joint_products = JointProducts([info.model for info in whole.values()] if joins else [])
+        fuses = fused not in (False, "products") and not self.compiled  # torch.compile fuses layers by itself
+        self.fused_layers = self._fuse_layers([info.model for info in whole.values()], fused) if fuses else None
 
     # ---- checks at construction --------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class FusedLayers:
     def __init__(self, models: Sequence[torch.nn.Module], functions: LayerFunctions) -> None:
         self.functions = functions
         self.forwards: list[tuple[torch.nn.Module, Forward]] = []
-        for model in models:
+        for model in {id(model): model for model in models}.values():
             for module in model.modules() if not adapted_layers(model) else ():
                 if (forward := fused_forward(module, functions)) is not None:
                     self.forwards.append((module, forward))
