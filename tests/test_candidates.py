@@ -18,17 +18,19 @@ from nlhf_kernels.cli.main import main
 from nlhf_kernels.core.terminal import Reporter
 from nlhf_kernels.experiment import overridden
 from nlhf_kernels.experiment.__main__ import main as redraw
-from nlhf_kernels.experiment.candidates import CANDIDATE_PRESETS, CandidateExperiment, CandidatePreset
+from nlhf_kernels.experiment.candidates import CANDIDATE_PRESETS, CandidateExperiment, CandidatePreset, pipeline
 from nlhf_kernels.experiment.candidates.exact import exact_policies, exact_rewards
 from nlhf_kernels.experiment.candidates.learners import (
     Setting,
     load_setting,
     load_table,
     make_response,
+    make_run,
     make_start,
     save_table,
 )
 from nlhf_kernels.experiment.candidates.measures import Measures, claims, estimate
+from nlhf_kernels.experiment.candidates.presets import CONTESTANTS
 from nlhf_kernels.experiment.candidates.report import page
 from nlhf_kernels.experiment.candidates.tellers import OnlineReward, TableJudge, Votes, fit_rewards
 from nlhf_kernels.experiment.candidates.world import load_world, make_world, save_world
@@ -68,7 +70,7 @@ def test_the_small_world_has_a_reward_at_one_end_and_circles_at_the_other() -> N
     PreferenceGame(world.preference)
     shares = [float(cyclic_triple_share(world.preference[world.of_group(knob), :-1, :-1]).mean()) for knob in range(5)]
     assert shares[0] == 0 and shares == sorted(shares) and shares[-1] == 0.5
-    assert len(set(world.prompts)) == 5 * 8
+    assert len(set(world.prompts)) == 5 * CANDIDATE_PRESETS["small"].games
     assert (world.preference[:, :-1, -1] == 1).all(), "anything else loses to every candidate"
 
 
@@ -152,6 +154,19 @@ def test_a_trained_best_response_finds_the_exact_exploitability(setting, tmp_pat
     assert (trained <= exact + 1e-12).all(), "no response is better than the best"
     assert float((exact - trained).max()) < 0.01
     assert float((exact - 0.05).min()) > 0, "there was something to find"
+
+
+@pytest.mark.parametrize("name", [name for name in CONTESTANTS if name not in TINY.contestants])
+def test_every_other_contestant_trains_and_is_measured(name, setting, tmp_path) -> None:
+    """Those of the larger presets: a run of two updates, votes counted, policies at both marks."""
+    brief = replace(setting, preset=replace(LEARNING, updates=2, checkpoints=2, samples_per_prompt=2))
+    with one_thread():
+        make_run(tmp_path, name, 1, 0, {"preference": setting.world.preference, "reward": setting.log_reference}, brief)
+    table = load_table(tmp_path)
+    assert table.shape == (2, 4, 5) and float(table.exp().sum(-1).sub(1).abs().max()) < 1e-9
+    assert not torch.equal(table[0], table[1])
+    assert json.loads((tmp_path / "measures.json").read_text()) == {"updates": 2, "votes": 2 * 2 * 4}
+    assert exact_policies(name, setting) is not None
 
 
 def test_limits_at_the_knobs_ends(setting) -> None:
@@ -245,9 +260,6 @@ def test_it_goes_on_after_an_interruption_and_gets_the_same(done, tmp_path, monk
             raise KeyboardInterrupt
         return make_run(*arguments, **options)
 
-    from nlhf_kernels.experiment.candidates import pipeline
-
-    make_run = pipeline.make_run
     with one_thread():
         monkeypatch.setattr(pipeline, "make_run", interrupted)
         with pytest.raises(KeyboardInterrupt):

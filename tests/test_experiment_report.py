@@ -34,6 +34,8 @@ def test_the_page_says_what_the_numbers_say() -> None:
     assert "10 ms with the kernels, 25 ms with the PyTorch oracle: 2.50x" in html
     assert "n = 128 prompts with 1 answer of each policy" in html and "the training run, of which there are 3" in html
     assert "0.580 ± 0.030" in html and "0.420 ± 0.030" in html
+    assert "its best response wins" in html and "lower bounds" in html
+    assert "Exploitability" not in page({**numbers(), "exploitability": None}, [])
     assert "<script>" not in html, "what a model or a package wrote is shown, not obeyed"
 
 

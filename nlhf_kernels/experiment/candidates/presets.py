@@ -90,7 +90,7 @@ class CandidatePreset:
     """
 
     knobs: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    games: int = 8
+    games: int = 12
     candidates: int = 5
     strength: float = 4.0
     reference_spread: float = 1.0
@@ -98,16 +98,16 @@ class CandidatePreset:
     layers: int = 1
     heads: int = 4
     start_steps: int = 300
-    pairs: int = 6000
-    comparison_steps: int = 300
+    pairs: int = 9000
+    comparison_steps: int = 600
     comparison_batch: int = 64
-    comparison_rates: tuple[float, ...] = (1e-3, 3e-3)
+    comparison_rates: tuple[float, ...] = (2e-3, 4e-3)
     contestants: tuple[str, ...] = CORE
     runs: int = 3
     taus: tuple[float, ...] = (0.2, 0.1, 0.06)
     reward_taus: tuple[float, ...] = (1.0, 0.5, 0.2)
     updates: int = 120
-    samples_per_prompt: int = 10
+    samples_per_prompt: int = 7
     learning_rate: float = 2e-3
     ema_decay: float = 0.9
     checkpoints: int = 6
@@ -196,11 +196,11 @@ CANDIDATE_PRESETS = {
     # an hour or two on two CPU cores: everybody, more runs, more games, a finer grid of taus
     "standard": CandidatePreset(
         contestants=tuple(CONTESTANTS), games=16, runs=5, taus=(0.4, 0.2, 0.1, 0.06), reward_taus=(2.0, 1.0, 0.5, 0.2),
-        updates=200, samples_per_prompt=12, pairs=20000, checkpoints=10, response_taus=(0.1, 0.05),
+        updates=200, samples_per_prompt=8, pairs=20000, comparison_steps=1500, checkpoints=10, response_taus=(0.1, 0.05),
     ),
     # minutes on one GPU
     "gpu": CandidatePreset(
-        contestants=tuple(CONTESTANTS), games=32, runs=3, hidden=128, layers=2, updates=150, samples_per_prompt=16,
-        pairs=40000, comparison_batch=256, checkpoints=10, threads=0,
+        contestants=tuple(CONTESTANTS), games=24, runs=3, updates=150, samples_per_prompt=16, pairs=40000, comparison_batch=256,
+        checkpoints=10, response_starts=1, threads=0,
     ),
 }  # fmt: skip
