@@ -113,7 +113,7 @@ def _show_candidates(results: dict[str, Any]) -> None:
         for name in head:
             shown.add_column(name)
         for row in rows:
-            shown.add_row(*row)
+            shown.add_row(*(cell.replace("\u00a0±\u00a0", "±") for cell in row))  # 80 columns hold five of them
         console.print(shown)
     console.print(describe_setting(results))
 

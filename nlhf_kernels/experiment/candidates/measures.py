@@ -6,6 +6,7 @@ spends the budget (`tabular/budget.py`), against opponents with the same budget.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -151,6 +152,10 @@ def claims(facts: dict[str, Any]) -> list[dict[str, Any]]:
         decided.append(_decide(
             f"where preferences cycle most, Nash-MD is preferred to RLHF ({information})",
             {**cyclic["win_rate"], "mean": cyclic["win_rate"]["mean"] - 0.5}, cyclic["win_rate"]["half"]))  # fmt: skip
+        first, last = transitive["less_exploitable"], cyclic["less_exploitable"]
+        decided.append(_decide(
+            f"the difference of their exploitabilities grows with the cycling ({information})",
+            {"mean": last["mean"] - first["mean"]}, math.hypot(first["half"], last["half"])))  # fmt: skip
         lead = transitive["win_rate"]["mean"] - 0.5
         half = transitive["win_rate"]["half"]
         equal = REPRODUCED if abs(lead) + half < 2 * MARGIN else OPEN if abs(lead) - half < 2 * MARGIN else CONTRADICTED

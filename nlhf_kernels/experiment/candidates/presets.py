@@ -196,11 +196,12 @@ CANDIDATE_PRESETS = {
     # an hour or two on two CPU cores: everybody, more runs, more games, a finer grid of taus
     "standard": CandidatePreset(
         contestants=tuple(CONTESTANTS), games=16, runs=5, taus=(0.4, 0.2, 0.1, 0.06), reward_taus=(2.0, 1.0, 0.5, 0.2),
-        updates=200, samples_per_prompt=8, pairs=20000, comparison_steps=1500, checkpoints=10, response_taus=(0.1, 0.05),
+        updates=200, samples_per_prompt=8, pairs=20000, comparison_steps=1500, checkpoints=10,
+        response_taus=(0.1, 0.05),
     ),
     # minutes on one GPU
     "gpu": CandidatePreset(
-        contestants=tuple(CONTESTANTS), games=24, runs=3, updates=150, samples_per_prompt=16, pairs=40000, comparison_batch=256,
-        checkpoints=10, response_starts=1, threads=0,
+        contestants=tuple(CONTESTANTS), games=24, runs=3, updates=150, samples_per_prompt=16, pairs=40000,
+        comparison_batch=256, checkpoints=10, response_starts=1, threads=0,
     ),
 }  # fmt: skip

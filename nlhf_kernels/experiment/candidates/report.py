@@ -202,11 +202,11 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
     heads = [f"{knob['cyclic']:.0%} cyclic" for knob in knobs]
     games = [[f"{knob['knob']:g}", str(knob["prompts"]), f"{knob['cyclic']:.3f}", f"{knob['unrewarded']:.3f}"]
              for knob in knobs]  # fmt: skip
-    gaps, wins = ([[f"same {information}", *(_cell(row[field]) for row in rows)]
+    gaps, wins = ([[information, *(_cell(row[field]) for row in rows)]
                    for information, rows in results["advantages"].items()]
                   for field in ("less_exploitable", "win_rate"))  # fmt: skip
     for rows, field in ((gaps, "less_exploitable"), (wins, "win_rate")):
-        rows.append(["exact limit, same pairs", *(f"{value:.3f}" for value in results["exact_advantages"][field])])
+        rows.append(["exact limit", *(f"{value:.3f}" for value in results["exact_advantages"][field])])
     exploited, mixtures, trained = [], [], []
     for name, facts in results["exploitability"].items():
         exploited.append([labels[name], *map(_cell, facts["by_knob"])])
