@@ -187,7 +187,7 @@ def gradient_error(rival: Rival) -> float:
     trainer.training_step(trainer.model_wrapped, inputs[0], items)
     (experience,) = trainer.experiences
     parameters = dict(trainer.model.named_parameters())
-    found = {name: value.grad.clone() for name, value in parameters.items()}
+    result = {name: value.grad.clone() for name, value in parameters.items()}
     trainer.model.zero_grad()
     width, counts = experience.targets.shape[1], experience.targets >= 0
     positions = (experience.attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -195,13 +195,13 @@ def gradient_error(rival: Rival) -> float:
         logits = trainer.model(
             experience.input_ids, attention_mask=experience.attention_mask, position_ids=positions
         ).logits
-    scored = logits[:, -width - 1 : -1].float().log_softmax(-1)
-    chosen = scored.gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0] * counts
-    ratio = (chosen.detach() - experience.reference_logprobs) * counts
+    logprobs = logits[:, -width - 1 : -1].float().log_softmax(-1)
+    target_logprobs = logprobs.gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0] * counts
+    ratio = (target_logprobs.detach() - experience.reference_logprobs) * counts
     price = ratio.flip(1).cumsum(1).flip(1)  # of this token and the later ones
     weight = experience.advantage.to(price)[:, None] - TAU * price
-    (-(weight * chosen).sum() / experience.pairs).backward()
-    wrong = sum(float((found[name] - value.grad).double().square().sum()) for name, value in parameters.items())
+    (-(weight * target_logprobs).sum() / experience.pairs).backward()
+    wrong = sum(float((result[name] - value.grad).double().square().sum()) for name, value in parameters.items())
     right = sum(float(value.grad.double().square().sum()) for value in parameters.values())
     trainer.model.zero_grad()
     return (wrong / right) ** 0.5

@@ -32,11 +32,11 @@ def test_the_package_runs_as_a_module() -> None:
 
 def test_help_lists_commands_and_exit_codes(capsys) -> None:
     assert main([]) == 2
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in COMMANDS:
-        assert f"\n    {name} " in shown
+        assert f"\n    {name} " in output
     for code, meaning in errors.CODES.items():
-        assert f" {code} {meaning} " in f"{' '.join(shown.split())} "
+        assert f" {code} {meaning} " in f"{' '.join(output.split())} "
     documented = (ROOT / "docs" / "command_line.md").read_text()
     assert all(f"| {code} | {meaning} |" in documented for code, meaning in errors.CODES.items())
 
@@ -108,14 +108,14 @@ ENDINGS = [
 
 @pytest.mark.parametrize(("error", "code", "message"), ENDINGS, ids=lambda value: type(value).__name__)
 def test_errors_become_one_line(error, code, message, capsys) -> None:
-    got, shown = ending(error, capsys)
-    assert got == code and message in shown
-    assert shown.count("\n") == 1 and shown.startswith("nlhf-kernels: ")
+    result, output = ending(error, capsys)
+    assert result == code and message in output
+    assert output.count("\n") == 1 and output.startswith("nlhf-kernels: ")
 
 
 def test_what_was_not_foreseen_shows_where_it_arose(capsys) -> None:
-    code, shown = ending(KeyError("x"), capsys)
-    assert code == 1 and "Traceback" in shown and "unexpected KeyError: 'x' (please report it" in shown
+    code, output = ending(KeyError("x"), capsys)
+    assert code == 1 and "Traceback" in output and "unexpected KeyError: 'x' (please report it" in output
 
 
 def test_arguments_of_the_library_are_named_as_options(capsys) -> None:
@@ -153,4 +153,6 @@ def test_missing_packages_are_one_error_that_names_their_extra(monkeypatch, caps
 
 def test_traceback_on_request(capsys) -> None:
     assert main(["--traceback", "tabular", "--steps", "0"]) == 2
-    assert "Traceback" in (shown := capsys.readouterr().err) and shown.endswith("--steps: expected at least 1; got 0\n")
+    assert "Traceback" in (output := capsys.readouterr().err) and output.endswith(
+        "--steps: expected at least 1; got 0\n"
+    )

@@ -119,17 +119,17 @@ def test_scores_of_a_file(root, tmp_path, capsys) -> None:
 
 def test_evaluate_measures_as_training_does(root, tmp_path, capsys) -> None:
     options = ["--steps", 3, "--learning-rate", 1e-2, "--held-out", root / "pairs.jsonl", "--json"]
-    trained = json.loads(run(capsys, *training(root, tmp_path / "out", *options))[1])["evaluation"]
+    training_evaluation = json.loads(run(capsys, *training(root, tmp_path / "out", *options))[1])["evaluation"]
     words = ["evaluate", "--model", tmp_path / "out", "--data", root / "pairs.jsonl", "--device", "cpu"]
     code, out, _ = run(capsys, *words, "--json")
-    measured = json.loads(out)
-    assert code == 0 and measured["count"] == 40
+    measures = json.loads(out)
+    assert code == 0 and measures["count"] == 40
     for name in ("accuracy", "log_loss", "calibration_error"):
-        assert measured[name] == pytest.approx(trained[name], abs=1e-5)
+        assert measures[name] == pytest.approx(training_evaluation[name], abs=1e-5)
     code, out, _ = run(capsys, *words, "--batch-size", 3)
-    low, high = prefer.wilson(measured["accuracy"], 40)
+    low, high = prefer.wilson(measures["accuracy"], 40)
     assert (
-        code == 0 and f"40 pairs: accuracy {measured['accuracy']:.3f} (95 % interval: {low:.3f} to {high:.3f})" in out
+        code == 0 and f"40 pairs: accuracy {measures['accuracy']:.3f} (95 % interval: {low:.3f} to {high:.3f})" in out
     )
     code, _, err = run(capsys, *words[:3], "--data", root / "compare.jsonl")
     assert code == 2 and "line 1: expected columns prompt, chosen, rejected; chosen is not among" in err

@@ -139,15 +139,15 @@ def test_a_check_says_what_a_run_takes(config, tmp_path, capsys) -> None:
     training = {"max_steps": 600, "eval_strategy": "steps", "eval_steps": 100, "save_steps": 10, "save_total_limit": 3}
     path = config(data=data, training=training)
     assert train(path, "--check", "--set", "training.beta=0.25") == 0
-    shown, hint = capsys.readouterr()
-    assert re.search(r"^an update: [\d.]+ seconds; 600 of them$", shown, re.M)
-    assert re.search(r"^an evaluation: [\d.]+ seconds; 6 of them$", shown, re.M)
-    assert re.search(r"^memory: [\d.]+ [GM]iB, \d+ % of [\d.]+ GiB$", shown, re.M)
+    output, hint = capsys.readouterr()
+    assert re.search(r"^an update: [\d.]+ seconds; 600 of them$", output, re.M)
+    assert re.search(r"^an evaluation: [\d.]+ seconds; 6 of them$", output, re.M)
+    assert re.search(r"^memory: [\d.]+ [GM]iB, \d+ % of [\d.]+ GiB$", output, re.M)
     weights = sum(value.numel() for value in tiny_model("llama").parameters())
     three = 3 * 4 * (3 * weights) / 2**10  # weights, two moments
-    (disk,) = re.findall(r"^disk: (\d+) KiB, 3 checkpoints of \d+ KiB$", shown, re.M)
+    (disk,) = re.findall(r"^disk: (\d+) KiB, 3 checkpoints of \d+ KiB$", output, re.M)
     assert float(disk) == pytest.approx(three, rel=0.01)
-    assert shown.endswith("ready\n") and "{" not in shown
+    assert output.endswith("ready\n") and "{" not in output
     assert f"Next: nlhf-kernels train --config {path} --set training.beta=0.25\n" in hint
 
 
@@ -164,8 +164,8 @@ def test_the_longest_prompts_are_what_is_tried(config, tmp_path, monkeypatch, ca
                   "max_steps": -1})  # fmt: skip
     assert train(path, "--check") == 0
     assert "; 10 of them" in capsys.readouterr().out, "2 epochs of 20 prompts, 4 at once"
-    asked = (tmp_path / "asked.py.txt").read_text().splitlines()
-    assert [sorted(map(int, line.split())) for line in asked] == [[17, 18, 19, 20]] * 2
+    requests = (tmp_path / "asked.py.txt").read_text().splitlines()
+    assert [sorted(map(int, line.split())) for line in requests] == [[17, 18, 19, 20]] * 2
 
 
 def test_a_stop_is_not_reported_as_finished(config, tmp_path, monkeypatch, capsys) -> None:
@@ -267,8 +267,8 @@ def test_files_that_are_no_run(tmp_path, capsys) -> None:
 def test_every_field_of_nash_config_can_be_written(tmp_path) -> None:
     """With its default, as YAML; and with --set."""
     config = NashConfig(str(tmp_path))
-    named = {field.name for field in dataclasses.fields(NashConfig)}
-    values = {name: value for name, value in config.to_dict().items() if name in named}
+    by_name = {field.name for field in dataclasses.fields(NashConfig)}
+    values = {name: value for name, value in config.to_dict().items() if name in by_name}
     assert len(values) > 100
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"model": "m", "data": {"train": "d"}, "training": values}))

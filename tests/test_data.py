@@ -184,8 +184,8 @@ def test_the_mark_that_ends_a_turn_is_no_part_of_the_response() -> None:
     (row,) = CONVERSATION
     whole = {name: row["prompt"] + row[name] for name in ("chosen", "rejected")}
     assert load_pairs([whole], tokenizer) == expected
-    said = [{"role": "assistant", "content": text} for text in ("", "x \n")]
-    spoken = load_pairs([row | {"chosen": said[:1], "rejected": said[1:]}], tokenizer)
+    answers = [{"role": "assistant", "content": text} for text in ("", "x \n")]
+    spoken = load_pairs([row | {"chosen": answers[:1], "rejected": answers[1:]}], tokenizer)
     assert spoken == [Pair("uWhat?<eos>\na", "", "x \n")]
     assert load_pairs([row | whole], tokenizer) == expected
     with pytest.raises(ValueError, match="row 0: expected both responses to begin with the prompt's messages, or none"):
@@ -292,12 +292,12 @@ def with_bos():
 
 
 def test_prompts_are_cut_from_the_left_and_keep_their_first_mark() -> None:
-    plain, marked = tiny_tokenizer(), with_bos()
+    plain, bos_tokenizer = tiny_tokenizer(), with_bos()
     ids = plain("hello")["input_ids"]
     assert encode_prompts(plain, ["hello", "a"], max_length=3) == [ids[-3:], plain("a")["input_ids"]]
-    assert encode_prompts(marked, ["hello"]) == [[1, *ids]] == encode_prompts(marked, ["<bos>hello"])
-    assert encode_prompts(marked, ["hello"], max_length=3) == [[1, *ids[-2:]]]
-    assert encode_prompts(marked, ["hello"], max_length=6) == [[1, *ids]]
+    assert encode_prompts(bos_tokenizer, ["hello"]) == [[1, *ids]] == encode_prompts(bos_tokenizer, ["<bos>hello"])
+    assert encode_prompts(bos_tokenizer, ["hello"], max_length=3) == [[1, *ids[-2:]]]
+    assert encode_prompts(bos_tokenizer, ["hello"], max_length=6) == [[1, *ids]]
     with pytest.raises(ValueError, match=r"prompts\[1\]: expected at least one token"):
         encode_prompts(plain, ["a", ""])
     with pytest.raises(ValueError, match="max_length: expected an integer in"):

@@ -43,8 +43,8 @@ def test_training_learns_goes_on_and_is_saved(kind, low, tmp_path) -> None:
     again = train_preference_model(comparison_model(kind, "gpt2").cuda(), pairs, settings, **options)
     assert again.losses == report.losses and again.evaluation.accuracy == report.evaluation.accuracy
     save_preference_model(model, tmp_path / "model")
-    loaded = load_preference_model(tmp_path / "model", device="cuda")
-    assert torch.equal(loaded.probabilities(*COLUMNS), model.probabilities(*COLUMNS))
+    loaded_model = load_preference_model(tmp_path / "model", device="cuda")
+    assert torch.equal(loaded_model.probabilities(*COLUMNS), model.probabilities(*COLUMNS))
 
 
 def test_dropouts_noise_goes_on_too(tmp_path, monkeypatch) -> None:

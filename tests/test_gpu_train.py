@@ -52,9 +52,9 @@ def test_bfloat16_trains(algorithm, tmp_path) -> None:
             experience.input_ids, attention_mask=experience.attention_mask, position_ids=positions
         )
     width, counts = experience.targets.shape[1], experience.targets >= 0
-    scored = logits.logits[:, -width - 1 : -1].float().log_softmax(-1)
-    chosen = scored.gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0]
-    assert float((chosen - experience.reference_logprobs)[counts].abs().max()) < 0.3
+    logprobs = logits.logits[:, -width - 1 : -1].float().log_softmax(-1)
+    target_logprobs = logprobs.gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0]
+    assert float((target_logprobs - experience.reference_logprobs)[counts].abs().max()) < 0.3
 
 
 def test_float16_trains_with_a_scaler(tmp_path) -> None:

@@ -47,10 +47,10 @@ def test_judges_by_what_they_answer_with() -> None:
         RewardJudge(reward, scale=2.0), AverageJudge([half, other_half]), AverageJudge([half, other_half], [1, 3]),
         reward.rewards,
     ]  # fmt: skip
-    said = [describe(judge) for judge in judges]
-    assert len(set(said)) == len(said) and said == [describe(judge) for judge in judges]
+    descriptions = [describe(judge) for judge in judges]
+    assert len(set(descriptions)) == len(descriptions) and descriptions == [describe(judge) for judge in judges]
     assert describe(checked(half, "a name")) == describe(half)
     assert describe(PreferenceModelJudge(model, batch_size=2)) == describe(PreferenceModelJudge(model))
     with torch.no_grad():
         model.head.weight.add_(1e-3)
-    assert describe(PreferenceModelJudge(model)) not in said
+    assert describe(PreferenceModelJudge(model)) not in descriptions

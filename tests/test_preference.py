@@ -56,9 +56,9 @@ def test_probabilities_are_those_of_each_pair_read_alone(kind, architecture) -> 
             expected = (forth + 1 - back) / 2
     assert expected.std() > 0.003, "opinions that differ"
     for batch_size in (1, 3, 16):
-        got = model.probabilities(prompts, first, second, batch_size)
-        assert got.dtype == torch.float64
-        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+        result = model.probabilities(prompts, first, second, batch_size)
+        assert result.dtype == torch.float64
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)
 
 
 @KINDS

@@ -53,8 +53,10 @@ def test_it_learns_while_its_base_stays(kind, tmp_path) -> None:
     assert (tmp_path / "judge" / "adapter" / "adapter_model.safetensors").exists()
     stored, whole = load_file(tmp_path / "judge" / "body" / "model.safetensors"), tiny_model("llama").model.state_dict()
     assert all(stored[name].equal(whole[name]) for name in stored) and stored.keys() == whole.keys()
-    trained = {name for name, value in again.named_parameters() if value.requires_grad}
-    assert trained == {name for name, value in model.named_parameters() if value.requires_grad}, "it can be trained on"
+    trainable_names = {name for name, value in again.named_parameters() if value.requires_grad}
+    assert trainable_names == {name for name, value in model.named_parameters() if value.requires_grad}, (
+        "it can be trained on"
+    )
 
 
 def test_its_first_values_depend_on_the_seed_alone() -> None:

@@ -60,8 +60,8 @@ def test_going_on_is_never_having_stopped(after, tmp_path, monkeypatch) -> None:
     assert again == losses and len(losses) == 9
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing else is left"
-    _, known = train(tmp_path / "run")
-    assert known == losses, "a finished training is not trained again"
+    _, second_losses = train(tmp_path / "run")
+    assert second_losses == losses, "a finished training is not trained again"
 
 
 def test_fewer_pairs_at_once_may_go_on(tmp_path, monkeypatch) -> None:
@@ -73,15 +73,15 @@ def test_fewer_pairs_at_once_may_go_on(tmp_path, monkeypatch) -> None:
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, monkeypatch) -> None:
     cut_off(tmp_path / "run", monkeypatch, 4)
     before = (tmp_path / "run").read_bytes()
-    other, moved = dataclasses.replace(SETTINGS, learning_rate=2e-3), comparison_model(architecture="gpt2")
+    other, nudged = dataclasses.replace(SETTINGS, learning_rate=2e-3), comparison_model(architecture="gpt2")
     with torch.no_grad():
-        next(moved.body.parameters()).add_(1e-3)
+        next(nudged.body.parameters()).add_(1e-3)
     for message, arguments in (
         ("a checkpoint of this training; its learning_rate is 0.001, here 0.002", {"settings": other}),
         (".* its tokens of the pairs is '.*', here '", {"pairs": PAIRS[::-1]}),
         (".* its kind is 'pairwise', here 'reward'", {"model": comparison_model(RewardModel, "gpt2")}),
         (".* its start is '.*', here '", {"model": comparison_model(architecture="llama")}),
-        (".* its start is '.*', here '", {"model": moved}),
+        (".* its start is '.*', here '", {"model": nudged}),
     ):
         with pytest.raises(ValueError, match=f"checkpoint: .*run: expected {message}"):
             train(tmp_path / "run", **arguments)

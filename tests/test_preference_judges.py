@@ -53,9 +53,9 @@ def answers(value):
     ids=lambda value: type(value).__name__,
 )
 def test_answers_in_any_form_become_one(value) -> None:
-    got = checked(answers(value))(*BATCH)
-    assert got.tolist() == [0.0, 0.25, 1.0]
-    assert got.dtype == torch.float64 and not got.requires_grad
+    result = checked(answers(value))(*BATCH)
+    assert result.tolist() == [0.0, 0.25, 1.0]
+    assert result.dtype == torch.float64 and not result.requires_grad
 
 
 WRONG = {
@@ -143,8 +143,8 @@ def test_average_weighs_its_members_and_names_the_one_that_fails() -> None:
 def test_model_judges_are_the_models() -> None:
     prompts, first, second = (list(column) for column in zip(*shorter_wins(10), strict=True))
     model = comparison_model()
-    judged = checked(PreferenceModelJudge(model, 4))(prompts, first, second)
-    assert torch.equal(judged, model.probabilities(prompts, first, second, 4))
+    verdicts = checked(PreferenceModelJudge(model, 4))(prompts, first, second)
+    assert torch.equal(verdicts, model.probabilities(prompts, first, second, 4))
     reward = comparison_model(RewardModel)
     torch.testing.assert_close(
         checked(RewardJudge(reward))(prompts, first, second), reward.probabilities(prompts, first, second),

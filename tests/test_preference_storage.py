@@ -33,9 +33,9 @@ def test_loaded_models_are_the_saved_ones(architecture, tmp_path) -> None:
     options = {"max_length": 60, "overlong": "truncate"}
     model = comparison_model(PairwisePreferenceModel, architecture, **options)
     save_preference_model(model, tmp_path / "deep" / "model")
-    loaded = load_preference_model(tmp_path / "deep" / "model")
-    assert torch.equal(loaded.probabilities(*COLUMNS), model.probabilities(*COLUMNS))
-    assert loaded.input_format == model.input_format and not loaded.training
+    loaded_model = load_preference_model(tmp_path / "deep" / "model")
+    assert torch.equal(loaded_model.probabilities(*COLUMNS), model.probabilities(*COLUMNS))
+    assert loaded_model.input_format == model.input_format and not loaded_model.training
     files = [path for path in (tmp_path / "deep").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
     (tmp_path / "plain").touch()
@@ -47,9 +47,9 @@ def test_kind_and_dtype_are_kept(tmp_path) -> None:
     for weight in model.parameters():  # as `from_pretrained(dtype=...)` does it; .to() would round rotary tables too
         weight.data = weight.data.to(torch.bfloat16)
     save_preference_model(model, tmp_path / "model")
-    loaded = load_preference_model(tmp_path / "model")
-    assert isinstance(loaded, RewardModel) and loaded.body.dtype == torch.bfloat16
-    assert torch.equal(loaded.rewards(*COLUMNS[:2]), model.rewards(*COLUMNS[:2]))
+    loaded_model = load_preference_model(tmp_path / "model")
+    assert isinstance(loaded_model, RewardModel) and loaded_model.body.dtype == torch.bfloat16
+    assert torch.equal(loaded_model.rewards(*COLUMNS[:2]), model.rewards(*COLUMNS[:2]))
     assert load_preference_model(tmp_path / "model", dtype=torch.float32).body.dtype == torch.float32
 
 

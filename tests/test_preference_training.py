@@ -67,10 +67,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_step(kind) -> None:
     for micro in (None, 1, 3, 7):
         model = comparison_model(kind)
         settings = PreferenceTraining(batch_size=7, micro_batch=micro)
-        prompts, chosen, rejected = (list(column) for column in zip(*shorter_wins(7), strict=True))
-        losses.append(_backward(model, model.encode(prompts, chosen, rejected), settings))
+        prompts, preferred, rejected = (list(column) for column in zip(*shorter_wins(7), strict=True))
+        losses.append(_backward(model, model.encode(prompts, preferred, rejected), settings))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    p = model.probabilities(prompts, chosen, rejected)
+    p = model.probabilities(prompts, preferred, rejected)
     if kind is RewardModel:
         torch.testing.assert_close(losses[0].double(), -p.log().mean(), rtol=1e-5, atol=0)
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
@@ -94,16 +94,16 @@ def test_the_seed_decides_all_and_leaves_the_callers_noise_alone() -> None:
         model = comparison_model(architecture="gpt2")
         torch.manual_seed(seed * len(runs))
         before = torch.get_rng_state()
-        chosen = settings if seed == 5 else PreferenceTraining(steps=3, batch_size=4, learning_rate=1e-3, seed=6)
-        runs.append(train_preference_model(model, shorter_wins(20), chosen, progress=False).losses)
+        run_settings = settings if seed == 5 else PreferenceTraining(steps=3, batch_size=4, learning_rate=1e-3, seed=6)
+        runs.append(train_preference_model(model, shorter_wins(20), run_settings, progress=False).losses)
         assert torch.equal(torch.get_rng_state(), before)
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_every_pair_once_an_epoch() -> None:
     batches = _batches(10, PreferenceTraining(batch_size=4, seed=1))
-    seen = [index for _ in range(5) for index in next(batches)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    indices = [index for _ in range(5) for index in next(batches)]
+    assert sorted(indices[:10]) == sorted(indices[10:]) == list(range(10)) and indices[:10] != indices[10:]
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -124,13 +124,13 @@ def test_modes_and_the_bar(capfd) -> None:
 
 
 def test_bfloat16_computes_in_bfloat16() -> None:
-    seen = []
+    dtypes = []
     model = comparison_model()
-    model.body.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    model.body.layers[0].mlp.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     for low in (False, True):
         settings = PreferenceTraining(steps=1, batch_size=2, bfloat16=low)
         train_preference_model(model, shorter_wins(4), settings, progress=False)
-    assert seen == [torch.float32, torch.bfloat16]
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 def test_what_is_not_finite_stops_before_the_weights_take_it_in() -> None:
@@ -163,13 +163,13 @@ def test_bad_settings_and_data_are_refused_before_any_step() -> None:
 
 def test_reliability_by_hand() -> None:
     """Confidences .6, .6, .9, .5; right, wrong, right, tie. Two bins: [.5, .75) and [.75, 1]."""
-    measured = reliability(torch.tensor([0.6, 0.4, 0.9, 0.5], dtype=torch.float64), bins=2)
-    assert measured.count == 4 and measured.accuracy == pytest.approx((1 + 0 + 1 + 0.5) / 4)
-    assert measured.log_loss == pytest.approx(-sum(map(math.log, (0.6, 0.4, 0.9, 0.5))) / 4)
-    low, high = measured.bins
+    measures = reliability(torch.tensor([0.6, 0.4, 0.9, 0.5], dtype=torch.float64), bins=2)
+    assert measures.count == 4 and measures.accuracy == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert measures.log_loss == pytest.approx(-sum(map(math.log, (0.6, 0.4, 0.9, 0.5))) / 4)
+    low, high = measures.bins
     assert (low.low, low.high, low.count, high.low, high.high, high.count) == (0.5, 0.75, 3, 0.75, 1.0, 1)
     assert low.confidence == pytest.approx(1.7 / 3) and low.accuracy == pytest.approx(0.5)
-    assert measured.calibration_error == pytest.approx((3 * abs(0.5 - 1.7 / 3) + 0.1) / 4)
+    assert measures.calibration_error == pytest.approx((3 * abs(0.5 - 1.7 / 3) + 0.1) / 4)
     sure = reliability(torch.tensor([1.0, 0.0]))
     assert sure.bins[-1].high == 1.0 and sure.bins[-1].count == 2 and math.isfinite(sure.log_loss)
 
@@ -177,8 +177,8 @@ def test_reliability_by_hand() -> None:
 def test_a_liking_for_the_first_place_is_not_skill() -> None:
     pairs = shorter_wins(40)
     answer = torch.full((40,), 0.9, dtype=torch.float64)
-    measured = evaluate(lambda prompts, first, second: answer, pairs)
-    assert measured.accuracy == 0.5 and measured.calibration_error == pytest.approx(0.4)
+    measures = evaluate(lambda prompts, first, second: answer, pairs)
+    assert measures.accuracy == 0.5 and measures.calibration_error == pytest.approx(0.4)
     assert answer.tolist() == [0.9] * 40, "a judge's own tensor is left alone"
     right = evaluate(lambda prompts, first, second: [float(len(a) < len(b)) for a, b in zip(first, second)], pairs)  # noqa: B905
     assert right.accuracy == 1.0 and right.calibration_error == 0.0

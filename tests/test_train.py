@@ -33,12 +33,12 @@ def test_every_algorithm_trains(algorithm, adapters, tmp_path) -> None:
     options = {"learning_rate": 1e-2, "tau": 0.1, "peft_config": lora() if adapters else None}
     trainer = make_trainer(tmp_path, model=model, algorithm=algorithm, **options, **EXTRA.get(algorithm, {}))
     trainer.train()
-    moved = {name for name, value in model.named_parameters() if name in before and not value.equal(before[name])}
+    changes = {name for name, value in model.named_parameters() if name in before and not value.equal(before[name])}
     if adapters:
-        assert not moved, "the base is the reference"
+        assert not changes, "the base is the reference"
         assert any(bool(value.abs().sum() > 0) for name, value in trainer.model.named_parameters() if "lora_B" in name)
     else:
-        assert len(moved) == len(before)
+        assert len(changes) == len(before)
     assert len(history(trainer, "loss")) == 3
     for entry in history(trainer, "loss", "grad_norm", "length", "end_rate", "tokens_per_second"):
         assert all(math.isfinite(value) for value in entry) and entry[1] > 0
@@ -67,9 +67,9 @@ def test_the_reference_stays_what_it_was(adapters, given, tmp_path) -> None:
     positions = (experience.attention_mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         logits = original(experience.input_ids, attention_mask=experience.attention_mask, position_ids=positions).logits
-    scored = logits[:, -width - 1 : -1].log_softmax(-1).gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0]
+    logprobs = logits[:, -width - 1 : -1].log_softmax(-1).gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0]
     counts = experience.targets >= 0
-    torch.testing.assert_close(experience.reference_logprobs[counts], scored[counts], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(experience.reference_logprobs[counts], logprobs[counts], rtol=1e-4, atol=1e-4)
     assert history(trainer, "kl")[-1][0] != 0, "the policy has left it"
 
 
@@ -92,19 +92,23 @@ def test_the_gradient_is_the_policy_gradient(tmp_path) -> None:
     tau = 0.2
     options = {"max_steps": 1, "tau": tau, "kl": "sequence", "samples_per_prompt": 2, "max_grad_norm": 0.0}
     trainer = make_trainer(tmp_path, reference_model=tiny_model("llama", seed=4), **options)
-    got = gradients(trainer)
+    result = gradients(trainer)
     (experience,) = trainer.experiences
     model = tiny_model("llama").train(False)  # the trainer's, before the update
     positions = (experience.attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(experience.input_ids, attention_mask=experience.attention_mask, position_ids=positions).logits
     width, counts = experience.targets.shape[1], experience.targets >= 0
-    chosen = logits[:, -width - 1 : -1].log_softmax(-1).gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0]
-    policy = (chosen * counts).sum(1)
+    target_logprobs = (
+        logits[:, -width - 1 : -1].log_softmax(-1).gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0]
+    )
+    policy = (target_logprobs * counts).sum(1)
     preference = torch.tensor(likes_e(experience.prompts, *experience.answers))
     price = policy.detach() - (experience.reference_logprobs * counts).sum(1)
     (-(policy * (preference - 0.5 - tau * price)).mean()).backward()
     for name, value in model.named_parameters():
-        torch.testing.assert_close(got[name], value.grad, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            result[name], value.grad, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "bloom", "gemma2", "gpt_neox"])
@@ -123,8 +127,8 @@ def test_architectures_are_scored_as_they_were_sampled(architecture, tmp_path) -
             tmp_path / str(checkpointing), model=copy.deepcopy(model), judge=lambda x, a, b: [0.5] * len(x), tau=10.0,
             kl="sequence", max_steps=1, **checkpoints(checkpointing),
         )  # fmt: skip
-        found = gradients(trainer)
-        assert max(float(gradient.abs().max()) for gradient in found.values()) < 1e-2
+        result = gradients(trainer)
+        assert max(float(gradient.abs().max()) for gradient in result.values()) < 1e-2
         assert any(getattr(m, "gradient_checkpointing", False) for m in trainer.model.modules()) == checkpointing
 
 
@@ -170,10 +174,10 @@ def test_schedules_by_epoch_and_by_step(name, tmp_path) -> None:
 
 def test_conversations_take_the_chat_template(tmp_path) -> None:
     """The judge sees the prompt as the policy does, and answers without special tokens."""
-    seen = []
+    records = []
 
     def judge(prompts, first, second):
-        seen.append((prompts, first))
+        records.append((prompts, first))
         return [0.5] * len(prompts)
 
     rows = [{"prompt": [{"role": "user", "content": f"say {letter}"}]} for letter in "abcd"]
@@ -181,7 +185,7 @@ def test_conversations_take_the_chat_template(tmp_path) -> None:
     trainer.train()
     assert [prompt.text for prompt in trainer.train_dataset] == [f"<bos>[say {letter}]" for letter in "abcd"]
     assert all(prompt.ids[0] == 1 and prompt.ids.count(1) == 1 for prompt in trainer.train_dataset)
-    ((prompts, answers),) = seen
+    ((prompts, answers),) = records
     assert sorted(prompts) == [f"<bos>[say {letter}]" for letter in "abcd"]
     assert not any(token in answer for answer in answers for token in ("<pad>", "<eos>"))
 
@@ -204,28 +208,28 @@ def test_dropout_of_adapters_is_taken_off_aloud(tmp_path, caplog) -> None:
 
 def test_the_backend_is_that_of_every_kernel(tmp_path, monkeypatch) -> None:
     """Attention of rollouts included, which has no argument of its own."""
-    seen = []
+    records = []
     inside = trainer_module.RolloutEngine.rollout
     monkeypatch.setattr(
         trainer_module.RolloutEngine, "rollout",
-        lambda engine, *a: seen.append(settings.requested(None).backend) or inside(engine, *a),
+        lambda engine, *a: records.append(settings.requested(None).backend) or inside(engine, *a),
     )  # fmt: skip
     make_trainer(tmp_path / "1", backend="torch", max_steps=1).train()
     make_trainer(tmp_path / "2", max_steps=1).train()
-    assert seen == ["torch", settings.requested(None).backend]
+    assert records == ["torch", settings.requested(None).backend]
     with pytest.raises(nlhf_kernels.BackendUnavailable, match="cuda"):
         make_trainer(tmp_path / "3", backend="cuda", max_steps=1).train()
 
 
 def test_rollouts_are_compiled_where_that_is_asked_for(tmp_path, monkeypatch) -> None:
-    asked = []
+    requests = []
     engine = trainer_module.RolloutEngine
     monkeypatch.setattr(
-        trainer_module, "RolloutEngine", lambda *a, compile, **k: asked.append(compile) or engine(*a, **k)
+        trainer_module, "RolloutEngine", lambda *a, compile, **k: requests.append(compile) or engine(*a, **k)
     )
     for on in (False, True):
         make_trainer(tmp_path / str(on), compile_rollouts=on, eval_opponent=tiny_model("llama", seed=2))
-    assert asked == [False, False, True, True]
+    assert requests == [False, False, True, True]
 
 
 def test_an_end_token_of_the_model_alone_ends_answers(tmp_path) -> None:

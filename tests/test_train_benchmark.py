@@ -41,7 +41,7 @@ def test_every_rival_has_a_time_or_a_reason(tmp_path, capsys) -> None:
 
 
 def test_a_rival_that_fails_costs_its_own_row(monkeypatch) -> None:
-    wanted = {
+    expected = {
         "wrong": ("red", "gradient off by 0.5"),
         "nan": ("red", "gradient off by nan"),
         "killed": ("failed", "its process ended with SIGKILL"),
@@ -50,7 +50,7 @@ def test_a_rival_that_fails_costs_its_own_row(monkeypatch) -> None:
         "absent": ("failed", "ModuleNotFoundError: No module named 'requests'"),
         train_step.TRL: ("unavailable", "ModuleNotFoundError: No module named 'requests'"),
     }
-    faults = {train_step.OURS: "", **{name: name for name in wanted}, train_step.TRL: "absent"}
+    faults = {train_step.OURS: "", **{name: name for name in expected}, train_step.TRL: "absent"}
     monkeypatch.setattr(train_step, "MAKERS", {name: partial(rivals.make, fault) for name, fault in faults.items()})
     monkeypatch.setattr(train_step, "start", rivals.start)
     context = open_run(Settings(torch.device("cpu"), "tiny"), [])
@@ -58,7 +58,7 @@ def test_a_rival_that_fails_costs_its_own_row(monkeypatch) -> None:
     ours, part, *others = train_step.run_shape(train_step.SHAPES["tiny"][0], context, plan)
     assert ours.status == "ok" and ours.timing.repeats == 2 and ours.speedup == Speedup(None, None)
     assert part.key.implementation == f"{train_step.OURS}: loss" and part.timing.median_us == pytest.approx(1000)
-    assert {row.key.implementation: (row.status, *row.reasons) for row in others} == wanted
+    assert {row.key.implementation: (row.status, *row.reasons) for row in others} == expected
     assert all(row.timing is None and row.memory is None for row in others)
 
 

@@ -219,9 +219,9 @@ def _grows(step: int) -> float:
 
 def test_every_option_is_looked_at() -> None:
     """Options of TrainingArguments keep their meaning or are refused; FIXED names no option that does not exist."""
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    values = {field.name for field in dataclasses.fields(TrainingArguments)}
     newest = {"use_cache", "parallelism_config", "average_tokens_across_devices"}  # not in every version
-    assert set(FIXED) - known <= newest
+    assert set(FIXED) - values <= newest
     assert all(len(reason) > 5 for reason in FIXED.values())
     assert {"algorithm", "beta", "tau", "kl"} <= {field.name for field in own_fields()}
     assert all(field.metadata["help"] for field in own_fields())

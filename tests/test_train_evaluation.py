@@ -34,16 +34,16 @@ def test_a_policy_that_is_its_reference_has_no_kl_and_wins_half(tmp_path) -> Non
         tmp_path, model=game.model(), judge=game.judge, tokenizer=game.tokenizer(), max_new_tokens=1,
         train_dataset=[{"prompt": "a"}] * 16, eval_dataset=[{"prompt": "a"}] * 4, eval_samples_per_prompt=512,
     )  # fmt: skip
-    found = evaluated(trainer)
-    assert found.keys() == MEASURED | {"epoch"}
+    result = evaluated(trainer)
+    assert result.keys() == MEASURED | {"epoch"}
     logs = game.log_probabilities(trainer.model)
-    assert found["kl"] == pytest.approx(0, abs=1e-5)
-    assert found["win_rate_reference"] == pytest.approx(0.5, abs=0.03), "2048 answers: 3 standard errors"
+    assert result["kl"] == pytest.approx(0, abs=1e-5)
+    assert result["win_rate_reference"] == pytest.approx(0.5, abs=0.03), "2048 answers: 3 standard errors"
     with torch.no_grad():
         every = trainer.model(input_ids=torch.tensor([[3]])).logits[0, -1].double().log_softmax(-1)
-    assert found["entropy"] == pytest.approx(-float((every.exp() * every).sum()), abs=0.1)
-    assert found["length"] == 1.0
-    assert found["end_rate"] == pytest.approx(float(every[2].exp()), abs=0.05)
+    assert result["entropy"] == pytest.approx(-float((every.exp() * every).sum()), abs=0.1)
+    assert result["length"] == 1.0
+    assert result["end_rate"] == pytest.approx(float(every[2].exp()), abs=0.05)
     assert float(logs.exp().sum()) == pytest.approx(1.0)
 
 
@@ -81,8 +81,8 @@ def test_rivals_that_do_not_change_answer_once(tmp_path) -> None:
 
 def test_a_reward_is_evaluated_beside_the_judge(tmp_path) -> None:
     reward = {"judge": None, "reward": lambda prompts, answers: [float(len(answer)) for answer in answers]}
-    found = evaluated(make_trainer(tmp_path / "1", eval_dataset=PROMPTS, algorithm="rlhf", **reward))
-    assert found["reward"] > 0 and "win_rate_reference" not in found
+    result = evaluated(make_trainer(tmp_path / "1", eval_dataset=PROMPTS, algorithm="rlhf", **reward))
+    assert result["reward"] > 0 and "win_rate_reference" not in result
     both = make_trainer(tmp_path / "2", eval_dataset=PROMPTS, eval_prompts=2, reward=reward["reward"])
     assert {"reward", "reward_reference", "win_rate_reference"} < evaluated(both).keys()
     assert len(both.evaluation_prompts) == 2
@@ -126,9 +126,9 @@ def test_the_bar_shows_the_speed(tmp_path, monkeypatch, capsys) -> None:
     trainer = make_trainer(tmp_path, max_steps=2, disable_tqdm=False)
     assert any(isinstance(callback, Progress) for callback in trainer.callback_handler.callbacks)
     trainer.train()
-    shown = capsys.readouterr().err
-    assert "tokens/s, " in shown and "% rollout]" in shown and "  update 2  loss " in shown
-    assert max(len(line) for part in shown.splitlines() for line in part.split("\r")) <= 80
+    output = capsys.readouterr().err
+    assert "tokens/s, " in output and "% rollout]" in output and "  update 2  loss " in output
+    assert max(len(line) for part in output.splitlines() for line in part.split("\r")) <= 80
 
 
 def test_reporting_gets_the_numbers(tmp_path) -> None:
@@ -148,9 +148,9 @@ def test_reporting_gets_the_numbers(tmp_path) -> None:
 def test_samples_are_shown_and_cannot_drive_the_terminal(tmp_path, capsys) -> None:
     trainer = make_trainer(tmp_path, max_steps=1, log_samples=2, samples_per_prompt=3)
     trainer.train()
-    shown = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert len(set(trainer.experiences[0].prompts[:4])) == 2, "the first three rows are of one prompt"
-    assert "update 1" in shown and "P(y > y')" in shown and shown.count("say") + shown.count("tell me") == 2
+    assert "update 1" in output and "P(y > y')" in output and output.count("say") + output.count("tell me") == 2
     (experience,) = trainer.experiences
     experience.answers[0][0] = "\x1b[31mred" + "x" * 400
     console = new_console(record=True, width=100)
@@ -189,11 +189,11 @@ def _broken(model, when):
 
 def test_updates_that_are_not_finite_are_skipped_and_counted(tmp_path, caplog) -> None:
     model = _broken(tiny_model("llama"), {2})
-    seen = []
+    records = []
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, *_, **__) -> None:
-            seen.append(model.lm_head.weight.detach().clone())
+            records.append(model.lm_head.weight.detach().clone())
 
     options = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(tmp_path, model=model, callbacks=[Look()], **options)
@@ -201,7 +201,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(tmp_path, caplog) -
         trainer.train()
     assert "update 1: expected finite gradients; got NaN or infinity; the update is skipped" in caplog.text
     assert [row[0] for row in history(trainer, "skipped_updates")] == [0, 1, 1]
-    assert not seen[0].equal(seen[1]) and seen[1].equal(seen[2]), "the second update moved nothing"
+    assert not records[0].equal(records[1]) and records[1].equal(records[2]), "the second update moved nothing"
     resumed = make_trainer(tmp_path, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert history(resumed, "skipped_updates")[-1] == (1,), "the count goes on"

@@ -114,8 +114,8 @@ def test_the_command_ends_in_an_error(tmp_path, monkeypatch, capsys) -> None:
         for more in ([], ["--check"]):
             assert main(["train", "--config", "run.yaml", "--set", f"training.{change}", *more]) == 2
             assert "expected a finite number" in capsys.readouterr().err
-    found = {"learning_rate": "1e38", "adam_epsilon": "1e-30", "max_grad_norm": "0"}  # in range, and too large
-    changes = [word for name, value in found.items() for word in ("--set", f"training.{name}={value}")]
+    settings = {"learning_rate": "1e38", "adam_epsilon": "1e-30", "max_grad_norm": "0"}  # in range, and too large
+    changes = [word for name, value in settings.items() for word in ("--set", f"training.{name}={value}")]
     assert main(["train", "--config", "run.yaml", *changes, "--set", "training.weight_decay=1"]) == 2
     captured = capsys.readouterr()
     assert "expected finite weights" in captured.err and "Saved" not in captured.out

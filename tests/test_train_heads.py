@@ -42,13 +42,13 @@ def test_the_head_gives_the_models_log_probabilities(architecture) -> None:
     batch = padded(prompts())
     mask, targets = batch["attention_mask"].bool(), batch["input_ids"].roll(-1, 1)
     with torch.no_grad():
-        found = linear_logprobs(hidden_states(model, **batch), head_of(model), targets).policy
+        result = linear_logprobs(hidden_states(model, **batch), head_of(model), targets).policy
         placed = (
             {"position_ids": count_positions(batch["attention_mask"])} if architecture not in ("falcon_h1",) else {}
         )
         logits = model(**batch, **placed, use_cache=False).logits.double()
     expected = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-    assert torch.allclose(found[mask].double(), expected[mask], atol=1e-4)
+    assert torch.allclose(result[mask].double(), expected[mask], atol=1e-4)
 
 
 def test_minicpm3_is_trained(tmp_path) -> None:
@@ -68,9 +68,9 @@ def test_a_model_that_does_something_else_is_refused(architecture, change) -> No
     forward = model.forward
 
     def changed(*args, **options):
-        found = forward(*args, **options)
-        found.logits = change(found.logits)
-        return found
+        result = forward(*args, **options)
+        result.logits = change(result.logits)
+        return result
 
     model.forward = changed
     with pytest.raises(ValueError, match=r"model: expected logits = cap tanh\(scale \(W h \+ b\) / cap\)"):

@@ -35,9 +35,9 @@ def test_two_processes_are_one(tmp_path) -> None:
     for name, (total, squares) in alone["weights"].items():
         assert together["weights"][name] == pytest.approx([total, squares], rel=1e-3, abs=1e-2), name
     (here,), (there,) = alone["evaluations"], together["evaluations"]
-    measured = [name for name in here if name.startswith("eval_")]
-    assert len(measured) > 4
-    for name in measured:
+    measures = [name for name in here if name.startswith("eval_")]
+    assert len(measures) > 4
+    for name in measures:
         assert there[name] == pytest.approx(here[name], rel=1e-2, abs=1e-3), name
     saved = {path.name for path in (tmp_path / "two" / "checkpoint-2").iterdir()}
     assert {"model.safetensors", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth", "nash_run.json"} <= saved

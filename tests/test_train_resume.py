@@ -70,11 +70,11 @@ def test_a_resumed_run_is_the_same_run(options, tmp_path) -> None:
 
 def test_a_failing_judge_costs_no_update(tmp_path) -> None:
     """It fails in the third update; both updates before it are saved although no checkpoint was due."""
-    asked = [0]
+    requests = [0]
 
     def judge(prompts, first, second):
-        asked[0] += 1
-        if asked[0] == 3:
+        requests[0] += 1
+        if requests[0] == 3:
             raise ConnectionError("the service is away")
         return likes_e(prompts, first, second)
 
@@ -95,8 +95,8 @@ def test_a_failing_judge_costs_no_update(tmp_path) -> None:
 def test_checkpoints_are_named_by_the_run_that_wrote_them(tmp_path) -> None:
     make_trainer(tmp_path, **RUN, save_total_limit=2).train()
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
-    known = json.loads((tmp_path / "checkpoint-6" / "nash_run.json").read_text())
-    assert known["algorithm"] == "nash-md" and known["seed"] == 5 and known["prompts_per_update"] == 4
+    run = json.loads((tmp_path / "checkpoint-6" / "nash_run.json").read_text())
+    assert run["algorithm"] == "nash-md" and run["seed"] == 5 and run["prompts_per_update"] == 4
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_another_runs_checkpoint_is_refused(changed, name, tmp_path) -> None:
 def test_every_field_is_known_to_change_a_run_or_not_to() -> None:
     own = {field.name for field in own_fields()} - set(FIXED)
     assert own == (set(fields_of_a_run()) | set(NEUTRAL)) & own and not set(fields_of_a_run()) & set(NEUTRAL)
-    known = {field.name for field in dataclasses.fields(NashConfig)}
-    assert set(fields_of_a_run()) | set(NEUTRAL) <= known
+    names = {field.name for field in dataclasses.fields(NashConfig)}
+    assert set(fields_of_a_run()) | set(NEUTRAL) <= names
 
 
 def test_differences_that_are_asked_for(tmp_path, caplog) -> None:

@@ -34,8 +34,8 @@ def test_nothing_here_imports_trl() -> None:
         "import sys, nlhf_kernels.integrations as one, nlhf_kernels.integrations.trl as two\n"
         "assert 'trl' not in sys.modules; print('none')"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.stdout.strip() == "none", found.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "none", result.stderr
 
 
 def test_names_defaults_and_order_are_trls() -> None:
@@ -197,11 +197,11 @@ def test_what_was_given_is_found_under_trls_names(tmp_path) -> None:
     assert trainer.ref_model is None and trainer.reward_funcs == [function, function]
     reward_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    named = make_trainer(tmp_path / "three", reward_funcs=str(tmp_path / "model"))
-    assert isinstance(named.reward_funcs, transformers.LlamaForSequenceClassification)
+    by_name = make_trainer(tmp_path / "three", reward_funcs=str(tmp_path / "model"))
+    assert isinstance(by_name.reward_funcs, transformers.LlamaForSequenceClassification)
     assert make_trainer(tmp_path / "four", judge=likes_e).reward_funcs is None
-    weights = dict(named.ref_model.named_parameters())
-    for name, value in named.model.named_parameters():
+    weights = dict(by_name.ref_model.named_parameters())
+    for name, value in by_name.model.named_parameters():
         assert value is not weights[name] and not weights[name].requires_grad
         torch.testing.assert_close(value, weights[name])
 
@@ -300,10 +300,12 @@ def test_what_trls_script_does_with_its_trainer(tmp_path) -> None:
         model=tiny_model("llama"), ref_model=tiny_model("llama", seed=4), reward_funcs=reward_model(), args=args,
         train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer(),
     )  # fmt: skip
-    shown = LogCompletionsCallback(trainer, transformers.GenerationConfig(max_new_tokens=3), num_prompts=2, freq=1)
-    trainer.add_callback(shown)
+    callback = LogCompletionsCallback(trainer, transformers.GenerationConfig(max_new_tokens=3), num_prompts=2, freq=1)
+    trainer.add_callback(callback)
     trainer.train()
-    assert trainer.mixture_coef == 0.3 and [row[1] for row in shown.table] == [row["prompt"] for row in PROMPTS[:2]] * 2
+    assert (
+        trainer.mixture_coef == 0.3 and [row[1] for row in callback.table] == [row["prompt"] for row in PROMPTS[:2]] * 2
+    )
     trainer.save_model(args.output_dir)
     assert (tmp_path / "model.safetensors").exists()
 

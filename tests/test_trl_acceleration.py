@@ -113,13 +113,13 @@ class Absent(importlib.abc.MetaPathFinder):
 @pytest.fixture
 def no_imports_yet(monkeypatch) -> Iterator[None]:
     """Of TRL and what it needs, so that they are looked for again; what was imported before comes back."""
-    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ("trl", "requests")}
-    for name in kept:
+    modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ("trl", "requests")}
+    for name in modules:
         del sys.modules[name]
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] in ("trl", "requests")]:
         del sys.modules[name]
-    sys.modules.update(kept)
+    sys.modules.update(modules)
 
 
 def test_a_package_that_trl_needs_is_named(tmp_path, monkeypatch, no_imports_yet) -> None:
@@ -141,15 +141,15 @@ def test_a_package_that_trl_needs_is_named(tmp_path, monkeypatch, no_imports_yet
 
 
 def gradients(trainer) -> dict[str, torch.Tensor]:
-    seen: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
 
     class Look(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, *_, **__) -> None:
-            seen.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+            copies.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
 
     trainer.add_callback(Look())
     trainer.train()
-    return seen
+    return copies
 
 
 def row_logprobs(model, data) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,9 +157,9 @@ def row_logprobs(model, data) -> tuple[torch.Tensor, torch.Tensor]:
     width = data["attention_mask"].shape[1] - 1
     positions = (data["attention_mask"].cumsum(1) - 1).clamp(min=0)
     logits = model(data["input_ids"], attention_mask=data["attention_mask"], position_ids=positions).logits
-    scored = logits[:, :-1].log_softmax(-1).gather(-1, data["input_ids"][:, 1:, None])[..., 0]
+    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, data["input_ids"][:, 1:, None])[..., 0]
     answers = torch.arange(width)[None] >= width - data["answer"]
-    return scored, answers & (data["attention_mask"][:, 1:] > 0)
+    return logprobs, answers & (data["attention_mask"][:, 1:] > 0)
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def test_the_gradient_is_that_of_the_loss(kl, tmp_path) -> None:
     reference = tiny_model("gpt2", seed=4)
     with accelerate_trl(kl=kl):
         trainer = trl_trainer(tmp_path, ref_model=reference, beta=0.3, per_device_train_batch_size=8)
-        got = gradients(trainer)
+        result = gradients(trainer)
     ((data, _, logged, _, probability),) = trainer.seen
     data = {**data, "answer": logged.shape[1]}
     model = tiny_model("gpt2")
@@ -211,7 +211,9 @@ def test_the_gradient_is_that_of_the_loss(kl, tmp_path) -> None:
     (-(policy * counts * advantage).sum(1).mean()).backward()
     assert len({len(row["prompt"]) for row in PROMPTS}) > 1, "some prompts are padded"
     for name, value in model.named_parameters():
-        torch.testing.assert_close(got[name], value.grad, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            result[name], value.grad, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
     torch.testing.assert_close(logged.sum(1), (policy * counts).sum(1), rtol=1e-4, atol=1e-4)
 
 

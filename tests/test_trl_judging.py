@@ -38,10 +38,10 @@ def test_rewards_are_summed_by_their_weights(tmp_path) -> None:
 
     trainer = make_trainer(tmp_path, reward_funcs=[length, value], reward_weights=[0.5, 0.25], beta=0.0)
     trainer.train()
-    found, wanted = trainer.experiences[0].value, expected(trainer, lambda text: 0.5 * len(text) + 0.25 * worth(text))
-    torch.testing.assert_close(found, wanted)
-    assert found.unique().numel() > 1
-    torch.testing.assert_close(trainer.experiences[0].advantage, wanted - 0.5)
+    result, target = trainer.experiences[0].value, expected(trainer, lambda text: 0.5 * len(text) + 0.25 * worth(text))
+    torch.testing.assert_close(result, target)
+    assert result.unique().numel() > 1
+    torch.testing.assert_close(trainer.experiences[0].advantage, target - 0.5)
 
 
 def test_a_missing_end_costs_reward_on_both_sides(tmp_path) -> None:
@@ -98,9 +98,9 @@ def test_reward_models_score_the_end_of_the_whole_text(tmp_path) -> None:
 
     with torch.no_grad():
         sides = [[score(p, a) for p, a in zip(experience.prompts, side, strict=True)] for side in experience.answers]
-    wanted = (torch.tensor(sides[0]) - torch.tensor(sides[1])).double().sigmoid()
-    torch.testing.assert_close(experience.value, wanted, rtol=1e-4, atol=1e-5)
-    assert float((wanted - 0.5).abs().max()) > 0.01
+    expected = (torch.tensor(sides[0]) - torch.tensor(sides[1])).double().sigmoid()
+    torch.testing.assert_close(experience.value, expected, rtol=1e-4, atol=1e-5)
+    assert float((expected - 0.5).abs().max()) > 0.01
     assert not any(value.requires_grad for value in model.parameters())
 
 
@@ -123,11 +123,11 @@ def test_reward_models_read_conversations_by_their_own_template(tmp_path) -> Non
 def test_reward_models_by_name(tmp_path) -> None:
     reward_model(seed=3).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    named = make_trainer(tmp_path / "named", reward_model_path=str(tmp_path / "model"))
+    by_name = make_trainer(tmp_path / "named", reward_model_path=str(tmp_path / "model"))
     given = make_trainer(tmp_path / "given", reward_funcs=reward_model(seed=3))
-    for trainer in (named, given):
+    for trainer in (by_name, given):
         trainer.train()
-    torch.testing.assert_close(named.experiences[0].value, given.experiences[0].value)
+    torch.testing.assert_close(by_name.experiences[0].value, given.experiences[0].value)
 
 
 def test_models_of_the_library_are_judges_and_rewards(tmp_path) -> None:
@@ -228,8 +228,8 @@ def test_prompts_are_rendered_by_trls_rules() -> None:
     )
     user, begun = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}
     rows = [{"prompt": [user]}, {"prompt": [user], "chat_template_kwargs": {"mark": "!"}}, {"prompt": [user, begun]}]
-    read = Rows(tokenizer).read("train_dataset", [*rows, {"prompt": "as it is"}])
-    assert [row["prompt"] for row in read] == ["[hi]>", "![hi]>", "[hi][so", "as it is"]
+    texts = Rows(tokenizer).read("train_dataset", [*rows, {"prompt": "as it is"}])
+    assert [row["prompt"] for row in texts] == ["[hi]>", "![hi]>", "[hi][so", "as it is"]
     assert spoken([user, begun], " it goes") == [user, {"role": "assistant", "content": "so it goes"}]
 
 

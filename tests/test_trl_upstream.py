@@ -26,20 +26,24 @@ def test_version() -> None:
 
 @pytest.mark.parametrize("name", upstream.TRL_METHODS)
 def test_method(name) -> None:
-    found = inspect.signature(getattr(upstream.trl_trainer_class("test"), name))
-    assert tuple(found.parameters) == ("self", *upstream.TRL_METHODS[name])
+    result = inspect.signature(getattr(upstream.trl_trainer_class("test"), name))
+    assert tuple(result.parameters) == ("self", *upstream.TRL_METHODS[name])
 
 
 @pytest.mark.parametrize("name", upstream.TRL_ATTRIBUTES)
 def test_attribute(name, tmp_path) -> None:
-    wanted = {"_beta": [0.1, 0.2], "_mixture_coef": [0.5, 0.25], "ref_model": tiny_model("llama", seed=4)}
+    expected = {"_beta": [0.1, 0.2], "_mixture_coef": [0.5, 0.25], "ref_model": tiny_model("llama", seed=4)}
     trainer = trl_trainer(
-        tmp_path, ref_model=wanted["ref_model"], beta=wanted["_beta"], mixture_coef=wanted["_mixture_coef"], top_k=5
+        tmp_path,
+        ref_model=expected["ref_model"],
+        beta=expected["_beta"],
+        mixture_coef=expected["_mixture_coef"],
+        top_k=5,
     )
     if name == "generation_kwargs":
         assert trainer.generation_kwargs["top_k"] == 5 and "max_new_tokens" in trainer.generation_kwargs
     else:
-        assert getattr(trainer, name) is wanted[name]
+        assert getattr(trainer, name) is expected[name]
 
 
 def test_wrapped_forward(tmp_path) -> None:

@@ -27,8 +27,8 @@ def main(folder: str, options: dict[str, Any]) -> None:
 
     train(folder, options)
     leave_process_group()
-    left = [name for name in thread_names() if name.startswith("pt_gloo")]
-    assert not left, f"these threads abort the process if they run while the interpreter shuts down: {left}"
+    remaining = [name for name in thread_names() if name.startswith("pt_gloo")]
+    assert not remaining, f"these threads abort the process if they run while the interpreter shuts down: {remaining}"
 
 
 def train(folder: str, options: dict[str, Any]) -> None:

@@ -100,15 +100,15 @@ class LetterGame:
 
 def gradients(trainer: Any) -> dict[str, torch.Tensor]:
     """Of one update, as the optimizer would see them; the weights stay."""
-    seen: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
 
     class Look(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-            seen.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+            copies.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
 
     trainer.add_callback(Look())
     trainer.train()
-    return seen
+    return copies
 
 
 def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
@@ -130,5 +130,5 @@ def lora(**options: Any) -> Any:
 
 def checkpoints(on: bool) -> dict[str, bool]:
     """Activation checkpointing, under the name that this version of transformers knows."""
-    known = transformers.TrainingArguments.__dataclass_fields__
-    return {"activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": on}
+    fields = transformers.TrainingArguments.__dataclass_fields__
+    return {"activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing": on}
