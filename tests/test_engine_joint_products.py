@@ -268,7 +268,10 @@ def test_auto_does_without_where_memory_is_short(monkeypatch) -> None:
     policy, reference = tiny_pair("llama")
     rows, players = prompts(), nash_md(BETA)
     separate = RolloutEngine(policy, reference, fused=False).memory_plan(3, 9, players, settings(4)).total
-    for limit, notes in ((10 * separate, ()), (separate, ("separate products: no memory for weights side by side",))):
+    copies = RolloutEngine(policy, reference, fused=True).models.joint_products.bytes
+    reason = "separate products: weights side by side would take more than a twentieth of the memory, or do not fit"
+    assert 10 * copies > separate + copies
+    for limit, notes in ((separate + 20 * copies, ()), (10 * copies, (reason,)), (separate, (reason,))):
         engine = RolloutEngine(policy, reference, fused=True, memory_limit=limit)
         engine.fused = "auto"
         result = engine.rollout(**padded(rows), players=players, settings=settings(4))

@@ -18,7 +18,7 @@ from .decode_state import DecodeState
 from .graphs import BUCKET, CudaRecorder, EagerRecorder, Graphs, Recorder
 from .hooks import Hooks
 from .loop import Rollout, Workspace
-from .memory import MemoryPlan, RequestSize, check_fits, has_room, rollout_parts, rows_by_model
+from .memory import MemoryPlan, RequestSize, check_fits, has_room, may_copy, rollout_parts, rows_by_model
 from .model_set import ModelSet
 from .outputs import TokenBuffers
 from .request import (
@@ -58,8 +58,8 @@ class RolloutEngine:
         fused ("auto", bool, "products" or "layers"): "products": query, key and value as one product, gate and up as
             one, with weights copied side by side; "layers": norms, gated activations, rotary positions and the cache's
             write as Triton kernels, on a GPU and without `compile`, which fuses by itself; True: both; "auto": both on
-            a GPU, the products where memory allows. Models with adapters and those that processes share run as they
-            are.
+            a GPU, the products where the copies take at most a twentieth of its memory. Models with adapters and those
+            that processes share run as they are.
         graphs (bool): False takes eager steps on a GPU too.
         recorder: what records steps; None: CUDA graphs on a GPU, nothing elsewhere.
         bucket (int): cache slots by which a recorded step's view of the cache grows.
@@ -274,7 +274,9 @@ class RolloutEngine:
         self.release()  # before the next is allocated: both would not fit where memory is tight
         size = (len(request.prompts.ids), request.prompts.width, request.players, request.settings)
         plan = self.memory_plan(*size)
-        if self.fused == "auto" and not has_room(plan, self.memory_limit, self.device):
+        copies = self.models.joint_products.bytes
+        small = may_copy(copies, self.memory_limit, self.device) and has_room(plan, self.memory_limit, self.device)
+        if self.fused == "auto" and copies and not small:
             self.models.joint_products.enabled = False
             plan = self.memory_plan(*size)
         self._check_fits(request, plan)

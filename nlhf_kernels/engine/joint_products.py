@@ -38,7 +38,7 @@ class JointProducts:
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
         distinct = {id(model): model for model in models}.values()
         self.groups = [group for model in distinct for group in find_groups(model)]
-        self.enabled = True  # False: there is no memory for them
+        self.enabled = True  # False: their weights would take too much memory
         self._products: dict[int, JointProduct] = {}  # index of the group -> its product
 
     @property
@@ -51,7 +51,11 @@ class JointProducts:
     def why_separate(self) -> list[str]:
         """Why groups that were found are not joined."""
         if not self.enabled:
-            return ["no memory for weights side by side"] if self.groups else []
+            return (
+                ["weights side by side would take more than a twentieth of the memory, or do not fit"]
+                if self.groups
+                else []
+            )
         return sorted({reason for group in self.groups if (reason := _why_not_joined(group)) is not None})
 
     @contextmanager

@@ -10,6 +10,8 @@ import torch
 
 from .request import Player
 
+COPIES_SHARE = 0.05  # two models of 0.5B on a GPU of 40 GB or more; larger ones wait for weights, not for launches
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -98,6 +100,16 @@ def has_room(plan: MemoryPlan, limit: int | None, device: torch.device) -> bool:
     """Whether the plan fits, with a tenth to spare for activations where the device's memory is the limit."""
     available = limit if limit is not None else _free(device)
     return available is None or plan.total <= (available if limit is not None else 0.9 * available)
+
+
+def may_copy(size: int, limit: int | None, device: torch.device) -> bool:
+    """Whether copies of weights are small enough to be made unasked: COPIES_SHARE of a GPU's memory, or of the limit.
+
+    Copies stay between rollouts, when a training step needs memory that nobody has allocated before the first one.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    available = total if limit is None else limit
+    return available is None or size <= COPIES_SHARE * available
 
 
 def check_fits(
