@@ -75,14 +75,23 @@ class Measured:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a call would run where it would; `print` it."""
+    """Why a call would run where it would; `print` it.
+
+    Args:
+        op: the op's name.
+        problem: what of the call decides.
+        reasons: backend -> reasons why not; an empty list where it can run.
+        chosen: the backend that would run; None where the requested one cannot.
+        request: the backend asked for, and by whom.
+        order: in which auto tries backends, and why.
+    """
 
     op: str
     problem: Problem
-    reasons: dict[str, list[str]]  # backend -> reasons why not; empty = it can run
-    chosen: str | None  # None: the requested backend cannot run
+    reasons: dict[str, list[str]]
+    chosen: str | None
     request: settings.Request
-    order: str = ""  # in which auto tries them, and why
+    order: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.op} with {self.problem}", f"requested: {self.request.backend} ({self.request.origin})"]
@@ -185,7 +194,13 @@ def get_op(name: str) -> Op:
 
 
 def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
-    """Say which backend `op(*args, **kwargs)` would run on and why the others would not, without running it."""
+    """Say which backend `op(*args, **kwargs)` would run on and why the others would not, without running it.
+
+    Args:
+        op: the op's name, as in `nlhf_kernels.<op>`.
+        args, kwargs: the call's arguments.
+        backend: as in the call.
+    """
     if backend is not None:
         check_option("explain", "backend", backend, settings.CHOICES)
     entry = get_op(op)

@@ -51,14 +51,23 @@ def environment() -> dict[str, str | None]:
 
 
 def set_backend(backend: str) -> None:
-    """Choose the backend of every op for the whole process; `auto` lets each op choose."""
+    """Choose the backend of every op for the whole process.
+
+    Args:
+        backend: auto (each op chooses), torch, triton, cuda or cpu.
+    """
     global _default
     _default = Request(check_option("set_backend", "backend", backend, CHOICES), "set_backend")
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Choose the backend of every op called inside the `with` block (in this thread or task only)."""
+    """Choose the backend of every op called inside the `with` block, in this thread or task only.
+
+    Args:
+        backend: auto (each op chooses), torch, triton, cuda or cpu. One that cannot run a call raises; it never falls
+            back.
+    """
     token = _scoped.set(Request(check_option("use_backend", "backend", backend, CHOICES), "use_backend"))
     try:
         yield
@@ -67,7 +76,7 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def requested(argument: str | None) -> Request:
-    """The backend to use: the call's own argument, else the enclosing `use_backend`, else the process-wide choice."""
+    """Return the backend to use: the call's own argument, else that of `use_backend`, else the process's."""
     if argument:
         return Request(argument, "the argument backend")
     return _scoped.get() or _default

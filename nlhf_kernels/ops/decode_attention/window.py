@@ -1,7 +1,7 @@
-"""Which cache slots the rows of a decoding step read, told to code that a model's forward pass cannot tell.
+"""The range of cache slots that each row of a decoding step reads, beside a model's forward pass.
 
-A model of transformers hands its attention a query and the cache, and a mask where there is one; the rows' ranges are
-known to whoever decodes. That one opens a `decode_window` around the forward passes.
+A model of transformers hands its attention a query, the cache, and a mask where there is one, but no ranges. Decoding
+code opens a `decode_window` around the forward passes, and the attention function asks for it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ from ...core.checks import INTEGERS, Sizes, check_tensor
 
 
 class DecodeWindow(NamedTuple):
-    """Row r attends to the positions [starts[r], ends[r]), its new token's position included."""
+    """Row r attends to the positions [starts[r], ends[r]), its new token's position included.
 
-    starts: torch.Tensor | None  # (R,) int64; None: all rows start at 0
-    ends: torch.Tensor  # (R,) int64
+    Args:
+        starts ((R,) int64): None is 0 for all rows.
+        ends ((R,) int64): one past the last position.
+    """
+
+    starts: torch.Tensor | None
+    ends: torch.Tensor
 
 
 # Plain variables: torch.compile guards on the window, where it cannot trace a ContextVar and takes what a
@@ -31,18 +36,21 @@ _turn = RLock()
 
 
 def current_decode_window() -> DecodeWindow | None:
-    """Of this thread. What is traced cannot ask who it is: it runs in the thread that holds the window."""
+    """Return this thread's window. Traced code cannot ask for its thread: it runs in the one that holds the window."""
     mine = torch.compiler.is_compiling() or _owner == get_ident()
     return _window if mine else None
 
 
 @contextmanager
 def decode_window(starts: torch.Tensor | None, ends: torch.Tensor) -> Iterator[DecodeWindow]:
-    """Within, decoding steps of models whose attention is "nlhf_decode" read these ranges, in this thread. Another
-    thread that opens a window waits until this one is closed.
+    """Make decoding steps of "nlhf_decode" attention read these ranges, in this thread, inside the block.
 
-    Only the tensors are kept, their values are read by the kernels of each step: update them in place
-    (`window.ends.add_(1)`), inside a captured graph too.
+    Another thread that opens a window waits until this one is closed. The tensors' values are read by the kernels of
+    each step: update them in place (`window.ends.add_(1)`), inside a captured graph too.
+
+    Args:
+        starts ((R,) int64): each row's first position; None is 0.
+        ends ((R,) int64): one past each row's last position.
     """
     global _window, _owner
     sizes: Sizes = {}

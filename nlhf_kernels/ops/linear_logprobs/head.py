@@ -14,11 +14,15 @@ from ..logprobs.op import DTYPES
 class Head(NamedTuple):
     """logits = softcap * tanh(scale * (hidden @ weight^T + bias) / softcap), without the tanh where softcap is 0.
 
-    scale is Cohere's logit_scale, or 1 / logits_scaling of Granite; softcap is final_logit_softcapping of Gemma 2.
+    Args:
+        weight ((V, D)): of the output layer.
+        bias ((V,)): of the output layer, if it has one.
+        scale: Cohere's logit_scale, or 1 / logits_scaling of Granite.
+        softcap: final_logit_softcapping of Gemma 2; 0 is none.
     """
 
-    weight: torch.Tensor  # (V, D)
-    bias: torch.Tensor | None = None  # (V,)
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float = 0.0
 
@@ -28,7 +32,7 @@ class Head(NamedTuple):
 
 
 def check_head(op: str, name: str, head: Head | torch.Tensor, sizes: Sizes, hidden: str, device: torch.device) -> Head:
-    """`head` as a Head whose tensors fit; `hidden` is the symbol of the hidden size it must have."""
+    """Return `head` as a Head whose tensors fit; `hidden` is the symbol of the hidden size it must have."""
     head = Head(head) if isinstance(head, torch.Tensor) else head
     if not isinstance(head, Head):
         raise TypeError(f"{op}: {name}: expected a Head or its weight (vocabulary, hidden); got {type(head).__name__}")

@@ -29,13 +29,21 @@ DTYPES = (*FLOATS, torch.float64)
 
 
 class Logprobs(NamedTuple):
-    """Shaped like the targets, float32 (float64 for float64 logits); None where not asked for, 0 where ignored."""
+    """Float32 (float64 for float64 logits), None where not asked for, 0 at targets that are not scored.
+
+    Args:
+        policy (as targets): log-probability of the token under the policy.
+        reference (as targets): under the reference.
+        entropy (as targets): of the policy, in nats.
+        kl (as targets): KL(policy || reference) over the whole vocabulary.
+        mixture (as targets): log-probability under softmax((1 - beta) log pi + beta log mu).
+    """
 
     policy: torch.Tensor
     reference: torch.Tensor | None
-    entropy: torch.Tensor | None  # of the policy, in nats
-    kl: torch.Tensor | None  # KL(policy || reference) over the whole vocabulary
-    mixture: torch.Tensor | None  # of the token under softmax((1 - beta) log pi + beta log mu)
+    entropy: torch.Tensor | None
+    kl: torch.Tensor | None
+    mixture: torch.Tensor | None
 
 
 class LogprobsProblem(NamedTuple):
@@ -274,7 +282,7 @@ def as_logprobs(values: torch.Tensor, shape: Sequence[int], with_reference: bool
 def beta_tensor(
     op: str, beta: float | torch.Tensor | None, targets: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """beta as the kernels read it: () for all rows, or (N,)."""
+    """Return beta as the kernels read it: () for all rows, or (N,)."""
     if beta is None:
         return None
     if isinstance(beta, torch.Tensor):
@@ -291,12 +299,12 @@ def check_constant(op: str, name: str, value: torch.Tensor) -> None:
 
 
 def rows_apart(rows: torch.Tensor) -> bool:
-    """Whether no two rows share memory."""
+    """Return whether no two rows share memory."""
     return len(rows) < 2 or rows.stride()[0] >= rows.shape[1]
 
 
 def _check_not_the_reference(op: str, policy: torch.Tensor, reference: torch.Tensor | None) -> None:
-    """A row of the reference that an earlier row's gradient was written over would give a wrong gradient."""
+    """Refuse shared memory: a row of the reference that a gradient was written over would give a wrong gradient."""
     if reference is not None and overlap(policy, reference):
         raise ValueError(
             f"{op}: overwrite_logits: expected reference logits in memory of their own; got some that share it with "
@@ -313,7 +321,7 @@ def _check_may_be_overwritten(op: str, logits: torch.Tensor) -> None:
 
 
 def check_targets(op: str, targets: torch.Tensor, vocabulary: int) -> None:
-    """On the CPU, where looking costs no synchronisation. Runs inside the operator: a compiled graph checks too."""
+    """Check on the CPU, where reading values waits for nothing; inside the operator, so in compiled graphs too."""
     if targets.device.type == "cpu" and targets.numel():
         wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= vocabulary)
         if bool(wrong.any()):
@@ -327,6 +335,6 @@ def _symbols(logits: object) -> tuple[str, ...]:
 
 
 def _rows(logits: torch.Tensor) -> torch.Tensor:
-    """(N, V) with contiguous columns; the rows may lie further apart."""
+    """Return (N, V) with contiguous columns; the rows may lie further apart."""
     rows = logits.reshape(-1, logits.shape[-1])
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()

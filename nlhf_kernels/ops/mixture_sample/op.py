@@ -32,22 +32,37 @@ Integer = int | torch.Tensor  # () or (R,) int64
 
 
 class MixtureSample(NamedTuple):
-    """A token per row; log-probabilities are None where they were not asked for."""
+    """A token per row; log-probabilities are None where they were not asked for.
 
-    tokens: torch.Tensor  # (R,) int64
-    policy_logprob: torch.Tensor | None  # (R,) float32, at temperature 1, unfiltered
-    reference_logprob: torch.Tensor | None  # likewise
-    mixture_logprob: torch.Tensor | None  # (R,) float32, of what was sampled from: after temperature and filters
-    ok: torch.Tensor  # (R,) bool; False: the row's logits are no distribution, its token is 0
+    Args:
+        tokens ((R,) int64): the sample.
+        policy_logprob ((R,) float32): at temperature 1, unfiltered.
+        reference_logprob ((R,) float32): likewise.
+        mixture_logprob ((R,) float32): under what was sampled from, after temperature and filters.
+        ok ((R,) bool): False where the row's logits are no distribution; its token is 0.
+    """
+
+    tokens: torch.Tensor
+    policy_logprob: torch.Tensor | None
+    reference_logprob: torch.Tensor | None
+    mixture_logprob: torch.Tensor | None
+    ok: torch.Tensor
 
 
 class LogLinearSample(NamedTuple):
-    """A token per row; log-probabilities are None where they were not asked for."""
+    """A token per row; log-probabilities are None where they were not asked for.
 
-    tokens: torch.Tensor  # (R,) int64
-    logprobs: tuple[torch.Tensor | None, ...]  # of (R,) float32, one per model, at temperature 1, unfiltered
-    mixture_logprob: torch.Tensor | None  # (R,) float32, after temperature and filters
-    ok: torch.Tensor  # (R,) bool; False: the row's logits are no distribution, its token is 0
+    Args:
+        tokens ((R,) int64): the sample.
+        logprobs (of (R,) float32): one per model, at temperature 1, unfiltered.
+        mixture_logprob ((R,) float32): under what was sampled from, after temperature and filters.
+        ok ((R,) bool): False where the row's logits are no distribution; its token is 0.
+    """
+
+    tokens: torch.Tensor
+    logprobs: tuple[torch.Tensor | None, ...]
+    mixture_logprob: torch.Tensor | None
+    ok: torch.Tensor
 
 
 class PackedSample(NamedTuple):

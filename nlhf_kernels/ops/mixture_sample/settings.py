@@ -1,4 +1,4 @@
-"""What a row is sampled with: numbers or per-row tensors, checked and packed into one small tensor on the device."""
+"""Sampling settings: numbers or per-row tensors, checked and packed into one small tensor on the device."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ Number = float | torch.Tensor  # one for all rows, or (R,)
 
 
 class MixtureSettings(NamedTuple):
-    """Sampling settings ready for the device; made once, they serve every step. See `mixture_settings`."""
+    """Sampling settings on the device, packed once for every step by `mixture_settings`.
 
-    packed: torch.Tensor  # (R or 1, 4 + models) float32: temperature, top_k, top_p, min_p, weights
-    filtered: bool  # whether any row has a filter
+    Args:
+        packed ((R or 1, 4 + models) float32): temperature, top_k, top_p, min_p, weights.
+        filtered: whether any row has a filter.
+    """
+
+    packed: torch.Tensor
+    filtered: bool
 
 
 def mixture_settings(
@@ -31,14 +36,19 @@ def mixture_settings(
     rows: int | None = None,
     op: str = "mixture_settings",
 ) -> MixtureSettings:
-    """Check and pack. `weights` are one per model: (1 - beta, beta) for the policy and the reference of Nash-MD.
-
-    temperature  above 0; 0 takes the likeliest token
-    top_k        whole number; 0 keeps all
-    top_p        in (0, 1]; 1 keeps all
-    min_p        in [0, 1]; 0 keeps all
+    """Check and pack the settings of `mixture_sample` and `log_linear_sample`.
 
     Values inside tensors are not looked at: that would stop the GPU. Tensors for the filters count as filtering.
+
+    Args:
+        weights (numbers or (R,)): one per model: (1 - beta, beta) for the policy and the reference of Nash-MD.
+        temperature (number or (R,)): above 0; 0 takes the likeliest token.
+        top_k (number or (R,)): whole number; 0 keeps all tokens.
+        top_p (number or (R,)): in (0, 1]; 1 keeps all tokens.
+        min_p (number or (R,)): in [0, 1]; 0 keeps all tokens.
+        device: where the samplers will run.
+        rows: R, which tensors must have; None takes theirs.
+        op: what errors name.
     """
     named: dict[str, Number] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     named |= {f"weights[{m}]": weight for m, weight in enumerate(weights)}
@@ -89,17 +99,17 @@ def _pack_columns(columns: Sequence[Number], rows: int, device: torch.device) ->
 
 
 @lru_cache(maxsize=256)
-def _pack_kept(numbers: tuple[float, ...], device: torch.device, stream: int) -> torch.Tensor:
+def _pack_cached(numbers: tuple[float, ...], device: torch.device, stream: int) -> torch.Tensor:
     return _pack_columns(numbers, 1, device)
 
 
 def _pack_numbers(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Kept from call to call, per stream: another stream could read before this one has written. Not kept while a
-    graph is recorded, whose memory is not ours to keep."""
+    """Pack, or return what an earlier call packed on this stream: another could read before this one has written.
+    Never cached while a graph is recorded: the graph owns that memory."""
     if torch.compiler.is_compiling():
         return _pack_columns(numbers, 1, device)
     if device.type != "cuda":
-        return _pack_kept(numbers, device, 0)
+        return _pack_cached(numbers, device, 0)
     if torch.cuda.is_current_stream_capturing():
         return _pack_columns(numbers, 1, device)
-    return _pack_kept(numbers, device, torch.cuda.current_stream(device).cuda_stream)
+    return _pack_cached(numbers, device, torch.cuda.current_stream(device).cuda_stream)

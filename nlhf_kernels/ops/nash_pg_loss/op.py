@@ -19,14 +19,23 @@ Scalar = float | torch.Tensor
 
 
 class NashPGLoss(NamedTuple):
-    """The loss, and what it was made of: detached, shaped like the targets, 0 where ignored."""
+    """The loss and its parts, which are detached and 0 at targets that are not part of a response.
 
-    loss: torch.Tensor  # ()
+    Args:
+        loss (()): to minimise.
+        policy_logprobs (as targets): log pi of every token.
+        reference_logprobs (as targets): log mu of every token.
+        weights (as targets): what each log pi was multiplied with.
+        kl (as targets): over the vocabulary, with kl="exact"; else None.
+        entropy (as targets): of the policy, where asked for; else None.
+    """
+
+    loss: torch.Tensor
     policy_logprobs: torch.Tensor
     reference_logprobs: torch.Tensor
-    weights: torch.Tensor  # what each log-probability was multiplied with
-    kl: torch.Tensor | None  # over the vocabulary, per token; with kl="exact"
-    entropy: torch.Tensor | None  # where asked for
+    weights: torch.Tensor
+    kl: torch.Tensor | None
+    entropy: torch.Tensor | None
 
 
 def _describe(

@@ -17,27 +17,45 @@ _OP = "linear_preference_loss"
 
 
 def linear_preference_loss(
-    hidden: torch.Tensor,  # (2 B, T, D): B preferred responses, then B others; or (N, D) with cu_seqlens
-    head: Head | torch.Tensor,  # the policy's; its weight (V, D) alone is fine
-    targets: torch.Tensor,  # (2 B, T) or (N,) int64; -100: not part of the response
-    preference: torch.Tensor | None = None,  # (B,) P(y > y') in [0, 1]; None: y was preferred, always
-    reference_hidden: torch.Tensor | None = None,  # as hidden
-    reference_head: Head | torch.Tensor | None = None,  # None: the policy's, as a constant
+    hidden: torch.Tensor,
+    head: Head | torch.Tensor,
+    targets: torch.Tensor,
+    preference: torch.Tensor | None = None,
+    reference_hidden: torch.Tensor | None = None,
+    reference_head: Head | torch.Tensor | None = None,
     *,
     tau: float,
     kind: str = "ipo",
     per_token: bool = False,
-    reference_logprobs: torch.Tensor | None = None,  # as targets; instead of reference_hidden
-    mask: torch.Tensor | None = None,  # as targets; 0: not part of the response
-    cu_seqlens: torch.Tensor | None = None,  # (2 B + 1,) offsets of packed sequences, from 0 to N
-    normalizer: Scalar | None = None,  # None: the number of pairs
+    reference_logprobs: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    normalizer: Scalar | None = None,
     temperature: float = 1.0,
-    chunk_bytes: int | None = None,  # of logits held at a time; None: 512 MiB on a GPU, 64 MiB on a CPU
+    chunk_bytes: int | None = None,
     backend: str | None = None,
 ) -> PreferenceLoss:
-    """`preference_loss` of the log-ratios of response b and response B + b. per_token divides them by their lengths.
+    """`preference_loss` of the log-ratios of response b and response B + b.
 
     Heads may be DTensors that tensor-parallel processes share, as in `linear_logprobs`.
+
+    Args:
+        hidden ((2 B, T, D), or (N, D) with cu_seqlens): of B preferred responses, then of B others.
+        head: the policy's, a Head or its weight (V, D) alone.
+        targets ((2 B, T) or (N,) int64): token ids; -100 is not part of the response.
+        preference ((B,)): P(y > y'), in [0, 1]; None: y is preferred in every pair.
+        reference_hidden ((2 B, T, D') or (N, D')): the reference's hidden states, a constant.
+        reference_head: the reference's; None takes the policy's, as a constant.
+        tau: price of leaving the reference, above 0.
+        kind: "ipo" or "dpo".
+        per_token: divides the log-ratios by the responses' lengths.
+        reference_logprobs (as targets): instead of reference_hidden.
+        mask (as targets): 0 is not part of the response.
+        cu_seqlens ((2 B + 1,)): offsets of packed sequences, from 0 to N.
+        normalizer (number or ()): what the sum is divided by; None is the number of pairs.
+        temperature: of the log-probabilities trained on.
+        chunk_bytes: bytes of logits held at a time; None takes 512 MiB on a GPU, 64 MiB on a CPU.
+        backend: see `use_backend`; None leaves the choice to it.
     """
     sizes: Sizes = {}
     symbols = layout_symbols(cu_seqlens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -19,12 +19,19 @@ _NOTHING_TO_FUSE = (
 
 
 class PreferenceLoss(NamedTuple):
-    """The loss, and what it was made of, detached."""
+    """The loss and its parts, which are detached.
 
-    loss: torch.Tensor  # ()
-    margin: torch.Tensor  # (B,) h = log pi(y) / mu(y) - log pi(y') / mu(y')
-    first: torch.Tensor  # (B,) log pi(y) / mu(y); per token where lengths were given
-    second: torch.Tensor  # (B,) likewise of y'
+    Args:
+        loss (()): to minimise.
+        margin ((B,)): h = log pi(y) / mu(y) - log pi(y') / mu(y').
+        first ((B,)): log pi(y) / mu(y); per token where lengths were given.
+        second ((B,)): likewise of y'.
+    """
+
+    loss: torch.Tensor
+    margin: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
 
 
 class PreferenceLossProblem(NamedTuple):
@@ -43,23 +50,34 @@ OP = register(
 
 
 def preference_loss(
-    first: torch.Tensor,  # (B,) log pi(y) / mu(y), summed over the response
-    second: torch.Tensor,  # (B,) log pi(y') / mu(y')
-    preference: torch.Tensor | None = None,  # (B,) P(y > y') in [0, 1]; None: y was preferred, always
+    first: torch.Tensor,
+    second: torch.Tensor,
+    preference: torch.Tensor | None = None,
     *,
     tau: float,
     kind: str = "ipo",
-    lengths: tuple[torch.Tensor, torch.Tensor] | None = None,  # (B,) tokens of y and of y'
-    normalizer: Scalar | None = None,  # None: the number of pairs
+    lengths: tuple[torch.Tensor, torch.Tensor] | None = None,
+    normalizer: Scalar | None = None,
 ) -> PreferenceLoss:
-    """With h = first - second and p = preference, summed over pairs and divided by the normalizer:
+    """Return IPO's or DPO's loss of log-ratios, summed over pairs and divided by the normalizer.
+
+    With h = first - second and p = preference:
 
         ipo   p (h - 1 / (2 tau))^2 + (1 - p) (h + 1 / (2 tau))^2
         dpo   -p log sigmoid(tau h) - (1 - p) log sigmoid(-tau h)
 
     A fixed data set and p = 1 are IPO and DPO as published. Online IPO is "ipo" with y, y' drawn from the policy and
     judged; IPO-MD the same with y, y' drawn from its mixture with the reference: they differ in who samples, not here.
-    lengths makes both log-ratios means per token. Differentiable in the log-ratios.
+    Differentiable in the log-ratios.
+
+    Args:
+        first ((B,)): log pi(y) / mu(y), summed over the response.
+        second ((B,)): log pi(y') / mu(y').
+        preference ((B,)): P(y > y'), in [0, 1]; None: y is preferred in every pair.
+        tau: price of leaving the reference, above 0.
+        kind: "ipo" or "dpo".
+        lengths (pair of (B,)): tokens of y and of y', which make both log-ratios means per token.
+        normalizer (number or ()): what the sum is divided by; None is the number of pairs.
     """
     op = "preference_loss"
     sizes: Sizes = {}
@@ -93,7 +111,7 @@ def _probability(preference: torch.Tensor | None, margin: torch.Tensor) -> torch
     return torch.where((p >= 0) & (p <= 1), p, torch.nan)
 
 
-def _per_token(op: str, log_ratio: torch.Tensor, length: Any, sizes: Sizes) -> torch.Tensor:
+def _per_token(op: str, log_ratio: torch.Tensor, length: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     check_tensor(op, "lengths", length, ("pairs",), (torch.int64, torch.int32), sizes, log_ratio.device)
     mean: torch.Tensor = log_ratio / length.clamp(min=1)  # an empty response has log-ratio 0, whatever it is divided by
     return mean
