@@ -21,11 +21,11 @@ from ...core.checks import (
     check_tensor,
 )
 from ...core.registry import Backend, Measured, Op, register
-from ...core.vocabulary import VocabularySlice, is_dtensor, same_slice, slice_of
+from ...core.vocabulary import VocabularySlice
 from ..row_uniforms.op import row_uniforms
 from .layout import MAX_MODELS, MixtureSampleInputs, empty_sample
 from .settings import MixtureSettings, Number, has_filter, mixture_settings
-from .slices import SliceOfDraw
+from .slices import SliceOfDraw, local_logits
 
 _HERE = "nlhf_kernels.ops.mixture_sample"
 Integer = int | torch.Tensor  # () or (R,) int64
@@ -343,7 +343,7 @@ def _sample(
     backend: str | None,
 ) -> PackedSample:
     """Check in the caller's words what the operator would name otherwise, lay tensors out as it takes them, sample."""
-    named_logits, bias, part = _local(op, named_logits, bias, vocab_size)
+    named_logits, bias, part = local_logits(op, named_logits, bias, vocab_size)
     if part is not None:
         vocab_size = None  # the columns beyond are left out already
     sizes: Sizes = {}
@@ -376,38 +376,6 @@ def _sample(
         logits, settings, seed=seed.contiguous(), row_ids=row_ids.contiguous(), step=step.contiguous(), stream=stream,
         bias=bias, logprob_mask=logprob_mask, backend=backend, part=part,
     )  # fmt: skip
-
-
-def _local(
-    op: str, named_logits: dict[str, Any], bias: Any, vocab_size: int | None
-) -> tuple[dict[str, Any], Any, VocabularySlice | None]:
-    """Return logits and bias as plain tensors: of this process's slice, where several share the vocabulary."""
-    if not any(map(is_dtensor, named_logits.values())):
-        return named_logits, bias, None
-    parts = {
-        name: slice_of(model, 1) if is_dtensor(model) and model.ndim == 2 else None
-        for name, model in named_logits.items()
-    }
-    part = next(iter(parts.values()))
-    for name, other in parts.items():
-        if other is None or not same_slice(other, part):
-            raise ValueError(
-                f"{op}: {name}: expected, as of every model or of none, a DTensor (rows, vocabulary) whose columns one "
-                "mesh dimension named 'tp' shares; got another layout"
-            )
-    assert part is not None
-    stop = part.stop
-    if vocab_size is not None:
-        stop = min(stop, check_integer(op, "vocab_size", vocab_size, 1, part.total))
-    width = max(0, stop - part.first)
-    if isinstance(bias, torch.Tensor):
-        columns = part.total if vocab_size is None else vocab_size
-        if bias.shape[-1:] != (columns,):
-            raise ValueError(
-                f"{op}: bias: expected {columns} columns, of the whole vocabulary; got {tuple(bias.shape)}"
-            )
-        bias = bias[..., part.first : part.first + width]
-    return {name: model.detach().to_local()[:, :width] for name, model in named_logits.items()}, bias, part
 
 
 def _columns(op: str, model: torch.Tensor, vocab_size: int | None) -> torch.Tensor:

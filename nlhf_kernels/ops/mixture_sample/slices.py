@@ -8,15 +8,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ...core.vocabulary import VocabularySlice
+from ...core.checks import check_integer
+from ...core.vocabulary import VocabularySlice, is_dtensor, same_slice, slice_of
 from .layout import MixtureSampleInputs
 from .oracle import TEMPERATURE, WEIGHTS, mixed_logits
 
 _TOP, _TOTAL, _MODELS = 0, 1, 2  # rows of `sums`: largest z, sum of exp(z - it), then each model's log-sum-exp
 _LARGEST = 1 - 2**-53  # the largest uniform below 1
+
+
+def local_logits(
+    op: str, named_logits: dict[str, Any], bias: Any, vocab_size: int | None
+) -> tuple[dict[str, Any], Any, VocabularySlice | None]:
+    """Return logits and bias as plain tensors: of this process's slice, where several share the vocabulary."""
+    if not any(map(is_dtensor, named_logits.values())):
+        return named_logits, bias, None
+    parts = {
+        name: slice_of(model, 1) if is_dtensor(model) and model.ndim == 2 else None
+        for name, model in named_logits.items()
+    }
+    part = next(iter(parts.values()))
+    for name, other in parts.items():
+        if other is None or not same_slice(other, part):
+            raise ValueError(
+                f"{op}: {name}: expected, as of every model or of none, a DTensor (rows, vocabulary) whose columns one "
+                "mesh dimension named 'tp' shares; got another layout"
+            )
+    assert part is not None
+    stop = part.stop
+    if vocab_size is not None:
+        stop = min(stop, check_integer(op, "vocab_size", vocab_size, 1, part.total))
+    width = max(0, stop - part.first)
+    if isinstance(bias, torch.Tensor):
+        columns = part.total if vocab_size is None else vocab_size
+        if bias.shape[-1:] != (columns,):
+            raise ValueError(
+                f"{op}: bias: expected {columns} columns, of the whole vocabulary; got {tuple(bias.shape)}"
+            )
+        bias = bias[..., part.first : part.first + width]
+    return {name: model.detach().to_local()[:, :width] for name, model in named_logits.items()}, bias, part
 
 
 @dataclass(frozen=True)
