@@ -27,6 +27,7 @@ from nlhf_kernels.ops.logprobs.oracle import logprobs as oracle
 from nlhf_kernels.ops.logprobs.oracle import logprobs_backward as oracle_backward
 from tests.support import processes
 from tests.support.backends import device_of, every_backend
+from tests.support.capture import capturing
 from tests.support.processes import collectives
 from tests.support.tolerances import assert_accurate
 
@@ -116,6 +117,19 @@ def test_a_target_beyond_the_vocabulary_is_nan_of_every_slice() -> None:
     values, _ = merge(torch.zeros(2, 5, 4), torch.zeros(2, 6, 4), owners, Settings(extras=EVERYTHING))
     assert values[:, 2:].isnan().all() and not values[Output.POLICY, :2].isnan().any()
     assert len(Normalizer) == 6
+
+
+def test_slices_ask_nothing_of_the_host() -> None:
+    """Nothing on the way waits for the device: no value is read, no list is an index."""
+    meta = torch.device("meta")
+    logits = [torch.empty(6, 20, device=meta) for _ in range(2)]
+    targets, beta = torch.empty(6, dtype=torch.int64, device=meta), torch.empty(6, device=meta)
+    settings = Settings(extras=EVERYTHING)
+    with capturing():
+        for call, own, scored in slices_of("torch", logits, targets, beta, settings, 3):
+            parts = (torch.stack([part, part, part]) for part in scored)
+            saved = merge(*parts, call.part.owners(targets), settings)
+            call.logits_gradient(slice(0, 6), tuple(own), *saved, torch.empty(5, 6, device=meta))
 
 
 # ---- in four processes -----------------------------------------------------------------------------------------------

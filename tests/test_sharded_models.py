@@ -179,6 +179,8 @@ def stored_in_parts_and_gathered_once() -> None:
         with torch.no_grad():
             first = collectives(lambda: policy(input_ids=own[0]))  # noqa: B023
         assert first >= 2, "layers are gathered by every forward pass, as before"
+        policy(input_ids=own[0]).logits.logsumexp(-1).sum().backward()
+        assert all(parameter.grad.to_local().isfinite().all() for parameter in policy.parameters()), "it trains on"
 
 
 def stored_in_parts_and_gathered_at_every_step() -> None:

@@ -16,6 +16,7 @@ from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
 from nlhf_kernels.ops.mixture_sample.slices import SliceOfDraw
 from tests.support import processes
 from tests.support.backends import device_of, every_backend
+from tests.support.capture import capturing
 from tests.support.mixture import assert_right, logits_pair, uniforms_for
 
 WIDE = 301  # tokens: no number of processes here divides it
@@ -121,6 +122,18 @@ def test_a_log_probability_of_minus_infinity_is_one() -> None:
     other[:, 0] = 0
     result = drawn("torch", 3, [policy, other], [1.0, 0.0], uniforms_for(4, torch.device("cpu")))
     assert result.ok.all() and (result.reference_logprob == -torch.inf).all()
+
+
+def test_a_draw_asks_nothing_of_the_host() -> None:
+    """A captured graph would refuse a list for an index, or a value that is read."""
+    logits = [torch.empty(6, 12, device="meta") for _ in range(2)]
+    packed, uniforms = torch.empty(6, 6, device="meta"), torch.empty(6, dtype=torch.float64, device="meta")
+    bias, tokens = torch.empty(12, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
+    inputs = MixtureSampleInputs(logits, packed, False, bias, uniforms, None, None, None, 0, 0b111, "torch")
+    with capturing():
+        draw = SliceOfDraw(inputs, uniforms, VocabularySlice(None, 1, 2, 24), lambda inside: tokens)
+        sums = torch.stack([draw.sums(), draw.sums()])
+        draw.sample(sums, torch.stack([draw.candidates(sums), draw.candidates(sums)]))
 
 
 # ---- in four processes -----------------------------------------------------------------------------------------------

@@ -52,23 +52,39 @@ class VocabularySlice:
         return self.stop - self.first
 
     def owners(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the rank that holds each token; what is no token of the vocabulary has no owner, -1."""
+        """Return the rank that holds each token; what is no token of the vocabulary has no owner, -1.
+
+        Args:
+            tokens (int64): token ids.
+        """
         inside = (tokens >= 0) & (tokens < self.total)
         return torch.where(inside, tokens // self.widest, -1)
 
     def gathered(self, part: torch.Tensor) -> torch.Tensor:  # (...) -> (processes, ...)
-        """Return what every process gave, in the order of their ranks: one collective."""
+        """Return what every process gave, in the order of their ranks: one collective.
+
+        Args:
+            part (tensor): this process's, of one shape everywhere.
+        """
         result = torch.empty((self.processes, *part.shape), dtype=part.dtype, device=part.device)
         torch.distributed.all_gather(list(result.unbind(0)), part.contiguous(), group=self.group)
         return result
 
     def add_up(self, part: torch.Tensor) -> None:
-        """Replace `part` by the sum over all processes: one collective."""
+        """Replace `part` by the sum over all processes: one collective.
+
+        Args:
+            part (tensor): this process's.
+        """
         torch.distributed.all_reduce(part, group=self.group)
 
 
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
-    """Return whether `tensor` is a DTensor. Nobody has one where nobody imported its module."""
+    """Return whether `tensor` is a DTensor. Nobody has one where nobody imported its module.
+
+    Args:
+        tensor: anything.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -97,7 +113,11 @@ def slice_of(tensor: Any, dim: int = 0) -> VocabularySlice | None:
 
 
 def same_slice(one: VocabularySlice | None, other: VocabularySlice | None) -> bool:
-    """Return whether both are the same tokens, shared by the same processes; meshes make groups of their own."""
+    """Return whether both are the same tokens, shared by the same processes; meshes make groups of their own.
+
+    Args:
+        one, other (VocabularySlice): of this process, or None.
+    """
     if one is None or other is None:
         return one is other
     ranks = torch.distributed.get_process_group_ranks
@@ -106,7 +126,11 @@ def same_slice(one: VocabularySlice | None, other: VocabularySlice | None) -> bo
 
 
 def trained_apart(tensor: Any) -> bool:
-    """Return whether processes that read different texts share a DTensor: its gradient is theirs together."""
+    """Return whether processes that read different texts share a DTensor: its gradient is theirs together.
+
+    Args:
+        tensor (DTensor): a parameter.
+    """
     from torch.distributed.tensor import Replicate
 
     names = tensor.device_mesh.mesh_dim_names or ()

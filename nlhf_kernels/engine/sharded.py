@@ -8,6 +8,7 @@ are gathered once a rollout, and the few agreements without which one process wo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,6 +23,10 @@ from .model_info import ModelInfo
 
 class Sharding:
     """How the models of an engine are shared.
+
+    Args:
+        op (str): the engine's name in errors.
+        infos (mapping of ModelInfo): the models by their roles, the policy first.
 
     Attributes:
         tensor_parallel: the process group that splits layers; None: none does.
@@ -113,6 +118,9 @@ class Sharding:
 
         Processes that split layers have the same rows. Those that store parameters have rows of their own, and wait for
         each other unless the parameters are gathered.
+
+        Args:
+            gather (bool): whether FSDP's parameters are gathered for the rollout.
         """
         if self.fsdp_group is not None and not gather:
             return lambda is_open: not agreed(not is_open, self.fsdp_group)
@@ -126,7 +134,13 @@ class Sharding:
 
     @contextmanager
     def decoding(self, infos: Iterable[ModelInfo], slices: bool, gather: bool) -> Iterator[None]:
-        """Keep logits in slices and parameters gathered, as asked for, and restore all afterwards."""
+        """Keep logits in slices and parameters gathered, as asked for, and restore all afterwards.
+
+        Args:
+            infos (iterable of ModelInfo): the models.
+            slices (bool): keep the logits in slices of the vocabulary.
+            gather (bool): gather FSDP's parameters.
+        """
         with ExitStack() as stack:
             for model in self.fsdp if gather else ():
                 stack.enter_context(_unsharded(model))
@@ -135,7 +149,11 @@ class Sharding:
             yield
 
     def why_not_captured(self, device: torch.device) -> str | None:
-        """Why a step with collectives cannot be recorded; found out once, by recording a small one."""
+        """Return why a step with collectives cannot be recorded; None where it can. Found out once, by recording one.
+
+        Args:
+            device (torch.device): the models'.
+        """
         if self.fsdp_group is not None:
             return "FSDP gathers parameters from the host"
         if self.tensor_parallel is None:
@@ -146,7 +164,12 @@ class Sharding:
 
 
 def check_not_shared(op: str, policy: Any) -> None:
-    """Check that a policy's modules can be copied around other parameters: shared ones are bound to their own."""
+    """Check that a policy's modules can be copied around other parameters: shared ones are bound to their own.
+
+    Args:
+        op (str): the name in errors.
+        policy (torch.nn.Module): the policy.
+    """
     parameters = policy.parameters() if isinstance(policy, torch.nn.Module) else ()
     if any(map(is_dtensor, parameters)):
         raise ValueError(
@@ -156,16 +179,25 @@ def check_not_shared(op: str, policy: Any) -> None:
 
 
 def agreed(yes: bool, group: Any, device: torch.device | None = None) -> bool:
-    """Return whether all processes of the group say yes: one collective."""
+    """Return whether all processes of the group say yes: one collective.
+
+    Args:
+        yes (bool): what this process says.
+        group (ProcessGroup): the processes.
+        device (torch.device): of the tensor that is sent; None: the CPU, or the current GPU under NCCL.
+    """
     return all(other[0] for other in _gathered([int(yes)], group, device or _device_of(group)))
 
 
 def fsdp_modules(model: torch.nn.Module) -> Iterator[Any]:
-    """Yield the modules that FSDP2 gathers one by one, outermost first."""
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule
+    """Yield the modules that FSDP2 gathers one by one, outermost first.
 
-        yield from (module for module in model.modules() if isinstance(module, FSDPModule))
+    Args:
+        model (torch.nn.Module): any model.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:  # else nobody has such a module
+        yield from (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
@@ -247,11 +279,11 @@ def _unsharded(model: torch.nn.Module) -> Iterator[None]:
 
 def _groups(model: torch.nn.Module) -> tuple[Any, Any]:
     """The process groups that split a model's layers, and that store its parameters; None where there are none."""
-    from torch.distributed.tensor import Replicate
-
     split, stored = None, None
     managed = any(True for _ in fsdp_modules(model))
     for parameter in filter(is_dtensor, model.parameters()):
+        from torch.distributed.tensor import Replicate
+
         mesh = parameter.device_mesh
         names = mesh.mesh_dim_names or ("",) * mesh.ndim
         for dim, placement in enumerate(parameter.placements):

@@ -92,7 +92,8 @@ class ChunkedSlice(Chunked):
         """Of this slice alone. Where a row's target is another slice's, the first token stands in its place."""
         if not self.part.width:
             values, normalizers = (part[:, rows].clone() for part in self.outputs())
-            normalizers[[Normalizer.POLICY_MAX, Normalizer.REFERENCE_MAX, Normalizer.MIXTURE_MAX]] = -torch.inf
+            for top, _, _ in _DISTRIBUTIONS:
+                normalizers[top].fill_(-torch.inf)
             return values, normalizers
         targets = self._columns_of(rows, 0)
         beta = self.beta_of(rows) if settings.computes(Extra.MIXTURE) else None

@@ -126,8 +126,10 @@ class SliceOfDraw:
         if self.inputs.logprob_mask >> len(of_models) & 1:
             logprobs[-1] = torch.where(greedy, 0.0, (z - top - total.log()).clamp(max=0))
         logprobs.masked_fill_(~ok, torch.nan)
-        asked = [index for index in range(len(logprobs)) if self.inputs.logprob_mask >> index & 1]
-        broken = logprobs[asked].isnan().any(0) | ~ok
+        broken = ~ok
+        for index, row in enumerate(logprobs):
+            if self.inputs.logprob_mask >> index & 1:
+                broken = broken | row.isnan()
         return torch.where(ok, tokens, 0).long(), logprobs.float(), ~broken
 
     def _scaled(self, logits: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
