@@ -68,7 +68,8 @@ def collectives(run: Callable[[], object]) -> int:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if any(issubclass(kind, DTensor) for kind in types):
                 return NotImplemented  # it comes again, as the collectives and products that it is made of
-            self.count += func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__
+            sends = not any(part in func.__name__ for part in ("wait_tensor", "wrap_tensor"))
+            self.count += sends and func.namespace in ("c10d", "_c10d_functional")
             return func(*args, **(kwargs or {}))
 
     with Counting() as mode:
