@@ -180,6 +180,54 @@ def test_dropped_by_generate() -> None:
     assert upstream.dropped_by_generate(inspect.currentframe()) == upstream.dropped_by_generate(None) == {}
 
 
+def test_distributed_config_class(monkeypatch) -> None:
+    kind = upstream.distributed_config_class()
+    if kind is not None:
+        assert (kind(tp_size=2).tp_size, kind(fsdp_size=3).fsdp_size, kind(tp_size=2).dp_replicate_size) == (2, 3, 1)
+    monkeypatch.setitem(sys.modules, "transformers.distributed", types.ModuleType("transformers.distributed"))
+    assert upstream.distributed_config_class() is None, "a transformers that is too old"
+
+
+def test_plain_class() -> None:
+    """FSDP2 makes a subclass of every module's class."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("torch is too old for FSDP2")
+    layer = torch.nn.Linear(4, 4)
+    assert upstream.plain_class(layer) is torch.nn.Linear
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fsdp.fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        assert type(layer) is not torch.nn.Linear
+        assert upstream.plain_class(layer) is torch.nn.Linear
+    finally:
+        del layer
+        leave_process_group()
+
+
+def test_skeleton() -> None:
+    model = tiny_model("gpt2")
+    model.set_attn_implementation("eager")
+    copy = upstream.skeleton(model)
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    assert {name: value.shape for name, value in copy.named_parameters()} == shapes
+    assert all(value.is_meta for value in copy.parameters()) and not any(value.is_meta for value in model.parameters())
+    assert upstream.attention_name(copy.config) == "eager"
+
+
+def test_accepting_split_models(tmp_path) -> None:
+    """What Trainer's constructor looks at is as before, once it is done."""
+    accelerate = pytest.importorskip("accelerate")
+    if not hasattr(accelerate, "ParallelismConfig"):
+        pytest.skip("accelerate is too old for tensor parallelism")
+    check = accelerate.ParallelismConfig._validate_accelerator
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with upstream.accepting_split_models(args):
+        assert args.save_only_model
+        accelerate.ParallelismConfig(tp_size=2)._validate_accelerator(None)
+    assert not args.save_only_model and accelerate.ParallelismConfig._validate_accelerator is check
+
+
 @pytest.mark.parametrize("name", upstream.TRAINER_METHODS)
 def test_trainer_methods(name) -> None:
     method = getattr(transformers.Trainer, name)

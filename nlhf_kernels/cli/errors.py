@@ -42,6 +42,10 @@ class BadInput(Exception):
     """An option, file, model or judge that cannot be used; the message is one line."""
 
 
+class SaidByFirst(BadInput):
+    """All of several processes have found the same; the first one says it."""
+
+
 def finish(
     work: Callable[[], int],
     arguments: argparse.Namespace,
@@ -68,6 +72,8 @@ def finish(
         return _end(INTERRUPTED, f"interrupted: {resume_hint(arguments)}")
     except Stopped:
         return _end(STOPPED, f"stopped by SIGTERM: {resume_hint(arguments)}")
+    except SaidByFirst:
+        return REFUSED
     except SystemExit as stop:  # a judge's or a model's own code; exit code 0 would pass for a finished command
         return _end(FAILED, f"error: sys.exit({stop.code!r}) was called during the work, which is not finished")
     except BaseException as error:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.adapters import base_of, is_adapter
-from ..core.loading import loading
+from ..core.adapters import is_adapter
+from ..core.loading import load_configuration
 from ..core.optional import need, require
 from ..core.terminal import new_console
 from .errors import DONE, FAILED, BadInput
@@ -96,21 +96,12 @@ def _shapes(place: str, name: str, run_file: RunFile) -> ModelShapes:
     """The model that `name` stands for, without its weights; of the policy with the adapters it will have."""
     from ..train.memory_plan import ModelShapes
 
+    config = load_configuration(f"train: {place}", name, trust_remote_code=run_file.trust_remote_code)
     lora: Any = None
-    is_policy = place == "model"
-
-    def read(found: str) -> Any:
-        nonlocal lora
-        if is_adapter(found):
-            lora = need("peft", "plan").PeftConfig.from_pretrained(found) if is_policy else None
-            found = base_of(found)
-        return need("transformers", "plan").AutoConfig.from_pretrained(
-            found, trust_remote_code=run_file.trust_remote_code
-        )
-
-    config = loading(f"train: {place}", name, read, "configuration")
-    if is_policy and run_file.lora is not None:
+    if place == "model" and run_file.lora is not None:
         lora = need("peft", "plan").LoraConfig(**{"task_type": "CAUSAL_LM", **run_file.lora})
+    elif place == "model" and is_adapter(name):
+        lora = need("peft", "plan").PeftConfig.from_pretrained(name)
     if lora is not None:
         lora.inference_mode = False
     dtype = getattr(config, "dtype", None) or torch.float32 if run_file.dtype == "auto" else run_file.dtype

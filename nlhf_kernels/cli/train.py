@@ -7,6 +7,7 @@ The trained policy lies in `policy/` under output_dir, beside its checkpoints. -
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.atomic import atomic_folder, check_folder
-from ..core.loading import check_finite, load_model, load_tokenizer, loading, quiet
+from ..core.loading import check_finite, load_configuration, load_model, load_tokenizer, loading, quiet
 from ..core.lock import lock_folder
 from ..core.manifest import kind_of
 from ..core.optional import need, require
 from ..core.processes import leave_process_group
 from ..data import load_prompts
 from .common import load_function, read_data, show_next
-from .errors import BadInput
+from .errors import BadInput, SaidByFirst
 
 if TYPE_CHECKING:
     from ..train import NashConfig, NashTrainer
@@ -64,20 +65,51 @@ def run(arguments: argparse.Namespace) -> int:
     place = Path(arguments.output) / POLICY
     _check_policy(run_file, place, replaces=arguments.resume or run_file.training.get("overwrite_output_dir", False))
     args = run_file.config()
+    split = _split(run_file, args)
     if arguments.check or args.process_index:
-        code = _train(arguments, run_file, args, place)
+        code = _train(arguments, run_file, args, split, place)
     else:
         place.parent.mkdir(parents=True, exist_ok=True)
         with lock_folder(place.parent):  # before models are loaded
-            code = _train(arguments, run_file, args, place)
+            code = _train(arguments, run_file, args, split, place)
     leave_process_group()
     return code
 
 
-def _train(arguments: argparse.Namespace, run_file: RunFile, args: NashConfig, place: Path) -> int:
+def _split(run_file: RunFile, args: NashConfig) -> Any:
+    """Return the DistributedConfig that the run's models are loaded with, or None: all that can be wrong with a layout
+    is found before a model is loaded."""
+    from ..core.upstream import distributed_config_class
+    from ..train.layout import check_divides, layout_of
+
+    try:
+        layout = layout_of("train", args.tp_size, args.fsdp_size, args.dp_replicate_size, args.world_size)
+        if not layout.sharded:
+            return None
+        if (kind := distributed_config_class()) is None:
+            raise BadInput("train: tp_size, fsdp_size: expected a newer transformers, with DistributedConfig's sizes")
+        if layout.tp_size > 1 and run_file.lora is not None:
+            raise BadInput("train: lora: expected with fsdp_size; got it with tp_size, which cuts the adapted matrices")
+        for key in ("model", "reference_model", "eval_opponent"):
+            if (name := getattr(run_file, key)) is not None:
+                config = load_configuration(f"train: {key}", name, trust_remote_code=run_file.trust_remote_code)
+                check_divides("train", key, config, layout.tp_size)
+    except (BadInput, ValueError) as error:
+        if args.process_index:
+            raise SaidByFirst from error
+        raise
+    return kind(
+        tp_size=layout.tp_size,
+        fsdp_size=layout.fsdp_size,
+        dp_replicate_size=layout.dp_replicate_size,
+        fsdp_mixed_precision=bool(args.bf16 and layout.fsdp_size > 1),
+    )
+
+
+def _train(arguments: argparse.Namespace, run_file: RunFile, args: NashConfig, split: Any, place: Path) -> int:
     from ..train.checkpoints import list_checkpoints
 
-    trainer = build(run_file, args)
+    trainer = build(run_file, args, split)
     if arguments.check:
         return _check(arguments, trainer)
     trainer.train(resume_from_checkpoint=bool(arguments.resume and list_checkpoints(Path(trainer.args.output_dir))))
@@ -89,6 +121,8 @@ def _train(arguments: argparse.Namespace, run_file: RunFile, args: NashConfig, p
         with quiet(), atomic_folder(place, KIND, overwrite=True) as work:
             trainer.model.save_pretrained(work)
             trainer.processing_class.save_pretrained(work)
+    elif trainer.layout.sharded:  # all processes gather weights, the first one writes
+        trainer.model.save_pretrained(place.parent, is_main_process=False)
     if trainer.eval_dataset is not None:
         metrics = {name: value for name, value in trainer.evaluate().items() if name != "epoch"}
         _say(trainer, json.dumps(metrics, indent=2))
@@ -164,12 +198,13 @@ def _base_of(adapters: Path) -> list[Path]:
         return []
 
 
-def build(run_file: RunFile, args: NashConfig) -> NashTrainer:
+def build(run_file: RunFile, args: NashConfig, split: Any = None) -> NashTrainer:
     """Load everything that a run file names; return its trainer.
 
     Args:
         run_file: the run.
         args: its NashConfig.
+        split: transformers' DistributedConfig of the models; None: every process has all of them.
     """
     from ..train import NashTrainer
 
@@ -185,16 +220,16 @@ def build(run_file: RunFile, args: NashConfig) -> NashTrainer:
     if run_file.lora is not None:
         peft_config = need("peft", "train: lora").LoraConfig(**{"task_type": "CAUSAL_LM", **run_file.lora})
     return NashTrainer(
-        _model(run_file, "model"),
-        _model(run_file, "reference_model"),
-        judge=None if run_file.judge is None else _judge(run_file.judge, args.device),
+        _model(run_file, "model", split),
+        _model(run_file, "reference_model", split),
+        judge=None if run_file.judge is None else _judge(run_file.judge, args.device, split),
         args=args,
         train_dataset=train_prompts,
         eval_dataset=eval_prompts,
         processing_class=tokenizer,
         peft_config=peft_config,
-        reward=None if run_file.reward is None else _reward(run_file.reward, args.device),
-        eval_opponent=_model(run_file, "eval_opponent"),
+        reward=None if run_file.reward is None else _reward(run_file.reward, args.device, split),
+        eval_opponent=_model(run_file, "eval_opponent", split),
     )
 
 
@@ -204,25 +239,27 @@ def _prompts(place: str, source: str, split: str | None, tokenizer: Any) -> list
     return [{"prompt": text} for text in texts]
 
 
-def _model(run_file: RunFile, key: str) -> Any:
+def _model(run_file: RunFile, key: str, split: Any) -> Any:
     """Return the model that the run file has under `key`, or None."""
     name = getattr(run_file, key)
     if name is None:
         return None
     options: Any = {"dtype": run_file.dtype, "trust_remote_code": run_file.trust_remote_code}
+    if split is not None:
+        options["distributed_config"] = copy.copy(split)
     return load_model(f"train: {key}", name, trainable=key == "model", **options)
 
 
-def _judge(specs: list[JudgeSpec], device: torch.device) -> Any:
+def _judge(specs: list[JudgeSpec], device: torch.device, split: Any) -> Any:
     from ..preference import AverageJudge
 
-    judges = [_one_judge(spec, device) for spec in specs]
+    judges = [_one_judge(spec, device, split) for spec in specs]
     if len(judges) == 1:
         return judges[0]
     return AverageJudge(judges, [1.0 if spec.weight is None else spec.weight for spec in specs])
 
 
-def _one_judge(spec: JudgeSpec, device: torch.device) -> Any:
+def _one_judge(spec: JudgeSpec, device: torch.device, split: Any) -> Any:
     from ..preference import PreferenceModelJudge, RewardJudge, checked
 
     if spec.function is not None:
@@ -230,24 +267,33 @@ def _one_judge(spec: JudgeSpec, device: torch.device) -> Any:
     if spec.reward_model is not None:
         scale = 1.0 if spec.scale is None else spec.scale
         return checked(
-            RewardJudge(_preference_model("judge.reward_model", spec.reward_model, device), scale), spec.reward_model
+            RewardJudge(_preference_model("judge.reward_model", spec.reward_model, device, split), scale),
+            spec.reward_model,
         )
     assert spec.preference_model is not None, "checked"
-    model = _preference_model("judge.preference_model", spec.preference_model, device)
+    model = _preference_model("judge.preference_model", spec.preference_model, device, split)
     return checked(PreferenceModelJudge(model, spec.batch_size or 16), spec.preference_model)
 
 
-def _reward(spec: RewardSpec, device: torch.device) -> Any:
+def _reward(spec: RewardSpec, device: torch.device, split: Any) -> Any:
     if spec.function is not None:
         return load_function("train: reward.function", spec.function)
     assert spec.reward_model is not None, "checked"
-    return _preference_model("reward.reward_model", spec.reward_model, device).rewards
+    return _preference_model("reward.reward_model", spec.reward_model, device, split).rewards
 
 
-def _preference_model(place: str, folder: str, device: torch.device) -> Any:
+def _preference_model(place: str, folder: str, device: torch.device, split: Any) -> Any:
     from ..preference import RewardModel, load_preference_model
+    from ..train.sharded import GatheredModel
 
-    model = loading(f"train: {place}", folder, lambda path: load_preference_model(path, device=device))
+    def load(path: str) -> Any:
+        if split is None or split.tp_size == 1:
+            return load_preference_model(path, device=device)
+        model = load_preference_model(path, distributed_config=copy.copy(split))
+        model.body = GatheredModel(model.body, None).model
+        return model
+
+    model = loading(f"train: {place}", folder, load)
     if place.endswith("reward_model") is not isinstance(model, RewardModel):
         raise BadInput(f"train: {place}: expected another kind of model; got {type(model).__name__} in {folder}")
     return model

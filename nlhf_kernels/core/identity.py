@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .vocabulary import is_dtensor
+
 THREADS = 4  # crc32 releases the GIL
 _NOT_OF_ADAPTERS = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
@@ -21,12 +23,24 @@ _NOT_OF_ADAPTERS = (
 
 
 def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Of all names, shapes, dtypes and bytes, whatever device they are on."""
-    named = list(weights)
+    """Of all names, shapes, dtypes and bytes, whatever device they are on and however they are split.
+
+    Of split weights all processes must ask.
+    """
+    named = [(name, _Digested(value, _checksum(value)) if is_dtensor(value) else value) for name, value in weights]
     with ThreadPoolExecutor(THREADS) as pool:
-        checksums = pool.map(lambda item: _checksum(item[1]), named)
+        checksums = pool.map(
+            lambda item: item[1].checksum if isinstance(item[1], _Digested) else _checksum(item[1]), named
+        )
     lines = [f"{n} {tuple(v.shape)} {v.dtype} {c:08x}" for (n, v), c in zip(named, checksums, strict=True)]
     return digest("\n".join(sorted(lines)))
+
+
+class _Digested:
+    """What is left of a split weight, which is gathered by itself: the processes take one after another."""
+
+    def __init__(self, value: torch.Tensor, checksum: int) -> None:
+        self.shape, self.dtype, self.checksum = value.shape, value.dtype, checksum
 
 
 def start_digest(model: torch.nn.Module, adapted: bool) -> str:
@@ -77,4 +91,5 @@ def digest(text: str) -> str:
 
 
 def _checksum(tensor: torch.Tensor) -> int:
+    tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
     return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -18,6 +18,7 @@ from . import adapters
 from .manifest import has_manifest, verify
 from .optional import need
 from .places import locate
+from .vocabulary import is_dtensor
 
 #: Options of `from_pretrained` that say where from; adapters and tokenizers take them too.
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -46,9 +47,27 @@ def load_model(
             return _load_adapted(kind, found, trainable, merge, options)
         return _load_whole(kind, found, options)
 
-    model = loading(place, name, load).to(device).eval()
+    model = loading(place, name, load)
+    model = (model if options.get("distributed_config") else model.to(device)).eval()  # a split one is where it belongs
     check_finite(place, model, f" in {name}")
     return model
+
+
+def load_configuration(place: str, name: str | Path, **options: Any) -> Any:
+    """Return a model's configuration without its weights; an adapter's is its base's.
+
+    Args:
+        place: how an error begins.
+        name: a folder or a name on the hub.
+        options: for transformers' `from_pretrained`.
+    """
+
+    def load(found: str) -> Any:
+        where = _where(options)
+        found = adapters.base_of(found, where) if adapters.is_adapter(found, where) else found
+        return need("transformers", place).AutoConfig.from_pretrained(found, **options)
+
+    return loading(place, name, load, "configuration")
 
 
 def load_tokenizer(place: str, name: str | Path, **options: Any) -> Any:
@@ -98,9 +117,15 @@ def check_finite(place: str, model: torch.nn.Module, where: str = "") -> None:
 
 @torch.no_grad()
 def not_finite(model: torch.nn.Module) -> str | None:
-    """The first weight with a NaN or an infinity."""
-    weights = ((name, value) for name, value in model.named_parameters() if value.is_floating_point())
-    return next((name for name, value in weights if not bool(value.isfinite().all())), None)
+    """The first weight with a NaN or an infinity. Of a split model all processes must ask; all get the same answer."""
+    weights = [(name, value) for name, value in model.named_parameters() if value.is_floating_point()]
+    if not any(is_dtensor(value) for _, value in weights):
+        return next((name for name, value in weights if not bool(value.isfinite().all())), None)
+    parts = [value.to_local() if is_dtensor(value) else value for _, value in weights]
+    wrong = torch.stack([(~part.isfinite()).any() for part in parts]).int()
+    torch.distributed.all_reduce(wrong, torch.distributed.ReduceOp.MAX)
+    first = wrong.tolist()
+    return weights[first.index(1)][0] if 1 in first else None
 
 
 def _bad_file(folder: str) -> str:

@@ -130,6 +130,83 @@ def has_injected_adapter(model: Any) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+# ---- transformers: models that several processes share ---------------------------------------------------------------
+
+
+def distributed_config_class() -> Any:
+    """Return transformers' DistributedConfig where it has the three sizes; None where it is too old for them."""
+    try:
+        from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
+    except ImportError:
+        return None
+    known = inspect.signature(DistributedConfig).parameters
+    return DistributedConfig if {"tp_size", "fsdp_size", "dp_replicate_size"} <= known.keys() else None
+
+
+def plain_class(module: Any) -> Any:
+    """Return the class of a module as it was written; FSDP2 puts one of its own in front.
+
+    Args:
+        module: a torch.nn.Module.
+    """
+    kind = type(module)
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(module, FSDPModule):
+            return kind.__mro__[2]
+    return kind
+
+
+def skeleton(model: Any) -> Any:
+    """Return a model of the same class and configuration on the meta device, split as `model` is by tensor parallelism
+    alone: without FSDP2's wrappers, whose modules cannot be copied.
+
+    Args:
+        model: a model of transformers.
+    """
+    from copy import deepcopy
+
+    kind, config = plain_class(model), deepcopy(model.config)
+    split = getattr(config, "distributed_config", None)
+    config.distributed_config = None
+    with torch.device("meta"):
+        result = kind(config)
+    set_attention_name(result.config, attention_name(model.config))
+    manager = getattr(model, "_mesh_manager", None)
+    if split is not None and manager is not None and split.tp_size > 1:
+        head = result.get_output_embeddings() if hasattr(result, "get_output_embeddings") else None
+        if head is not None:  # a tied one has no name of its own, by which plans call it; it is tied again below
+            head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+        alone = distributed_config_class()(tp_size=split.tp_size, tp_plan=split.tp_plan)
+        result = kind.maybe_distribute_model(result, alone, manager)
+    result.tie_weights()
+    return result
+
+
+@contextmanager
+def accepting_split_models(args: Any) -> Iterator[None]:
+    """Let Trainer's constructor accept a split model, where it and accelerate refuse what works.
+
+    transformers 5.23 and 5.24 refuse a save_strategy, as their own checkpoints of such models cannot be resumed.
+    accelerate 1.15 refuses tensor parallelism on a CPU, of which it only tells data loaders.
+
+    Args:
+        args: TrainingArguments.
+    """
+    from accelerate import ParallelismConfig
+
+    before, check = args.save_only_model, ParallelismConfig._validate_accelerator
+    args.save_only_model = True
+    if args.device.type == "cpu":
+        ParallelismConfig._validate_accelerator = lambda *_: None
+    try:
+        yield
+    finally:
+        args.save_only_model = before
+        ParallelismConfig._validate_accelerator = check
+
+
 # ---- transformers: generate() and the Trainer ------------------------------------------------------------------------
 
 
@@ -140,7 +217,15 @@ def dropped_by_generate(caller: FrameType | None) -> dict[str, Any]:
 
 
 #: Methods of Trainer that NashTrainer overrides, and their arguments.
-TRAINER_METHODS = {"_get_output_dir": ("self", "trial"), "_save_checkpoint": ("self", "model", "trial")}
+TRAINER_METHODS = {
+    "_get_output_dir": ("self", "trial"),
+    "_load_best_model": ("self",),
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "_save": ("self", "output_dir", "state_dict"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_save_optimizer_and_scheduler": ("self", "output_dir"),
+}
 
 
 def wandb_of(callback: Any) -> Any:

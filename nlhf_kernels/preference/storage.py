@@ -80,7 +80,7 @@ def load_preference_model(folder: str | Path, *, device: torch.device | str = "c
         check_finite("preference", model.body, f" of the adapter in {folder}")
     model.head.load_state_dict(weights.load_file(place / "head.safetensors"))
     check_finite("preference", model.head, f" of the head in {folder}")
-    return model.to(device).eval()
+    return (model if options.get("distributed_config") else model.to(device)).eval()
 
 
 def _save_body(model: ComparisonModel, work: Path) -> None:

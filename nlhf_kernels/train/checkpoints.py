@@ -21,6 +21,7 @@ KIND = "checkpoint"
 RUN = "nash_run.json"
 OPPONENT = "opponent.safetensors"
 SCALER = "scaler.pt"  # the gradient scaler's state; of runs with fp16
+SHARDED = "sharded/.metadata"  # in place of optimizer.pt: what says that split models are complete
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # to go on exactly; save_only_model leaves them out
 _log = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ def _check_complete(path: Path) -> None:
     if not manifest.has_manifest(path):
         raise ValueError(f"{path}: expected a checkpoint that this trainer wrote; it has no {manifest.NAME}")
     manifest.verify(path)
-    missing = [name for name in (RUN, *NEEDED) if not (path / name).exists()]
+    instead = {"optimizer.pt": SHARDED} if (path / SHARDED).parent.is_dir() else {}
+    missing = [name for name in (RUN, *NEEDED) if not (path / instead.get(name, name)).exists()]
     if not missing and json.loads((path / RUN).read_text()).get("fp16") and not (path / SCALER).exists():
         missing = [SCALER]
     if missing:

@@ -19,6 +19,7 @@ from ..preference import Judge, checked
 from .config import NashConfig
 from .experience import rollout_seed
 from .meters import Meters
+from .processes import DataParallel
 from .prompts import PromptCollator, PromptDataset
 from .rewards import Reward, rewards
 
@@ -38,7 +39,7 @@ class Evaluator:
         collator: makes batches of prompts.
         judge: compares answers; None: no win rates.
         reward: measures answers; None: no rewards.
-        accelerator: of the trainer: device, processes, sums over processes.
+        processes: of the trainer: device, groups, sums over groups.
     """
 
     def __init__(
@@ -51,33 +52,33 @@ class Evaluator:
         collator: PromptCollator,
         judge: Judge | None,
         reward: Reward | None,
-        accelerator: Any,
+        processes: DataParallel,
     ) -> None:
         self.config, self.rollout, self.eval_opponent_rollout = config, rollout, eval_opponent_rollout
         seed = rollout_seed(config.seed, _STEP)
         self.settings = replace(settings, temperature=config.eval_temperature, seed=seed)
-        self.tokenizer, self.collator, self.accelerator = tokenizer, collator, accelerator
+        self.tokenizer, self.collator, self.processes = tokenizer, collator, processes
         self.judge, self.reward = judge, reward
         self._cache: dict[tuple[str, str, int], list[str]] = {}  # (rival, prompts, batch) -> answers
 
     def __call__(self, prompts: PromptDataset, prefix: str) -> dict[str, float]:
-        """Return the metrics over all prompts; every process takes its share of them.
+        """Return the metrics over all prompts; every group of processes takes its share of them.
 
         Args:
             prompts: the prompts.
             prefix: of the metrics' names.
         """
         meters, digest = Meters(), prompts.digest()
-        indices = range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes)
+        indices = range(self.processes.group, len(prompts), self.processes.groups)
         size = self.config.per_device_eval_batch_size
         for start in range(0, len(indices), size):
             batch = self.collator([prompts[index] for index in indices[start : start + size]])
             batch = {name: self._to_device(value) for name, value in batch.items()}
             self._measure(meters, batch, (digest, start))
-        return {f"{prefix}_{name}": value for name, value in meters.means(self.accelerator).items()}
+        return {f"{prefix}_{name}": value for name, value in meters.means(self.processes).items()}
 
     def _to_device(self, value: Any) -> Any:
-        return value.to(self.accelerator.device) if isinstance(value, torch.Tensor) else value
+        return value.to(self.processes.device) if isinstance(value, torch.Tensor) else value
 
     def _measure(self, meters: Meters, batch: dict[str, Any], key: tuple[str, int]) -> None:
         players = [self._player(0, batch)]
@@ -101,12 +102,12 @@ class Evaluator:
         for name, rival_answers in rivals.items():
             if self.judge is not None:
                 wins = checked(self.judge)(prompts, answers, rival_answers)
-                meters.add(f"win_rate_{name}", wins.to(self.accelerator.device))
+                meters.add(f"win_rate_{name}", wins.to(self.processes.device))
             if self.reward is not None:
                 values = rewards(self.reward, prompts, rival_answers)
-                meters.add(f"reward_{name}", values.to(self.accelerator.device))
+                meters.add(f"reward_{name}", values.to(self.processes.device))
         if self.reward is not None:
-            meters.add("reward", rewards(self.reward, prompts, answers).to(self.accelerator.device))
+            meters.add("reward", rewards(self.reward, prompts, answers).to(self.processes.device))
 
     def _player(self, stream: int, batch: dict[str, Any], beta: float = 0.0) -> Player:
         return Player(beta, Stream.USER + stream, self.config.eval_samples_per_prompt, batch["index"])

@@ -9,7 +9,7 @@ against the logits that the model itself returns.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..core.tokens import count_positions
+from ..core.upstream import plain_class
 from ..ops import Head
+from .sharded import reshard, whole
 
 OP = "NashTrainer"
 _scales: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # of models whose heads have been checked
@@ -42,19 +44,35 @@ def hidden_states(
         input_ids ((R, S)): tokens.
         attention_mask ((R, S)): 0 at padding.
     """
+    return apply_at_head(model, input_ids, attention_mask, lambda states: states)
+
+
+def apply_at_head(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Return what `function` makes of the hidden states, called in the output layer's place.
+
+    There, within the forward pass, FSDP2 has gathered the output layer's weights, whatever it does afterwards.
+
+    Args:
+        model: in any wrapper, whose forward pass is called.
+        input_ids ((R, S)): tokens.
+        attention_mask ((R, S)): 0 at padding.
+        function: (R, S, D), the input of the output layer -> a tensor.
+    """
     inner = unwrapped(model)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if "position_ids" in inspect.signature(type(inner).forward).parameters:
         inputs["position_ids"] = count_positions(attention_mask)
-    recorded_states: list[torch.Tensor] = []
+    results: list[torch.Tensor] = []
 
     def record(states: torch.Tensor) -> torch.Tensor:
-        recorded_states.append(states)
+        results.append(function(states))
         return states[..., :1]
 
     with _forward_of(inner.get_output_embeddings(), record):
         model(**inputs)
-    return recorded_states[0]
+    return results[0]
 
 
 @contextmanager
@@ -94,12 +112,13 @@ def check_head(model: Any, name: str) -> int:
             f"{OP}: {name}: expected a causal language model, with an output layer over the vocabulary; got a "
             f"{type(inner).__name__}"
         )
-    if type(layer) is not torch.nn.Linear or not layer.weight.is_floating_point():
+    if plain_class(layer) is not torch.nn.Linear or not layer.weight.is_floating_point():
         raise ValueError(
             f"{OP}: {name}: expected one linear output layer, with no adapter on it, whose logits the losses can "
             f"compute in pieces; got {type(layer).__name__}"
         )
     logits, products = _probe(inner, layer)
+    reshard(inner)
     cap = _cap(inner)
     for scale in _candidates(inner, logits, products):
         computed = scale * products
@@ -119,14 +138,22 @@ def _probe(inner: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # each
     """Return the model's logits and the output layer's products for random hidden states of two magnitudes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        states = torch.randn(1, 2, layer.in_features, dtype=torch.float32, device="cpu").to(layer.weight)
-    states = 8 * states / layer.weight.norm(dim=1).mean().clamp(min=1e-3)  # logits large enough for caps to matter
-    states[:, 1] *= 0.25  # a factor that depends on the states' magnitude is no scale
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device=layer.weight.device)
-    original = layer.forward
-    with torch.autocast(states.device.type, enabled=False), _forward_of(layer, lambda _: original(states)):
+        noise = torch.randn(1, 2, layer.in_features, dtype=torch.float32, device="cpu")
+    device, original = layer.weight.device, layer.forward
+    products: list[torch.Tensor] = []
+
+    def product_of_noise(_: torch.Tensor) -> torch.Tensor:
+        weight = layer.weight  # gathered, within a forward pass
+        states = noise.to(device, weight.dtype)
+        states = 8 * states / whole(weight.norm(dim=1).mean()).clamp(min=1e-3)  # logits of a size where caps show
+        states[:, 1] *= 0.25  # what depends on the states' size is no scale
+        products.append(original(states))
+        return products[0]
+
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    with torch.autocast(device.type, enabled=False), _forward_of(layer, product_of_noise):
         outputs = inner(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        return outputs.logits[0].float(), original(states)[0].float()
+    return outputs.logits[0].float(), products[0][0].float()
 
 
 def _candidates(inner: Any, logits: torch.Tensor, products: torch.Tensor) -> Iterator[float]:

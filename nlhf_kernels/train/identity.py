@@ -45,7 +45,7 @@ def identity_of(trainer: Any) -> Identity:
     facts |= {name: describe(value) for name in ("beta", "tau") if callable(value := getattr(args, name))}
     facts |= {
         "prompts": trainer.train_dataset.digest(),
-        "prompts_per_update": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "prompts_per_update": args.train_batch_size * args.gradient_accumulation_steps * trainer.processes.groups,
         "trained_parameters": sum(value.numel() for value in opponents.trainable_parameters(model).values()),
         "start": start_digest(model, adapted=is_adapted(model)),
         "reference": "the base" if reference is None else weights_digest(reference.named_parameters()),

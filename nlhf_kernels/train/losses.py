@@ -11,7 +11,7 @@ from ..engine.peft_models import adapters_off
 from ..ops import Head, linear_logprobs, linear_nash_pg_loss, linear_preference_loss
 from .config import NashConfig
 from .experience import Experience
-from .heads import head_of, hidden_states
+from .heads import apply_at_head, head_of, hidden_states
 
 
 class PolicyLoss:
@@ -36,11 +36,20 @@ class PolicyLoss:
             tau: price of the KL penalty.
             normalizer: pairs of the whole update.
         """
-        hidden = _answer_states(model, experience)
-        head = head_of(self.policy)
-        if self.config.algorithm_spec.loss == "ipo":
-            return self._ipo(hidden, head, experience, tau, normalizer)
-        return self._policy_gradient(hidden, head, experience, tau, normalizer)
+        reference: dict[str, Any] = {"reference_logprobs": experience.reference_logprobs}
+        is_ipo = self.config.algorithm_spec.loss == "ipo"
+        if not is_ipo and self.config.kl == "exact":
+            reference = self._reference_states(experience)
+        elif not is_ipo and self.anchor is not None:
+            tau, reference = self._towards_anchor(experience, tau)
+
+        def loss(states: torch.Tensor) -> torch.Tensor:
+            hidden, head = _of_answers(states, experience), head_of(self.policy)
+            if is_ipo:
+                return self._ipo(hidden, head, experience, tau, normalizer)
+            return self._policy_gradient(hidden, head, experience, tau, normalizer, reference)
+
+        return apply_at_head(model, experience.input_ids[:, :-1], experience.attention_mask[:, :-1], loss)
 
     def _ipo(
         self, hidden: torch.Tensor, head: Head, experience: Experience, tau: float, normalizer: float
@@ -58,13 +67,14 @@ class PolicyLoss:
         ).loss
 
     def _policy_gradient(
-        self, hidden: torch.Tensor, head: Head, experience: Experience, tau: float, normalizer: float
+        self,
+        hidden: torch.Tensor,
+        head: Head,
+        experience: Experience,
+        tau: float,
+        normalizer: float,
+        reference: dict[str, Any],
     ) -> torch.Tensor:
-        reference: dict[str, Any] = {"reference_logprobs": experience.reference_logprobs}
-        if self.config.kl == "exact":
-            reference = self._reference_states(experience)
-        elif self.anchor is not None:
-            tau, reference = self._towards_anchor(experience, tau)
         return linear_nash_pg_loss(
             hidden,
             head,
@@ -103,4 +113,8 @@ class PolicyLoss:
 def _answer_states(model: Any, experience: Experience) -> torch.Tensor:  # (R, T, D)
     """Return the hidden states that predict the answers' tokens, contiguous, as the losses need them."""
     hidden = hidden_states(model, experience.input_ids[:, :-1], experience.attention_mask[:, :-1])
-    return hidden[:, -experience.targets.shape[1] :].contiguous()
+    return _of_answers(hidden, experience)
+
+
+def _of_answers(states: torch.Tensor, experience: Experience) -> torch.Tensor:  # (R, S, D) -> (R, T, D)
+    return states[:, -experience.targets.shape[1] :].contiguous()

@@ -26,6 +26,7 @@ from ..engine.memory import rollout_parts, rows_by_model
 from ..ops.linear_logprobs.chunks import CHUNK_BYTES, chunk_rows
 from .config import NashConfig
 from .layout import Layout, share_of
+from .setup import rollout_dtype
 
 #: Bytes of an optimizer's state per trained parameter, where it has one number per parameter in the parameter's dtype:
 #: how many of them. The names are those of transformers' `optim`.
@@ -176,15 +177,6 @@ def plan_rank(models: Models, args: NashConfig, layout: Layout, device: str = "c
     parts = _trained_state(models.policy, args, layout) | _players(models, args, layout, half)
     parts |= _rollout(models, args, layout, half, device) | _loss(models, args, layout, device)
     return RankPlan(layout, {name: size for name, size in parts.items() if size})
-
-
-def rollout_dtype(args: NashConfig) -> torch.dtype | None:
-    """Return the dtype that rollouts compute in where it is another than the weights'.
-
-    Args:
-        args: of the run.
-    """
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def micro_batch(args: NashConfig) -> tuple[int, int]:

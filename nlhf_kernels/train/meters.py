@@ -6,9 +6,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+
+from .processes import DataParallel
 
 PHASES = ("rollout", "judge", "loss", "optimizer")
 
@@ -30,17 +31,17 @@ class Meters:
         pair = torch.stack([total, torch.full_like(total, values.numel())])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
-    def means(self, accelerator: Any) -> dict[str, float]:
+    def means(self, processes: DataParallel) -> dict[str, float]:
         """Return the means over all processes, and reset them.
 
         Args:
-            accelerator: sums over processes.
+            processes: sums over groups.
         """
         if not self.sums:
             return {}
         names, pairs = list(self.sums), torch.stack(list(self.sums.values()))
         self.sums = {}
-        total, count = accelerator.reduce(pairs, reduction="sum").T.tolist()
+        total, count = processes.total(pairs).T.tolist()
         return {name: s / c for name, s, c in zip(names, total, count, strict=True) if c}
 
 
@@ -70,15 +71,15 @@ class PhaseTimer:
             torch.cuda.synchronize(self.device)  # the trainer reads the loss after every micro-batch anyway
         self.seconds[name] += time.perf_counter() - began
 
-    def report(self, accelerator: Any) -> dict[str, float]:
+    def report(self, processes: DataParallel) -> dict[str, float]:
         """Return shares of the time since the last report; the rest to 1 is saving, evaluating and reading data.
 
         Args:
-            accelerator: sums the tokens per second over processes.
+            processes: sums the tokens per second over groups.
         """
         elapsed = time.perf_counter() - self.began
         shares = {f"time/{name}": self.seconds[name] / elapsed for name in PHASES}
         rate = torch.tensor(self.tokens / elapsed, dtype=torch.float32, device=self.device)
-        shares["tokens_per_second"] = float(accelerator.reduce(rate, reduction="sum"))
+        shares["tokens_per_second"] = float(processes.total(rate))
         self.start()
         return shares

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from ..engine.model_info import clone_with_parameters
+from .config import NashConfig
+from .sharded import GatheredModel
 
 Tensors = dict[str, torch.Tensor]
 
@@ -149,6 +151,27 @@ class Snapshots:
 
 
 Opponent = Average | Snapshots
+
+
+def gathered_opponent(
+    model: Any, dtype: torch.dtype | None, args: NashConfig
+) -> tuple[Opponent | None, GatheredModel | None, GatheredModel | None]:
+    """Return a split policy's opponent, which acts on this process's parts, with the copies that answer and that score:
+    the opponent's, and mirror prox's anchor.
+
+    Args:
+        model: the split policy.
+        dtype: of rollouts; None: the weights' own.
+        args: the configuration.
+    """
+    if args.algorithm_spec.opponent == "average":
+        average = Average(model, torch.float32, args.ema_decay)
+        return average, GatheredModel(model, dtype, lambda: average.rollout_weights), None
+    if args.algorithm_spec.opponent == "snapshot":
+        snapshots = Snapshots(model, None, args.refresh_steps)
+        answers = GatheredModel(model, dtype, lambda: snapshots.rollout_weights)
+        return snapshots, answers, GatheredModel(model, dtype, lambda: snapshots.anchor)
+    return None, None, None
 
 
 def save_opponent(opponent: Opponent, path: Path) -> None:

@@ -20,10 +20,13 @@ from transformers.trainer_utils import TrainOutput
 from ..core import atomic, stopping
 from ..core.loading import check_finite, quiet
 from ..core.lock import lock_folder
-from . import checkpoints, opponents
+from ..engine.peft_models import is_adapted
+from . import checkpoints, opponents, sharded_checkpoints
 from .callbacks import close_bars
 from .identity import Identity, identity_of
+from .layout import Layout
 from .setup import OP
+from .sharded import reshard
 
 _log = logging.getLogger(__name__)
 _Trainer: Any = Trainer  # its annotations contradict what subclasses are meant to do
@@ -32,6 +35,7 @@ _Trainer: Any = Trainer  # its annotations contradict what subclasses are meant 
 class ResumableTrainer(_Trainer):  # type: ignore[misc]
     skipped_updates: int  # updates whose gradients were not finite
     opponent: opponents.Opponent | None
+    layout: Layout
     identity: Identity | None = None  # of the run, as of its start; None where nothing is saved or resumed
     _stopping = False  # after SIGTERM: this update is the last
     _work: str | None = None  # name of the folder in output_dir that a checkpoint is being written into
@@ -49,10 +53,18 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
     def _train(self, resume: str | bool | None, options: dict[str, Any]) -> Any:
         output = Path(self.args.output_dir)
         with ExitStack() as locks:
+            if self.layout.sharded:  # all processes gather weights for it
+                self._identify(resume)
             checkpoint: str | None = self._on_first_process(lambda: self._open_output(output, resume, locks))
             self._identify(resume)  # on processes that save beside the first
             self.skipped_updates = 0 if checkpoint is None else checkpoints.skipped_updates(checkpoint)
-            if checkpoint is not None and self.opponent is not None:
+            is_sharded = checkpoint is not None and sharded_checkpoints.is_sharded(checkpoint)
+            if self.layout.sharded and checkpoint is not None and not is_sharded:
+                raise ValueError(
+                    f"{OP}: resume_from_checkpoint: expected a checkpoint of split models; got {checkpoint}, of whole "
+                    "ones (a run of split models can begin with its weights, as `model`)"
+                )
+            if checkpoint is not None and self.opponent is not None and not is_sharded:
                 opponents.load_opponent(self.opponent, Path(checkpoint) / checkpoints.OPPONENT)
             if checkpoint is not None and 0 < self.args.max_steps <= checkpoints.update_of(checkpoint):
                 return self._load_finished(checkpoint)
@@ -72,7 +84,8 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
 
     def _identify(self, resume: str | bool | None) -> None:
         """Set the run's identity, once, before weights are changed."""
-        if self.identity is None and self.args.should_save and (resume or self._saves):
+        concerned = self.args.should_save or self.layout.sharded
+        if self.identity is None and concerned and (resume or self._saves):
             self.identity = identity_of(self)
 
     @property
@@ -156,8 +169,44 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
             _log.warning("%s: %d updates are safe in checkpoint-%d", OP, step, step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.layout.sharded:
+            reshard(self.model)
         check_finite(f"{OP}: update {self.state.global_step}: the model is not saved", self.model)
+        if self.layout.sharded and self._work is not None and not is_adapted(self.model):
+            if self.args.should_save:  # the weights of a checkpoint are in its `sharded/`
+                self.model.config.save_pretrained(output_dir)
+                self.processing_class.save_pretrained(output_dir)
+            return
         super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.layout.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharded_checkpoints.save_sharded(Path(output_dir), self.model, self.optimizer, self.opponent)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not sharded_checkpoints.is_sharded(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        sharded_checkpoints.load_sharded(Path(resume_from_checkpoint), self.model, opponent=self.opponent)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if not sharded_checkpoints.is_sharded(best):
+            super()._load_best_model()
+            return
+        sharded_checkpoints.load_sharded(Path(best), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not sharded_checkpoints.is_sharded(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        sharded_checkpoints.load_sharded(folder, self.model, self.optimizer, self.opponent)
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
     def _get_output_dir(self, trial: Any) -> str:
         place: str = super()._get_output_dir(trial)
@@ -186,7 +235,7 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
         if self.state.best_model_checkpoint == str(work):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(work / "trainer_state.json"))
-        if self.opponent is not None:
+        if self.opponent is not None and not self.layout.sharded:
             opponents.save_opponent(self.opponent, work / checkpoints.OPPONENT)
         checkpoints.write_run(work, self.identity or {}, self.skipped_updates)
         checkpoints.publish(work, final)

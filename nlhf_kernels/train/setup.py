@@ -21,6 +21,9 @@ from ..engine.model_info import clone_with_parameters
 from ..engine.peft_models import is_adapted
 from . import opponents
 from .config import FIXED, NashConfig
+from .layout import Layout
+from .processes import DataParallel
+from .sharded import GatheredModel, layout_of_model
 
 OP = "NashTrainer"
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU")  # of accelerate's distributed types
@@ -52,7 +55,7 @@ def check_precision(args: NashConfig, accelerator: Any, model: Any) -> None:
             raise ValueError(f"{OP}: fp16: expected float32 weights to train; got {value.dtype} in {name}")
 
 
-def check_processes(args: NashConfig, accelerator: Any, prompts: Mapping[str, Sized]) -> None:
+def check_processes(args: NashConfig, accelerator: Any, processes: DataParallel, prompts: Mapping[str, Sized]) -> None:
     if args.n_gpu > 1:
         raise ValueError(f"{OP}: expected one device per process; got {args.n_gpu} (accelerate launch starts more)")
     kind = accelerator.distributed_type.value
@@ -61,22 +64,48 @@ def check_processes(args: NashConfig, accelerator: Any, prompts: Mapping[str, Si
     if kind not in KINDS:
         raise ValueError(f"{OP}: expected processes with the whole model each ({', '.join(KINDS)}); got {kind}")
     for name, rows in prompts.items():
-        if len(rows) < accelerator.num_processes:
+        if len(rows) < processes.groups:
             raise ValueError(
-                f"{OP}: {name}: expected a prompt for each of {accelerator.num_processes} processes; got {len(rows)}"
+                f"{OP}: {name}: expected a prompt for each of {processes.groups} {processes.name}; got {len(rows)}"
             )
 
 
-def check_layout(args: NashConfig, model: Any) -> None:
-    if args.tp_size > 1 or args.fsdp_size > 1:
-        wanted = f"DistributedConfig(tp_size={args.tp_size}, fsdp_size={args.fsdp_size})"
-        raise ValueError(f"{OP}: model: expected one that from_pretrained has split, by {wanted}; got a whole model")
+def check_layout(args: NashConfig, model: Any, peft_config: Any, **others: Any) -> Layout:
+    """Return how processes share the models; raise where the models or the configuration disagree.
 
-
-def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> tuple[Any, Any]:
-    """Return the policy with its adapters, and its reference: None where that is the policy's own base."""
+    Args:
+        args: the configuration, whose sizes need to be set only where models are yet to be loaded.
+        model: the policy.
+        peft_config: adapters that it will get, or None.
+        others: the other models by their arguments' names; None is skipped.
+    """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{OP}: model: expected a causal language model; got {type(model).__name__}")
+    layout = layout_of_model(model)
+    for name in ("tp_size", "fsdp_size"):
+        size = getattr(layout, name)
+        if getattr(args, name) not in (1, size):
+            raise ValueError(
+                f"{OP}: model: expected one that from_pretrained has split by DistributedConfig({name}="
+                f"{getattr(args, name)}), as args.{name} is; got {name} {size}"
+            )
+    for name, other in others.items():
+        if other is not None and layout_of_model(other) != layout:
+            raise ValueError(
+                f"{OP}: {name}: expected a model that is split as the policy, {layout}; got {layout_of_model(other)}"
+            )
+    if layout.tp_size > 1 and (peft_config is not None or is_adapted(model)):
+        raise ValueError(
+            f"{OP}: model: expected adapters on whole matrices: on slices of tensor parallelism they compute something "
+            f"else; got tp_size {layout.tp_size} (fsdp_size shares a model without cutting its matrices)"
+        )
+    if layout.sharded and layout.processes != args.world_size:
+        raise ValueError(f"{OP}: model: expected a layout of {args.world_size} processes; got {layout}")
+    return layout
+
+
+def with_reference(model: Any, reference: Any, peft_config: Any, seed: int, *, split: bool = False) -> tuple[Any, Any]:
+    """Return the policy with its adapters, and its reference: None where that is the policy's own base."""
     if has_injected_adapter(model):  # no way to tell its base from it
         raise ValueError(
             f"{OP}: model: expected peft's own model around an adapter and its base; got an adapter that transformers "
@@ -90,7 +119,7 @@ def with_reference(model: Any, reference: Any, peft_config: Any, seed: int) -> t
         model = _adapted(model, peft_config, seed)
     if reference is None and is_adapted(model):
         _check_base_stays(model)
-    elif reference is None:
+    elif reference is None and not split:
         reference = copy.deepcopy(model)
     _check_weights(model)
     for name, checked_model in (("model", model), ("reference_model", reference)):
@@ -130,6 +159,30 @@ def freeze_for_rollouts(args: NashConfig, reference: Any, eval_opponent: Any) ->
             model.requires_grad_(False).eval().to(**options)
     if eval_opponent is not None:
         check_finite(f"{OP}: eval_opponent", eval_opponent)
+
+
+def gather_for_rollouts(args: NashConfig, model: Any, reference: Any, eval_opponent: Any) -> tuple[Any, Any]:
+    """Return copies of split models that answer prompts, in the dtype of rollouts; None stays None.
+
+    Without a reference and without adapters it is a copy of the policy as it is now.
+
+    Args:
+        args: the configuration.
+        model: the policy.
+        reference, eval_opponent: split as the policy is, or None.
+    """
+    dtype = rollout_dtype(args)
+    for other in (reference, eval_opponent):
+        if other is not None:
+            other.requires_grad_(False)
+    if reference is not None:
+        reference = GatheredModel(reference, dtype).model
+    elif not is_adapted(model):
+        reference = GatheredModel(model, dtype, shares=False).model
+    if eval_opponent is not None:
+        eval_opponent = GatheredModel(eval_opponent, dtype).model
+        check_finite(f"{OP}: eval_opponent", eval_opponent)
+    return reference, eval_opponent
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from ..core.loading import not_finite
 from ..core.settings import use_backend
-from ..core.upstream import finite_attention_gradients
+from ..core.upstream import accepting_split_models, finite_attention_gradients
 from ..engine import RolloutEngine, RolloutResult, RolloutSettings
 from ..preference import Judge
 from . import samples
@@ -33,9 +33,11 @@ from .config import NashConfig
 from .evaluation import Evaluator
 from .experience import Experience, ExperienceCollector
 from .heads import check_head
+from .layout import Layout
 from .losses import PolicyLoss
 from .meters import Meters, PhaseTimer
-from .opponents import Opponent, RolloutPolicy
+from .opponents import Opponent, RolloutPolicy, gathered_opponent
+from .processes import DataParallel
 from .prompts import PromptCollator, PromptDataset, check_vocabulary, special_tokens
 from .resumable import ResumableTrainer
 from .rewards import Reward
@@ -48,12 +50,14 @@ from .setup import (
     check_precision,
     check_processes,
     freeze_for_rollouts,
+    gather_for_rollouts,
     make_opponent,
     naming_arguments,
     rollout_dtype,
     with_reference,
     without_dropout,
 )
+from .sharded import GatheredModel
 
 _log = logging.getLogger(__name__)
 
@@ -102,40 +106,55 @@ class NashTrainer(ResumableTrainer):
         if not isinstance(args, NashConfig):
             raise TypeError(f"{OP}: args: expected a NashConfig; got {type(args).__name__}")
         check_judges(args, judge, reward)
-        check_layout(args, model)
+        others = {"reference_model": reference_model, "eval_opponent": eval_opponent}
+        self.layout: Layout = check_layout(args, model, peft_config, **others)
         end_ids, pad_id = special_tokens(processing_class, model)
-        model, reference_model = with_reference(model, reference_model, peft_config, args.seed)
+        model, reference_model = with_reference(
+            model, reference_model, peft_config, args.seed, split=self.layout.sharded
+        )
         check_vocabulary(processing_class, check_head(model, "model"))
         if reference_model is not None and args.kl == "exact":
             check_head(reference_model, "reference_model")
         self.make_dataset: Callable[..., PromptDataset] = partial(
             PromptDataset, tokenizer=processing_class, max_length=args.max_prompt_length
         )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=PromptCollator(pad_id),
-            train_dataset=None if train_dataset is None else self.make_dataset("train_dataset", train_dataset),
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        check_processes(args, self.accelerator, self._all_prompts())
+        with accepting_split_models(args) if self.layout.sharded else nullcontext():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=PromptCollator(pad_id),
+                train_dataset=None if train_dataset is None else self.make_dataset("train_dataset", train_dataset),
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        self.processes: DataParallel = DataParallel(self.accelerator, self.layout)
+        check_processes(args, self.accelerator, self.processes, self._all_prompts())
         check_precision(args, self.accelerator, self.model)
-        freeze_for_rollouts(args, reference_model, eval_opponent)
-        broadcast_weights(self.model, reference_model, eval_opponent)  # before opponents are copied from them
+        judge, reward = self.processes.ask_once(judge), self.processes.ask_once(reward)
         dtype = rollout_dtype(args)
-        self.rollout_policy: RolloutPolicy = RolloutPolicy(self.model, dtype)
+        if self.layout.sharded:
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True  # else gradients add up unsplit
+            reference_model, eval_opponent = gather_for_rollouts(args, self.model, reference_model, eval_opponent)
+        else:
+            freeze_for_rollouts(args, reference_model, eval_opponent)
+            broadcast_weights(self.model, reference_model, eval_opponent)  # before opponents are copied from them
+        self.rollout_policy: RolloutPolicy | GatheredModel
         self.opponent: Opponent | None
-        self.opponent, anchor = make_opponent(self.model, dtype, args)
+        self._gathered: list[GatheredModel] = []  # of split models, whose weights are gathered before rollouts
+        if self.layout.sharded:
+            self.rollout_policy = GatheredModel(self.model, dtype)
+            self.opponent, *beside = gathered_opponent(self.model, dtype, args)
+            self._gathered = [self.rollout_policy, *(each for each in beside if each is not None)]
+            opponent, anchor = (None if each is None else each.model for each in beside)
+        else:
+            self.rollout_policy = RolloutPolicy(self.model, dtype)
+            self.opponent, anchor = make_opponent(self.model, dtype, args)
+            opponent = None if self.opponent is None else self.opponent.rollout_weights
         with naming_arguments():
             self.engine: RolloutEngine = RolloutEngine(
-                self.rollout_policy.model,
-                reference_model,
-                opponent=None if self.opponent is None else self.opponent.rollout_weights,
-                compile=args.compile_rollouts,
-                op=OP,
+                self.rollout_policy.model, reference_model, opponent=opponent, compile=args.compile_rollouts, op=OP
             )
         self.eval_opponent_engine: RolloutEngine | None = None
         if eval_opponent is not None:
@@ -204,7 +223,7 @@ class NashTrainer(ResumableTrainer):
             self.processing_class,
             settings,
             reward if self.args.algorithm_spec.judged_by == "reward" else judge,
-            self._sum_over_processes,
+            self.processes.total,
             self.meters,
             self.timer,
         )
@@ -222,7 +241,7 @@ class NashTrainer(ResumableTrainer):
             self.data_collator,
             judge,
             reward,
-            self.accelerator,
+            self.processes,
         )
 
     # ---- an update ---------------------------------------------------------------------------------------------------
@@ -232,8 +251,8 @@ class NashTrainer(ResumableTrainer):
     ) -> tuple[list[dict[str, Any]], float | None]:
         """Return the micro-batches of an update with their experiences, and the normalizer of their losses.
 
-        The normalizer is the number of pairs of the whole update on all processes, divided by the number of processes,
-        because averaging gradients over processes divides by that number.
+        The normalizer is the number of pairs of the whole update, divided by the number of groups of processes that
+        read rows of their own, because averaging gradients over those groups divides by that number.
 
         Args:
             epoch_iterator: batches of prompts, as `PromptCollator` makes them.
@@ -244,11 +263,12 @@ class NashTrainer(ResumableTrainer):
         if not batches:
             return [], None
         self.scheduled_values = {name: self.scheduled_value(name) for name in self.SCHEDULES}
+        self.gather_weights()
         with self.abandonable():
             self.experiences = self.collector(batches, self.state.global_step, self.scheduled_values["beta"])
         pairs = torch.tensor(sum(part.pairs for part in self.experiences), dtype=torch.float32, device=device)
         inputs = [{"input_ids": part.input_ids, "experience": part} for part in self.experiences]
-        return inputs, float(self._sum_over_processes(pairs)) / self.accelerator.num_processes
+        return inputs, float(self.processes.total(pairs)) / self.processes.groups
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Compute the loss of one micro-batch and add its gradients.
@@ -286,7 +306,7 @@ class NashTrainer(ResumableTrainer):
         scaler = self.accelerator.scaler
         self.scale_of_step = 0.0 if scaler is None else scaler.get_scale()
         gradients = [value.grad for value in self.model.parameters() if value.grad is not None]
-        if not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+        if not gradients or self.processes.all_finite(gradients):
             return
         update = f"{OP}: update {self.state.global_step}"
         if (name := not_finite(self.model)) is not None:  # then the gradients of all later updates are not finite
@@ -328,19 +348,21 @@ class NashTrainer(ResumableTrainer):
         """Return the engine's rollout with the policy's current weights, its settings replaced by `changes`."""
 
         def rollout(ids: Any, mask: Any, players: Any, settings: RolloutSettings) -> RolloutResult:
-            if self.rollout_policy.refresh():
+            if isinstance(self.rollout_policy, RolloutPolicy) and self.rollout_policy.refresh():
                 self.engine.release()  # captured steps read the weights' old memory
             with self._backend():  # attention's too, which has no argument for it
                 return engine.rollout(ids, mask, players, replace(settings, **changes))
 
         return rollout
 
+    def gather_weights(self) -> None:
+        """Give the copies of split models the weights of now: once before an update's rollouts or an evaluation, which
+        are not as many in all processes."""
+        for model in self._gathered:
+            model.refresh()
+
     def _backend(self) -> AbstractContextManager[None]:
         return nullcontext() if self.args.backend is None else use_backend(self.args.backend)
-
-    def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        total: torch.Tensor = self.accelerator.reduce(value, reduction="sum")
-        return total
 
     # ---- logs and evaluation -----------------------------------------------------------------------------------------
 
@@ -352,7 +374,7 @@ class NashTrainer(ResumableTrainer):
             start_time: when training began, for rates.
         """
         if "loss" in logs:  # a training log, not an evaluation's
-            logs |= self.meters.means(self.accelerator) | self.timer.report(self.accelerator)
+            logs |= self.meters.means(self.processes) | self.timer.report(self.processes)
             logs |= {self.SCHEDULES[name]: value for name, value in self.scheduled_values.items()}
             logs |= {"skipped_updates": self.skipped_updates}
             if self.accelerator.scaler is not None:
@@ -378,6 +400,7 @@ class NashTrainer(ResumableTrainer):
             raise ValueError(f"{OP}: evaluate: expected an eval_dataset; got none")
         metrics: dict[str, float] = {}
         parts = prompts if isinstance(prompts, Mapping) else {"": prompts}
+        self.gather_weights()
         with self.abandonable():
             for name, part in parts.items():
                 metrics |= self.evaluator(part, f"{metric_key_prefix}_{name}".rstrip("_"))

@@ -1,0 +1,121 @@
+"""The processes of a training: which of them read rows of their own, what they add up, and who asks a judge.
+
+Processes of one tensor-parallel group hold slices of one model and read the same rows. So rows, means and judges go by
+group, not by process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..core.identity import describe
+from ..core.vocabulary import is_dtensor
+from .layout import Layout
+
+
+class DataParallel:
+    """The groups that read rows of their own.
+
+    Args:
+        accelerator: of the trainer.
+        layout: of its models.
+    """
+
+    def __init__(self, accelerator: Any, layout: Layout) -> None:
+        self.accelerator, self.layout = accelerator, layout
+        self.device: torch.device = accelerator.device
+        self.groups: int = accelerator.num_processes // layout.tp_size
+        self.group: int = accelerator.process_index // layout.tp_size  # a mesh's last dimension is tensor parallelism's
+        self.name = "processes" if layout.tp_size == 1 else f"groups of {layout.tp_size} processes"
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum over all groups. All processes must call.
+
+        Args:
+            value: this group's, the same on all its processes.
+        """
+        total: torch.Tensor = self.accelerator.reduce(value, reduction="sum")
+        return total / self.layout.tp_size if self.layout.tp_size > 1 else total
+
+    def all_finite(self, gradients: Sequence[torch.Tensor]) -> bool:
+        """Return whether all gradients are finite, the same on all processes.
+
+        Args:
+            gradients: of the model, after they have been reduced.
+        """
+        if not self.layout.sharded:
+            return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        parts = [value.to_local() if is_dtensor(value) else value for value in gradients]
+        wrong = torch.stack([(~part.isfinite()).any() for part in parts]).any().float()
+        return not bool(self.accelerator.reduce(wrong, reduction="sum") > 0)
+
+    def ask_once(self, judge: Any) -> Any:
+        """Return a judge or reward that the first process of each group asks for all of them.
+
+        A model that the group shares is asked by all its processes, which compute its answer together.
+
+        Args:
+            judge: a Judge or a Reward; None stays None.
+        """
+        if judge is None or self.layout.tp_size == 1 or any(map(is_dtensor, _parameters(judge, set()))):
+            return judge
+        first = self.accelerator.process_index - self.accelerator.process_index % self.layout.tp_size
+        ranks = range(0, self.accelerator.num_processes, self.layout.tp_size)
+        groups = [
+            torch.distributed.new_group(range(rank, rank + self.layout.tp_size), backend="gloo") for rank in ranks
+        ]
+        return AskedOnce(judge, first, groups[self.group])
+
+
+class AskedOnce:
+    """A judge or reward that one process asks; the others of its group get the answer, or the error.
+
+    Args:
+        judge: what is asked.
+        first: the rank that asks.
+        group: the processes that get the answer.
+    """
+
+    def __init__(self, judge: Callable[..., Any], first: int, group: Any) -> None:
+        self.judge, self.first, self.group = judge, first, group
+        self.__name__ = str(getattr(judge, "__name__", type(judge).__name__))
+
+    @property
+    def identity(self) -> str:
+        """What a checkpoint knows the judge by: the same however many processes there are."""
+        return describe(self.judge)
+
+    def __call__(self, *texts: Sequence[str]) -> Any:
+        answer: list[Any] = [None, None]  # the answer, the error
+        if torch.distributed.get_rank() == self.first:
+            try:
+                answer[0] = self.judge(*texts)
+            except Exception as error:
+                answer[1] = f"{type(error).__name__}: {error}"
+                self._share(answer)
+                raise
+        self._share(answer)
+        if answer[1] is not None:
+            raise RuntimeError(f"process {self.first} asked: {answer[1]}")
+        return answer[0]
+
+    def _share(self, answer: list[Any]) -> None:
+        torch.distributed.broadcast_object_list(answer, src=self.first, group=self.group)
+
+
+def _parameters(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Of all models that a judge holds, as far as attributes and lists show them."""
+    if id(value) in seen or isinstance(value, str | int | float | torch.Tensor):
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.nn.Module):
+        yield from value.parameters()
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _parameters(part, seen)
+    else:
+        for part in (getattr(value, "__self__", None), *getattr(value, "__dict__", {}).values()):
+            yield from _parameters(part, seen)

@@ -1,0 +1,201 @@
+"""Models split over processes learn what whole ones learn: tensor parallelism, FSDP2, both, and adapters over FSDP2;
+checkpoints of every process, resumed by as many and by others. Two launches over gloo, of many small runs each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("accelerate", reason="training needs accelerate")
+
+from nlhf_kernels.core.upstream import distributed_config_class
+from nlhf_kernels.train.sharded_checkpoints import read_weights
+from tests.support import sharded_runs
+from tests.support.tiny_models import random_model
+from tests.support.training import history, lora, make_trainer, single_thread  # noqa: F401
+
+pytestmark = pytest.mark.skipif(distributed_config_class() is None, reason="transformers is too old for split models")
+SHAPE: dict[str, Any] = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+RUN: dict[str, Any] = {
+    "max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "samples_per_prompt": 2, "tau": 0.1,
+    "adam_epsilon": 1e-3, "baseline": "batch", "ddp_backend": "gloo",
+}  # fmt: skip
+EMA = {"algorithm": "nash-ema", "ema_decay": 0.5}
+SAVED = {**EMA, "save_strategy": "steps", "save_steps": 1}
+EVALUATED = {
+    "eval_dataset": [{"prompt": f"say {letter}"} for letter in "abcde"], "eval_strategy": "steps", "eval_steps": 3,
+    "per_device_eval_batch_size": 2,
+}  # fmt: skip
+SNAPSHOTS = {"algorithm": "nash-mp", "refresh_steps": 1}
+ADAPTERS = {"lora": {}, "kl": "exact", "baseline": 0.5}
+TWO = {
+    "tp": {"tp_size": 2, "per_device_train_batch_size": 8, **EMA, **EVALUATED},
+    "fsdp": {"fsdp_size": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **EMA, **EVALUATED},
+    "ddp": {"per_device_train_batch_size": 4, **EMA, **EVALUATED},
+    "snapshots": {"fsdp_size": 2, "per_device_train_batch_size": 4, **SNAPSHOTS},
+    "adapters": {"fsdp_size": 2, "per_device_train_batch_size": 4, **ADAPTERS},
+    "half": {"fsdp_size": 2, "per_device_train_batch_size": 4, "bf16": True},
+    "straight": {"fsdp_size": 2, "per_device_train_batch_size": 4, **EMA},
+    "begun": {"fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "max_steps": 2},
+    "resumed": {"fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "resume": True},
+    "other": {"tp_size": 2, "per_device_train_batch_size": 8, **SAVED, "resume": True},
+}
+FOUR = {
+    "both": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **EMA, **EVALUATED},
+    "replicas": {"tp_size": 2, "dp_replicate_size": 2, "per_device_train_batch_size": 4, **EMA},
+    "tied": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, "model": "tied"},
+    "begun": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "max_steps": 2},
+    "resumed": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "resume": True},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    random_model(transformers.LlamaConfig(**SHAPE), 0).save_pretrained(root / "llama")
+    random_model(transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True), 1).save_pretrained(root / "tied")
+    return root
+
+
+def launch(models: Path, folder: Path, processes: int, runs: dict[str, Any]) -> SimpleNamespace:
+    placed = {}
+    for name, options in runs.items():
+        output = folder / ("begun" if name in ("resumed", "other") else name)
+        model = str(models / options.get("model", "llama"))
+        placed[name] = {**RUN, **options, "model": model, "output": str(output)}
+        if name == "other":  # where "resumed" began too
+            placed[name] |= {"resume": str(output / "checkpoint-2"), "max_steps": 3}
+    launcher = sharded_runs.start(folder, processes, placed)
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("*-0.error")))
+    assert launcher.returncode == 0, errors or launcher.stderr
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in runs}
+    return SimpleNamespace(folder=folder, results=results)
+
+
+@pytest.fixture(scope="module")
+def two(models, tmp_path_factory) -> SimpleNamespace:
+    return launch(models, tmp_path_factory.mktemp("two"), 2, TWO)
+
+
+@pytest.fixture(scope="module")
+def four(models, tmp_path_factory) -> SimpleNamespace:
+    return launch(models, tmp_path_factory.mktemp("four"), 4, FOUR)
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory):
+    """What one process learns, run by run."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def learn(options: dict[str, Any], model: str = "llama") -> dict[str, Any]:
+        key = json.dumps([options, model])
+        if key not in known:
+            options = dict(options)
+            if (adapters := options.pop("lora", None)) is not None:
+                options["peft_config"] = lora(**adapters)
+            whole = transformers.AutoModelForCausalLM.from_pretrained(models / model)
+            folder = tmp_path_factory.mktemp("alone")
+            options = {**RUN, **options, "ddp_backend": None, "per_device_train_batch_size": 8}
+            trainer = make_trainer(folder, **options, model=whole)
+            trainer.train()
+            known[key] = sharded_runs.outcome(trainer)
+        return known[key]
+
+    return learn
+
+
+def assert_same(result: dict[str, Any], expected: dict[str, Any], rtol: float = 1e-3) -> None:
+    learned, known = torch.tensor(result["history"]), torch.tensor(expected["history"])
+    assert torch.allclose(learned, known, rtol=rtol, atol=1e-4), (learned, known)
+    assert expected["history"][-1][2] != expected["history"][0][2], "the policy has learned"
+    assert result["weights"].keys() == expected["weights"].keys()
+    for name, sums in expected["weights"].items():
+        assert result["weights"][name] == pytest.approx(sums, rel=rtol, abs=1e-2), name
+    for there, here in zip(result["evaluations"], expected["evaluations"], strict=True):
+        names = [name for name in here if name.startswith("eval_")]
+        assert len(names) > 4
+        assert {name: there[name] for name in names} == pytest.approx({name: here[name] for name in names}, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["tp", "fsdp", "ddp"])
+def test_two_processes_learn_what_one_does(name, two, alone) -> None:
+    """In any layout; with an average as the opponent, a baseline over the batch, evaluations of an odd number of
+    prompts, accumulated gradients."""
+    assert_same(two.results[name], alone({**EMA, **EVALUATED}))
+
+
+def test_snapshots_act_on_parts(two, alone) -> None:
+    assert_same(two.results["snapshots"], alone(SNAPSHOTS))
+
+
+def test_adapters_over_a_split_base(two, alone) -> None:
+    """With the exact KL, for which the base is the reference."""
+    assert_same(two.results["adapters"], alone(ADAPTERS))
+
+
+def test_rollouts_in_bfloat16(two) -> None:
+    """FSDP2's mixed precision is not autocast's, so the curve is not one process's; it is one of a run that learns."""
+    losses = torch.tensor(two.results["half"]["history"])
+    assert losses.isfinite().all() and losses[-1, 2] != 0
+
+
+@pytest.mark.parametrize("name", ["both", "replicas"])
+def test_four_processes_learn_what_one_does(name, four, alone) -> None:
+    """Tensor parallelism within, FSDP2 or replicas across."""
+    assert_same(four.results[name], alone({**EMA, **EVALUATED} if name == "both" else EMA))
+
+
+def test_a_tied_head(four, alone) -> None:
+    assert_same(four.results["tied"], alone({}, "tied"))
+
+
+def test_a_judge_is_asked_once_per_group(two, four) -> None:
+    """By the first process of each; of pairs that one process would ask about, none twice."""
+    calls = {path.name: path.read_text().split() for path in two.folder.glob("*.calls")}
+    assert calls["snapshots-0.calls"] == calls["snapshots-1.calls"] == ["8"] * 3
+    assert len(calls["tp-0.calls"]) >= 3 and "tp-1.calls" not in calls
+    assert {path.name for path in four.folder.glob("both-*.calls")} == {"both-0.calls", "both-2.calls"}
+
+
+@pytest.mark.parametrize("launched", ["two", "four"])
+def test_a_resumed_run_is_the_same_run(launched, request, alone) -> None:
+    """With as many processes as before, to the last bit of what is logged and of sums of weights."""
+    results = request.getfixturevalue(launched).results
+    assert results["resumed"]["history"][:2] == results["begun"]["history"]
+    assert_same(results["resumed"], alone(EMA))
+    if launched == "two":
+        assert results["resumed"] == results["straight"]
+
+
+def test_another_layout_goes_on(two, models, alone, tmp_path) -> None:
+    """FSDP2 wrote it: tensor parallelism goes on, and so does one process with the whole model."""
+    assert_same(two.results["other"], alone(EMA))
+    whole = transformers.AutoModelForCausalLM.from_pretrained(models / "llama")
+    checkpoint = str(two.folder / "begun" / "checkpoint-2")
+    options = {**RUN, **SAVED, "ddp_backend": None, "resume_changes": ["judge"], "per_device_train_batch_size": 8}
+    trainer = make_trainer(tmp_path, **options, model=whole)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    learned = torch.tensor(history(trainer, *sharded_runs.LOGGED))
+    assert torch.allclose(learned, torch.tensor(alone(EMA)["history"]), rtol=1e-3, atol=1e-4)
+
+
+def test_a_checkpoint_has_every_part(four) -> None:
+    folder = four.folder / "begun" / "checkpoint-3"
+    parts = {path.name for path in (folder / "sharded").iterdir()}
+    assert ".metadata" in parts and {f"__{rank}_0.distcp" for rank in range(4)} <= parts
+    listed = json.loads((folder / "nlhf_manifest.json").read_text())["files"]
+    assert {f"sharded/{name}" for name in parts} <= listed.keys()
+    weights = read_weights(folder)
+    sums = four.results["resumed"]["weights"]
+    for name, value in weights.items():
+        value = value.double()
+        assert [float(value.sum()), float(value.square().sum())] == pytest.approx(sums[name], rel=1e-6)
