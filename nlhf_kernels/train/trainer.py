@@ -133,6 +133,24 @@ class NashTrainer(ResumableTrainer):
         check_processes(args, self.accelerator, self.processes, self._all_prompts())
         check_precision(args, self.accelerator, self.model)
         judge, reward = self.processes.ask_once(judge), self.processes.ask_once(reward)
+        self._prepare_models(args, reference_model, eval_opponent)
+        self._check_room()
+        self.meters: Meters = Meters()  # means of what is logged
+        self.timer: PhaseTimer = PhaseTimer(args.device)
+        settings = self.rollout_settings(end_ids, pad_id)
+        self.collector: ExperienceCollector = self._make_collector(settings, judge, reward)
+        self.evaluator: Evaluator = self._make_evaluator(settings, judge, reward)
+        self.experiences: list[Experience] = []  # the latest update's, one for each micro-batch
+        self.scheduled_values: dict[str, float] = {}  # beta and tau of the latest update
+        self.skipped_updates: int = 0  # updates without a step, as their gradients were not finite
+        self.scale_of_step: float = 0.0  # the gradient scaler's, of the latest update; 0: no scaler
+        self.gradients_done_at: float = 0.0  # time.perf_counter() after the latest backward pass
+        self.add_callback(OptimizerHooks(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(Progress())
+
+    def _prepare_models(self, args: NashConfig, reference_model: Any, eval_opponent: Any) -> None:
+        """Make the models that answer prompts, their engines, and the loss."""
         dtype = rollout_dtype(args)
         if self.layout.sharded:
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True  # else gradients add up unsplit
@@ -161,21 +179,7 @@ class NashTrainer(ResumableTrainer):
             self.eval_opponent_engine = RolloutEngine(
                 eval_opponent, compile=args.compile_rollouts, op=f"{OP}: eval_opponent"
             )
-        self._check_room()
         self.policy_loss: PolicyLoss = PolicyLoss(args, self.model, reference_model, anchor)
-        self.meters: Meters = Meters()  # means of what is logged
-        self.timer: PhaseTimer = PhaseTimer(args.device)
-        settings = self.rollout_settings(end_ids, pad_id)
-        self.collector: ExperienceCollector = self._make_collector(settings, judge, reward)
-        self.evaluator: Evaluator = self._make_evaluator(settings, judge, reward)
-        self.experiences: list[Experience] = []  # the latest update's, one for each micro-batch
-        self.scheduled_values: dict[str, float] = {}  # beta and tau of the latest update
-        self.skipped_updates: int = 0  # updates without a step, as their gradients were not finite
-        self.scale_of_step: float = 0.0  # the gradient scaler's, of the latest update; 0: no scaler
-        self.gradients_done_at: float = 0.0  # time.perf_counter() after the latest backward pass
-        self.add_callback(OptimizerHooks(self))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(Progress())
 
     def rollout_settings(self, end_ids: tuple[int, ...], pad_id: int) -> RolloutSettings:
         """Return how training samples answers; evaluations replace the temperature.
