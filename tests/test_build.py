@@ -67,9 +67,9 @@ def test_without_a_compiler_the_package_installs_and_says_how_to_get_one(tmp_pat
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')];"
         "import nlhf_kernels, torch; print(nlhf_kernels.explain('row_uniforms', *[torch.arange(1)] * 3))"
     )
-    told = subprocess.run([sys.executable, "-c", check], cwd=tmp_path / "source", capture_output=True, text=True)
-    assert "apt install g++" in told.stdout, told.stderr
-    assert "-> torch" in told.stdout
+    check_run = subprocess.run([sys.executable, "-c", check], cwd=tmp_path / "source", capture_output=True, text=True)
+    assert "apt install g++" in check_run.stdout, check_run.stderr
+    assert "-> torch" in check_run.stdout
 
 
 @needs_build_tools
@@ -119,9 +119,11 @@ def test_no_symbol_of_a_level_can_be_merged_with_anothers(source, level, tmp_pat
     target = tmp_path / "kernel.o"
     subprocess.run(["c++", *flags, *LEVEL_FLAGS[level], "-c", str(source), "-o", str(target)], check=True)
     symbols = subprocess.run(["nm", "-C", str(target)], capture_output=True, text=True, check=True).stdout
-    shared = [line for line in symbols.splitlines() if line[17:18] in "WVuT" and f"nlhf::{level}::" not in line]
-    shared = [line for line in shared if "typeinfo" not in line and "vtable" not in line]
-    assert not shared, "\n".join(shared)
+    mergeable_symbols = [
+        line for line in symbols.splitlines() if line[17:18] in "WVuT" and f"nlhf::{level}::" not in line
+    ]
+    mergeable_symbols = [line for line in mergeable_symbols if "typeinfo" not in line and "vtable" not in line]
+    assert not mergeable_symbols, "\n".join(mergeable_symbols)
 
 
 @pytest.mark.skipif(not shutil.which("ldd"), reason="no ldd")
@@ -129,9 +131,11 @@ def test_no_symbol_of_a_level_can_be_merged_with_anothers(source, level, tmp_pat
 def test_modules_link_neither_torch_nor_the_driver(module) -> None:
     if reason := capabilities.native_missing(module):
         pytest.skip(reason)
-    needed = subprocess.run(["ldd", capabilities.native(module).__file__], capture_output=True, text=True).stdout
+    linked_libraries = subprocess.run(
+        ["ldd", capabilities.native(module).__file__], capture_output=True, text=True
+    ).stdout
     for library in ("libtorch", "libc10", "libcuda.so", "libcudart"):
-        assert library not in needed, needed
+        assert library not in linked_libraries, linked_libraries
 
 
 def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
@@ -143,6 +147,8 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
         "torch.rand(10**6).exp();"
         "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.rsplit('/', 1)[-1]}, sep='\\n')"
     )
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    runtimes = [path for path in loaded if "libgomp" in path or "libomp" in path or "libiomp" in path]
+    mapped_files = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    runtimes = [path for path in mapped_files if "libgomp" in path or "libomp" in path or "libiomp" in path]
     assert len(runtimes) == 1, runtimes

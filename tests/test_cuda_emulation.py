@@ -423,5 +423,5 @@ def test_half_types_round_as_the_hardware(emulation: Emulation) -> None:
 
 
 def test_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
-    done = subprocess.run([str(build_sanitized(tmp_path))], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "clean\n", done.stdout + done.stderr
+    result = subprocess.run([str(build_sanitized(tmp_path))], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "clean\n", result.stdout + result.stderr

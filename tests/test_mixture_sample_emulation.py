@@ -202,8 +202,8 @@ def test_candidates_in_reach_of_a_filter_are_those_of_the_oracle() -> None:
 def test_counters_serve_one_call_after_the_other(emulation, monkeypatch, options, device) -> None:
     """They are zeroed once and every call leaves them so; rows of faults and of few or many blocks included."""
     emulation.library.emulation_set_device(device)
-    kept = core_native.Counters()
-    monkeypatch.setattr(native, "_counters", kept)
+    counters = core_native.Counters()
+    monkeypatch.setattr(native, "_counters", counters)
     for rows, vocabulary in ((3, 9001), (1, 100), (3, 9001), (5, 5000)):
         logits, uniforms = logits_pair(rows, vocabulary, "cpu"), uniforms_for(rows, "cpu")
         logits[0][0, 7] = math.nan
@@ -211,22 +211,22 @@ def test_counters_serve_one_call_after_the_other(emulation, monkeypatch, options
         assert not result.ok[0]
         good = [model[1:] for model in logits]
         assert_right(sample(good, uniforms[1:], **options), *good, 0.3, uniforms[1:], **options)
-        assert not any(bool(counters.any()) for counters in kept._by_stream.values())
+        assert not any(bool(values.any()) for values in counters._by_stream.values())
 
 
 def test_captured_calls_have_counters_of_their_own(monkeypatch) -> None:
     here, capturing = torch.device("cpu"), [True]
     monkeypatch.setattr(core_native, "is_capturing", lambda device: capturing[0])
-    kept = core_native.Counters()
-    assert kept.address(here, 1, 64) == 0, "no reserve yet: the call zeroes its own"
+    counters = core_native.Counters()
+    assert counters.address(here, 1, 64) == 0, "no reserve yet: the call zeroes its own"
     capturing[0] = False
-    eager = kept.address(here, 1, 64)
-    assert kept.address(here, 1, 64) == eager != kept.address(here, 2, 64)
-    assert kept.address(here, 1, 2**16) != eager, "more rows, more counters"
+    eager = counters.address(here, 1, 64)
+    assert counters.address(here, 1, 64) == eager != counters.address(here, 2, 64)
+    assert counters.address(here, 1, 2**16) != eager, "more rows, more counters"
     capturing[0] = True
-    first, second = kept.address(here, 1, 64), kept.address(here, 1, 64)
+    first, second = counters.address(here, 1, 64), counters.address(here, 1, 64)
     assert second == first + 64 and first != eager
-    assert kept.address(here, 1, kept.RESERVE) == 0, "beyond the reserve"
+    assert counters.address(here, 1, counters.RESERVE) == 0, "beyond the reserve"
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -238,12 +238,12 @@ def test_rows_that_begin_anywhere_and_end_anywhere(dtype, vocabulary) -> None:
     expected = sample((policy, other), uniforms)
     assert_right(expected, policy, other, 0.3, uniforms)
     for offset in range(1, 16 // dtype.itemsize):
-        moved = []
+        shifted_logits = []
         for model in (policy, other):
             room = torch.full((1, vocabulary + 32), math.nan, dtype=dtype)
             room[:, offset : offset + vocabulary] = model
-            moved.append(room[:, offset : offset + vocabulary])
-        result = sample(moved, uniforms)
+            shifted_logits.append(room[:, offset : offset + vocabulary])
+        result = sample(shifted_logits, uniforms)
         for after, before in zip(result, expected, strict=True):
             assert torch.equal(after, before), offset
 

@@ -15,7 +15,7 @@ namespace nlhf {
 
 struct DeviceLimits {
   int multiprocessors;
-  int shared_bytes;  // the most dynamic shared memory a block may ask for, opt-in included
+  int shared_bytes;  // the maximum of a block's dynamic shared memory, opt-in included
 };
 
 // Return limits of the current device. A query costs about a microsecond an attribute, so results are cached per

@@ -1,7 +1,7 @@
 // One tile of a row for logprobs on the CPU: logits as float32 scores, their mixture, and the store of gradients.
 //
 // A tile stays in the first-level cache between the passes over it. Every loop runs over whole blocks of vectors: the
-// end of a row is copied and padded with -inf, which no maximum and no sum sees.
+// end of a row is copied and padded with -inf, which changes no maximum and no sum.
 #pragma once
 
 #include <cmath>

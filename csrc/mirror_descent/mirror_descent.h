@@ -1,4 +1,4 @@
-// mirror_descent: K steps of regularised mirror descent on G preference games, one launch. See ops/mirror_descent.
+// mirror_descent: K steps of regularised mirror descent on G preference games. See nlhf_kernels/ops/mirror_descent.
 #pragma once
 
 #include <cstdint>

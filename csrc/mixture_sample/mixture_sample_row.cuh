@@ -41,7 +41,7 @@ struct Row {
   __device__ __forceinline__ bool is_used(int m) const { return flags >> m & 1; }  // its weight is not 0
   // Whether the model's log-probability is requested.
   __device__ __forceinline__ bool is_requested(int m) const { return flags >> (kRequested + m) & 1; }
-  // Whether the row's address allows loads of whole chunks; index kModels stands for the bias.
+  // Whether the row's address allows loads of whole chunks; index kModels is the bias.
   __device__ __forceinline__ bool is_aligned(int m) const { return flags >> (kAligned + m) & 1; }
   __device__ __forceinline__ bool is_folded() const { return flags >> kFolded & 1; }
   __device__ __forceinline__ bool is_greedy() const { return flags >> kGreedy & 1; }
