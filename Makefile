@@ -88,9 +88,8 @@ $(VENV)/packages: constraints.txt pyproject.toml $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(LOCKED),yes)
 	@echo "== installing packages, hashes checked (.ci/locks)"
+	$(PY) $(HASHED) -r .ci/locks/torch-cpu.txt 2>/dev/null || $(PY) $(HASHED) -r .ci/locks/torch.txt
 	$(PY) $(HASHED) -r .ci/locks/all.txt
-	$(PY) -c 'from importlib.metadata import requires; exit(any(r.startswith("nvidia-") for r in requires("torch")))' \
-	  || $(PY) $(HASHED) -r .ci/locks/cuda.txt
 	$(PY) -m pip check
 else
 	@echo "== installing packages by constraints.txt: .ci/locks are for CPython 3.11 on Linux x86-64"

@@ -5,12 +5,11 @@
 constraints.txt says which versions are tested; the locks add what these depend on. They are made for CPython 3.11 on
 Linux x86-64.
 
-    all.txt          what `make` installs
-    cuda.txt         what PyTorch's CUDA build needs beside; installed where torch is that build
+    torch-cpu.txt    PyTorch's build for the CPU, which the pip of some machines has beside the index
+    torch.txt        elsewhere: PyTorch from the index, and the CUDA libraries that it needs
+    all.txt          what else `make` installs
     newest.txt       what `make test-newest` adds, but for the newest transformers
-    runtime.txt      what the package itself needs: for the installation from the sdist
-
-torch has the hashes of the index's files and of the file that this machine's pip takes, where that is another build.
+    runtime.txt      what else the package itself needs: for the installation from the sdist
 """
 
 from __future__ import annotations
@@ -41,21 +40,20 @@ def resolve(*packages: str) -> Locked:
         command += ["--constraints", str(ROOT / "constraints.txt"), "--output-file", str(output), str(requirements)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         blocks = re.split(r"^(?=\S)", output.read_text(), flags=re.MULTILINE)
-    locked = {re.split(r"[\[=]", block)[0]: block.splitlines() for block in blocks if block.strip()}
-    if "torch" in locked:
-        add_hash_of_this_machine(locked["torch"])
-    return locked
+    return {re.split(r"[\[=]", block)[0]: block.splitlines() for block in blocks if block.strip()}
 
 
-def add_hash_of_this_machine(lines: list[str]) -> None:
+def local_torch(lines: list[str]) -> Locked:
+    """Return the build of torch that this machine's pip prefers to the index's; empty where it prefers none."""
     pin = lines[0].removesuffix("\\").strip()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
     result = subprocess.run([*command, "--report", "-", pin], check=True, capture_output=True, text=True)
     (install,) = json.loads(result.stdout)["install"]
-    digest = "--hash=sha256:" + install["download_info"]["archive_info"]["hashes"]["sha256"]
-    if not any(digest in line for line in lines):
-        lines[-1] += " \\"
-        lines.append(f"    {digest}")
+    version = install["metadata"]["version"]
+    digest = install["download_info"]["archive_info"]["hashes"]["sha256"]
+    if not version.endswith("+cpu"):
+        return {}
+    return {"torch": [f"torch=={version} \\", f"    --hash=sha256:{digest}"]}
 
 
 def write(name: str, locked: Locked) -> None:
@@ -72,11 +70,15 @@ def without(locked: Locked, *others: Locked) -> Locked:
 
 def main(packages: list[str]) -> None:
     everything = resolve(*packages)
-    cuda = {package: lines for package, lines in everything.items() if CUDA_ONLY.match(package)}
-    write("all.txt", without(everything, cuda))
-    write("cuda.txt", cuda)
+    torch = {package: lines for package, lines in everything.items() if package == "torch" or CUDA_ONLY.match(package)}
+    if local := local_torch(torch["torch"]):
+        write("torch-cpu.txt", local)
+    else:
+        print(".ci/locks/torch-cpu.txt: left as it is, the pip of this machine has no such build")
+    write("torch.txt", torch)
+    write("all.txt", without(everything, torch))
     write("newest.txt", without(resolve(*packages, *NEWEST), everything))
-    write("runtime.txt", without(resolve(*RUNTIME), cuda))
+    write("runtime.txt", without(resolve(*RUNTIME), torch))
 
 
 if __name__ == "__main__":

@@ -21,19 +21,20 @@ def pins(text: str) -> dict[str, str]:
 
 def test_locks_hold_the_versions_of_constraints() -> None:
     tested = pins((ROOT / "constraints.txt").read_text())
-    locked = {name: pins((LOCKS / f"{name}.txt").read_text()) for name in ("all", "cuda", "newest", "runtime")}
-    everything = {**locked["all"], **locked["newest"]}
+    locked = {name: pins((LOCKS / f"{name}.txt").read_text()) for name in ("all", "torch", "newest", "runtime")}
+    everything = {**locked["all"], **locked["torch"], **locked["newest"]}
     differing = {name: (version, everything.get(name)) for name, version in tested.items() if name != "uv"}
     assert all(version == other for version, other in differing.values()), f"run `make lock`: {differing}"
     assert locked["runtime"].items() <= locked["all"].items()
-    assert not locked["cuda"].keys() & everything.keys()
+    assert not locked["all"].keys() & locked["torch"].keys()
+    assert pins((LOCKS / "torch-cpu.txt").read_text()) == {"torch": tested["torch"] + "+cpu"}
 
 
 @pytest.mark.parametrize("path", sorted(LOCKS.glob("*.txt")), ids=lambda path: path.stem)
 def test_every_package_has_hashes(path) -> None:
     text = path.read_text()
     blocks = re.split(r"^(?=[A-Za-z0-9])", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE)[1:]
-    assert len(blocks) == len(pins(text)) > 4
+    assert len(blocks) == len(pins(text)) > 0
     for block in blocks:
         pin, *hashes = block.rstrip("\n").split(" \\\n")
         assert hashes and all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", line) for line in hashes), pin
@@ -43,5 +44,5 @@ def test_every_package_has_hashes(path) -> None:
 def test_the_makefile_installs_what_the_locks_were_made_for() -> None:
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     (installed,) = re.findall(r"^INSTALLED := (.*)$", makefile, re.MULTILINE)
-    locked = pins((LOCKS / "all.txt").read_text())
+    locked = {**pins((LOCKS / "all.txt").read_text()), **pins((LOCKS / "torch.txt").read_text())}
     assert set(installed.split()) <= locked.keys()
