@@ -117,7 +117,7 @@ def test_decoding_equals_eager_attention(architecture, cache) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_without_a_window_it_is_sdpa(architecture) -> None:
-    """Prefill, training, and whoever decodes and says nothing."""
+    """Prefill, training, and decoding outside a decode_window."""
     model = make(architecture)
     model.set_attn_implementation("eager")
     expected = decode(model, caches(model)["static"](), plainly)

@@ -1,4 +1,4 @@
-"""Recorded steps: the books of the graphs, with a recorder that needs no GPU; rows, buckets and what stays eager."""
+"""Recorded steps: what graphs are kept for, with a recorder that needs no GPU; rows, buckets and what stays eager."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def recorded(policy, reference, bucket=8, **options) -> tuple[RolloutEngine, Fak
 
 
 @pytest.mark.parametrize("architecture", [name for name in TINY if name not in ("mixtral", "falcon")])
-def test_recorded_steps_say_what_full_forward_passes_say(architecture) -> None:
+def test_recorded_steps_give_the_logits_of_full_forward_passes(architecture) -> None:
     """Masked slots, buckets that grow, a cursor on the device: for every kind of position and mask."""
     policy, reference = tiny_pair(architecture)
     engine, recorder = recorded(policy, reference)
@@ -154,7 +154,7 @@ def test_steps_that_nobody_recorded_are_those_of_the_rollout_that_takes_them() -
         assert torch.equal(one.lengths, two.lengths) and two.lengths.min() >= 6
 
 
-def test_books() -> None:
+def test_buckets() -> None:
     _, recorder = recorded(*tiny_pair("gpt2"))
     graphs = Graphs(recorder, bucket=256)
     assert [graphs.bucket(length) for length in (1, 256, 257)] == [256, 256, 512]
@@ -178,7 +178,7 @@ def test_remaining_rows(is_open, powers_of_two, remaining) -> None:
 
 
 def test_an_answer_that_has_not_arrived_stops_nobody() -> None:
-    """On a GPU: one question at a time, and its answer when its event says so."""
+    """On a GPU: one copy at a time, read once its event has passed."""
 
     class Event:
         done = False

@@ -1,7 +1,7 @@
-"""What models' numbers say of them: right in standing shapes, past windows and after padding, or refused with a reason.
+"""Models compared with their own forward pass: right in static shapes, past windows and after padding, or refused.
 
-Every model here is one whose code takes a liberty: a mask from the length of its cache, attention in both directions,
-slots counted as tokens, positions that begin elsewhere.
+Every model here has code that differs from a plain causal model's: a mask from the length of its cache, attention in
+both directions, slots counted as tokens, positions that begin elsewhere.
 """
 
 from __future__ import annotations
@@ -77,21 +77,21 @@ def error(engine: RolloutEngine, model: torch.nn.Module, rows: list[torch.Tensor
     return worst_error(responses, model, None, rows, 0.0)
 
 
-def standing(model: torch.nn.Module, bucket: int = 48, **options) -> RolloutEngine:
+def static_engine(model: torch.nn.Module, bucket: int = 48, **options) -> RolloutEngine:
     return RolloutEngine(model, recorder=EagerRecorder(), bucket=bucket, **options)
 
 
-# ---- standing shapes -------------------------------------------------------------------------------------------------
+# ---- static shapes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*TINY, "llama4", "bert", "paligemma2"])
 @pytest.mark.parametrize("lengths", [LONG, (9, 9)], ids=["padded", "whole"])
-def test_standing_shapes_say_what_full_forward_passes_say(name, lengths, monkeypatch) -> None:
+def test_static_shapes_give_the_logits_of_full_forward_passes(name, lengths, monkeypatch) -> None:
     """A cache of 48 slots, a text that goes from within windows of four to far past them."""
     for name_of_check in ("_routes_on_host", "_indexes_from_host"):  # which no recorder here minds
         monkeypatch.setattr(model_set, name_of_check, lambda model: False)
     model = make(name)
-    engine = standing(model)
+    engine = static_engine(model)
     assert error(engine, model, prompts(lengths)) < TOLERANCE
     assert engine.models.why_not_recorded() == []
 
@@ -102,7 +102,7 @@ def test_a_model_that_takes_the_caches_length_for_the_texts_has_growing_shapes(n
     compiled, which growing shapes would have it be anew for every token."""
     monkeypatch.setattr(torch, "compile", lambda model: lambda **_: pytest.fail("a compiled model was run"))
     model = make(name)
-    engine = standing(model, bucket, compile=True)
+    engine = static_engine(model, bucket, compile=True)
     (reason,) = engine.models.why_not_recorded()
     assert reason.startswith(f"the policy, {type(model).__name__}, ") and "cache" in reason
     result = engine.rollout(**padded(prompts((9, 9))), players=(Player(),), settings=settings(3))
@@ -259,7 +259,7 @@ def test_rounding_is_no_reason(name, dtype) -> None:
     assert why_not_static(info, 32) is None
 
 
-def test_what_was_found_is_remembered_with_the_model() -> None:
+def test_findings_are_cached_per_model() -> None:
     model, calls = tiny("llama"), []
     RolloutEngine(model)
     model.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -275,7 +275,7 @@ def test_a_comparison_leaves_everything_as_it_was() -> None:
     before = torch.get_rng_state()
     torch.set_float32_matmul_precision("high")
     try:
-        standing(model)
+        static_engine(model)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")

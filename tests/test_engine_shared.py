@@ -152,7 +152,7 @@ def test_layers_have_their_own_forward_again() -> None:
 # ---- a third set of parameters ---------------------------------------------------------------------------------------
 
 
-def test_an_average_of_parameters_plays_y_prime() -> None:
+def test_an_average_of_parameters_samples_y_prime() -> None:
     policy, reference = tiny_pair("qwen2")
     average = {name: value.detach() + 0.2 * torch.randn_like(value) for name, value in policy.named_parameters()}
     engine = RolloutEngine(policy, reference, opponent=average)
@@ -167,7 +167,7 @@ def test_an_average_of_parameters_plays_y_prime() -> None:
             value.mul_(0.9)  # an update in place is what plays next: nothing was copied
 
 
-def test_only_the_models_that_play_read() -> None:
+def test_only_the_models_of_the_players_run() -> None:
     policy, reference = tiny_pair("gpt2")
     engine = RolloutEngine(policy, reference, opponent=tiny("gpt2", seed=7))
     shapes = []

@@ -29,7 +29,7 @@ def _batch(rows) -> dict:
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3", "mistral", "gemma3", "bloom"])
-def test_captured_steps_say_what_eager_steps_and_full_forward_passes_say(architecture, models) -> None:
+def test_captured_steps_give_the_logits_of_eager_steps_and_full_forward_passes(architecture, models) -> None:
     policy, reference = models(architecture)
     rows = prompts()
     engine = RolloutEngine(policy, reference, bucket=8)
@@ -44,7 +44,7 @@ def test_captured_steps_say_what_eager_steps_and_full_forward_passes_say(archite
             assert worst_error(got, policy, reference, [row.cuda() for row in rows], beta) < 1e-3
 
 
-def test_compiled_steps_say_what_full_forward_passes_say(models) -> None:
+def test_compiled_steps_give_the_logits_of_full_forward_passes(models) -> None:
     policy, reference = models("llama")
     rows = prompts()
     engine = RolloutEngine(policy, reference, compile=True, bucket=32)
@@ -52,6 +52,23 @@ def test_compiled_steps_say_what_full_forward_passes_say(models) -> None:
     assert result.notes == () and len(engine.graphs.recorded) == 1
     for responses, beta in zip(result, (0.0, BETA), strict=True):
         assert worst_error(responses, policy, reference, [row.cuda() for row in rows], beta) < 1e-3
+
+
+@pytest.mark.parametrize("fused", [False, "products", "layers", True])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_fused_steps_give_the_logits_of_full_forward_passes(architecture, fused, models) -> None:
+    policy, reference = models(architecture)
+    rows = prompts()
+    engine = RolloutEngine(policy, reference, bucket=32, fused=fused)
+    assert bool(engine.models.joint_products.groups) is (fused in (True, "products"))
+    assert bool(engine.models.fused_layers and engine.models.fused_layers.forwards) is (fused in (True, "layers"))
+    for _ in range(2):  # the second replays what the first captured, over weights that have changed
+        result = engine.rollout(**_batch(rows), players=nash_md(BETA), settings=settings(12))
+        assert result.notes == () and len(engine.graphs.recorded) == 1
+        for responses, beta in zip(result, (0.0, BETA), strict=True):
+            assert worst_error(responses, policy, reference, [row.cuda() for row in rows], beta) < 1e-3
+        for parameter in policy.parameters():
+            parameter.data.mul_(1.05)
 
 
 def test_adapter_and_base_in_one_captured_pass() -> None:
