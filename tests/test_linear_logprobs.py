@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from unittest import mock
 
 import pytest
@@ -270,6 +271,44 @@ def test_no_rows() -> None:
     result = nlhf_kernels.linear_logprobs(*leaves, targets, reference_hidden, reference_weight)
     assert result.policy.shape == (0,)
     assert (torch.autograd.grad(result.policy.sum(), leaves)[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "free_gib", "expected_mib"),
+    [
+        (4096, 80, 2048),
+        (4096, 16, 2048),
+        (4096, 15.9, 1024),
+        (4096, 4, 512),
+        (4096, 0.1, 512),
+        (896, 80, 1024),
+        (896, 7, 512),
+    ],
+)
+def test_chunks_grow_with_the_free_memory_of_a_gpu(hidden_size, free_gib, expected_mib, monkeypatch) -> None:
+    monkeypatch.setattr(chunks, "free_bytes", lambda device: int(free_gib * 2**30))
+    capturing = False
+    monkeypatch.setattr(chunks, "is_capturing", lambda device: capturing)
+    device = torch.device("cuda", 0)
+    assert chunks.choose_chunk_bytes(device, hidden_size) == expected_mib << 20
+    capturing = True
+    assert chunks.choose_chunk_bytes(device, hidden_size) == 512 << 20
+    assert chunks.choose_chunk_bytes(torch.device("cpu"), hidden_size) == 64 << 20
+
+
+def test_the_operator_chooses_its_chunks_where_none_are_asked_for(monkeypatch) -> None:
+    """Inside the operator: a compiled graph holds no size. An argument is taken as it is."""
+    operator = importlib.import_module("nlhf_kernels.ops.linear_logprobs.op")
+    asked = []
+    monkeypatch.setattr(operator, "choose_chunk_bytes", lambda device, size: asked.append((device.type, size)) or 400)
+    hidden, weight = torch.randn(6, 5), torch.randn(50, 5)
+    targets = torch.arange(6)
+    with mock.patch.object(chunks, "logits_into", wraps=products.logits_into) as product:
+        chosen = nlhf_kernels.linear_logprobs(hidden, weight, targets)
+        assert asked == [("cpu", 5)] and product.call_count == 3, "two rows of 50 float32 a chunk"
+        given = nlhf_kernels.linear_logprobs(hidden, weight, targets, chunk_bytes=1200)
+        assert len(asked) == 1 and product.call_count == 4
+    torch.testing.assert_close(chosen.policy, given.policy)
 
 
 HIDDEN, WEIGHT, TARGETS, OTHER, OTHER_WEIGHT, _ = problem(3, 4, 8, device=torch.device("cpu"))

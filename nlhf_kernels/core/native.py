@@ -57,6 +57,12 @@ def zeroed_bytes(size: int, device: torch.device) -> torch.Tensor:
     return zeros
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU that nobody uses: the driver's, and what PyTorch's allocator holds in reserve."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def is_capturing(device: torch.device) -> bool:
     """Return whether the current stream of `device` is recording a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

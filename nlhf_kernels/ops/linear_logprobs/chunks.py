@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...core.native import free_bytes, is_capturing
 from ...core.registry import Backend
 from ..logprobs.layout import (
     IGNORED,
@@ -28,6 +29,25 @@ from .products import add_weight_gradient, logits_into
 
 _TILE = 128  # rows that a matrix product handles at a time on a GPU: a chunk is a multiple where it can
 CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}  # of logits at a time, both models together
+#: Forward and backward of 8192 rows in bfloat16, milliseconds with chunks of 512 MiB, 1 GiB and 2 GiB on an H200:
+#: D 4096, V 128256: 56.9, 56.3, 53.4; D 896, V 151936: 18.1, 17.4, 18.5.
+_WIDE = 2048  # hidden sizes from here on gain from 2 GiB, others from 1 GiB
+_FREE_SHARE = 8  # a chunk takes no more than this part of the free memory
+
+
+def choose_chunk_bytes(device: torch.device, hidden_size: int) -> int:
+    """Return the bytes of logits to hold at a time: more than the default on a GPU that has memory to spare.
+
+    It is a power of two, so that the sums of a gradient are rounded alike from call to call unless memory runs short. A
+    graph that is being captured gets the default: its memory is its own.
+    """
+    least = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    if device.type != "cuda" or is_capturing(device):
+        return least
+    chunk, free = (2 << 30) if hidden_size >= _WIDE else (1 << 30), free_bytes(device)
+    while chunk > least and chunk * _FREE_SHARE > free:
+        chunk //= 2
+    return chunk
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, compares: bool, chunk_bytes: int) -> int:

@@ -25,7 +25,7 @@ from ..logprobs.op import (
     check_targets,
 )
 from ..logprobs.op import OP as LOGPROBS
-from .chunks import CHUNK_BYTES, Chunked, Gradients, Needs, ScoredRows, Side
+from .chunks import CHUNK_BYTES, Chunked, Gradients, Needs, ScoredRows, Side, choose_chunk_bytes
 from .head import Head, check_head
 from .slices import ChunkedSlice, local_heads
 
@@ -40,7 +40,7 @@ class LinearLogprobsInputs(NamedTuple):
     targets: torch.Tensor  # (N,) int64
     beta: torch.Tensor | None  # () or (N,), in the dtype of the outputs
     settings: Settings
-    chunk_bytes: int  # of logits held at a time
+    chunk_bytes: int  # of logits held at a time; 0: what `choose_chunk_bytes` says
     compute: torch.dtype  # of the products
     backend: str
 
@@ -94,10 +94,18 @@ def chunked(inputs: LinearLogprobsInputs, op: Op = OP, part: VocabularySlice | N
         beta=scored.pick(beta) if beta is not None and beta.ndim else beta,
         settings=inputs.settings,
         backend=op.resolve(inputs.backend, LogprobsProblem(inputs.targets.device, (inputs.compute,))),
-        chunk_bytes=inputs.chunk_bytes,
+        chunk_bytes=inputs.chunk_bytes or _default_chunk_bytes(inputs, part),
         scored=scored,
     )
     return call if part is None else ChunkedSlice(**vars(call), part=part)
+
+
+def _default_chunk_bytes(inputs: LinearLogprobsInputs, part: VocabularySlice | None) -> int:
+    """Processes that share a head have the same chunks, whatever memory each has left."""
+    device = inputs.hidden.device
+    if part is None:
+        return choose_chunk_bytes(device, inputs.hidden.shape[1])
+    return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
 
 
 def _check_operands(op: str, inputs: LinearLogprobsInputs) -> None:
@@ -119,7 +127,7 @@ def _check_operands(op: str, inputs: LinearLogprobsInputs) -> None:
         raise TypeError(f"{op}: compute: expected one of {DTYPES}; got {inputs.compute}")
     check_beta(op, inputs.beta, sizes["tokens"], real_dtype(inputs.compute), device)
     check_extras(op, inputs.settings.extras, hidden is not None, inputs.beta is not None)
-    check_integer(op, "chunk_bytes", inputs.chunk_bytes, 1, 2**62)
+    check_integer(op, "chunk_bytes", inputs.chunk_bytes, 0, 2**62)
 
 
 def _run(inputs: LinearLogprobsInputs, part: VocabularySlice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +238,7 @@ class Models(NamedTuple):
     policy_transform: Transform
     reference_transform: Transform
     compute: torch.dtype
-    chunk_bytes: int
+    chunk_bytes: int  # 0: to be chosen
     part: VocabularySlice | None  # of the heads; None: they are whole
 
     def inputs(
@@ -276,14 +284,13 @@ def check_linear(
         reference = Side(_flat(reference_hidden.detach()), other.weight.detach(), other_bias)
     elif reference_head is not None:
         raise ValueError(f"{op}: reference_head: expected with reference_hidden; got it alone")
-    chunk = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) if chunk_bytes is None else chunk_bytes
     return Models(
         Side(_flat(hidden), policy.weight, policy.bias),
         reference,
         policy.transform,
         other.transform,
         compute_dtype(hidden),
-        check_integer(op, "chunk_bytes", chunk, 1, 2**62),
+        0 if chunk_bytes is None else check_integer(op, "chunk_bytes", chunk_bytes, 1, 2**62),
         part,
     )
 
@@ -323,7 +330,8 @@ def linear_logprobs(
         temperature: above 0.
         entropy: asks for the policy's entropy.
         kl: asks for the exact KL(policy || reference), over the vocabulary.
-        chunk_bytes: bytes of logits held at a time; None takes 512 MiB on a GPU, 64 MiB on a CPU.
+        chunk_bytes: bytes of logits held at a time; None takes 64 MiB on a CPU, on a GPU 512 MiB to 2 GiB, as its free
+            memory permits.
         backend: see `use_backend`; None leaves the choice to it.
     """
     op = "linear_logprobs"

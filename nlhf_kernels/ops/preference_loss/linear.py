@@ -54,7 +54,8 @@ def linear_preference_loss(
         cu_seqlens ((2 B + 1,)): offsets of packed sequences, from 0 to N.
         normalizer (number or ()): what the sum is divided by; None is the number of pairs.
         temperature: of the log-probabilities trained on.
-        chunk_bytes: bytes of logits held at a time; None takes 512 MiB on a GPU, 64 MiB on a CPU.
+        chunk_bytes: bytes of logits held at a time; None takes 64 MiB on a CPU, on a GPU 512 MiB to 2 GiB, as its free
+            memory permits.
         backend: see `use_backend`; None leaves the choice to it.
     """
     sizes: Sizes = {}
