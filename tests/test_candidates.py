@@ -223,7 +223,7 @@ def test_verdicts_take_the_whole_interval(mean, half, verdict) -> None:
 
 def test_every_stage_leaves_its_part_and_the_results_are_numbers(done) -> None:
     folder, results = done
-    assert (folder / "runs" / "rlhf-queries-tau1-run0" / "policy" / "model.safetensors").is_file()
+    assert (folder / "runs" / "rlhf-queries-tau0-run0" / "policy" / "model.safetensors").is_file()
     assert json.loads((folder / "report" / "results.json").read_text()) == json.loads(json.dumps(results))
     votes = {name: each["votes"] for name, each in results["budgets"].items()}
     assert votes == {"rlhf-pairs": 0, "nash-md-pairs": 0, "rlhf-queries": 2 * 2 * 4, "nash-md-queries": 2 * 2 * 4}

@@ -145,29 +145,32 @@ def claims(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """
     decided = []
     for information, rows in facts["advantages"].items():
-        cyclic, transitive = rows[-1], rows[0]
-        decided.append(_decide(
-            f"where preferences cycle most, Nash-MD is less exploitable than RLHF ({information})",
-            cyclic["less_exploitable"], cyclic["less_exploitable"]["half"]))  # fmt: skip
-        decided.append(_decide(
-            f"where preferences cycle most, Nash-MD is preferred to RLHF ({information})",
-            {**cyclic["win_rate"], "mean": cyclic["win_rate"]["mean"] - 0.5}, cyclic["win_rate"]["half"]))  # fmt: skip
-        first, last = transitive["less_exploitable"], cyclic["less_exploitable"]
-        decided.append(_decide(
-            f"the difference of their exploitabilities grows with the cycling ({information})",
-            {"mean": last["mean"] - first["mean"]}, math.hypot(first["half"], last["half"])))  # fmt: skip
-        lead = transitive["win_rate"]["mean"] - 0.5
-        half = transitive["win_rate"]["half"]
-        equal = REPRODUCED if abs(lead) + half < 2 * MARGIN else OPEN if abs(lead) - half < 2 * MARGIN else CONTRADICTED
-        decided.append({"claim": f"where a reward exists, neither is preferred to the other ({information})",
-                        "verdict": equal, "mean": 0.5 + lead, "half": half})  # fmt: skip
+        (first, first_rate), (last, last_rate) = (
+            (row["less_exploitable"], row["win_rate"]) for row in (rows[0], rows[-1])
+        )
+        grown = {"mean": last["mean"] - first["mean"], "half": math.hypot(first["half"], last["half"])}
+        most = "where preferences cycle most, Nash-MD is"
+        decided += [
+            _decide(f"{most} less exploitable than RLHF ({information})", last, 0.0),
+            _decide(f"{most} preferred to RLHF ({information})", last_rate, 0.5),
+            _decide(f"the difference of their exploitabilities grows with the cycling ({information})", grown, 0.0),
+            _decide_equal(f"where a reward exists, neither is preferred to the other ({information})", first_rate),
+        ]
     return decided
 
 
-def _decide(claim: str, value: dict[str, Any], half: float) -> dict[str, Any]:
-    mean = value["mean"]
-    verdict = REPRODUCED if mean - half > MARGIN else CONTRADICTED if mean + half < -MARGIN else OPEN
-    return {"claim": claim, "verdict": verdict, "mean": mean, "half": half}
+def _decide(claim: str, value: Mapping[str, float], level: float) -> dict[str, Any]:
+    """Whether a value is above a level, by more than the margin with its whole interval."""
+    low, high = value["mean"] - value["half"] - level, value["mean"] + value["half"] - level
+    verdict = REPRODUCED if low > MARGIN else CONTRADICTED if high < -MARGIN else OPEN
+    return {"claim": claim, "verdict": verdict, "mean": value["mean"], "half": value["half"]}
+
+
+def _decide_equal(claim: str, rate: Mapping[str, float]) -> dict[str, Any]:
+    """Whether a win rate is 1/2, up to twice the margin."""
+    lead, half = abs(rate["mean"] - 0.5), rate["half"]
+    verdict = REPRODUCED if lead + half < 2 * MARGIN else CONTRADICTED if lead - half > 2 * MARGIN else OPEN
+    return {"claim": claim, "verdict": verdict, "mean": rate["mean"], "half": half}
 
 
 def _advantage(measures: Measures, nash: str, rival: str, groups: list[torch.Tensor]) -> list[dict[str, Any]]:

@@ -188,7 +188,7 @@ CANDIDATE_PRESETS = {
     # seconds: shows that the pipeline runs, and nothing else
     "tiny": CandidatePreset(
         knobs=(0.0, 1.0), games=2, candidates=3, hidden=16, heads=2, start_steps=5, pairs=32, comparison_steps=2,
-        comparison_batch=8, comparison_rates=(1e-3,), runs=1, taus=(0.4, 0.1), reward_taus=(2.0, 0.5), updates=2,
+        comparison_batch=8, comparison_rates=(1e-3,), runs=1, taus=(0.1,), reward_taus=(0.5,), updates=2,
         samples_per_prompt=2, checkpoints=2,
     ),
     # minutes on two CPU cores

@@ -107,7 +107,7 @@ def answer(results: Results) -> list[str]:
         equal.append(f"{_plain(rows[0]['win_rate'])} ({information})")
     return [
         f"Where preferences cycle most ({last['cyclic']:.0%} of triples), the best opponent that goes no further than "
-        f"{budget:g} nats from the reference wins {', '.join(exploited)}.",
+        f"{_nats(budget)} from the reference wins {', '.join(exploited)}.",
         f"At that same distance Nash-MD is preferred to RLHF with probability {', '.join(won)} there.",
         f"Where the preferences come from a reward, it is preferred with probability {', '.join(equal)}.",
     ]
@@ -137,7 +137,7 @@ def describe_setting(results: Results) -> str:
         f"{preset['candidates']} answers to choose from; {preset['runs']} training runs of each contestant at each of "
         f"{len(preset['taus'])} tau. Every run makes {preset['updates']} updates with {preset['samples_per_prompt']} "
         f"answers to every prompt. pairs: {INFORMATION['pairs']}, {preset['pairs']}; queries: "
-        f"{INFORMATION['queries']}, {asked}. Policies are compared at {preset['budget']:g} nats of KL from the "
+        f"{INFORMATION['queries']}, {asked}. Policies are compared at {_nats(preset['budget'])} of KL from the "
         "reference, prompt by prompt, or at their own where they stay below; win rates are expectations over all "
         "answers. Intervals are 95 %, over prompts and training runs; a difference counts above "
         f"{MARGIN:g} with its whole interval."
@@ -155,7 +155,7 @@ def all_figures(results: Results) -> list[tuple[str, str, Any]]:
     """
     last, labels = results["knobs"][-1], _labels(results)
     most = f"where {last['cyclic']:.0%} of triples cycle"
-    budget = f"{results['preset']['budget']:g} nats"
+    budget = _nats(results["preset"]["budget"])
     unrewarded = [knob["unrewarded"] for knob in results["knobs"]]
     advantages = {
         f"same {information}": [
@@ -272,6 +272,10 @@ def _labels(results: Results) -> dict[str, str]:
 
 def _colour(claim: Mapping[str, Any]) -> str:
     return {REPRODUCED: "reproduced", CONTRADICTED: "contradicted"}.get(claim["verdict"], "")
+
+
+def _nats(budget: float) -> str:
+    return f"{budget:g} {'nat' if budget == 1 else 'nats'}"
 
 
 def _cell(value: Mapping[str, Any]) -> str:
