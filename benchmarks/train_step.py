@@ -51,16 +51,16 @@ SHAPES["headline"] = headline_shapes("train_step", SHAPES["standard"])
 
 @dataclass
 class Rival:
-    """A trainer whose updates are made by hand, so that rivals can take turns."""
+    """A trainer whose updates are made one at a time, so that rivals can take turns."""
 
     trainer: Any
     batch: Any
     phases: Callable[[], dict[str, float]]  # seconds of the last update
     gate: Callable[[Rival], float] | None = None  # the error of the gradient of an update
-    seen: dict[str, list[float]] = field(default_factory=dict)
+    history: dict[str, list[float]] = field(default_factory=dict)  # seconds by phase, of every update
 
     def update(self) -> None:
-        """What transformers' loop does around `training_step`."""
+        """Make one update, as transformers' loop does around `training_step`."""
         trainer = self.trainer
         inputs, items = trainer.get_batch_samples(iter([self.batch]), 1, trainer.args.device)
         for each in inputs:
@@ -76,7 +76,7 @@ class Rival:
         trainer.state.global_step += 1
         trainer.control = handler.on_step_end(trainer.args, trainer.state, trainer.control)
 
-    # ---- what the benchmark asks for, from its own process -----------------------------------------------------------
+    # ---- called by the benchmark, from its own process ---------------------------------------------------------------
 
     def error(self) -> float | None:
         return None if self.gate is None else self.gate(self)
@@ -85,14 +85,14 @@ class Rival:
         self.update()
         synchronise(self.trainer.args.device)
         for name, seconds in self.phases().items():
-            self.seen.setdefault(name, []).append(seconds)
+            self.history.setdefault(name, []).append(seconds)
 
     def finished(self, updates: int) -> dict[str, list[float]]:
-        """The seconds of the phases of the last updates. Raise where weights are not finite."""
+        """Return the seconds of the phases of the last updates; raise where weights are not finite."""
         wrong = [name for name, value in self.trainer.model.named_parameters() if not bool(value.isfinite().all())]
         if wrong:
             raise FloatingPointError(f"after {self.trainer.state.global_step} updates {wrong[0]} is not finite")
-        return {name: seconds[-updates:] for name, seconds in self.seen.items()}
+        return {name: seconds[-updates:] for name, seconds in self.history.items()}
 
     def peak(self) -> int:
         return peak_bytes(Action(lambda: None, lambda _: self.run()), self.trainer.args.device)

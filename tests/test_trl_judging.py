@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from nlhf_kernels.integrations.trl.judging import RewardDifference, TrlJudge, _is_judge
-from nlhf_kernels.integrations.trl.rows import Rows, spoken
+from nlhf_kernels.integrations.trl.rows import Rows, with_answer
 from nlhf_kernels.preference import JudgeError, PairwisePreferenceModel, RewardModel
 from tests.support.preference import comparison_model
 from tests.support.tiny_models import tiny_tokenizer
@@ -230,7 +230,7 @@ def test_prompts_are_rendered_by_trls_rules() -> None:
     rows = [{"prompt": [user]}, {"prompt": [user], "chat_template_kwargs": {"mark": "!"}}, {"prompt": [user, begun]}]
     texts = Rows(tokenizer).read("train_dataset", [*rows, {"prompt": "as it is"}])
     assert [row["prompt"] for row in texts] == ["[hi]>", "![hi]>", "[hi][so", "as it is"]
-    assert spoken([user, begun], " it goes") == [user, {"role": "assistant", "content": "so it goes"}]
+    assert with_answer([user, begun], " it goes") == [user, {"role": "assistant", "content": "so it goes"}]
 
 
 @pytest.mark.parametrize(
@@ -249,9 +249,9 @@ def test_rows_that_cannot_be_read_are_named(row, message) -> None:
 
 def test_columns_are_found_by_the_prompt_or_refused() -> None:
     rows, twice = Rows(tiny_tokenizer()), [{"prompt": "a", "x": 1, "y": 1}, {"prompt": "a", "x": 1, "y": 2}]
-    rows.will_ask(["x"])
+    rows.register(["x"])
     assert len(rows.read("train_dataset", twice)) == 2 and rows.row("a")["x"] == 1
-    rows.will_ask(None)
+    rows.register(None)
     with pytest.raises(ValueError, match="row 1: expected one 'y' for one prompt, .*'a' and a different one"):
         rows.read("train_dataset", twice)
 

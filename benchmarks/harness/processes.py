@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
+from operator import methodcaller
 from typing import Any
 
 
@@ -86,4 +87,4 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
             method, method_arguments = pipe.recv()
         except EOFError:
             return
-        answer(partial(getattr(target[0], method), *method_arguments))
+        answer(partial(methodcaller(method, *method_arguments), target[0]))

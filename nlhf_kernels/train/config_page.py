@@ -63,7 +63,8 @@ def configuration_page() -> str:
                 _table((name, _value(default), text) for name, (default, text) in own.items() if name not in FIXED),
                 "`algorithm` is one of:",
                 _table(
-                    ((a.name, _loss(a), a.summary) for a in ALGORITHMS.values()), ("algorithm", "loss", "who plays")
+                    ((a.name, a.loss.replace("-", " "), a.summary) for a in ALGORITHMS.values()),
+                    ("algorithm", "loss", "who plays"),
                 ),
                 "## training: what transformers' TrainingArguments bring",
                 "All of them are there. Those that most runs set:",
@@ -79,11 +80,11 @@ def configuration_page() -> str:
 
 
 def _rows(kind: Any) -> list[tuple[str, str, str]]:
-    return [(entry.name, _default(entry), entry.metadata["help"]) for entry in dataclasses.fields(kind)]
-
-
-def _default(entry: Any) -> str:
-    return "needed" if entry.default is dataclasses.MISSING else _value(entry.default)
+    rows = []
+    for entry in dataclasses.fields(kind):
+        default = "needed" if entry.default is dataclasses.MISSING else _value(entry.default)
+        rows.append((entry.name, default, entry.metadata["help"]))
+    return rows
 
 
 def _value(value: Any) -> str:
@@ -94,10 +95,6 @@ def _value(value: Any) -> str:
 def _first(kind: Any) -> str:
     text = " ".join((kind.__doc__ or "").split())
     return text[0].lower() + text[1:]
-
-
-def _loss(algorithm: Any) -> str:
-    return str(algorithm.loss).replace("-", " ")
 
 
 def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ("key", "default", "meaning")) -> str:

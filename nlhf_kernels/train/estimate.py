@@ -93,6 +93,7 @@ class _Times(TrainerCallback):
 def _train(trainer: Any) -> float:
     """Return the seconds of the second of two updates, when kernels are compiled and the optimizer has its state."""
     args, times = copy.copy(trainer.args), _Times()
+    prompts_per_update = int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
     args.max_steps, args.load_best_model_at_end, args.eval_on_start, args.logging_first_step = 2, False, False, False
     for name in UNMEASURED:
         setattr(args, name, type(getattr(args, name))("no"))
@@ -100,7 +101,7 @@ def _train(trainer: Any) -> float:
     callbacks = trainer.callback_handler.callbacks
     trainer.callback_handler.callbacks = [each for each in callbacks if isinstance(each, needed)]
     trainer.add_callback(times)
-    whole, trainer.train_dataset = trainer.train_dataset, _longest(trainer.train_dataset, _prompts_per_update(args))
+    whole, trainer.train_dataset = trainer.train_dataset, _longest(trainer.train_dataset, prompts_per_update)
     before, trainer.args = trainer.args, args
     try:
         Trainer.train(trainer)  # not the trainer's own, which looks into output_dir
@@ -122,10 +123,6 @@ def _longest(prompts: PromptDataset, count: int) -> PromptDataset:
     longest = copy.copy(prompts)
     longest.prompts = sorted(prompts.prompts, key=lambda prompt: -len(prompt.ids))[:count]
     return longest
-
-
-def _prompts_per_update(args: Any) -> int:
-    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def _updates(trainer: Any) -> int:

@@ -73,12 +73,10 @@ class Evaluator:
         size = self.config.per_device_eval_batch_size
         for start in range(0, len(indices), size):
             batch = self.collator([prompts[index] for index in indices[start : start + size]])
-            batch = {name: self._to_device(value) for name, value in batch.items()}
+            for name, value in batch.items():
+                batch[name] = value.to(self.processes.device) if isinstance(value, torch.Tensor) else value
             self._measure(meters, batch, (digest, start))
         return {f"{prefix}_{name}": value for name, value in meters.means(self.processes).items()}
-
-    def _to_device(self, value: Any) -> Any:
-        return value.to(self.processes.device) if isinstance(value, torch.Tensor) else value
 
     def _measure(self, meters: Meters, batch: dict[str, Any], key: tuple[str, int]) -> None:
         players = [self._player(0, batch)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -354,7 +354,8 @@ class NashTrainer(ResumableTrainer):
         def rollout(ids: Any, mask: Any, players: Any, settings: RolloutSettings) -> RolloutResult:
             if isinstance(self.rollout_policy, RolloutPolicy) and self.rollout_policy.refresh():
                 self.engine.release()  # captured steps read the weights' old memory
-            with self._backend():  # attention's too, which has no argument for it
+            backend = self.args.backend  # of attention too, which has no argument for it
+            with nullcontext() if backend is None else use_backend(backend):
                 return engine.rollout(ids, mask, players, replace(settings, **changes))
 
         return rollout
@@ -364,9 +365,6 @@ class NashTrainer(ResumableTrainer):
         are not as many in all processes."""
         for model in self._gathered:
             model.refresh()
-
-    def _backend(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.args.backend is None else use_backend(self.args.backend)
 
     # ---- logs and evaluation -----------------------------------------------------------------------------------------
 

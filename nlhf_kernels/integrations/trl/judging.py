@@ -22,7 +22,7 @@ from ...preference import AverageJudge, Judge, PairwisePreferenceModel, Preferen
 from ...train.experience import Experience, ExperienceCollector
 from ...train.rewards import Reward, rewards
 from .config import NashMDConfig
-from .rows import OP, Rows, spoken
+from .rows import OP, Rows, with_answer
 
 _log = logging.getLogger(__name__)
 Texts = Sequence[str]
@@ -69,7 +69,7 @@ class PenalisingCollector(ExperienceCollector):
 
 
 class FunctionReward:
-    """TRL's reward functions: `function(prompts=, completions=, **columns)` -> numbers, or None where it has none."""
+    """A TRL reward function: `function(prompts=, completions=, **columns)` -> numbers, or None for an answer."""
 
     def __init__(self, function: Callable[..., Any], rows: Rows) -> None:
         self.function, self.rows = function, rows
@@ -82,9 +82,9 @@ class FunctionReward:
                     f"asks for {name}"
                 )
         every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        self.takes = None if every else frozenset(parameters)
+        self.parameters = None if every else frozenset(parameters)  # None: it takes all columns
         self.identity = describe(function)
-        rows.will_ask(self.takes)
+        rows.register(self.parameters)
 
     def __call__(self, prompts: Texts, answers: Texts) -> list[Any]:
         rows = [self.rows.row(prompt) for prompt in prompts]
@@ -95,12 +95,14 @@ class FunctionReward:
             answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
             for prompt, answer in zip(columns["prompts"], answers, strict=True)
         ]
-        arguments = {name: value for name, value in columns.items() if self.takes is None or name in self.takes}
+        arguments = {
+            name: value for name, value in columns.items() if self.parameters is None or name in self.parameters
+        }
         return [0.0 if value is None else value for value in self.function(**arguments)]
 
 
 class ModelReward:
-    """The score of an AutoModelForSequenceClassification over a decoder: of the end token after prompt and answer."""
+    """The score of an AutoModelForSequenceClassification over a decoder, at the end token after prompt and answer."""
 
     def __init__(self, model: Any, tokenizer: Any, rows: Rows, batch_size: int) -> None:
         self.model, self.tokenizer, self.rows, self.batch_size = model.eval(), tokenizer, rows, batch_size
@@ -118,7 +120,7 @@ class ModelReward:
                 f"{OP}: reward_processing_classes: expected the reward model's own tokenizer, with an end token and at "
                 f"most {width} tokens; got {type(tokenizer).__name__} of {len(tokenizer)}"
             )
-        rows.will_ask(())
+        rows.register(())
         self.body, self.room = body, getattr(model.config, "max_position_embeddings", None)
 
     @torch.no_grad()
@@ -128,9 +130,9 @@ class ModelReward:
         return torch.cat(parts)
 
     def _encode(self, prompt: str, answer: str) -> list[int]:
-        said = self.rows.row(prompt)["prompt"]
-        if not isinstance(said, str) and getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(spoken(said, answer), tokenize=False)
+        messages = self.rows.row(prompt)["prompt"]
+        if not isinstance(messages, str) and getattr(self.tokenizer, "chat_template", None):
+            text = self.tokenizer.apply_chat_template(with_answer(messages, answer), tokenize=False)
             ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids if self.room is None else ids[-self.room :]
         room = None if self.room is None else self.room - 1
@@ -148,7 +150,7 @@ class ModelReward:
 
 
 class TrlJudge:
-    """An object of TRL's with `judge(prompts, pairs)`: probabilities where it has them, else which one is better."""
+    """A judge object of TRL with `judge(prompts, pairs)`: its probabilities where it has some, else its choices."""
 
     def __init__(self, judge: Any) -> None:
         self.judge, self.__name__ = judge, type(judge).__name__

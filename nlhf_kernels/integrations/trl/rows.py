@@ -1,7 +1,7 @@
-"""Rows of data as TRL reads them: conversations rendered by its rules, and the way back from a text to its row.
+"""Rows of data as TRL reads them: conversations rendered by its rules, and a look-up of rows by their prompt's text.
 
-Judges and rewards are asked about texts. A TRL reward function wants more: the row's own prompt, messages or text, and
-the row's other columns. So the rows are kept by the text their prompt becomes.
+Judges and rewards are called with texts. A TRL reward function also takes the row's own prompt, messages or text, and
+the row's other columns, so rows are stored by the text that their prompt is rendered to.
 """
 
 from __future__ import annotations
@@ -16,32 +16,40 @@ IMAGES = ("image", "images")
 
 
 class Rows:
+    """Read rows with TRL's rules for conversations, and store those that reward functions will look up.
+
+    Args:
+        tokenizer: its chat template renders conversations.
+    """
+
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.keep = False  # set by who will ask for rows
-        self.asked: set[str] | None = set()  # columns that will be asked for; None: all
+        self.stores_rows = False
+        self.columns: set[str] | None = set()  # that reward functions take; None: all
         self.by_text: dict[str, Mapping[str, Any]] = {}
 
-    def will_ask(self, columns: Iterable[str] | None) -> None:
-        self.keep = True
-        self.asked = None if self.asked is None or columns is None else self.asked | set(columns)
+    def register(self, columns: Iterable[str] | None) -> None:
+        """Store the rows that are read from now on, for a reward function that takes `columns`; None: all."""
+        self.stores_rows = True
+        self.columns = None if self.columns is None or columns is None else self.columns | set(columns)
 
     def read(self, name: str, source: Any) -> list[dict[str, str]]:
-        """`source` with nothing but a text for a prompt in every row."""
+        """Return rows with the text of each prompt alone."""
         if not (hasattr(source, "__len__") or isinstance(source, str)):
             raise TypeError(f"{OP}: {name}: expected rows with a length; got {type(source).__name__}")
         rows = []
         try:
             for place, row in read_rows(source):
                 text = self._text(place, row)
-                if self.keep:
-                    self._keep(place, text, row)
+                if self.stores_rows:
+                    self._store(place, text, row)
                 rows.append({"prompt": text})
         except (TypeError, ValueError) as error:
             raise type(error)(f"{OP}: {name}: {error}") from error
         return rows
 
     def row(self, text: str) -> Mapping[str, Any]:
+        """Return the row whose prompt is rendered to `text`."""
         return self.by_text[text]
 
     def _text(self, place: str, row: Mapping[str, Any]) -> str:
@@ -67,10 +75,10 @@ class Rows:
         )
         return str(text)
 
-    def _keep(self, place: str, text: str, row: Mapping[str, Any]) -> None:
-        known = self.by_text.setdefault(text, row)
-        for column in {*known, *row} if self.asked is None else self.asked:
-            if known is not row and repr(known.get(column)) != repr(row.get(column)):
+    def _store(self, place: str, text: str, row: Mapping[str, Any]) -> None:
+        first = self.by_text.setdefault(text, row)
+        for column in {*first, *row} if self.columns is None else self.columns:
+            if first is not row and repr(first.get(column)) != repr(row.get(column)):
                 raise ValueError(
                     f"{place}: expected one {column!r} for one prompt, which reward functions find it by; got another "
                     f"row with the prompt {text[:60]!r} and a different one (remove the column, or the row)"
@@ -81,8 +89,8 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, Mapping) and "role" in message
 
 
-def spoken(prompt: Any, answer: str) -> list[dict[str, Any]]:
-    """The conversation with the answer in it, as one message with what the assistant had begun."""
+def with_answer(prompt: Any, answer: str) -> list[dict[str, Any]]:
+    """Return the conversation with the answer, joined to a message that the assistant had begun."""
     messages = list(prompt)
     if messages[-1]["role"] == "assistant":
         answer = messages.pop()["content"] + answer
