@@ -145,6 +145,26 @@ def processes_agree_on_a_seed_and_on_prompts() -> None:
         engine.rollout(*batch(), nash_md(0.25), settings(seed=rank))
 
 
+def an_opponent_of_its_own_and_half_precision() -> None:
+    """Nash-EMA's opponent is a third model, shared alike. In bfloat16 sums differ from the whole model's by rounding,
+    and are the same in all processes: so are the tokens."""
+    from nlhf_kernels.engine import RolloutEngine, nash_ema
+
+    shared = [loaded("llama", seed, tp_size=size()) for seed in range(3)]
+    whole = [loaded("llama", seed) for seed in range(3)]
+    engines = [RolloutEngine(models[0], models[1], opponent=models[2]) for models in (shared, whole)]
+    assert engines[0].models.sharding.part is not None
+    assert_same(*(engine.rollout(*batch(), nash_ema(0.25), settings()) for engine in engines))
+
+    engine = RolloutEngine(*(model.bfloat16() for model in shared[:2]), opponent=shared[2].bfloat16())
+    result = engine.rollout(*batch(), nash_ema(0.25), settings(end_ids=()))
+    for response in result:
+        for own in (response.tokens, response.policy_logprobs, response.mixture_logprobs):
+            parts = [torch.empty_like(own) for _ in range(size())]
+            torch.distributed.all_gather(parts, own.contiguous())
+            assert all(torch.equal(part, own) for part in parts)
+
+
 def bad_models_are_named() -> None:
     from nlhf_kernels.engine import RolloutEngine
 
@@ -273,6 +293,7 @@ CHECKS = [
     filters_hooks_and_least_lengths,
     a_token_costs_its_layers_and_two_collectives_a_draw,
     processes_agree_on_a_seed_and_on_prompts,
+    an_opponent_of_its_own_and_half_precision,
     bad_models_are_named,
     stored_in_parts_and_gathered_once,
     stored_in_parts_and_gathered_at_every_step,

@@ -72,7 +72,7 @@ class CudaRecorder:
                     tensor.copy_(value)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=side):
+        with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode=capture_error_mode()):
             step()
         self.pool = graph.pool()
         return graph.replay
@@ -94,3 +94,9 @@ class CudaRecorder:
         while len(self.streams) <= index:
             self.streams.append(torch.cuda.Stream(self.device))
         return self.streams[index]
+
+
+def capture_error_mode() -> str:
+    """Return whose forbidden calls end a capture: among processes only this thread's, as NCCL's watchdog polls events."""
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "thread_local" if shared else "global"
