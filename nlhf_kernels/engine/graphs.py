@@ -97,6 +97,6 @@ class CudaRecorder:
 
 
 def capture_error_mode() -> str:
-    """Return whose forbidden calls end a capture: among processes this thread's only, as NCCL polls events in its own."""
+    """Return whose forbidden calls end a capture: among processes this thread's only, as NCCL has one that polls."""
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     return "thread_local" if shared else "global"
