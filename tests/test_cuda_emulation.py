@@ -9,12 +9,19 @@ import ctypes
 import math
 import re
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
+from nlhf_kernels.core import tuning
+from nlhf_kernels.ops.mirror_descent import native as mirror_descent_native
+from nlhf_kernels.ops.mirror_descent.op import MirrorDescentInputs
+from nlhf_kernels.ops.row_uniforms import native as row_uniforms_native
+from nlhf_kernels.ops.row_uniforms.op import RowUniformsInputs
 from tests.emulation.build import build_sanitized
 from tests.emulation.fixture import CRAMPED, ROOMY, Emulation
 
@@ -264,6 +271,38 @@ def test_mirror_descent_chooses_several_blocks_for_few_large_games(emulation: Em
     assert parts(1, 2048) == 1
 
 
+@pytest.fixture
+def emulated_calls(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python side of the CUDA kernels, over the emulated module and on CPU tensors."""
+    for native in (mirror_descent_native, row_uniforms_native):
+        monkeypatch.setattr(native.capabilities, "native", lambda name: emulation.module)
+        monkeypatch.setattr(native, "cuda_stream", lambda device: 0)
+        monkeypatch.setattr(native, "on_device", lambda device: nullcontext())
+
+
+@pytest.mark.usefixtures("emulated_calls")
+@pytest.mark.parametrize("parts", [None, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mirror_descent_from_python(parts: int | None, dtype: torch.dtype) -> None:
+    tensors = [torch.from_numpy(array).to(dtype) for array in make_games(2, 245, 3, np.float64)]
+    tunable = mirror_descent_native._TUNABLE
+    plan = nullcontext() if parts is None else tuning.use_plan(tunable, mirror_descent_native.Plan(parts, 64))
+    with plan:
+        result = mirror_descent_native.mirror_descent_cuda(MirrorDescentInputs(*tensors, "mixture", None, "cuda"))
+    truth = torch.from_numpy(expected_descent(*make_games(2, 245, 3, np.float64), True))
+    torch.testing.assert_close(result.double(), truth, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.usefixtures("emulated_calls")
+@pytest.mark.parametrize("threads", [None, 64])
+def test_row_uniforms_from_python(threads: int | None) -> None:
+    arguments = torch.tensor(7), torch.arange(300), torch.tensor(2)
+    tunable = row_uniforms_native._TUNABLE
+    with nullcontext() if threads is None else tuning.use_plan(tunable, row_uniforms_native.Plan(threads)):
+        result = row_uniforms_native.row_uniforms_cuda(RowUniformsInputs(*arguments, 1, "cuda"))
+    assert result.tolist() == [expected_uniform(7, row, 2, 1) for row in range(300)]
+
+
 def test_mirror_descent_refuses_other_plans(emulation: Emulation) -> None:
     problem = make_games(1, 300, 2, np.float32)
     for plan in ((0, 512), (2, 0), (2, 33), (2, 544)):
@@ -411,7 +450,6 @@ def test_blocks_run_in_an_order_drawn_from_the_seed(emulation: Emulation) -> Non
 
 
 def test_half_types_round_as_the_hardware(emulation: Emulation) -> None:
-    torch = pytest.importorskip("torch")
     random = np.random.default_rng(0)
     values = random.normal(size=500) * 10.0 ** random.integers(-9, 6, 500)
     values = [*values.astype(np.float32).tolist(), 0.0, -0.0, 65519.9, 65520.0, 3e38, math.inf, 2.0**-25, 3 * 2.0**-25]

@@ -16,6 +16,7 @@ import torch
 import nlhf_kernels
 from nlhf_kernels.core.settings import BACKENDS
 from nlhf_kernels.ops.decode_attention import oracle as attention
+from nlhf_kernels.ops.decode_attention.op import DecodeAttentionInputs
 from tests.support import mixture
 from tests.support.backends import DEVICE
 from tests.support.tolerances import CONSTANT
@@ -290,7 +291,8 @@ def decode_attention_case(draw: Draw) -> Case:
     def truth() -> torch.Tensor:
         wide = (query.double(), keys.double(), values.double())
         window, softcap = options["window"] or 2**62, options["softcap"] or 0.0
-        return attention.decode_attention(*wide, starts, ends, scale, window, softcap, sinks)
+        inputs = DecodeAttentionInputs(*wide, starts, ends, scale, window, softcap, sinks, "torch")
+        return attention.decode_attention(inputs)
 
     def judge(result: torch.Tensor, truth: torch.Tensor, same: torch.Tensor) -> None:
         # An infinite value whose weight underflows in float32 gives NaN where float64 gives infinity.
