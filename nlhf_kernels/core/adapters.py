@@ -21,7 +21,7 @@ NAME = "default"  # of the one adapter
 
 
 def is_adapter(name: str, where: Mapping[str, Any] = MappingProxyType({})) -> bool:
-    """Whether a folder, or a name on the hub, holds an adapter; `where` as in `from_pretrained`."""
+    """Return whether a folder, or a name on the hub, holds an adapter; `where` as in `from_pretrained`."""
     if Path(name).is_dir():
         return (Path(name) / str(where.get("subfolder", "")) / CONFIG).is_file()
     find = need("transformers.utils.peft_utils", "a model").find_adapter_config_file
@@ -32,12 +32,12 @@ def is_adapter(name: str, where: Mapping[str, Any] = MappingProxyType({})) -> bo
 
 
 def base_of(name: str, where: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """The base's folder or name on the hub, as the adapter's configuration has it."""
+    """Return the base's folder or name on the hub, as the adapter's configuration has it."""
     return str(_configuration(name, where).base_model_name_or_path or "")
 
 
 def new_adapter(model: Any, peft_config: Any, seed: int) -> Any:
-    """`model` with a new adapter, whose first values are a function of the seed alone."""
+    """Return `model` with a new adapter, whose first values are a function of the seed alone."""
     peft = need("peft", "peft_config")
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -46,17 +46,17 @@ def new_adapter(model: Any, peft_config: Any, seed: int) -> Any:
 
 
 def attach(base: Any, name: str, *, trainable: bool, where: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """`base` with the adapter of a folder or a name on the hub."""
+    """Return `base` with the adapter of a folder or a name on the hub."""
     configuration = _configuration(name, where)
     configuration.inference_mode = not trainable
     model = new_adapter(base, configuration, seed=0)
-    found = model.load_adapter(name, NAME, is_trainable=trainable, **where)
-    check_keys(f"the adapter on {type(base).__name__}", found.missing_keys, found.unexpected_keys)
+    loaded = model.load_adapter(name, NAME, is_trainable=trainable, **where)
+    check_keys(f"the adapter on {type(base).__name__}", loaded.missing_keys, loaded.unexpected_keys)
     return model
 
 
 def merged(model: Any) -> Any:
-    """The base, the adapter added to its weights; `model` is used up."""
+    """Return the base with the adapter added to its weights; `model` cannot be used afterwards."""
     names = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
     for name, layer in model.named_modules():
         weight = getattr(getattr(layer, "base_layer", None), "weight", None)
@@ -69,7 +69,7 @@ def merged(model: Any) -> Any:
 
 
 def base_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The base's own weights by its own names, adapters left out; nothing is copied."""
+    """Return the base's own weights by its own names, without the adapters; nothing is copied."""
     adapters = tuple(f".{name}." for name in model.peft_config)
     return {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): value

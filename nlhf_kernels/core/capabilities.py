@@ -25,8 +25,8 @@ failed_checks: dict[str, str] = {}
 
 
 def _check(what: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
-    """Keep a check's answers. A check that itself fails, for an unforeseen reason, is noted and forbids nothing: an op
-    that can run must not fail over the question whether it can."""
+    """Cache a check's answers. A check that raises, for an unforeseen reason, is noted and counts as passed: an op that
+    can run must not fail because a check did."""
 
     def decorate(check: Callable[..., str]) -> Callable[..., str]:
         @cache
@@ -68,7 +68,7 @@ def _load_native(name: str) -> tuple[ModuleType | None, str]:
 
 @cache
 def native(name: str) -> ModuleType:
-    """The native module `_cpu` or `_cuda`; only backends whose `why_not` is empty ask for it."""
+    """Return the native module `_cpu` or `_cuda`; only backends whose `why_not` is empty call this."""
     module, reason = _load_native(name)
     if module is None:
         raise ImportError(reason)
@@ -76,13 +76,13 @@ def native(name: str) -> ModuleType:
 
 
 def native_missing(name: str) -> str:
-    """Why the native module cannot be used; empty where it can."""
+    """Return why the native module cannot be used; empty where it can."""
     return _load_native(name)[1]
 
 
 @_check("Triton's version")
 def triton_missing() -> str:
-    """Why Triton cannot be used; empty where it can."""
+    """Return why Triton cannot be used; empty where it can."""
     try:
         version = importlib.import_module("triton").__version__
     except ImportError as error:
@@ -99,7 +99,7 @@ def _version(text: str) -> tuple[int, int]:
 
 @_check("whether _cuda fits the GPU")
 def _cuda_module_misfit(index: int) -> str:
-    """Why the compiled `_cuda` does not fit GPU `index`: too old a driver, or no code for its architecture."""
+    """Return why the compiled `_cuda` does not fit GPU `index`: too old a driver, or no code for its architecture."""
     module = native("_cuda")
     info = module.build_info()
     driver = module.driver_version()  # 1000 * major + 10 * minor of the newest CUDA that it serves; 0: there is none
@@ -121,7 +121,7 @@ def _cuda_module_misfit(index: int) -> str:
 
 
 def machine_reasons(backend: str, device: torch.device) -> list[str]:
-    """Why `backend` cannot run on `device` of this machine, whatever the problem; empty where it can."""
+    """Return why `backend` cannot run on `device` of this machine, whatever the problem; empty where it can."""
     if backend == "torch":
         return []
     if backend == "cpu":

@@ -1,11 +1,11 @@
 """Argument checks: each error names the op and the argument, what was expected, and what came.
 
 They run on every call, so they look at shapes, dtypes and devices only: reading a tensor's values would stop the GPU.
-`sizes` carries what symbolic dimensions turned out to be from one argument to the next.
+`sizes` carries the sizes of symbolic dimensions from one argument to the next.
 
 Operators, `torch.ops.nlhf_kernels.<op>`, can be called without the public function, and their kernels read memory by
 address. So an operator checks its arguments itself. Where the public function's arguments are other ones (flattened,
-or under other names), both check: the operator then by `check_memory`, a third of a microsecond a tensor.
+or under other names), both check, the operator then by `check_memory`, which is cheaper.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_memory(
     device: torch.device,
     strides: str = "contiguous",  # or "rows": elements of the last dimension are neighbours; "any"
 ) -> None:
-    """`tensor` is exactly what a kernel will take it for."""
+    """Check what a kernel relies on: shape, dtype, device and strides."""
     if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != device:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         got = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
@@ -83,7 +83,7 @@ def check_memory(
 
 
 def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two matrices, each of rows of neighbouring elements, share memory. Rows that interleave do not."""
+    """Return whether two matrices, each of rows of neighbouring elements, share memory. Rows that interleave do not."""
     if one.device != other.device or not one.numel() or not other.numel():
         return False
     if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
@@ -123,7 +123,7 @@ def check_counter(
 
 
 def check_is_tensor(op: str, name: str, value: object) -> None:
-    """For what the operator checks: it is called with dense tensors, or PyTorch says in other words why not."""
+    """Check as little as an operator's call needs: without a dense tensor PyTorch would raise in words of its own."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor; got {type(value).__name__}")
     if value.layout is not torch.strided:
@@ -139,7 +139,7 @@ def check_not_empty(op: str, name: str, sizes: Sizes, *symbols: str) -> None:
 def check_number(
     op: str, name: str, value: object, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> float:
-    """`value` as a finite number in [low, high], or in (low, high] where `open_low`."""
+    """Return `value`, a finite number in [low, high], or in (low, high] where `open_low`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: expected a number; got {type(value).__name__}")
     finite = -math.inf < value < math.inf  # not math.isfinite, which torch.compile cannot trace for a dynamic float

@@ -23,7 +23,7 @@ _NOT_OF_ADAPTERS = (
 
 
 def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Of all names, shapes, dtypes and bytes, whatever device they are on and however they are split.
+    """Return a digest of all names, shapes, dtypes and bytes, on whatever device and however split.
 
     Of split weights all processes must ask.
     """
@@ -44,13 +44,14 @@ class _Digested:
 
 
 def start_digest(model: torch.nn.Module, adapted: bool) -> str:
-    """Of the weights that a training starts from; under adapters of the base, as a checkpoint holds the adapters."""
+    """Return the digest of the weights that a training starts from; under adapters the base's, as a checkpoint holds
+    the adapters."""
     named = model.named_parameters()
     return weights_digest((name, value) for name, value in named if not (adapted and value.requires_grad))
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:
-    """What makes peft's adapters act as they do, by their names."""
+    """Return the settings that decide what peft's adapters compute, by the adapters' names."""
     found = {}
     for adapter, config in getattr(model, "peft_config", {}).items():
         values = {name: sorted(v) if isinstance(v, set) else v for name, v in config.to_dict().items()}
@@ -59,13 +60,13 @@ def adapter_settings(model: Any) -> dict[str, Any]:
 
 
 def as_json(identity: dict[str, Any]) -> dict[str, Any]:
-    """As it will be read back from a checkpoint."""
+    """Return `identity` as it will be read back from a checkpoint."""
     read: dict[str, Any] = json.loads(json.dumps(identity, default=lambda value: type(value).__name__))
     return read
 
 
 def describe(value: Any) -> str:
-    """A function, a model or an object that is called. An attribute `identity` takes the place of what is derived.
+    """Describe a function, a model or an object that is called. An attribute `identity` replaces what is derived.
 
     What a function closes over, and what other functions it calls, does not show.
     """

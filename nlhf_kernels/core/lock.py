@@ -1,4 +1,4 @@
-"""One writer at a time: a lock file that the kernel guards and people can read.
+"""One writer at a time: a lock file that the operating system guards and people can read.
 
 The file has an flock, which ends with the process that holds it, and says which process on which machine that is. A
 killed run leaves the file without the flock, and the next run takes it over with a warning. Some network file systems
@@ -28,19 +28,19 @@ _held: set[Path] = set()  # by this process
 
 
 class InUseError(RuntimeError):
-    """Another run writes there."""
+    """Another run holds the lock."""
 
 
 @contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
-    """Hold a folder that exists: one run at a time writes into it. Within a process it may be held several times."""
+    """Lock a folder that exists: one run at a time writes into it. Within a process it may be locked several times."""
     with _locked(Path(folder).resolve() / NAME, str(folder)):
         yield
 
 
 @contextmanager
 def lock_place(place: str | Path) -> Iterator[None]:
-    """Hold the name of a file or folder that may not exist yet. The lock of a folder above serves for all in it."""
+    """Lock the name of a file or folder that may not exist yet. The lock of a folder above serves for all in it."""
     resolved = Path(place).resolve()
     if any(parent / NAME in _held for parent in resolved.parents):
         yield
@@ -93,7 +93,7 @@ def _acquire(path: Path, what: str) -> int:
 
 
 def _flock(descriptor: int, path: Path, what: str) -> bool:
-    """False where the file system has no flocks."""
+    """Take the lock; return False where the file system has no flocks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -121,13 +121,13 @@ def _take_over(path: Path, what: str, left: dict[str, Any]) -> None:
 
 
 def _renewed(path: Path) -> bool:
-    """Whether a holder on another machine is alive. Opening makes a network file system ask its server each time."""
-    seen: set[int] = set()
+    """Return whether a holder on another machine is alive. Opening makes a network file system ask its server."""
+    modification_times: set[int] = set()
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         with path.open("rb") as file:
-            seen.add(os.fstat(file.fileno()).st_mtime_ns)
-        if len(seen) > 1:
+            modification_times.add(os.fstat(file.fileno()).st_mtime_ns)
+        if len(modification_times) > 1:
             return True
         time.sleep(min(1.0, PATIENCE / 10))
     return False

@@ -23,7 +23,7 @@ class DamagedError(ValueError):
 
 
 def write_manifest(folder: Path, kind: str) -> None:
-    """`kind` is what the folder is: a checkpoint, a policy."""
+    """Write sizes and checksums of the folder's files; `kind` is what it is: a checkpoint, a policy."""
     names = sorted(_files(folder))
     with ThreadPoolExecutor(THREADS) as pool:
         checksums = list(pool.map(lambda name: checksum_of(folder / name), names))
@@ -40,7 +40,7 @@ def has_manifest(folder: Path) -> bool:
 
 
 def kind_of(folder: Path) -> str | None:
-    """What this library wrote the folder as; None where it did not."""
+    """Return the kind that this library wrote the folder as; None where it did not."""
     try:
         return str(_read(folder)["kind"])
     except DamagedError:
@@ -48,7 +48,7 @@ def kind_of(folder: Path) -> str | None:
 
 
 def strangers(folder: Path) -> list[str]:
-    """Files in the folder that this library did not write, or that have another size now."""
+    """Return the files that this library did not write, or that have another size now."""
     files = _read(folder)["files"]
     return [
         name for name in sorted(_files(folder))

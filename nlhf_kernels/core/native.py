@@ -11,7 +11,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum class D
 
 
 def cuda_stream(device: torch.device) -> int:
-    """PyTorch's current stream on `device`, as the address the launchers take."""
+    """Return PyTorch's current stream on `device`, as the address that the launchers take."""
     return torch.cuda.current_stream(device).cuda_stream
 
 
@@ -58,7 +58,7 @@ def zeroed_bytes(size: int, device: torch.device) -> torch.Tensor:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory of a GPU that nobody uses: the driver's, and what PyTorch's allocator holds in reserve."""
+    """Return the free memory of a GPU: the driver's, and what PyTorch's allocator holds in reserve."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -69,7 +69,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes `device` current; free where it already is."""
+    """Make `device` current inside the block; costs nothing where it is already."""
     if device.index is None or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

@@ -42,7 +42,7 @@ def _is_path(name: str) -> bool:
 
 
 def _nearest(path: Path) -> str:
-    """What lies in the same folder under a name like this one."""
+    """Return the entry of the same folder whose name is most like this one."""
     try:
         there = [entry.name for entry in path.absolute().parent.iterdir() if entry.is_dir()]
     except OSError:

@@ -1,4 +1,4 @@
-"""The end of a program that is one of several processes."""
+"""How a program ends that is one of several processes."""
 
 from __future__ import annotations
 

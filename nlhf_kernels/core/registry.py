@@ -24,14 +24,14 @@ _MAX_DECISIONS = 4096  # per op; ever-changing shapes must not grow the table wi
 
 
 class Problem(Protocol):
-    """What every room's problem has beside its own fields. Hashable: a NamedTuple."""
+    """What of a call decides which backend can run it. Every room has a NamedTuple of its own, with a device."""
 
     @property
     def device(self) -> torch.device: ...
 
 
 class BackendUnavailable(RuntimeError):
-    """An explicitly chosen backend cannot run this call; the message holds every backend's reasons."""
+    """The chosen backend cannot run this call; the message gives every backend's reasons."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Backend:
     backward: str = ""  # "module:function" of the gradient, where the op has one
 
     def why_not(self, problem: Problem) -> list[str]:
-        """Reasons why this backend cannot run `problem`; empty where it can."""
+        """Return the reasons why this backend cannot run `problem`; empty where it can."""
         return capabilities.machine_reasons(self.name, problem.device) + self.limits(problem)
 
     @cached_property
@@ -64,7 +64,7 @@ def _imported(path: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Measured:
-    """An order of backends that measurements gave for some of an op's problems, and where they were made."""
+    """The order of backends, by their measured speed, for some of an op's problems."""
 
     device: str  # type
     problems: str  # which, in words
@@ -136,7 +136,7 @@ class Op:
         return {name: self.why_not(name, problem) for name in settings.BACKENDS}
 
     def resolve(self, argument: str | None, problem: Problem) -> Backend:
-        """The backend that runs `problem`. An explicit choice that cannot run raises; it never falls back."""
+        """Return the backend that runs `problem`. An explicit choice that cannot run raises; it never falls back."""
         key = (argument or settings.requested(None).backend, problem)
         chosen = self._decisions.get(key)
         if chosen is None:
@@ -147,7 +147,7 @@ class Op:
         return chosen
 
     def order_of(self, problem: Problem) -> tuple[tuple[str, ...], str]:
-        """The order in which auto tries backends for `problem`, and the same in words."""
+        """Return the order in which auto tries backends for `problem`, and the same in words."""
         device = problem.device.type
         for measured in self.measured:
             if measured.device == device and measured.applies(problem):
@@ -179,7 +179,7 @@ def register(op: Op) -> Op:
 
 
 def built_on(op: Op, name: str, describe: Callable[..., Problem]) -> Op:
-    """Register a room that has no kernels of its own: it runs where `op` does, for the same reasons."""
+    """Register a room that calls the kernels of `op`: it runs on the same backends, for the same reasons."""
     return register(replace(op, name=name, describe=describe, built_on=op.name, _decisions={}))
 
 

@@ -26,7 +26,7 @@ ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """Who draws. Two streams of one (seed, row, step) are independent."""
+    """What is sampled. Two streams of one (seed, row, step) are independent."""
 
     POLICY = 0  # y ~ pi
     OPPONENT = 1  # y' ~ pi^beta
@@ -34,7 +34,7 @@ class Stream(IntEnum):
 
 
 def philox_4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Four words from a counter of four and a key of two, all int64 tensors that hold 32-bit words."""
+    """Return four words from a counter of four and a key of two, all int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -53,16 +53,14 @@ def philox_4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]
 def random_block(
     seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int, block: torch.Tensor | int = 0
 ) -> tuple[torch.Tensor, ...]:
-    """The block of words of every row; the arguments broadcast."""
-    last = (
-        torch.full_like(step, stream << 24) | block
-    )  # filled, not copied from the host: a captured graph refuses that
+    """Return the block of words of every row; the arguments broadcast."""
+    last = torch.full_like(step, stream << 24) | block  # filled: a captured graph refuses a copy from the host
     counter = (row_ids & WORD, (row_ids >> 32) & WORD, step & WORD, last)
     return philox_4x32(counter, (seed & WORD, (seed >> 32) & WORD))
 
 
 def random_bits(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int) -> torch.Tensor:
-    """64 random bits a row, as int64."""
+    """Return 64 random bits a row, as int64."""
     low, high, _, _ = random_block(seed, row_ids, step, stream)
     return (high << 32) | low
 

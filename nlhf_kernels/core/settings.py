@@ -27,7 +27,7 @@ VARIABLES = {
 
 
 class Request(NamedTuple):
-    """A backend asked for, and by whom: the origin is part of the error when that backend cannot run."""
+    """A requested backend and where the request comes from, which an error names."""
 
     backend: str
     origin: str
@@ -46,7 +46,7 @@ triton_interpret = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def environment() -> dict[str, str | None]:
-    """The variables above as they stand, for `nlhf-kernels info`."""
+    """Return the values of the variables above, for `nlhf-kernels info`."""
     return {variable: os.environ.get(variable) for variable in VARIABLES}
 
 

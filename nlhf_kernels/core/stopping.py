@@ -18,7 +18,7 @@ _deferred = 0  # blocks that the signal must not end
 
 
 class Stopped(SystemExit):
-    """SIGTERM ended the work, which is not finished."""
+    """SIGTERM ended work that is not finished."""
 
     def __init__(self) -> None:
         super().__init__(STOPPED)
@@ -26,7 +26,7 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM raises `Stopped` in the block. A handler that is there already stays; other threads have none."""
+    """Make SIGTERM raise `Stopped` in the block. A handler that is installed already stays; other threads have none."""
     global _requested
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -42,7 +42,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """SIGTERM does not end the block; it looks at `requested` where it can stop."""
+    """Keep SIGTERM from ending the block, which looks at `requested` where it can stop."""
     global _deferred
     _deferred += 1
     try:
@@ -53,7 +53,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def abandonable() -> Iterator[None]:
-    """Within a deferred block: work that SIGTERM, before it or during it, ends with `Stopped`."""
+    """Mark work within a deferred block that SIGTERM, before it or during it, ends with `Stopped`."""
     global _deferred
     before, _deferred = _deferred, 0
     try:

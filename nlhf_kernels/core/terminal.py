@@ -16,14 +16,14 @@ if TYPE_CHECKING:  # a dependency that importing the library does not load
 
 
 def new_console(*, stderr: bool = False, **options: Any) -> Console:
-    """A rich Console without markup, emoji names and highlighting; `options` go to it."""
+    """Make a rich Console without markup, emoji names and highlighting; `options` go to it."""
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
 
 
 def new_progress(console: Console, *, transient: bool = True) -> Progress:
-    """A rich Progress: description, bar, count, time so far and time left, within 80 columns.
+    """Make a rich Progress: description, bar, count, time so far and time left, within 80 columns.
 
     transient   the bars are gone when all is done; False leaves them on the screen
     """
@@ -51,7 +51,7 @@ def new_progress(console: Console, *, transient: bool = True) -> Progress:
 
 
 class Reporter:
-    """What the user sees while long work runs: a line when a part begins, a bar while it works.
+    """Progress of long work: a line when a part begins, a bar while it runs.
 
     Args:
         console (rich Console or None): of `new_console`; None writes nothing.
@@ -93,7 +93,7 @@ SILENT = Reporter(None)
 
 
 def cut_lines(text: str, width: int, count: int, *, end: bool = False) -> str:
-    """At most `count` lines of `width` columns: the first of them, or with `end` the last; dots where text is gone."""
+    """Return at most `count` lines of `width` columns: the first, or with `end` the last; dots where text is gone."""
     lines = [line[start : start + width] for line in text.split("\n") for start in range(0, max(len(line), 1), width)]
     if len(lines) <= count:
         return text
@@ -103,5 +103,5 @@ def cut_lines(text: str, width: int, count: int, *, end: bool = False) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with control characters written out: a model may emit escape sequences that would drive a terminal."""
+    """Return the text with control characters written out: a model may emit sequences that would drive a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -10,7 +10,7 @@ from .op import DecodeAttentionInputs
 def live_range(
     starts: torch.Tensor | None, ends: torch.Tensor, positions: int, window: int
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (R,), (R,): the slots that a row reads, the last one excluded
-    """(2): from a row's own positions to the cache's slots."""
+    """Return the slots that a row reads, from its own positions: (2)."""
     end = ends.clamp(min=0)
     first = (end - window).clamp(min=0) if starts is None else torch.maximum(starts, end - window).clamp(min=0)
     rolled = (end - positions).clamp(min=0)

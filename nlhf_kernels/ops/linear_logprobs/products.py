@@ -50,7 +50,7 @@ def add_weight_gradient(
 
 
 def scaled(part: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """part * scale, rounded to dtype in one pass: no scaled copy in float32 beside a large gradient."""
+    """Return part * scale, rounded to dtype in one pass: no scaled copy in float32 beside a large gradient."""
     out = torch.empty_like(part, dtype=dtype)
     if part.device.type != "cpu" or part.dtype == dtype or part.ndim < 2:
         return torch.mul(part, scale, out=out)
@@ -64,7 +64,7 @@ def scaled(part: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch
 
 @cache
 def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Asked of PyTorch itself, once: the CPU cannot, and on CUDA it depends on the version."""
+    """Return whether PyTorch can: the CPU cannot, and on CUDA it depends on the version. Tried once."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     total = torch.ones(16, 16, dtype=torch.float32, device=device)
     try:

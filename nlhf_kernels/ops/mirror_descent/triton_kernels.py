@@ -45,9 +45,9 @@ def mirror_descent_kernel(
         step = tl.load(step_sizes + k)
         b = step * game_tau
         # An end of the interval must not touch the other side: 0 * -inf is NaN.
-        kept = tl.where(b == 1, tl.where(inside, 0.0, float("-inf")), (1 - b) * log_pi)
+        own = tl.where(b == 1, tl.where(inside, 0.0, float("-inf")), (1 - b) * log_pi)
         pulled = tl.where(b == 0, 0.0, b * log_mu)
-        mixture = tl.where(inside, kept + pulled, float("-inf"))
+        mixture = tl.where(inside, own + pulled, float("-inf"))
         if OPPONENT == "fixed":
             played = tl.load(log_opponent + game * actions + action, mask=inside, other=float("-inf"))
         elif OPPONENT == "mixture":

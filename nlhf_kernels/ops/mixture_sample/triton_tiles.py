@@ -44,7 +44,7 @@ def kernel_arguments(inputs: MixtureSampleInputs) -> KernelArguments:
 
 @triton.jit
 def _load(z, lane, length, weight, WANTED: tl.constexpr):
-    """One model as float32. Of weight 0 and with no log-probability wanted, it is not read."""
+    """Load one model as float32. With weight 0 and no log-probability wanted, it is not read."""
     if not WANTED:
         length = tl.where(weight == 0, 0, length)
     return tl.load(z + lane, mask=lane < length, other=float("-inf")).to(tl.float32)
@@ -60,7 +60,7 @@ def load_tile(
     z0, z1, z2, z3, bias, settings, stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary,
     row, start, MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, WANTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """y (TILE,), -inf beyond the vocabulary, and the models' logits (TILE,) for those that WANTED names."""
+    """Load y (TILE,), -inf beyond the vocabulary, and the logits (TILE,) of the models that WANTED names."""
     lane = tl.arange(0, TILE)
     length = vocabulary - start
     inside = lane < length
@@ -96,7 +96,7 @@ def load_tile(
 
 @triton.jit
 def temperature_of(settings, row, settings_stride):
-    """The temperature, 1 for a greedy row; log2(e) / temperature; greedy."""
+    """Load the temperature, 1 for a greedy row; log2(e) / temperature; greedy."""
     temperature = tl.load(settings + row * settings_stride)
     greedy = temperature <= 0
     temperature = tl.where(greedy, 1.0, temperature)
@@ -117,7 +117,7 @@ def sum_of(e, TILE: tl.constexpr):
 
 @triton.jit
 def combine_tiles(tops, sums, slot, here, to_log2):
-    """Of one row's tiles: their maxima; the row's; the factors from a tile's sum to the row's; the sums so scaled.
+    """Combine one row's tiles: their maxima; the row's; the factors from a tile's sum to the row's; the scaled sums.
 
     A row with +inf or NaN, or -inf everywhere, has sums of NaN.
     """

@@ -20,9 +20,9 @@ def nash_pg_loss(
 ) -> torch.Tensor:  # ()
     total = policy_logits[0].new_zeros(())
     for b, (z, y, r) in enumerate(zip(policy_logits, targets, reference_logits, strict=True)):
-        kept = y != -100
-        log_p, log_q = z[kept].log_softmax(-1), r[kept].log_softmax(-1)
-        chosen = y[kept].unsqueeze(1)
+        scored = y != -100
+        log_p, log_q = z[scored].log_softmax(-1), r[scored].log_softmax(-1)
+        chosen = y[scored].unsqueeze(1)
         log_pi, log_mu = log_p.gather(1, chosen).squeeze(1), log_q.gather(1, chosen).squeeze(1)
         ratio = (log_pi - log_mu).detach()
         divergence = (log_p.exp() * (log_p - log_q)).sum(1)

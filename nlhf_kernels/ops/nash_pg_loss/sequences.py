@@ -1,4 +1,4 @@
-"""Which tokens belong to which sequence, and sums over them. Padded and packed batches become the same thing here."""
+"""Which tokens belong to which sequence, and sums over them: padded and packed batches in one form."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Sequences(NamedTuple):
         return Sequences(offsets, torch.minimum(torch.searchsorted(offsets[1:], positions, right=True), last))
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:  # (N,) -> (B,) float64
-        """Of each sequence: differences of one running sum, which float64 carries over any number of tokens."""
+        """Sum over each sequence: differences of one running sum, which float64 carries over any number of tokens."""
         return _between(values, self.offsets[:-1], self.offsets[1:])
 
     def sums_from(self, values: torch.Tensor) -> torch.Tensor:  # (N,) -> (N,) float64
-        """Of each token and all after it in its sequence."""
+        """Sum over each token and all after it in its sequence."""
         first = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
         return _between(values, first, self.offsets[1:][self.of_token])
 
 
 def _between(values: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Sums of values[first:last]. What is not finite makes the sums over it NaN and leaves the others alone."""
+    """Sum values[first:last]. What is not finite makes the sums over it NaN and leaves the others alone."""
     finite = values.isfinite()
     running = _running(torch.where(finite, values, 0))
     broken = _running(~finite)
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
     cu_seqlens: torch.Tensor | None  # (B + 1,); None: sequences of equal length
 
     def offsets(self, device: torch.device) -> torch.Tensor:  # (B + 1,) int64
-        """Padded batches need nothing moved: sequence b of a (B, T) batch is the tokens b T to (b + 1) T."""
+        """Return offsets (B + 1,); sequence b of a padded (B, T) batch is the tokens b T to (b + 1) T."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens.to(device, torch.int64)
         length = self.targets.numel() // max(self.sequences, 1)
@@ -86,7 +86,7 @@ def check_layout(
 
 
 def _check_offsets(op: str, cu_seqlens: torch.Tensor, tokens: int) -> int:
-    """The number of sequences."""
+    """Check the offsets; return the number of sequences."""
     check_tensor(op, "cu_seqlens", cu_seqlens, ("sequences + 1",), (torch.int64, torch.int32), {})
     if cu_seqlens.numel() < 2:
         raise ValueError(f"{op}: cu_seqlens: expected at least two offsets, 0 and {tokens}; got {cu_seqlens.numel()}")

@@ -1,4 +1,4 @@
-"""What each token's log-probability is multiplied with: the preference won, less the price of leaving the reference.
+"""What each token's log-probability is multiplied with: the advantage, less the price of leaving the reference.
 
 README.md, section 1, derives the modes and says which of them are unbiased.
 """
@@ -41,7 +41,7 @@ def surrogate(
     policy_logprobs: torch.Tensor,  # (N,)
     kl: torch.Tensor | None,  # (N,), for "exact"
 ) -> torch.Tensor:  # () float64
-    """Its gradient is minus the policy gradient, summed over sequences."""
+    """Return the loss whose gradient is minus the policy gradient, summed over sequences."""
     total = -(weights * policy_logprobs).sum()
     if mode == "exact" and tau:
         assert kl is not None, "mode exact computes it"
