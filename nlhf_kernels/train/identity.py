@@ -56,10 +56,10 @@ def identity_of(trainer: Any) -> Identity:
     return identity
 
 
-def differences(known: Identity, identity: Identity) -> dict[str, str]:
+def differences(stored_identity: Identity, identity: Identity) -> dict[str, str]:
     """Return name -> what differs, the checkpoint's value before this run's."""
     usual = defaults()
-    before = {name: known.get(name, usual.get(name)) for name in identity}
+    before = {name: stored_identity.get(name, usual.get(name)) for name in identity}
     return {
         name: f"its {name} is {before[name]!r}, this run's is {value!r}"
         for name, value in identity.items()

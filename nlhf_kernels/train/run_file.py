@@ -181,15 +181,15 @@ def _one_of(place: str, spec: Any, names: tuple[str, ...]) -> None:
 
 def _check_keys(place: str, content: Mapping[Any, Any], kind: Any, typed: bool = True) -> None:
     """Check that `content` has fields of the dataclass `kind`, all without a default, with values of their types."""
-    known = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}
+    entries = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}
     dot = f"{place}." if place else ""
     for key in content:
-        if key not in known:
+        if key not in entries:
             name = key if isinstance(key, str) else excerpt(key)
-            near = difflib.get_close_matches(name, known, 1, 0.5)
+            near = difflib.get_close_matches(name, entries, 1, 0.5)
             hint = f"; the nearest is {near[0]}" if near else ""
             raise ValueError(f"{OP}: {dot}{name[:EXCERPT]}: no such key{hint}")
-    for name, entry in known.items():
+    for name, entry in entries.items():
         needed = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if needed and content.get(name) is None:
             raise ValueError(f"{OP}: {dot}{name}: expected a value; got none")
@@ -243,17 +243,17 @@ def _parse(text: str, place: str) -> Any:
     return content
 
 
-def _count(value: Any, known: dict[int, int]) -> int:
+def _count(value: Any, counts: dict[int, int]) -> int:
     """Return the number of values in `value`, aliases expanded: a page of aliases of aliases can stand for billions."""
     if not isinstance(value, dict | list | set | tuple):
         return 1
-    if known.get(id(value)) == 0:
+    if counts.get(id(value)) == 0:
         raise ValueError("an alias that holds itself")
-    if id(value) not in known:
-        known[id(value)] = 0  # being counted
+    if id(value) not in counts:
+        counts[id(value)] = 0  # being counted
         parts = [*value, *value.values()] if isinstance(value, dict) else list(value)
-        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
-    return known[id(value)]
+        counts[id(value)] = 1 + sum(_count(part, counts) for part in parts)
+    return counts[id(value)]
 
 
 def _loader(yaml: Any) -> Any:
