@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=4, help="random kills that each run of tests/test_kills.py survives")
     parser.addoption("--fuzz-seconds", type=float, default=20, help="time for the random calls of tests/test_fuzz.py")
+    parser.addoption("--fuzz-backends", default="torch,cpu,cuda,triton", help="of these calls, with commas between")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ float32; where the values overflow float32 only shapes, dtypes and ranges are ch
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +37,13 @@ class Case(NamedTuple):
     truth: Callable[[], Any] | None = None  # in float64, where the op itself takes no such tensors
 
 
-def check(op: str, number: int) -> list[str]:
-    """Run a case on every backend that can run it, and return their names."""
+def check(op: str, number: int, candidates: Sequence[str] = BACKENDS) -> list[str]:
+    """Run a case on every backend of `candidates` that can run it, and return their names."""
     case = BUILDERS[op](Draw(op, number))
     outcome = run(case, "torch")
     truth = case.truth() if case.truth else run(in_float64(case), "torch")
     backends = []
-    for backend in BACKENDS:
+    for backend in candidates:
         interpreted = backend == "triton" and not torch.cuda.is_available()
         if interpreted and (case.elements > INTERPRETED_ELEMENTS or number % 8):
             continue

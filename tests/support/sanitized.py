@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> int:
     subprocess.run([sys.executable, "-c", check], check=True, cwd=COPY, env=environment)
     files = [f"tests/test_{name}.py" for name in FILES]
     chosen = (
-        ["-k", SELECTED, "--fuzz-seconds", "60", *files]
+        ["-k", SELECTED, "--fuzz-seconds", "60", "--fuzz-backends", "cpu", *files]
         if not any(argument.endswith(".py") for argument in arguments)
         else []
     )
