@@ -109,11 +109,13 @@ def _show_candidates(results: dict[str, Any]) -> None:
     for claim in results["claims"]:
         console.print(describe_claim(claim))
     for title, head, rows in tables(results)[:4]:
-        shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
+        shown = Table(
+            title=f"{title} (means; the report has intervals)", title_justify="left", box=box.SIMPLE, padding=(0, 1)
+        )
         for name in head:
             shown.add_column(name)
         for row in rows:
-            shown.add_row(*(cell.replace("\u00a0±\u00a0", "±") for cell in row))  # 80 columns hold five of them
+            shown.add_row(*(cell.partition("\u00a0±")[0] for cell in row))
         console.print(shown)
     console.print(describe_setting(results))
 
