@@ -149,4 +149,4 @@ def test_deepspeed_is_refused_with_the_way_to_shard(tmp_path) -> None:
     args = SimpleNamespace(n_gpu=1)  # what `accelerate launch --use_deepspeed` makes of a trainer without the option
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="DEEPSPEED"), num_processes=2)
     with pytest.raises(ValueError, match="sharded by FSDP2 here, not by DeepSpeed; got a DeepSpeed launch"):
-        check_processes(args, accelerator, {})
+        check_processes(args, accelerator, SimpleNamespace(groups=2, name="processes"), {})
