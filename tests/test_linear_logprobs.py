@@ -75,16 +75,26 @@ def assert_right(backend, inputs, head=None, reference_head=None, chunk_rows=4, 
         asked = [leaf for leaf in leaves if leaf is not None]
         return values.detach(), torch.autograd.grad(values, asked, upstream_like(values))
 
-    def plain(hidden, head, other, other_head, beta):
+    def plain(hidden, head, reference_hidden, reference_head, beta):
         real = torch.promote_types(hidden.dtype, torch.float32)
         options = {"beta": beta.to(real), "temperature": temperature, "extras": EVERYTHING}
-        return oracle(hidden, head, targets, other, other_head, **options)[ORDER]
+        return oracle(hidden, head, targets, reference_hidden, reference_head, **options)[ORDER]
 
-    def ours(hidden, head, other, other_head, beta):
+    def ours(hidden, head, reference_hidden, reference_head, beta):
         options = {"beta": beta.float(), "temperature": temperature, "entropy": True, "kl": True, **kwargs}
         chunk = chunk_rows * 2 * weight.shape[0] * hidden.element_size()
         return values_of(
-            call("linear_logprobs", backend, hidden, head, targets, other, other_head, chunk_bytes=chunk, **options)
+            call(
+                "linear_logprobs",
+                backend,
+                hidden,
+                head,
+                targets,
+                reference_hidden,
+                reference_head,
+                chunk_bytes=chunk,
+                **options,
+            )
         )
 
     truth, true_gradients = run(plain, torch.float64)
@@ -159,11 +169,11 @@ def test_frozen_inputs_pay_nothing(asking) -> None:
 
 def test_rows_that_are_not_scored_are_not_multiplied_on_the_cpu() -> None:
     """Two thirds of a batch may be prompts and padding."""
-    hidden, weight, targets, other, _, _ = problem(rows=12, device=torch.device("cpu"))
+    hidden, weight, targets, reference_hidden, _, _ = problem(rows=12, device=torch.device("cpu"))
     targets[:8] = -100
-    hidden[:8] = other[:8] = torch.nan
+    hidden[:8] = reference_hidden[:8] = torch.nan
     with mock.patch.object(chunks, "logits_into", wraps=products.logits_into) as made:
-        result = nlhf_kernels.linear_logprobs(hidden, weight, targets, other, weight, kl=True, chunk_bytes=1)
+        result = nlhf_kernels.linear_logprobs(hidden, weight, targets, reference_hidden, weight, kl=True, chunk_bytes=1)
     assert made.call_count == int((targets != -100).sum())
     assert (result.kl[targets == -100] == 0).all() and result.kl.isfinite().all()
 
@@ -311,7 +321,7 @@ def test_the_operator_chooses_its_chunks_where_none_are_asked_for(monkeypatch) -
     torch.testing.assert_close(chosen.policy, given.policy)
 
 
-HIDDEN, WEIGHT, TARGETS, OTHER, OTHER_WEIGHT, _ = problem(3, 4, 8, device=torch.device("cpu"))
+HIDDEN, WEIGHT, TARGETS, REFERENCE_HIDDEN, REFERENCE_WEIGHT, _ = problem(3, 4, 8, device=torch.device("cpu"))
 BAD = {
     r"hidden: expected shape": ((HIDDEN[0], WEIGHT, TARGETS), {}),
     r"head: expected a Head or its weight": ((HIDDEN, "weight", TARGETS), {}),
@@ -323,19 +333,19 @@ BAD = {
     r"head.scale: expected a finite number": ((HIDDEN, Head(WEIGHT, None, 0.0), TARGETS), {}),
     r"head.softcap: expected a finite number": ((HIDDEN, Head(WEIGHT, None, 1.0, -1.0), TARGETS), {}),
     r"reference_head.weight: expected shape .*vocabulary=8.*got \(7, 4\)": (
-        (HIDDEN, WEIGHT, TARGETS, OTHER, OTHER_WEIGHT[:7]),
+        (HIDDEN, WEIGHT, TARGETS, REFERENCE_HIDDEN, REFERENCE_WEIGHT[:7]),
         {},
     ),
     "reference_head.weight: expected a constant": (
-        (HIDDEN, WEIGHT, TARGETS, OTHER, OTHER_WEIGHT.clone().requires_grad_()),
+        (HIDDEN, WEIGHT, TARGETS, REFERENCE_HIDDEN, REFERENCE_WEIGHT.clone().requires_grad_()),
         {},
     ),
     "reference_head.bias: expected a constant": (
-        (HIDDEN, WEIGHT, TARGETS, OTHER, Head(OTHER_WEIGHT, torch.zeros(8, requires_grad=True))),
+        (HIDDEN, WEIGHT, TARGETS, REFERENCE_HIDDEN, Head(REFERENCE_WEIGHT, torch.zeros(8, requires_grad=True))),
         {},
     ),
-    "reference_hidden: expected a constant": ((HIDDEN, WEIGHT, TARGETS, OTHER.clone().requires_grad_()), {}),
-    "reference_head: expected with reference_hidden": ((HIDDEN, WEIGHT, TARGETS, None, OTHER_WEIGHT), {}),
+    "reference_hidden: expected a constant": ((HIDDEN, WEIGHT, TARGETS, REFERENCE_HIDDEN.clone().requires_grad_()), {}),
+    "reference_head: expected with reference_hidden": ((HIDDEN, WEIGHT, TARGETS, None, REFERENCE_WEIGHT), {}),
     "kl: expected only with reference_hidden": ((HIDDEN, WEIGHT, TARGETS), {"kl": True}),
     r"targets: expected token ids in \[0, 8\) or -100; got 9": ((HIDDEN, WEIGHT, torch.tensor([1, 9, 0])), {}),
     "chunk_bytes: expected an integer": ((HIDDEN, WEIGHT, TARGETS), {"chunk_bytes": 0}),

@@ -35,40 +35,40 @@ EXAMPLES = [
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 999, 1024, 4097])
 def test_draws_match_float64(backend, dtypes, vocabulary) -> None:
     device = device_of(backend)
-    policy, other = (surrounded(model) for model in logits_pair(5, vocabulary, device, dtypes))
+    policy, reference = (surrounded(model) for model in logits_pair(5, vocabulary, device, dtypes))
     uniforms = uniforms_for(5, device)
     with poisoned_allocations() as handed_out:
-        result = call("mixture_sample", backend, policy, other, 0.3, uniforms=uniforms, temperature=0.8)
+        result = call("mixture_sample", backend, policy, reference, 0.3, uniforms=uniforms, temperature=0.8)
     assert handed_out or backend == "torch"
-    assert_right(result, policy, other, 0.3, uniforms, temperature=0.8)
+    assert_right(result, policy, reference, 0.3, uniforms, temperature=0.8)
 
 
 @every_backend
 @pytest.mark.parametrize("vocabulary", [32_000, 151_936])
 def test_large_vocabularies_match_float64(backend, vocabulary) -> None:
     device = device_of(backend)
-    policy, other = logits_pair(3, vocabulary, device, (BF16, BF16))
+    policy, reference = logits_pair(3, vocabulary, device, (BF16, BF16))
     uniforms = uniforms_for(3, device)
-    result = call("mixture_sample", backend, policy, other, 0.6, uniforms=uniforms)
-    assert_right(result, policy, other, 0.6, uniforms)
+    result = call("mixture_sample", backend, policy, reference, 0.6, uniforms=uniforms)
+    assert_right(result, policy, reference, 0.6, uniforms)
 
 
 @pytest.mark.parametrize("simd_level", SIMD_LEVELS, indirect=True)
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 17, 1025, 9001])
 def test_simd_levels_match_float64(simd_level, dtypes, vocabulary) -> None:
-    policy, other = (surrounded(model) for model in logits_pair(40, vocabulary, torch.device("cpu"), dtypes))
+    policy, reference = (surrounded(model) for model in logits_pair(40, vocabulary, torch.device("cpu"), dtypes))
     uniforms = uniforms_for(40, torch.device("cpu"))
     for filters in ({}, {"top_k": 40, "top_p": 0.9}):
-        result = call("mixture_sample", "cpu", policy, other, 0.3, uniforms=uniforms, **filters)
-        assert_right(result, policy, other, 0.3, uniforms, **filters)
+        result = call("mixture_sample", "cpu", policy, reference, 0.3, uniforms=uniforms, **filters)
+        assert_right(result, policy, reference, 0.3, uniforms, **filters)
 
 
 @every_backend
 def test_settings_per_row(backend) -> None:
     """beta inside, at the ends and outside of [0, 1], temperatures with greedy rows, every filter, in one launch."""
     device = device_of(backend)
-    policy, other = logits_pair(8, 500, device)
+    policy, reference = logits_pair(8, 500, device)
     column = lambda *values: torch.tensor(values, device=device)  # noqa: E731
     beta = column(0.0, 1.0, 0.5, -0.5, 1.5, 0.3, 0.3, 0.3)
     options = {
@@ -78,12 +78,12 @@ def test_settings_per_row(backend) -> None:
         "min_p": column(0.0, 0.0, 0.1, 0.0, 0.05, 1.0, 0.0, 0.0),
     }
     uniforms = uniforms_for(8, device)
-    result = call("mixture_sample", backend, policy, other, beta, uniforms=uniforms, **options)
-    assert_right(result, policy, other, beta, uniforms, **options)
+    result = call("mixture_sample", backend, policy, reference, beta, uniforms=uniforms, **options)
+    assert_right(result, policy, reference, beta, uniforms, **options)
     for i in range(8):
         row, numbers = slice(i, i + 1), {name: values[i].item() for name, values in options.items()}
         alone = call(
-            "mixture_sample", backend, policy[row], other[row], float(beta[i]), uniforms=uniforms[row], **numbers
+            "mixture_sample", backend, policy[row], reference[row], float(beta[i]), uniforms=uniforms[row], **numbers
         )
         assert torch.equal(alone.tokens, result.tokens[row])
 
@@ -113,16 +113,16 @@ def test_one_model_and_four(backend) -> None:
 def test_a_model_of_weight_zero_is_not_looked_at(backend) -> None:
     """0 * -inf is NaN: at beta = 0 and 1 the other model may say anything."""
     device = device_of(backend)
-    policy, other = logits_pair(4, 70, device)
+    policy, reference = logits_pair(4, 70, device)
     uniforms = uniforms_for(4, device)
     for poison in (-torch.inf, torch.inf, torch.nan):
-        broken = torch.full_like(other, poison)
+        broken = torch.full_like(reference, poison)
         result = call("mixture_sample", backend, policy, broken, 0.0, uniforms=uniforms, logprobs=("policy", "mixture"))
         assert_right(result, policy, None, None, uniforms)
-        result = call("mixture_sample", backend, broken, other, 1.0, uniforms=uniforms, logprobs=("reference",))
+        result = call("mixture_sample", backend, broken, reference, 1.0, uniforms=uniforms, logprobs=("reference",))
         assert result.ok.all()
-        assert torch.equal(result.tokens, call("mixture_sample", backend, other, uniforms=uniforms).tokens)
-    holes = other.clone()
+        assert torch.equal(result.tokens, call("mixture_sample", backend, reference, uniforms=uniforms).tokens)
+    holes = reference.clone()
     holes[:, ::2] = -torch.inf
     result = call("mixture_sample", backend, policy, holes, 0.3, uniforms=uniforms)
     assert (result.tokens % 2 == 1).all(), "a token that one model forbids is never drawn"
@@ -137,9 +137,9 @@ def test_a_model_of_weight_zero_is_not_looked_at(backend) -> None:
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}], ids=str)
 def test_a_faulty_row_is_reported_and_alone(backend, fault, filters) -> None:
     device = device_of(backend)
-    policy, other = logits_pair(5, 1500, device)
+    policy, reference = logits_pair(5, 1500, device)
     uniforms = uniforms_for(5, device)
-    good = call("mixture_sample", backend, policy, other, 0.4, uniforms=uniforms, **filters)
+    good = call("mixture_sample", backend, policy, reference, 0.4, uniforms=uniforms, **filters)
     broken = policy.clone()
     if fault == "one nan":
         broken[2, 1400] = torch.nan
@@ -147,7 +147,7 @@ def test_a_faulty_row_is_reported_and_alone(backend, fault, filters) -> None:
         broken[2, 700] = torch.inf
     else:
         broken[2] = torch.nan if fault == "nan" else -torch.inf
-    result = call("mixture_sample", backend, broken, other, 0.4, uniforms=uniforms, **filters)
+    result = call("mixture_sample", backend, broken, reference, 0.4, uniforms=uniforms, **filters)
     assert result.ok.tolist() == [True, True, False, True, True]
     assert result.tokens[2] == 0
     for after, before in zip(result[1:4], good[1:4], strict=True):
@@ -184,43 +184,43 @@ def test_greedy_takes_the_first_of_equal_maxima(backend) -> None:
 @every_backend
 def test_bias_forbids_and_shifts(backend) -> None:
     device = device_of(backend)
-    policy, other = logits_pair(6, 900, device)
+    policy, reference = logits_pair(6, 900, device)
     uniforms = uniforms_for(6, device)
     shared = torch.randn(900, device=device)
     shared[100:800] = -torch.inf
     per_row = torch.randn(6, 900, device=device)
     for bias in (shared, per_row, per_row[:, torch.arange(899, -1, -1)].mT.contiguous().mT):
-        result = call("mixture_sample", backend, policy, other, 0.3, uniforms=uniforms, bias=bias, temperature=0.5)
-        assert_right(result, policy, other, 0.3, uniforms, bias=bias, temperature=0.5)
+        result = call("mixture_sample", backend, policy, reference, 0.3, uniforms=uniforms, bias=bias, temperature=0.5)
+        assert_right(result, policy, reference, 0.3, uniforms, bias=bias, temperature=0.5)
 
 
 @every_backend
 def test_padded_and_strided_logits(backend) -> None:
     """Rows further apart than they are long, rows that start unaligned, columns beyond vocab_size, transposed input."""
     device = device_of(backend)
-    policy, other = logits_pair(4, 1000, device, (F32, BF16))
+    policy, reference = logits_pair(4, 1000, device, (F32, BF16))
     uniforms = uniforms_for(4, device)
-    expected = call("mixture_sample", backend, policy, other, 0.3, uniforms=uniforms)
+    expected = call("mixture_sample", backend, policy, reference, 0.3, uniforms=uniforms)
     for padding in (1, 24):
-        wide = [torch.full((4, 1000 + padding), torch.nan, device=device, dtype=m.dtype) for m in (policy, other)]
-        for target, model in zip(wide, (policy, other), strict=True):
+        wide = [torch.full((4, 1000 + padding), torch.nan, device=device, dtype=m.dtype) for m in (policy, reference)]
+        for target, model in zip(wide, (policy, reference), strict=True):
             target[:, :1000] = model
         sliced = call("mixture_sample", backend, wide[0][:, :1000], wide[1][:, :1000], 0.3, uniforms=uniforms)
         limited = call("mixture_sample", backend, *wide, 0.3, uniforms=uniforms, vocab_size=1000)
         for result in (sliced, limited):
             assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    turned = call("mixture_sample", backend, policy.mT.contiguous().mT, other, 0.3, uniforms=uniforms)
+    turned = call("mixture_sample", backend, policy.mT.contiguous().mT, reference, 0.3, uniforms=uniforms)
     assert torch.equal(turned.tokens, expected.tokens)
 
 
 @every_backend
 def test_only_what_is_asked_for(backend) -> None:
     device = device_of(backend)
-    policy, other = logits_pair(3, 64, device)
+    policy, reference = logits_pair(3, 64, device)
     uniforms = uniforms_for(3, device)
-    everything = call("mixture_sample", backend, policy, other, 0.3, uniforms=uniforms)
+    everything = call("mixture_sample", backend, policy, reference, 0.3, uniforms=uniforms)
     for names in ((), ("policy",), ("mixture",), ("reference", "mixture")):
-        result = call("mixture_sample", backend, policy, other, 0.3, uniforms=uniforms, logprobs=names)
+        result = call("mixture_sample", backend, policy, reference, 0.3, uniforms=uniforms, logprobs=names)
         assert torch.equal(result.tokens, everything.tokens)
         for name in ("policy", "reference", "mixture"):
             value = getattr(result, f"{name}_logprob")
@@ -259,21 +259,23 @@ def test_no_rows(backend) -> None:
 def test_the_draw_is_the_row_uniform_and_depends_on_nothing_else(backend) -> None:
     """Same (seed, row id, step, stream) and inputs, same token: in any batch, any order, at any place."""
     device = device_of(backend)
-    policy, other = logits_pair(12, 2000, device)
+    policy, reference = logits_pair(12, 2000, device)
     draw = {"seed": torch.tensor(5, device=device), "step": torch.tensor(9, device=device), "stream": 1}
     row_ids = torch.arange(12, device=device) * 2**33
-    together = call("mixture_sample", backend, policy, other, 0.3, row_ids=row_ids, **draw)
+    together = call("mixture_sample", backend, policy, reference, 0.3, row_ids=row_ids, **draw)
     uniforms = nlhf_kernels.row_uniforms(draw["seed"], row_ids, draw["step"], stream=1)
-    assert torch.equal(together.tokens, call("mixture_sample", backend, policy, other, 0.3, uniforms=uniforms).tokens)
+    assert torch.equal(
+        together.tokens, call("mixture_sample", backend, policy, reference, 0.3, uniforms=uniforms).tokens
+    )
     order = torch.randperm(12).to(device)
-    shuffled = call("mixture_sample", backend, policy[order], other[order], 0.3, row_ids=row_ids[order], **draw)
+    shuffled = call("mixture_sample", backend, policy[order], reference[order], 0.3, row_ids=row_ids[order], **draw)
     assert torch.equal(shuffled.tokens, together.tokens[order])
-    alone = call("mixture_sample", backend, policy[7:8], other[7:8], 0.3, row_ids=row_ids[7:8], **draw)
+    alone = call("mixture_sample", backend, policy[7:8], reference[7:8], 0.3, row_ids=row_ids[7:8], **draw)
     assert torch.equal(alone.tokens, together.tokens[7:8])
-    as_numbers = call("mixture_sample", backend, policy, other, 0.3, row_ids=row_ids, seed=5, step=9, stream=1)
+    as_numbers = call("mixture_sample", backend, policy, reference, 0.3, row_ids=row_ids, seed=5, step=9, stream=1)
     assert torch.equal(as_numbers.tokens, together.tokens)
     for change in ({"seed": 6}, {"step": 10}, {"stream": 0}):
-        other_draw = call("mixture_sample", backend, policy, other, 0.3, row_ids=row_ids, **{**draw, **change})
+        other_draw = call("mixture_sample", backend, policy, reference, 0.3, row_ids=row_ids, **{**draw, **change})
         assert not torch.equal(other_draw.tokens, together.tokens)
 
 
@@ -282,11 +284,11 @@ def test_a_common_offset_changes_nothing(backend) -> None:
     """Also where it is large: whole numbers keep every logit exact in float32."""
     device = device_of(backend)
     policy = torch.randint(-8, 8, (4, 700), device=device).float()
-    other = torch.randint(-8, 8, (4, 700), device=device).float()
+    reference = torch.randint(-8, 8, (4, 700), device=device).float()
     uniforms = uniforms_for(4, device)
-    plain = call("mixture_sample", backend, policy, other, 0.5, uniforms=uniforms)
+    plain = call("mixture_sample", backend, policy, reference, 0.5, uniforms=uniforms)
     for offset in (1e4, -1e4):
-        moved = call("mixture_sample", backend, policy + offset, other + offset, 0.5, uniforms=uniforms)
+        moved = call("mixture_sample", backend, policy + offset, reference + offset, 0.5, uniforms=uniforms)
         assert torch.equal(moved.tokens, plain.tokens)
         for after, before in zip(moved[1:4], plain[1:4], strict=True):
             torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
@@ -295,14 +297,16 @@ def test_a_common_offset_changes_nothing(backend) -> None:
 def test_threads_do_not_matter() -> None:
     before = torch.get_num_threads()
     device = torch.device("cpu")
-    policy, other = logits_pair(3, 70_001, device)
+    policy, reference = logits_pair(3, 70_001, device)
     uniforms = uniforms_for(3, device)
     try:
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(call("mixture_sample", "cpu", policy, other, 0.3, uniforms=uniforms, top_p=0.95))
-            results.append(call("mixture_sample", "cpu", policy[:1], other[:1], 0.3, uniforms=uniforms[:1], top_p=0.95))
+            results.append(call("mixture_sample", "cpu", policy, reference, 0.3, uniforms=uniforms, top_p=0.95))
+            results.append(
+                call("mixture_sample", "cpu", policy[:1], reference[:1], 0.3, uniforms=uniforms[:1], top_p=0.95)
+            )
     finally:
         torch.set_num_threads(before)
     for first, later in zip(results[:2] * 2, results[2:], strict=True):

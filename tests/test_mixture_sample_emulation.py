@@ -99,9 +99,9 @@ def test_it_is_the_emulated_kernel_that_runs(monkeypatch) -> None:
 
 
 def sample(logits, uniforms, **options):
-    policy, other = logits if len(logits) == 2 else (logits[0], None)
-    beta = None if other is None else 0.3
-    return nlhf_kernels.mixture_sample(policy, other, beta, uniforms=uniforms, backend="cpu", **options)
+    policy, reference = logits if len(logits) == 2 else (logits[0], None)
+    beta = None if reference is None else 0.3
+    return nlhf_kernels.mixture_sample(policy, reference, beta, uniforms=uniforms, backend="cpu", **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 30}, {"top_p": 0.8, "temperature": 1.4}], ids=str)
@@ -233,13 +233,13 @@ def test_captured_calls_have_counters_of_their_own(monkeypatch) -> None:
 @pytest.mark.parametrize("vocabulary", [515, 520, 1031, 2049])
 def test_rows_that_begin_anywhere_and_end_anywhere(dtype, vocabulary) -> None:
     """Every offset within 16 bytes: blocks are loaded whole and shifted, with the same sums to the last bit."""
-    policy, other = logits_pair(1, vocabulary, "cpu", (dtype, dtype))
+    policy, reference = logits_pair(1, vocabulary, "cpu", (dtype, dtype))
     uniforms = uniforms_for(1, "cpu")
-    expected = sample((policy, other), uniforms)
-    assert_right(expected, policy, other, 0.3, uniforms)
+    expected = sample((policy, reference), uniforms)
+    assert_right(expected, policy, reference, 0.3, uniforms)
     for offset in range(1, 16 // dtype.itemsize):
         shifted_logits = []
-        for model in (policy, other):
+        for model in (policy, reference):
             room = torch.full((1, vocabulary + 32), math.nan, dtype=dtype)
             room[:, offset : offset + vocabulary] = model
             shifted_logits.append(room[:, offset : offset + vocabulary])

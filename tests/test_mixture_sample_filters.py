@@ -54,20 +54,20 @@ def test_the_oracle_keeps_what_transformers_keeps(filters) -> None:
 def test_filtered_draws_match_float64(backend, filters) -> None:
     """The mixture's log-probability holds the support's whole mass: a token too many or too few shows in it."""
     device = device_of(backend)
-    policy, other = logits_pair(6, 3000, device)
+    policy, reference = logits_pair(6, 3000, device)
     uniforms = uniforms_for(6, device)
-    result = call("mixture_sample", backend, policy, other, 0.4, uniforms=uniforms, temperature=0.9, **filters)
-    assert_right(result, policy, other, 0.4, uniforms, temperature=0.9, **filters)
+    result = call("mixture_sample", backend, policy, reference, 0.4, uniforms=uniforms, temperature=0.9, **filters)
+    assert_right(result, policy, reference, 0.4, uniforms, temperature=0.9, **filters)
 
 
 @pytest.mark.parametrize("simd_level", SIMD_LEVELS, indirect=True)
 @pytest.mark.parametrize("scale", [0.05, 1.0, 10.0])
 def test_filtered_draws_of_every_shape_match_float64(simd_level, scale) -> None:
     for vocabulary, filters in itertools.product((1, 3, 16, 130, 20_000), FILTERS):
-        policy, other = logits_pair(16, vocabulary, "cpu", scale=scale)
+        policy, reference = logits_pair(16, vocabulary, "cpu", scale=scale)
         uniforms = uniforms_for(16, "cpu")
-        result = call("mixture_sample", "cpu", policy, other, 0.3, uniforms=uniforms, **filters)
-        assert_right(result, policy, other, 0.3, uniforms, **filters)
+        result = call("mixture_sample", "cpu", policy, reference, 0.3, uniforms=uniforms, **filters)
+        assert_right(result, policy, reference, 0.3, uniforms, **filters)
 
 
 @every_backend

@@ -109,13 +109,13 @@ def test_ties_within_rounding_are_rare_and_true_ties(backend) -> None:
     """
     device = device_of(backend)
     rows = INTERPRETED_DRAWS if interpreted(backend) else 10_000
-    policy, other = (model.expand(rows, -1) for model in logits_pair(1, 4097, device))
+    policy, reference = (model.expand(rows, -1) for model in logits_pair(1, 4097, device))
     uniforms = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).to(device)
-    tokens = call("mixture_sample", backend, policy, other, 0.3, uniforms=uniforms, logprobs=()).tokens
-    oracle = nlhf_kernels.mixture_sample(policy, other, 0.3, uniforms=uniforms, logprobs=(), backend="torch").tokens
+    tokens = call("mixture_sample", backend, policy, reference, 0.3, uniforms=uniforms, logprobs=()).tokens
+    oracle = nlhf_kernels.mixture_sample(policy, reference, 0.3, uniforms=uniforms, logprobs=(), backend="torch").tokens
     differ = tokens != oracle
     assert int(differ.sum()) <= max(1, rows // 2000)
-    boundary = (0.7 * policy[0].double() + 0.3 * other[0].double()).softmax(-1).cumsum(-1)
+    boundary = (0.7 * policy[0].double() + 0.3 * reference[0].double()).softmax(-1).cumsum(-1)
     between = torch.minimum(tokens, oracle)[differ]
     assert (torch.maximum(tokens, oracle)[differ] - between <= 1).all()
     assert ((boundary[between] - uniforms[differ]).abs() <= BOUNDARY).all()

@@ -44,9 +44,9 @@ def problem(dtype=torch.float32, device=DEVICE, batch=B, length=T):
 
 def _example(**settings):
     def make(device):
-        hidden, weight, targets, preference, other, other_weight = problem(device=device)
+        hidden, weight, targets, preference, reference_hidden, reference_weight = problem(device=device)
         logits = (hidden @ weight.t()).requires_grad_()
-        return (logits, targets, preference, other @ other_weight.t()), {"tau": 0.3, **settings}
+        return (logits, targets, preference, reference_hidden @ reference_weight.t()), {"tau": 0.3, **settings}
 
     return make
 
@@ -56,10 +56,10 @@ SETTINGS = {"tau": 0.3, "baseline": 0.4, "normalizer": 7.0}
 
 
 def by_oracle(inputs, dtype, kl, **settings):
-    hidden, weight, targets, preference, other, other_weight = inputs
+    hidden, weight, targets, preference, reference_hidden, reference_weight = inputs
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]
     logits = (leaves[0] @ leaves[1].t()).to(torch.promote_types(dtype, torch.float32))
-    reference = (other.to(dtype) @ other_weight.to(dtype).t()).to(logits.dtype)
+    reference = (reference_hidden.to(dtype) @ reference_weight.to(dtype).t()).to(logits.dtype)
     loss = oracle(list(logits), list(targets), preference.to(logits.dtype), list(reference), kl=kl, **settings)
     return loss, torch.autograd.grad(loss * 3, leaves)
 
@@ -69,10 +69,12 @@ def by_oracle(inputs, dtype, kl, **settings):
 @every_backend
 def test_from_logits(backend, kl, dtype) -> None:
     inputs = problem(dtype, device_of(backend))
-    hidden, weight, targets, preference, other, other_weight = inputs
+    hidden, weight, targets, preference, reference_hidden, reference_weight = inputs
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     logits = leaves[0] @ leaves[1].t()
-    result = call("nash_pg_loss", backend, logits, targets, preference, other @ other_weight.t(), kl=kl, **SETTINGS)
+    result = call(
+        "nash_pg_loss", backend, logits, targets, preference, reference_hidden @ reference_weight.t(), kl=kl, **SETTINGS
+    )
     assert_loss(result.loss, torch.autograd.grad(result.loss * 3, leaves), inputs, kl)
 
 
@@ -88,7 +90,7 @@ def test_from_hidden_states(backend, kl, dtype, rows) -> None:
 
 
 def from_hidden(backend, inputs, rows=1000, scale=3.0, **settings):
-    hidden, weight, targets, preference, other, other_weight = inputs
+    hidden, weight, targets, preference, reference_hidden, reference_weight = inputs
     if backend != "torch":
         reasons = nlhf_kernels.explain("linear_logprobs", hidden, weight, targets).reasons[backend]
         if reasons:
@@ -100,8 +102,8 @@ def from_hidden(backend, inputs, rows=1000, scale=3.0, **settings):
         leaves[1],
         targets,
         preference,
-        other,
-        other_weight,
+        reference_hidden,
+        reference_weight,
         chunk_bytes=rows * both * V * hidden.element_size(),
         backend=backend,
         **settings,
@@ -130,15 +132,15 @@ def test_the_upstream_gradient_scales_everything(kl) -> None:
 
 @every_mode
 def test_packed_equals_padded(kl) -> None:
-    hidden, weight, targets, preference, other, other_weight = problem()
+    hidden, weight, targets, preference, reference_hidden, reference_weight = problem()
     lengths = torch.tensor([3, 7, 5, 0, 1])
     kept = torch.arange(T) < lengths[:, None]
     targets = targets.clamp(min=0)
     padded = nlhf_kernels.linear_nash_pg_loss(
-        hidden, weight, targets, preference, other, other_weight, tau=0.3, kl=kl, mask=kept.to(DEVICE)
+        hidden, weight, targets, preference, reference_hidden, reference_weight, tau=0.3, kl=kl, mask=kept.to(DEVICE)
     )
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    packed_args = [tensor[kept] for tensor in (hidden, targets, other)]
+    packed_args = [tensor[kept] for tensor in (hidden, targets, reference_hidden)]
     for offsets_as_given in (offsets, offsets.int().to(DEVICE)):
         packed = nlhf_kernels.linear_nash_pg_loss(
             packed_args[0],
@@ -146,14 +148,14 @@ def test_packed_equals_padded(kl) -> None:
             packed_args[1],
             preference,
             packed_args[2],
-            other_weight,
+            reference_weight,
             tau=0.3,
             kl=kl,
             cu_seqlens=offsets_as_given,
         )
         torch.testing.assert_close(packed.loss, padded.loss)
         torch.testing.assert_close(packed.weights, padded.weights[kept])
-    logits = packed_args[0] @ weight.t(), packed_args[2] @ other_weight.t()
+    logits = packed_args[0] @ weight.t(), packed_args[2] @ reference_weight.t()
     again = nlhf_kernels.nash_pg_loss(
         logits[0], packed_args[1], preference, logits[1], tau=0.3, kl=kl, cu_seqlens=offsets
     )
@@ -202,8 +204,8 @@ def test_micro_batches_add_up_to_the_batch(kl) -> None:
     _, whole = from_hidden("torch", inputs, kl=kl, tau=0.3)
     parts = []
     for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):
-        hidden, weight, targets, preference, other, other_weight = inputs
-        micro = (hidden[rows], weight, targets[rows], preference[rows], other[rows], other_weight)
+        hidden, weight, targets, preference, reference_hidden, reference_weight = inputs
+        micro = (hidden[rows], weight, targets[rows], preference[rows], reference_hidden[rows], reference_weight)
         normalizer = torch.tensor(float(B), device=DEVICE)
         parts.append(from_hidden("torch", micro, kl=kl, tau=0.3, normalizer=normalizer)[1])
     torch.testing.assert_close(torch.cat([part[0] for part in parts]), whole[0])
@@ -212,15 +214,15 @@ def test_micro_batches_add_up_to_the_batch(kl) -> None:
 
 @every_mode
 def test_masked_places_count_nothing_and_get_no_gradient(kl) -> None:
-    hidden, weight, targets, preference, other, other_weight = problem()
+    hidden, weight, targets, preference, reference_hidden, reference_weight = problem()
     ignored = targets == -100
-    dirty = hidden.masked_fill(ignored.unsqueeze(-1), 1e3), other.masked_fill(ignored.unsqueeze(-1), -1e3)
+    dirty = hidden.masked_fill(ignored.unsqueeze(-1), 1e3), reference_hidden.masked_fill(ignored.unsqueeze(-1), -1e3)
     clean, clean_gradients = from_hidden("torch", problem(), kl=kl, tau=0.3)
     masked = targets.masked_fill(ignored, 5)
     with poisoned_allocations():
         result, gradients = from_hidden(
             "torch",
-            (dirty[0], weight, masked, preference, dirty[1], other_weight),
+            (dirty[0], weight, masked, preference, dirty[1], reference_weight),
             kl=kl,
             tau=0.3,
             mask=(~ignored).long(),
@@ -232,11 +234,11 @@ def test_masked_places_count_nothing_and_get_no_gradient(kl) -> None:
 
 @every_mode
 def test_a_broken_sequence_stays_alone(kl) -> None:
-    hidden, weight, targets, preference, other, other_weight = problem()
+    hidden, weight, targets, preference, reference_hidden, reference_weight = problem()
     hidden[1, 4, 0] = torch.nan
     leaves = hidden.requires_grad_(), weight
     result = nlhf_kernels.linear_nash_pg_loss(
-        leaves[0], weight, targets, preference, other, other_weight, tau=0.3, kl=kl
+        leaves[0], weight, targets, preference, reference_hidden, reference_weight, tau=0.3, kl=kl
     )
     (gradient,) = torch.autograd.grad(result.loss, hidden)
     others = [0, 2, 3, 4]
@@ -247,8 +249,8 @@ def test_a_broken_sequence_stays_alone(kl) -> None:
 def test_metrics_are_detached_and_complete() -> None:
     inputs = problem()
     result, _ = from_hidden("torch", inputs, kl="exact", tau=0.3, entropy=True)
-    hidden, weight, targets, _, other, other_weight = inputs
-    log_p, log_q = (hidden @ weight.t()).log_softmax(-1), (other @ other_weight.t()).log_softmax(-1)
+    hidden, weight, targets, _, reference_hidden, reference_weight = inputs
+    log_p, log_q = (hidden @ weight.t()).log_softmax(-1), (reference_hidden @ reference_weight.t()).log_softmax(-1)
     kept = targets != -100
     for got, expected in (
         (result.policy_logprobs, log_p.gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)),
@@ -262,30 +264,30 @@ def test_metrics_are_detached_and_complete() -> None:
 
 
 def test_frozen_parts_pay_nothing() -> None:
-    hidden, weight, targets, preference, other, other_weight = problem()
+    hidden, weight, targets, preference, reference_hidden, reference_weight = problem()
     hidden.requires_grad_()
     with mock.patch.object(chunks, "add_weight_gradient", wraps=products.add_weight_gradient) as of_weight:
         frozen_head = nlhf_kernels.linear_nash_pg_loss(
-            hidden, weight, targets, preference, other, other_weight, tau=0.3
+            hidden, weight, targets, preference, reference_hidden, reference_weight, tau=0.3
         )
         frozen_head.loss.backward()
         assert of_weight.call_count == 0 and hidden.grad is not None
         weight.requires_grad_()
         with torch.no_grad(), mock.patch.object(torch, "mm", wraps=torch.mm) as mm:
             evaluated = nlhf_kernels.linear_nash_pg_loss(
-                hidden, weight, targets, preference, other, other_weight, tau=0.3
+                hidden, weight, targets, preference, reference_hidden, reference_weight, tau=0.3
             )
         assert mm.call_count == 2 and of_weight.call_count == 0 and not evaluated.loss.requires_grad
 
 
 def test_compiles_checkpoints_and_runs_backward_twice() -> None:
-    hidden, weight, targets, preference, other, other_weight = problem()
+    hidden, weight, targets, preference, reference_hidden, reference_weight = problem()
     leaves = hidden.requires_grad_(), weight.requires_grad_()
 
     def loss(hidden, weight):
         head = Head(weight, None, 0.5, 10.0)
         return nlhf_kernels.linear_nash_pg_loss(
-            hidden, head, targets, preference, other, other_weight, tau=0.3, kl="exact", chunk_bytes=4000
+            hidden, head, targets, preference, reference_hidden, reference_weight, tau=0.3, kl="exact", chunk_bytes=4000
         ).loss
 
     total = loss(*leaves)
@@ -303,7 +305,7 @@ def test_sequences_of_131072_tokens(kl) -> None:
     """Sums over a long sequence and indices past 16 bits; one sequence longer than any chunk, beside a short one."""
     tokens, vocabulary = 131_072, 5
     generator = torch.Generator().manual_seed(0)
-    hidden, other = (torch.randn(tokens + 3, 2, generator=generator) for _ in range(2))
+    hidden, reference_hidden = (torch.randn(tokens + 3, 2, generator=generator) for _ in range(2))
     weight = torch.randn(vocabulary, 2, generator=generator)
     targets = torch.randint(vocabulary, (tokens + 3,), generator=generator)
     offsets, preference = torch.tensor([0, 3, tokens + 3]), torch.tensor([0.2, 0.9])
@@ -312,14 +314,16 @@ def test_sequences_of_131072_tokens(kl) -> None:
         weight,
         targets,
         preference,
-        other,
+        reference_hidden,
         weight,
         tau=0.01,
         kl=kl,
         cu_seqlens=offsets,
         chunk_bytes=vocabulary * 4 * 30_000,
     )
-    log_p, log_q = ((rows.detach().double() @ weight.double().t()).log_softmax(-1) for rows in (hidden, other))
+    log_p, log_q = (
+        (rows.detach().double() @ weight.double().t()).log_softmax(-1) for rows in (hidden, reference_hidden)
+    )
     terms = (log_p - log_q).gather(1, targets[:, None]).squeeze(1)
     if kl == "exact":
         terms = (log_p.exp() * (log_p - log_q)).sum(1)
@@ -332,11 +336,11 @@ def test_sequences_of_131072_tokens(kl) -> None:
 @every_mode
 def test_an_advantage_is_preference_less_baseline(kl) -> None:
     """From logits and from hidden states; and it need not come from a probability."""
-    hidden, weight, targets, preference, other, other_weight = problem()
+    hidden, weight, targets, preference, reference_hidden, reference_weight = problem()
     options = {"tau": 0.3, "kl": kl}
-    models = {"reference_hidden": other, "reference_head": other_weight}
+    models = {"reference_hidden": reference_hidden, "reference_head": reference_weight}
     linear = partial(nlhf_kernels.linear_nash_pg_loss, hidden, weight, targets, **models, **options)
-    logits = hidden @ weight.t(), other @ other_weight.t()
+    logits = hidden @ weight.t(), reference_hidden @ reference_weight.t()
     from_logits = partial(nlhf_kernels.nash_pg_loss, logits[0], targets, reference_logits=logits[1], **options)
     baseline = torch.linspace(0.1, 0.9, B, device=DEVICE)
     for loss in (linear, from_logits):

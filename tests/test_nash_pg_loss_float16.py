@@ -31,9 +31,9 @@ def test_float16_gradients_do_not_overflow_where_plain_ones_do_not(kl, chunk_byt
     inputs = problem(torch.float16)
     settings = {"tau": 0.3, "baseline": torch.tensor([0.5, 0.1, 0.5, 0.5, 4000.0]), "normalizer": 256.0}
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
-    hidden, weight, targets, preference, other, other_weight = (*leaves, *inputs[2:])
+    hidden, weight, targets, preference, reference_hidden, reference_weight = (*leaves, *inputs[2:])
     plain = nlhf_kernels.nash_pg_loss(
-        hidden @ weight.t(), targets, preference, other @ other_weight.t(), kl=kl, **settings
+        hidden @ weight.t(), targets, preference, reference_hidden @ reference_weight.t(), kl=kl, **settings
     )
     expected = torch.autograd.grad(plain.loss, leaves)
     result = nlhf_kernels.linear_nash_pg_loss(*leaves, *inputs[2:], kl=kl, chunk_bytes=chunk_bytes, **settings)

@@ -149,13 +149,13 @@ def test_online_ipo_settles_where_self_play_does() -> None:
     logits = torch.randn(actions, dtype=torch.float64, requires_grad=True)
     log_pi = logits.log_softmax(0)
     pi, ratio = log_pi.detach().exp(), log_pi - mu
-    y, other = (index.reshape(-1) for index in torch.meshgrid(*[torch.arange(actions)] * 2, indexing="ij"))
+    y, y_prime = (index.reshape(-1) for index in torch.meshgrid(*[torch.arange(actions)] * 2, indexing="ij"))
     loss = torch.stack(
         [
             pi[a]
             * pi[b]
             * nlhf_kernels.preference_loss(ratio[a, None], ratio[b, None], preference[a, b, None], tau=tau).loss
-            for a, b in zip(y, other, strict=True)
+            for a, b in zip(y, y_prime, strict=True)
         ]
     ).sum()
     log_ratio = ratio.detach()
@@ -166,24 +166,33 @@ def test_online_ipo_settles_where_self_play_does() -> None:
 
 def linear_problem():
     generator = torch.Generator().manual_seed(2)
-    hidden, other = (torch.randn(6, 5, 8, generator=generator).to(DEVICE) for _ in range(2))
-    weight, other_weight = (torch.randn(31, 8, generator=generator).to(DEVICE) for _ in range(2))
+    hidden, reference_hidden = (torch.randn(6, 5, 8, generator=generator).to(DEVICE) for _ in range(2))
+    weight, reference_weight = (torch.randn(31, 8, generator=generator).to(DEVICE) for _ in range(2))
     targets = torch.randint(31, (6, 5), generator=generator)
     targets[0, 3:], targets[4, :2] = -100, -100
-    return hidden, weight, targets.to(DEVICE), torch.rand(3, generator=generator).to(DEVICE), other, other_weight
+    return (
+        hidden,
+        weight,
+        targets.to(DEVICE),
+        torch.rand(3, generator=generator).to(DEVICE),
+        reference_hidden,
+        reference_weight,
+    )
 
 
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("kind", ["ipo", "dpo"])
 def test_from_hidden_states(kind, per_token) -> None:
-    hidden, weight, targets, preference, other, other_weight = linear_problem()
+    hidden, weight, targets, preference, reference_hidden, reference_weight = linear_problem()
     kept = targets != -100
 
     def by_hand(dtype):
         leaves = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
         index = targets.clamp(min=0).unsqueeze(2)
         log_pi = (leaves[0] @ leaves[1].t()).log_softmax(-1).gather(2, index).squeeze(2)
-        log_mu = (other.to(dtype) @ other_weight.to(dtype).t()).log_softmax(-1).gather(2, index).squeeze(2)
+        log_mu = (
+            (reference_hidden.to(dtype) @ reference_weight.to(dtype).t()).log_softmax(-1).gather(2, index).squeeze(2)
+        )
         ratios = torch.where(kept, log_pi - log_mu, 0).sum(1) / (kept.sum(1) if per_token else 1)
         loss = oracle(ratios[:3], ratios[3:], preference.to(dtype), tau=0.4, kind=kind)
         return loss, torch.autograd.grad(loss * 3, leaves)
@@ -191,14 +200,14 @@ def test_from_hidden_states(kind, per_token) -> None:
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     options = {"tau": 0.4, "kind": kind, "per_token": per_token}
     result = nlhf_kernels.linear_preference_loss(
-        *leaves, targets, preference, other, other_weight, chunk_bytes=31 * 4 * 7, **options
+        *leaves, targets, preference, reference_hidden, reference_weight, chunk_bytes=31 * 4 * 7, **options
     )
     gradients = torch.autograd.grad(result.loss * 3, leaves)
     (truth, true_gradients), (pytorch, pytorch_gradients) = by_hand(torch.float64), by_hand(torch.float32)
     assert_accurate(result.loss, truth, pytorch, constant=2)
     for ours, true, theirs in zip(gradients, true_gradients, pytorch_gradients, strict=True):
         assert_accurate(ours, true, theirs)
-    scored = nlhf_kernels.linear_logprobs(hidden, weight, targets, other, other_weight)
+    scored = nlhf_kernels.linear_logprobs(hidden, weight, targets, reference_hidden, reference_weight)
     given = torch.where(kept, scored.reference, torch.nan)
     shorter = nlhf_kernels.linear_preference_loss(
         hidden, weight, targets, preference, reference_logprobs=given, **options
@@ -207,7 +216,14 @@ def test_from_hidden_states(kind, per_token) -> None:
     lengths = kept.sum(1)
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     packed = nlhf_kernels.linear_preference_loss(
-        hidden[kept], weight, targets[kept], preference, other[kept], other_weight, cu_seqlens=offsets, **options
+        hidden[kept],
+        weight,
+        targets[kept],
+        preference,
+        reference_hidden[kept],
+        reference_weight,
+        cu_seqlens=offsets,
+        **options,
     )
     torch.testing.assert_close(packed.loss, result.loss)
 
@@ -232,8 +248,8 @@ def test_bad_input_is_named(message) -> None:
 
 
 def test_bad_input_of_the_linear_form_is_named() -> None:
-    hidden, weight, targets, preference, other, _ = linear_problem()
+    hidden, weight, targets, preference, reference_hidden, _ = linear_problem()
     with pytest.raises(ValueError, match="linear_preference_loss: hidden: expected B preferred responses"):
-        nlhf_kernels.linear_preference_loss(hidden[:5], weight, targets[:5], None, other[:5], tau=0.1)
+        nlhf_kernels.linear_preference_loss(hidden[:5], weight, targets[:5], None, reference_hidden[:5], tau=0.1)
     with pytest.raises(ValueError, match="linear_preference_loss: reference_logprobs: expected either"):
         nlhf_kernels.linear_preference_loss(hidden, weight, targets, preference, tau=0.1)

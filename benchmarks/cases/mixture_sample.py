@@ -31,7 +31,7 @@ def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inpu
     return Inputs((logits(), logits(), BETA), kwargs)
 
 
-def truth(policy: torch.Tensor, other: torch.Tensor, beta: float, **kwargs: Any) -> Any:
+def truth(policy: torch.Tensor, reference: torch.Tensor, beta: float, **kwargs: Any) -> Any:
     """The library's oracle in float64, whose tests hold it against transformers and against theory. What filters keep
     is decided in float32, as everywhere: of logits that collide in bfloat16, float64 would keep others."""
     from nlhf_kernels.ops.mixture_sample import oracle
@@ -43,11 +43,11 @@ def truth(policy: torch.Tensor, other: torch.Tensor, beta: float, **kwargs: Any)
     bias = None
     if filters:
         packed = settings.packed
-        mixed = oracle.mixed_logits([policy.float(), other.float()], packed[:, oracle.WEIGHTS :], None)
+        mixed = oracle.mixed_logits([policy.float(), reference.float()], packed[:, oracle.WEIGHTS :], None)
         bias = torch.where(oracle.support(mixed, packed), 0.0, -torch.inf)
     tokens, logprobs, _ = oracle.mixture_sample(
         MixtureSampleInputs(
-            [policy, other], settings.packed, False, bias, None, kwargs["seed"], kwargs["row_ids"], kwargs["step"],
+            [policy, reference], settings.packed, False, bias, None, kwargs["seed"], kwargs["row_ids"], kwargs["step"],
             stream=0, logprob_mask=0b111, backend="torch",
         )
     )  # fmt: skip
@@ -83,18 +83,20 @@ def _filtered(scores: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
     return scores
 
 
-def eager(policy: torch.Tensor, other: torch.Tensor, beta: float, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+def eager(policy: torch.Tensor, reference: torch.Tensor, beta: float, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     """What a careful PyTorch user writes: log-softmax of both models in float32, mix, filter, sample, gather."""
     log_pi = policy.float().log_softmax(-1)
-    log_mu = other.float().log_softmax(-1)
+    log_mu = reference.float().log_softmax(-1)
     log_mix = _filtered(torch.lerp(log_pi, log_mu, beta), kwargs).log_softmax(-1)
     tokens = torch.multinomial(log_mix.exp(), 1)
     return tokens.squeeze(-1), *(values.gather(-1, tokens).squeeze(-1) for values in (log_pi, log_mu, log_mix))
 
 
-def geometric_mixture_wrapper(policy: torch.Tensor, other: torch.Tensor, beta: float, **kwargs: Any) -> torch.Tensor:
+def geometric_mixture_wrapper(
+    policy: torch.Tensor, reference: torch.Tensor, beta: float, **kwargs: Any
+) -> torch.Tensor:
     """The operations TRL's wrapper and transformers' sampling loop run for a token; no log-probabilities."""
-    mixed = torch.nn.functional.log_softmax(beta * other + (1 - beta) * policy, dim=-1)
+    mixed = torch.nn.functional.log_softmax(beta * reference + (1 - beta) * policy, dim=-1)
     scores = _filtered(mixed.to(copy=True, dtype=torch.float32), kwargs)
     return torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
 
@@ -113,22 +115,22 @@ def _floor(inputs: Inputs) -> Callable[[], Any] | Unavailable:
     from nlhf_kernels.core.capabilities import machine_reasons
     from nlhf_kernels.ops.mixture_sample.native import mixture_sample_floor
 
-    policy, other, _ = inputs.args
+    policy, reference, _ = inputs.args
     if reasons := machine_reasons("cuda", policy.device):
         return Unavailable(tuple(reasons))
-    return lambda: mixture_sample_floor(policy, other)
+    return lambda: mixture_sample_floor(policy, reference)
 
 
 def _flashinfer(inputs: Inputs) -> Callable[[], Any] | Unavailable:
     """FlashInfer samples one model's logits: timed on logits mixed beforehand, without log-probabilities."""
-    policy, other, beta = inputs.args
+    policy, reference, beta = inputs.args
     if importlib.util.find_spec("flashinfer") is None:
         return Unavailable(("flashinfer does not import (pip install flashinfer-python)",))
     if policy.device.type != "cuda":
         return Unavailable((f"the tensors are on {policy.device}, flashinfer needs a GPU",))
     from flashinfer import sampling
 
-    mixed = torch.lerp(policy.float(), other.float(), beta)
+    mixed = torch.lerp(policy.float(), reference.float(), beta)
     if "top_k" in inputs.kwargs or "top_p" in inputs.kwargs:
         limits = inputs.kwargs.get("top_k", mixed.shape[1]), inputs.kwargs.get("top_p", 1.0)
         return lambda: sampling.top_k_top_p_sampling_from_logits(mixed, *limits)

@@ -24,12 +24,12 @@ def uniforms_for(rows: int, device, seed: int = 0) -> torch.Tensor:
 
 
 def assert_right(
-    result: MixtureSample, policy, other, beta, uniforms, *, bias=None, constant: float = 4.0, **filters
+    result: MixtureSample, policy, reference, beta, uniforms, *, bias=None, constant: float = 4.0, **filters
 ) -> None:
     """Every token's float64 interval of the CDF, widened by BOUNDARY, holds the row's uniform; every log-probability
     errs at most twice what PyTorch errs in float32; nothing outside the support is drawn."""
-    logits = [policy] if other is None else [policy, other]
-    weights = [1.0] if other is None else [1 - beta, beta]
+    logits = [policy] if reference is None else [policy, reference]
+    weights = [1.0] if reference is None else [1 - beta, beta]
     packed = mixture_settings(weights, device=policy.device, **filters).packed
     temperature = packed[:, 0, None].double()
     shrunk = torch.where(temperature > 0, temperature, 1)
@@ -48,7 +48,7 @@ def assert_right(
     assert (result.tokens == scaled.argmax(-1))[greedy].all()
 
     take = lambda values: values.log_softmax(-1).gather(-1, at).squeeze(-1)  # noqa: E731
-    for got, model in ((result.policy_logprob, policy), (result.reference_logprob, other)):
+    for got, model in ((result.policy_logprob, policy), (result.reference_logprob, reference)):
         if got is not None:
             assert (got <= 0).all()
             assert_accurate(got, take(model.double()), take(model.float()), constant=constant)
