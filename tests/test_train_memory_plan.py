@@ -4,6 +4,7 @@ line."""
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import transformers
@@ -14,6 +15,7 @@ pytest.importorskip("accelerate", reason="training needs accelerate")
 from nlhf_kernels.cli.main import main
 from nlhf_kernels.train.layout import Layout, check_divides, layout_of, share_of
 from nlhf_kernels.train.memory_plan import Models, ModelShapes, plan_rank
+from tests.support import paper_costs
 from tests.support.live_bytes import LiveBytes
 from tests.support.training import checkpoints, lora, make_trainer, single_thread  # noqa: F401
 
@@ -124,3 +126,8 @@ def test_bad_layouts_are_refused(run_file, capsys) -> None:
     assert plan(run_file, "--gpu-memory", "1", "--set", "training.fsdp_size=3") == 2
     assert "training.tp_size: expected a multiple of 3 processes" in capsys.readouterr().err
     assert plan(run_file, "--gpu-memory", "0") == 2
+
+
+def test_the_table_on_paper_is_computed(tmp_path) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "scaling.md").read_text()
+    assert paper_costs.table(str(tmp_path)) in page, "python -m tests.support.paper_costs"

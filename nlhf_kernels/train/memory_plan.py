@@ -291,7 +291,7 @@ def _loss(models: Models, args: NashConfig, layout: Layout, device: str) -> dict
     vocabulary = -(-policy.vocabulary // layout.tp_size)  # a rank scores its slice
     chunk = chunk_rows(scored, vocabulary, compute.itemsize, exact, CHUNK_BYTES[device])
     trained = next((value.trained for name, value in policy.parameters.items() if "lm_head" in name), not policy.lora)
-    activations = activation_bytes(policy, rows, tokens, rollout_dtype(args), layout, _recomputes(args))
+    activations = activation_bytes(policy, rows, tokens, rollout_dtype(args), layout, recomputes(args))
     if args.gradient_accumulation_steps == 1:  # no gradient is there when the backward pass begins
         layers = int(getattr(policy.config.get_text_config(decoder=True), "num_hidden_layers", 1))
         activations = max(activations - policy.bytes(layout, trained=True), activations // layers)
@@ -303,7 +303,12 @@ def _loss(models: Models, args: NashConfig, layout: Layout, device: str) -> dict
     }
 
 
-def _recomputes(args: NashConfig) -> bool:
+def recomputes(args: NashConfig) -> bool:
+    """Return whether the backward pass computes activations again.
+
+    Args:
+        args: of the run.
+    """
     return bool(getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False))
 
 

@@ -15,6 +15,7 @@ from ..core.adapters import new_adapter
 from ..core.checks import check_number
 from ..core.loading import check_finite
 from ..core.optional import need
+from ..core.settings import launched_with_fsdp
 from ..core.upstream import has_injected_adapter
 from ..engine.contexts import eval_mode
 from ..engine.model_info import clone_with_parameters
@@ -58,6 +59,11 @@ def check_precision(args: NashConfig, accelerator: Any, model: Any) -> None:
 def check_processes(args: NashConfig, accelerator: Any, processes: DataParallel, prompts: Mapping[str, Sized]) -> None:
     if args.n_gpu > 1:
         raise ValueError(f"{OP}: expected one device per process; got {args.n_gpu} (accelerate launch starts more)")
+    if launched_with_fsdp():
+        raise ValueError(
+            f"{OP}: expected FSDP2 by fsdp_size, with models that from_pretrained has split (torchrun, or accelerate "
+            "launch without --use_fsdp, starts the processes); got accelerate's FSDP plugin"
+        )
     kind = accelerator.distributed_type.value
     if kind == "DEEPSPEED":
         raise ValueError(f"{OP}: deepspeed: expected None, as {FIXED['deepspeed']}; got a DeepSpeed launch")

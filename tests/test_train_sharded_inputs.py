@@ -1,0 +1,146 @@
+"""Layouts that cannot be: one sentence before a model is loaded, on the first process; and a run file's whole way to a
+policy by `torchrun -m nlhf_kernels train`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import transformers
+import yaml
+
+pytest.importorskip("accelerate", reason="training needs accelerate")
+
+from nlhf_kernels.cli import train
+from nlhf_kernels.cli.errors import BadInput, SaidByFirst
+from nlhf_kernels.core import upstream
+from nlhf_kernels.preference import save_preference_model
+from nlhf_kernels.train.run_file import read_run_file
+from nlhf_kernels.train.setup import check_layout
+from tests.support.preference import comparison_model
+from tests.support.tiny_models import random_model, tiny_model, tiny_tokenizer
+from tests.support.training import PROMPTS, lora, make_trainer, single_thread  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_splitting = pytest.mark.skipif(
+    upstream.distributed_config_class() is None, reason="transformers is too old for split models"
+)
+SHAPE = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("sharded")
+    for name, seed in (("model", 0), ("other", 4)):
+        random_model(transformers.LlamaConfig(**SHAPE), seed).save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    save_preference_model(comparison_model(), root / "preference")
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    training = {
+        "output_dir": str(root / "run"), "max_steps": 2, "per_device_train_batch_size": 4, "max_new_tokens": 4,
+        "learning_rate": 0.01, "use_cpu": True, "ddp_backend": "gloo", "report_to": "none", "log_samples": 0, "seed": 3,
+    }  # fmt: skip
+    content = {
+        "model": "model", "reference_model": "other", "judge": {"preference_model": "preference"},
+        "data": {"train": "prompts.jsonl", "evaluation": "prompts.jsonl"}, "training": training,
+    }  # fmt: skip
+    (root / "run.yaml").write_text(yaml.safe_dump(content))
+    return root
+
+
+@needs_splitting
+def test_a_run_file_and_torchrun_are_all_it_takes(root) -> None:
+    """Tensor parallelism, with a reference of its own and a preference model as the judge, both split too. The policy
+    is ordinary safetensors."""
+    finished = torchrun(root, "training.tp_size=2")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "eval_win_rate_reference" in finished.stdout and finished.stdout.count("Saved: ") == 1
+    policy, before = (
+        transformers.AutoModelForCausalLM.from_pretrained(root / name) for name in ("run/policy", "model")
+    )
+    assert (policy.lm_head.weight - before.lm_head.weight).abs().max() > 1e-4
+
+
+@needs_splitting
+def test_a_refusal_is_said_once_and_ends_all(root) -> None:
+    finished = torchrun(root, "training.tp_size=2", "training.fsdp_size=2", f"training.output_dir={root / 'none'}")
+    assert finished.returncode != 0
+    said = [line for line in finished.stderr.splitlines() if line.startswith("nlhf-kernels: error")]
+    assert len(said) == 1 and "training.tp_size: expected a multiple of 4 processes" in said[0]
+
+
+def torchrun(root: Path, *changes: str) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nlhf_kernels", "train"]
+    options = [word for change in changes for word in ("--set", change)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, *launch, "--config", "run.yaml", *options]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "expected"),
+    [
+        ({}, {"tp_size": 4, "world_size": 4}, "divisor of the num_key_value_heads of model, 2; got 4"),
+        ({}, {"tp_size": 2, "world_size": 3}, "expected a multiple of 2 processes"),
+        ({}, {"fsdp_size": 2, "dp_replicate_size": 2, "world_size": 2}, "expected 4 processes"),
+        ({"lora": {"r": 2}}, {"tp_size": 2, "world_size": 2}, "lora: expected with fsdp_size"),
+        ({"reference_model": "odd"}, {"tp_size": 2, "world_size": 2}, "vocab_size of reference_model, 97; got 2"),
+    ],
+)
+@needs_splitting
+def test_a_bad_layout_is_refused_before_models_are_loaded(changes, sizes, expected, root, monkeypatch) -> None:
+    monkeypatch.chdir(root)
+    transformers.LlamaConfig(**{**SHAPE, "vocab_size": 97}).save_pretrained(root / "odd")  # no weights
+    run_file = read_run_file(root / "run.yaml", [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+    args = {"tp_size": 1, "fsdp_size": 1, "dp_replicate_size": None, "bf16": False, "process_index": 0, **sizes}
+    with pytest.raises((BadInput, ValueError), match=expected):
+        train._split(run_file, SimpleNamespace(**args))
+    with pytest.raises(SaidByFirst):
+        train._split(run_file, SimpleNamespace(**{**args, "process_index": 1}))
+
+
+def test_a_transformers_that_is_too_old(root, monkeypatch) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(upstream, "distributed_config_class", lambda: None)
+    args = SimpleNamespace(tp_size=2, fsdp_size=1, dp_replicate_size=None, bf16=False, process_index=0, world_size=2)
+    with pytest.raises(BadInput, match="expected a newer transformers"):
+        train._split(read_run_file(root / "run.yaml"), args)
+
+
+def test_models_of_two_layouts() -> None:
+    def split(**sizes: int) -> object:
+        model = tiny_model("llama")
+        model.config.distributed_config = SimpleNamespace(
+            **{"tp_size": 1, "fsdp_size": 1, "dp_replicate_size": 1, **sizes}
+        )
+        model._is_distributed_loading_by_transformers = True
+        return model
+
+    args = SimpleNamespace(tp_size=1, fsdp_size=1, world_size=2)
+    policy = split(tp_size=2)
+    assert check_layout(args, policy, None, reference_model=split(tp_size=2), eval_opponent=None).tp_size == 2
+    for other in (tiny_model("llama"), split(fsdp_size=2)):
+        with pytest.raises(ValueError, match="reference_model: expected a model that is split as the policy, tp 2"):
+            check_layout(args, policy, None, reference_model=other)
+    with pytest.raises(ValueError, match="model: expected adapters on whole matrices"):
+        check_layout(args, policy, lora())
+    with pytest.raises(ValueError, match=r"DistributedConfig\(fsdp_size=2\), as args.fsdp_size is; got fsdp_size 1"):
+        check_layout(SimpleNamespace(tp_size=2, fsdp_size=2, world_size=4), policy, None)
+    with pytest.raises(ValueError, match="expected a layout of 3 processes; got tp 2"):
+        check_layout(SimpleNamespace(tp_size=1, fsdp_size=1, world_size=3), policy, None)
+
+
+def test_accelerates_plugin_is_refused(tmp_path, monkeypatch) -> None:
+    """Which accelerate would leave out on a CPU, without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="expected FSDP2 by fsdp_size"):
+        make_trainer(tmp_path)
