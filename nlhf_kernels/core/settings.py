@@ -80,8 +80,3 @@ def requested(argument: str | None) -> Request:
     if argument:
         return Request(argument, "the argument backend")
     return _scoped.get() or _default
-
-
-def launched_with_fsdp() -> bool:
-    """Return whether accelerate's launcher was asked for its FSDP plugin, which a CPU does without, and is not told."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

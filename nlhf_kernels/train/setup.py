@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from ..core.adapters import new_adapter
 from ..core.checks import check_number
 from ..core.loading import check_finite
 from ..core.optional import need
-from ..core.settings import launched_with_fsdp
 from ..core.upstream import has_injected_adapter
 from ..engine.contexts import eval_mode
 from ..engine.model_info import clone_with_parameters
@@ -59,7 +59,7 @@ def check_precision(args: NashConfig, accelerator: Any, model: Any) -> None:
 def check_processes(args: NashConfig, accelerator: Any, processes: DataParallel, prompts: Mapping[str, Sized]) -> None:
     if args.n_gpu > 1:
         raise ValueError(f"{OP}: expected one device per process; got {args.n_gpu} (accelerate launch starts more)")
-    if launched_with_fsdp():
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # on a CPU accelerate leaves its plugin out, without a word
         raise ValueError(
             f"{OP}: expected FSDP2 by fsdp_size, with models that from_pretrained has split (torchrun, or accelerate "
             "launch without --use_fsdp, starts the processes); got accelerate's FSDP plugin"
