@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import nlhf_kernels
+from nlhf_kernels.cli import tune
 from nlhf_kernels.cli.main import main
 from nlhf_kernels.core import settings, tuning
+from nlhf_kernels.core.registry import ops
 from nlhf_kernels.core.tuning import Launch, Tunable, Workload
 
 CARD = "A card"
@@ -202,6 +204,23 @@ def test_the_command_measures_and_shows(capsys) -> None:
 def test_bad_input_is_refused(arguments, message, capsys) -> None:
     assert main(["tune", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_games_are_two_numbers(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["tune", "--games", "8"])
+    assert "--games: expected GAMESxACTIONS, such as 8x2048; got '8'" in capsys.readouterr().err
+
+
+def test_every_tunable_kernel_is_launched_by_some_operation() -> None:
+    """Of the backends that can run here, and by name for the others."""
+    for op, _ in Tunable.instances:
+        assert op in {entry.name for entry in ops()}
+    sizes = tune.Sizes(64, heads=2, kv_heads=1, head_dim=16)
+    operations = list(tune.operations(sizes, [2], [(2, 3)], torch.float32, torch.device("cpu")))
+    assert {each.op for each in operations} >= {op for op, _ in Tunable.instances}
+    launches = tune.find_launches(operations)
+    assert {launch.tunable.op for launch in launches} >= {"mixture_sample", "decode_attention", "logprobs"}
 
 
 @pytest.mark.gpu

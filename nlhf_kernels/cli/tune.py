@@ -7,7 +7,7 @@ remembered plans; `nlhf-kernels info` shows them. NLHF_KERNELS_TUNING names anot
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,17 @@ from .errors import BadInput
 
 DTYPES = ("bfloat16", "float16", "float32")
 TOKENS = 2048  # rows of logits that a loss holds at a time
+STEPS = 20  # of mirror_descent
 POSITIONS = 1024  # of the caches that decode_attention reads
+
+
+class Operation(NamedTuple):
+    """A call of a public function; `gradient_of`: the tensor whose gradient is computed too."""
+
+    op: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any] = {}  # noqa: RUF012
+    gradient_of: torch.Tensor | None = None
 
 
 class Sizes(NamedTuple):
@@ -43,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, nargs="+", default=[1, 64, 256], help="of a decoding step (default: 1 64 256)"
     )
     parser.add_argument(
+        "--games", type=_games, nargs="+", default=[], metavar="GxA", help="games x actions of mirror_descent: 8x2048"
+    )
+    parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help="of logits and caches (default: %(default)s)"
     )
     parser.add_argument("--minutes", type=float, default=1.0, help="for all of it (default: 1)")
@@ -54,7 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments, device)
     sizes = model_sizes(arguments.model) if arguments.model else Sizes(arguments.vocabulary)
     console = new_console()
-    launches = find_launches(sizes, arguments.rows, getattr(torch, arguments.dtype), device)
+    launches = find_launches(
+        operations(sizes, arguments.rows, arguments.games, getattr(torch, arguments.dtype), device)
+    )
     median_us, sweeps = tuning.median_on(device), []
     seconds = 60 * arguments.minutes
     with new_progress(new_console(stderr=True)) as progress:
@@ -68,6 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
     path = tuning.keep(tuning.card_name(device), sweeps)
     console.print(f"remembered in {path}" if path else "not remembered: NLHF_KERNELS_TUNING is off")
     return 0
+
+
+def _games(text: str) -> tuple[int, int]:
+    games, separator, actions = text.partition("x")
+    if not (separator and games.isdecimal() and actions.isdecimal() and int(games) and int(actions)):
+        raise argparse.ArgumentTypeError(f"expected GAMESxACTIONS, such as 8x2048; got {text!r}")
+    return int(games), int(actions)
 
 
 def _check(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -94,12 +116,10 @@ def model_sizes(name: str) -> Sizes:
     return Sizes(config.vocab_size, heads, kv_heads, head_dim)
 
 
-def find_launches(
-    sizes: Sizes, rows: list[int], dtype: torch.dtype, device: torch.device
-) -> dict[tuning.Launch, list[Callable[[], Any]]]:
-    """Find the launches of kernels with plans that a model of these sizes makes, and the calls that make them."""
+def find_launches(operations: Iterable[Operation]) -> dict[tuning.Launch, list[Callable[[], Any]]]:
+    """Find the launches of kernels with plans that operations make, and the calls that make them."""
     calls: dict[tuning.Launch, list[Callable[[], Any]]] = {}
-    for op, arguments, options, gradient_of in operations(sizes, rows, dtype, device):
+    for op, arguments, options, gradient_of in operations:
         reasons = explain(op, *arguments, **options).reasons
         for backend in ("triton", "cuda"):
             if reasons[backend]:
@@ -114,9 +134,9 @@ def find_launches(
 
 
 def operations(
-    sizes: Sizes, rows: list[int], dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any], torch.Tensor | None]]:
-    """Yield (op, arguments, options, the tensor that gets a gradient) of what training and decoding call."""
+    sizes: Sizes, rows: list[int], games: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> Iterator[Operation]:
+    """Yield what training, decoding and solving games call."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
@@ -125,16 +145,23 @@ def operations(
         logits = normal(count, sizes.vocabulary), normal(count, sizes.vocabulary)
         draw = {"seed": 0, "row_ids": torch.arange(count, dtype=torch.int64, device=device), "step": 0}
         for filters in ({}, {"top_p": 0.95}):
-            yield "mixture_sample", (*logits, 0.1), {**draw, **filters}, None
+            yield Operation("mixture_sample", (*logits, 0.1), {**draw, **filters})
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        yield Operation("row_uniforms", (zero, draw["row_ids"], zero))
         if sizes.heads:
             query = normal(count, sizes.heads, sizes.head_dim)
             keys, values = (normal(count, sizes.kv_heads, POSITIONS, sizes.head_dim) for _ in range(2))
             ends = torch.full((count,), POSITIONS, dtype=torch.int64, device=device)
-            yield "decode_attention", (query, keys, values), {"ends": ends}, None
+            yield Operation("decode_attention", (query, keys, values), {"ends": ends})
     tokens = min(TOKENS, 32 * max(rows))
     policy, reference = normal(tokens, sizes.vocabulary).requires_grad_(), normal(tokens, sizes.vocabulary)
     targets = torch.randint(sizes.vocabulary, (tokens,), dtype=torch.int64, device=device)
-    yield "logprobs", (policy, targets), {"reference_logits": reference}, policy
+    yield Operation("logprobs", (policy, targets), {"reference_logits": reference}, policy)
+    for count, actions in games:
+        preference = torch.rand(count, actions, actions, dtype=torch.float32, device=device)
+        uniform = torch.zeros(count, actions, dtype=torch.float32, device=device)
+        step_sizes = torch.full((STEPS,), 0.1, dtype=torch.float32, device=device)
+        yield Operation("mirror_descent", (uniform, preference, uniform), {"tau": 0.1, "step_sizes": step_sizes})
 
 
 def _with_gradient(function: Callable[[], Any], of: torch.Tensor) -> list[torch.Tensor]:
