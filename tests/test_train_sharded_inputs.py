@@ -23,6 +23,7 @@ from nlhf_kernels.preference import save_preference_model
 from nlhf_kernels.train.run_file import read_run_file
 from nlhf_kernels.train.setup import check_layout
 from tests.support.preference import comparison_model
+from tests.support.sharded_kills import kill
 from tests.support.tiny_models import random_model, tiny_model, tiny_tokenizer
 from tests.support.training import PROMPTS, lora, make_trainer, single_thread  # noqa: F401
 
@@ -67,6 +68,12 @@ def test_a_run_file_and_torchrun_are_all_it_takes(root) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(root / name) for name in ("run/policy", "model")
     )
     assert (policy.lm_head.weight - before.lm_head.weight).abs().max() > 1e-4
+
+
+@needs_splitting
+def test_killed_processes_lose_nothing(root) -> None:
+    """kill -9 of one process, then of all: every checkpoint is whole, and the next launch goes on from the last."""
+    assert len(kill(root, 2, 1, "fsdp_size=2")) == 2
 
 
 @needs_splitting
