@@ -39,6 +39,7 @@ def kill(root: Path, count: int, seed: int = 0, *changes: str) -> list[int]:
         while launcher.poll() is None and _newest(output) <= updates[-1] and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(draw.random())
+        assert launcher.poll() is None, "the run goes on until it is killed"
         children = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
         victims = children if number % 2 else [draw.choice(children)]
         for pid in victims:
@@ -68,4 +69,4 @@ def _newest(output: Path) -> int:
 
 
 if __name__ == "__main__":
-    print(kill(Path(sys.argv[1]).resolve(), int(sys.argv[2]), 0, "fsdp_size=2"))
+    print(kill(Path(sys.argv[1]).resolve(), int(sys.argv[2]), 0, "fsdp_size=2", "tp_size=1"))
