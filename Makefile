@@ -29,7 +29,7 @@ PACKAGES := $(VENV)/packages
 endif
 
 INSTALLED := torch setuptools wheel pybind11 ninja cmake build numpy rich triton matplotlib scipy transformers accelerate \
-  peft datasets pyyaml pytest pytest-timeout ruff mypy
+  peft datasets pyyaml pytest pytest-timeout pytest-xdist ruff mypy
 LOCKS := $(wildcard .ci/locks/*.txt)
 PIP_INSTALL := -m pip install --disable-pip-version-check
 HASHED := $(PIP_INSTALL) --require-hashes --no-deps
