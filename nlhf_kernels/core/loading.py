@@ -42,10 +42,10 @@ def load_model(
     """
     options = {"use_safetensors": True, **options}
 
-    def load(found: str) -> Any:
-        if adapters.is_adapter(found, _where(options)):
-            return _load_adapted(kind, found, trainable, merge, options)
-        return _load_whole(kind, found, options)
+    def load(located: str) -> Any:
+        if adapters.is_adapter(located, _where(options)):
+            return _load_adapted(kind, located, trainable, merge, options)
+        return _load_whole(kind, located, options)
 
     model = loading(place, name, load)
     model = (model if options.get("distributed_config") else model.to(device)).eval()  # a split one is where it belongs
@@ -62,10 +62,10 @@ def load_configuration(place: str, name: str | Path, **options: Any) -> Any:
         options: for transformers' `from_pretrained`.
     """
 
-    def load(found: str) -> Any:
+    def load(located: str) -> Any:
         where = _where(options)
-        found = adapters.base_of(found, where) if adapters.is_adapter(found, where) else found
-        return need("transformers", place).AutoConfig.from_pretrained(found, **options)
+        located = adapters.base_of(located, where) if adapters.is_adapter(located, where) else located
+        return need("transformers", place).AutoConfig.from_pretrained(located, **options)
 
     return loading(place, name, load, "configuration")
 
@@ -78,12 +78,12 @@ def load_tokenizer(place: str, name: str | Path, **options: Any) -> Any:
     transformers = need("transformers", place)
     where = _where(options)
 
-    def load(found: str) -> Any:
-        if adapters.is_adapter(found, where) and not _tokenizer_files(found):
-            found = locate("its base", adapters.base_of(found, where))
-        if Path(found).is_dir() and not _tokenizer_files(found):
-            raise ValueError(f"expected tokenizer files; got a folder without, {found!r}")
-        return transformers.AutoTokenizer.from_pretrained(found, **options)
+    def load(located: str) -> Any:
+        if adapters.is_adapter(located, where) and not _tokenizer_files(located):
+            located = locate("its base", adapters.base_of(located, where))
+        if Path(located).is_dir() and not _tokenizer_files(located):
+            raise ValueError(f"expected tokenizer files; got a folder without, {located!r}")
+        return transformers.AutoTokenizer.from_pretrained(located, **options)
 
     return loading(place, name, load, "tokenizer")
 
@@ -100,12 +100,12 @@ def load_generation_tokenizer(place: str, name: str | Path, **options: Any) -> A
 
 def loading(place: str, name: str | Path, load: Callable[[str], Loaded], what: str = "model") -> Loaded:
     """`load(folder or hub name)`; whatever it raises becomes one line about `name`."""
-    found = locate(place, str(name))
+    located = locate(place, str(name))
     try:
         with quiet():
-            return load(found)
+            return load(located)
     except Exception as error:  # of many kinds, from many files; the first line of each says what is wrong
-        reason = _bad_file(found) or first_line(error)
+        reason = _bad_file(located) or first_line(error)
         raise ValueError(f"{place}: cannot load a {what} from {str(name)!r}: {reason}") from error
 
 
@@ -172,11 +172,11 @@ def quiet() -> Iterator[None]:
 def _load_whole(kind: str, name: str, options: dict[str, Any]) -> Any:
     _check_undamaged(name)
     load = getattr(need("transformers", "a model"), kind).from_pretrained
-    model, found = load(name, output_loading_info=True, **options)
-    adapters.check_keys(type(model).__name__, found["missing_keys"], found["mismatched_keys"])
-    written = [each for each in model.config.architectures or () if each.endswith("ForSequenceClassification")]
-    if written and kind == "AutoModelForCausalLM":  # a tied head would hide that there is none
-        raise ValueError(f"expected a causal language model; got a {written[0]}")
+    model, loading_info = load(name, output_loading_info=True, **options)
+    adapters.check_keys(type(model).__name__, loading_info["missing_keys"], loading_info["mismatched_keys"])
+    classifiers = [each for each in model.config.architectures or () if each.endswith("ForSequenceClassification")]
+    if classifiers and kind == "AutoModelForCausalLM":  # a tied head would hide that there is none
+        raise ValueError(f"expected a causal language model; got a {classifiers[0]}")
     return model
 
 

@@ -96,8 +96,8 @@ class Sharding:
         weights = torch.arange(1, ids.numel() + 1, dtype=torch.int64, device=ids.device).view_as(ids)
         text = int(((ids + 1) * mask * weights).sum())
         if self.tensor_parallel is not None:
-            asked = [*ids.shape, text, new_tokens, seed is not None, proposed if seed is not None else 0]
-            everyone = _gathered([*asked, proposed], self.tensor_parallel, ids.device)
+            request = [*ids.shape, text, new_tokens, seed is not None, proposed if seed is not None else 0]
+            everyone = _gathered([*request, proposed], self.tensor_parallel, ids.device)
             if any(other[:-1] != everyone[0][:-1] for other in everyone):
                 raise ValueError(
                     f"{self.op}: input_ids: expected the same prompts, settings and seed in all processes that share a "
@@ -229,14 +229,14 @@ def _slice_of_logits(info: ModelInfo) -> tuple[VocabularySlice | None, str | Non
     head: Any = info.model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, torch.nn.Linear):
         return None, f"head is a {type(head).__name__}"
-    seen: list[VocabularySlice | None] = []
+    slices: list[VocabularySlice | None] = []
     usual = head.forward
 
     def look(_: Any, hidden: torch.Tensor) -> torch.Tensor:
         weight, bias = head.weight, head.bias
         part = slice_of(weight) if is_dtensor(weight) else None
         whole_bias = bias is not None and not (is_dtensor(bias) and same_slice(slice_of(bias), part))
-        seen.append(None if whole_bias else part)
+        slices.append(None if whole_bias else part)
         return usual(hidden)
 
     token = torch.zeros(1, 2, dtype=torch.int64, device=info.device)
@@ -245,7 +245,7 @@ def _slice_of_logits(info: ModelInfo) -> tuple[VocabularySlice | None, str | Non
     with no_autocast(info.device), eval_mode(info.model), exact_products():
         with _head_forward(info, look):
             whole = info.model(**accepted, return_dict=True).logits
-        part = seen[0] if seen else None
+        part = slices[0] if slices else None
         if part is None or part.total != whole.shape[-1]:
             return None, "head is not split along the vocabulary"
         if part.widest * (part.processes - 1) >= part.total:

@@ -66,8 +66,8 @@ def make_best_response(work: Path, opponent: Path, start: str, judge: Judge, set
         setting (Setting): what all stages work with.
     """
     preset, device = setting.preset, setting.device
-    played = load_model("experiment: opponent", opponent, device=device, dtype=torch.float32)
-    reward = OpponentReward(played, judge, setting, seed=1_000_003 * (preset.seed + 1))
+    opponent_model = load_model("experiment: opponent", opponent, device=device, dtype=torch.float32)
+    reward = OpponentReward(opponent_model, judge, setting, seed=1_000_003 * (preset.seed + 1))
     config = configuration(BASELINE, 500 + STARTS.index(start), preset, work / "trainer", device,
                            tau=preset.tau, eval_strategy="no", eval_steps=None)  # fmt: skip
     policy = load_model("experiment: policy", opponent, device=device, dtype=torch.float32)
@@ -99,7 +99,7 @@ def measure_exploitability(
     reference = setting.fresh_policy()
     facts: dict[str, Any] = {}
     with setting.reporter.bar("best responses against their opponents", len(opponents)) as advance:
-        for done, (name, folder) in enumerate(opponents.items(), start=1):
+        for count, (name, folder) in enumerate(opponents.items(), start=1):
             players = {"the opponent": folder, **dict(zip(STARTS, responses[name], strict=False))}
             answers = {}
             for player, path in players.items():
@@ -111,5 +111,5 @@ def measure_exploitability(
             best = max(starts, key=lambda start: rates[start].mean)
             kl = {player: float(each[0].kl.mean()) for player, each in answers.items() if each[0].kl is not None}
             facts[name] = {"start": best, **rates[best].to_dict(), "kl": kl[best], "opponent_kl": kl["the opponent"]}
-            advance(done)
+            advance(count)
     write_json(work / "exploitability.json", facts)

@@ -62,9 +62,9 @@ class Workspace:
                 )
 
     def _claim(self) -> None:
-        known = self.folder / IDENTITY
-        if known.is_file() and self.seconds():
-            _compare(self.folder, _read_identity(known), self.identity)
+        identity_file = self.folder / IDENTITY
+        if identity_file.is_file() and self.seconds():
+            _compare(self.folder, _read_identity(identity_file), self.identity)
         for path in self._stages():
             try:
                 verify(path)
@@ -73,7 +73,7 @@ class Workspace:
                     f"experiment: {error}; without {path} and the stages after it, they are made again"
                 ) from error
         check_folder(self.folder / REPORT, KIND, overwrite=True)
-        write_atomic(known, json.dumps(self.identity, indent=2) + "\n")
+        write_atomic(identity_file, json.dumps(self.identity, indent=2) + "\n")
 
     def _stages(self) -> list[Path]:
         """Existing paths with the name of a stage."""
@@ -109,17 +109,17 @@ class Workspace:
 
 def _read_identity(path: Path) -> dict[str, Any]:
     try:
-        known = read_json(path)
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"experiment: {path}: expected JSON; got {error} (--restart starts over)") from error
-    return known if isinstance(known, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _compare(folder: Path, known: dict[str, Any], identity: dict[str, Any]) -> None:
-    for name in sorted(identity.keys() | known.keys()):
-        if known.get(name) != identity.get(name):
+def _compare(folder: Path, stored: dict[str, Any], identity: dict[str, Any]) -> None:
+    for name in sorted(identity.keys() | stored.keys()):
+        if stored.get(name) != identity.get(name):
             raise ValueError(
-                f"experiment: --out: {folder} holds an experiment whose {name} is {known.get(name)!r}; this one's is "
+                f"experiment: --out: {folder} holds an experiment whose {name} is {stored.get(name)!r}; this one's is "
                 f"{identity.get(name)!r} (--restart starts over there, another --out keeps both)"
             )
 

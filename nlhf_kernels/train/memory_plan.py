@@ -71,12 +71,12 @@ class ModelShapes:
 
     def __post_init__(self) -> None:
         model = self.build()
-        found = {
+        parameters = {
             name: Parameter(tuple(value.shape), value.element_size(), value.requires_grad)
             for name, value in model.named_parameters()
         }
         base = model.get_base_model() if self.lora else model
-        object.__setattr__(self, "parameters", found)
+        object.__setattr__(self, "parameters", parameters)
         object.__setattr__(self, "plan", dict(getattr(base, "tp_plan", None) or {}))
 
     def build(self, tp_size: int = 1) -> Any:
@@ -210,7 +210,7 @@ def _trained_state(policy: ModelShapes, args: NashConfig, layout: Layout) -> dic
 def _state_bytes(optim: str, parameter: Parameter) -> float:
     """Of the optimizer, for one number of a parameter."""
     name = optim.rpartition(".")[2].lower()
-    count = next((count for known, count in _STATES.items() if name.startswith(known)), 2)  # unknown: as AdamW's
+    count = next((count for prefix, count in _STATES.items() if name.startswith(prefix)), 2)  # unknown: as AdamW's
     if "adafactor" in name:
         if len(parameter.shape) < 2:
             return 4.0
@@ -236,18 +236,18 @@ def _players(models: Models, args: NashConfig, layout: Layout, half: torch.dtype
     """All that answers prompts lies whole in a tensor-parallel group: FSDP2 splits what is trained, not what plays."""
     within = Layout(tp_size=layout.tp_size)
 
-    def played(model: ModelShapes, trained: bool = False) -> int:
+    def playing_bytes(model: ModelShapes, trained: bool = False) -> int:
         return model.bytes(within, trained=trained, size=lambda value: half.itemsize if half else value.itemsize)
 
     policy, parts = models.policy, {}
     if (half is not None and half != policy.dtype) or layout.fsdp_size > 1:
-        parts["policy in rollouts"] = played(policy)
+        parts["policy in rollouts"] = playing_bytes(policy)
     if models.reference is not None:
-        parts["reference"] = played(models.reference)
+        parts["reference"] = playing_bytes(models.reference)
         if layout.fsdp_size > 1:
             parts["reference, split"] = models.reference.bytes(layout)
     if args.algorithm_spec.own_parameters:
-        parts["opponent in rollouts"] = played(policy, trained=True)
+        parts["opponent in rollouts"] = playing_bytes(policy, trained=True)
         if args.algorithm_spec.opponent == "average":
             if half is not None or layout.fsdp_size > 1 or policy.dtype != torch.float32:  # else it plays itself
                 parts["opponent's average"] = policy.bytes(layout, trained=True, size=lambda _: 4)
@@ -255,9 +255,9 @@ def _players(models: Models, args: NashConfig, layout: Layout, half: torch.dtype
             parts["opponent's anchor"] = policy.bytes(layout, trained=True)
             if layout.fsdp_size > 1:
                 parts["opponent's snapshots, split"] = policy.bytes(layout, trained=True)
-                parts["anchor that scores"] = played(policy, trained=True)
+                parts["anchor that scores"] = playing_bytes(policy, trained=True)
     if models.eval_opponent is not None:
-        parts["eval_opponent"] = played(models.eval_opponent)
+        parts["eval_opponent"] = playing_bytes(models.eval_opponent)
     if models.judges:
         parts["judge"] = models.judges
     return parts
@@ -330,19 +330,19 @@ def _activations(model: _ByIdentity, rows: int, tokens: int, autocast: Any, tp: 
         inputs["attention_mask"] = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="cpu")
         own = [value.untyped_storage() for value in network.parameters()]
         weights = set(map(id, own))  # a storage is one object as long as something holds it
-        saved: dict[int, Any] = {}
+        storages: dict[int, Any] = {}
 
         def pack(value: torch.Tensor) -> torch.Tensor:
             storage = value.untyped_storage()
             if id(storage) not in weights:
-                saved[id(storage)] = storage
+                storages[id(storage)] = storage
             return value
 
         inner = network.get_base_model() if shapes.lora else network
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value)
         with hooks, torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             inner.base_model(**inputs)
-        return sum(storage.nbytes() for storage in saved.values())
+        return sum(storage.nbytes() for storage in storages.values())
 
 
 def activation_bytes(
@@ -394,15 +394,15 @@ def _layer_shapes(key: _ByIdentity, tp_size: int, dtype: torch.dtype | None) -> 
 
 def _without_memory(network: Any) -> Any:
     """Put fake tensors that say they lie on a CPU in the place of meta tensors, which autocast does not know."""
-    made: dict[int, Any] = {}
+    fakes: dict[int, Any] = {}
     for module in network.modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, value in own:
-            if id(value) not in made:
+            if id(value) not in fakes:
                 fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
                 is_parameter = isinstance(value, torch.nn.Parameter)
-                made[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if is_parameter else fake
-            setattr(module, name, made[id(value)])
+                fakes[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if is_parameter else fake
+            setattr(module, name, fakes[id(value)])
     return network
 
 

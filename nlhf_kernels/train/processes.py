@@ -106,16 +106,16 @@ class AskedOnce:
         torch.distributed.broadcast_object_list(answer, src=self.first, group=self.group)
 
 
-def _parameters(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+def _parameters(value: Any, visited: set[int]) -> Iterator[torch.Tensor]:
     """Of all models that a judge holds, as far as attributes and lists show them."""
-    if id(value) in seen or isinstance(value, str | int | float | torch.Tensor):
+    if id(value) in visited or isinstance(value, str | int | float | torch.Tensor):
         return
-    seen.add(id(value))
+    visited.add(id(value))
     if isinstance(value, torch.nn.Module):
         yield from value.parameters()
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _parameters(part, seen)
+            yield from _parameters(part, visited)
     else:
         for part in (getattr(value, "__self__", None), *getattr(value, "__dict__", {}).values()):
-            yield from _parameters(part, seen)
+            yield from _parameters(part, visited)

@@ -58,12 +58,14 @@ def gathered(value: torch.Tensor) -> torch.Tensor:
     names = mesh.mesh_dim_names or ()
     if names == (split,):
         return value  # type: ignore[no-any-return]
-    kept = [part if name == split else Replicate() for name, part in zip(names, value.placements, strict=True)]
-    own: torch.Tensor = value.redistribute(placements=kept).to_local()
+    placements = [part if name == split else Replicate() for name, part in zip(names, value.placements, strict=True)]
+    own: torch.Tensor = value.redistribute(placements=placements).to_local()
     if split not in names:
         return own
     shape = {"shape": value.shape, "stride": value.stride()}
-    result: torch.Tensor = DTensor.from_local(own, mesh[split], [kept[names.index(split)]], run_check=False, **shape)
+    result: torch.Tensor = DTensor.from_local(
+        own, mesh[split], [placements[names.index(split)]], run_check=False, **shape
+    )
     return result
 
 

@@ -60,12 +60,12 @@ def load_sharded(folder: Path, model: Any, optimizer: Any = None, opponent: Oppo
     """
     dcp = _dcp()
     reshard(model)
-    known = dcp.FileSystemReader(folder / FOLDER).read_metadata().state_dict_metadata
+    metadata = dcp.FileSystemReader(folder / FOLDER).read_metadata().state_dict_metadata
     if optimizer is not None:
-        _make_state(model, optimizer, known)
+        _make_state(model, optimizer, metadata)
         _restore_settings(model, optimizer, json.loads((folder / GROUPS).read_text()))
     targets: dict[str, Any] = dict(_tensors(model, optimizer, opponent))
-    missing = sorted(targets.keys() - known.keys())
+    missing = sorted(targets.keys() - metadata.keys())
     if missing:
         raise ValueError(f"{OP}: {folder}: expected all of this run's state; it has no {missing[0]}")
     blocks = {name: _as_blocks(value) for name, value in targets.items()}
@@ -83,10 +83,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         folder: of the checkpoint.
     """
     dcp = _dcp()
-    known = dcp.FileSystemReader(folder / FOLDER).read_metadata().state_dict_metadata
+    metadata = dcp.FileSystemReader(folder / FOLDER).read_metadata().state_dict_metadata
     weights = {
         name: torch.empty(value.size, dtype=value.properties.dtype, device="cpu")
-        for name, value in known.items()
+        for name, value in metadata.items()
         if name.startswith("model/")
     }
     dcp.load(weights, checkpoint_id=folder / FOLDER, no_dist=True)
@@ -135,13 +135,13 @@ def _as_blocks(value: torch.Tensor) -> Any:
     return value if plain == tuple(value.placements) else value.redistribute(placements=plain)
 
 
-def _make_state(model: Any, optimizer: Any, known: Mapping[str, Any]) -> None:
+def _make_state(model: Any, optimizer: Any, metadata: Mapping[str, Any]) -> None:
     """An optimizer has no state before its first step: make what the checkpoint has, to be read into."""
     state = _inner(optimizer).state
     for name, parameter in trainable_parameters(model).items():
         prefix = f"optimizer/{name}/"
-        for key in (key for key in known if key.startswith(prefix)):
-            dtype, size = known[key].properties.dtype, known[key].size
+        for key in (key for key in metadata if key.startswith(prefix)):
+            dtype, size = metadata[key].properties.dtype, metadata[key].size
             if len(size):
                 state[parameter][key.removeprefix(prefix)] = torch.zeros_like(parameter, dtype=dtype).detach()
             else:

@@ -119,7 +119,7 @@ class CandidateExperiment:
 
     def _responses(self, name: str, measures: Measures) -> torch.Tensor:
         """Best responses to the contestant's first run at the budget, from every start at every tau."""
-        opponent, found = measures.policies(name)[0], []
+        opponent, tables = measures.policies(name)[0], []
         middle = run_name(name, len(self.preset.grid(name)) // 2, 0)
         starts = {"reference": None, "opponent": self.workspace.path(middle) / POLICY}
         for number, tau in enumerate(self.preset.response_taus):
@@ -128,12 +128,12 @@ class CandidateExperiment:
                 make = partial(make_response, opponent=opponent, start=starts[start], tau=tau,
                                seed=1000 * self.preset.seed + 500 + number, setting=self.setting)  # fmt: skip
                 self._stage(stage, f"best response to {full_label(name)}, tau {tau:g}, from the {start}", make)
-                found.append(load_table(self.workspace.path(stage)))
-        return torch.stack(found)
+                tables.append(load_table(self.workspace.path(stage)))
+        return torch.stack(tables)
 
     def _stage(self, name: str, title: str, make: Callable[[Path], None]) -> None:
-        kept = " (kept)" if self.workspace.has(name) else ""
-        self.reporter.say(f"{title}{kept}")
+        suffix = " (kept)" if self.workspace.has(name) else ""
+        self.reporter.say(f"{title}{suffix}")
         self.workspace.stage(name, make)
 
     def _results(self) -> dict[str, Any]:

@@ -101,8 +101,10 @@ def answer(results: Results) -> list[str]:
     exploited, won, equal = [], [], []
     for information, rows in results["advantages"].items():
         values = [results["exploitability"][name]["by_knob"][-1] for name in reversed(CLAIMED[information])]
-        told = {"pairs": "told the same human pairs", "queries": "given the same number of votes"}[information]
-        exploited.append(f"{_plain(values[0], 0.5)} against RLHF and {_plain(values[1], 0.5)} against Nash-MD ({told})")
+        described = {"pairs": "told the same human pairs", "queries": "given the same number of votes"}[information]
+        exploited.append(
+            f"{_plain(values[0], 0.5)} against RLHF and {_plain(values[1], 0.5)} against Nash-MD ({described})"
+        )
         won.append(f"{_plain(rows[-1]['win_rate'])} ({information})")
         equal.append(f"{_plain(rows[0]['win_rate'])} ({information})")
     return [
@@ -131,13 +133,13 @@ def describe_setting(results: Results) -> str:
     """
     preset = results["preset"]
     votes = results["budgets"]
-    asked = max((each["votes"] for each in votes.values()), default=0)
+    votes_asked = max((each["votes"] for each in votes.values()), default=0)
     return (
         f"{len(results['knobs'])} groups of annotators from a reward to circles, {preset['games']} prompts each, "
         f"{preset['candidates']} answers to choose from; {preset['runs']} training runs of each contestant at each of "
         f"{len(preset['taus'])} tau. Every run makes {preset['updates']} updates with {preset['samples_per_prompt']} "
         f"answers to every prompt. pairs: {INFORMATION['pairs']}, {preset['pairs']}; queries: "
-        f"{INFORMATION['queries']}, {asked}. Policies are compared at {_nats(preset['budget'])} of KL from the "
+        f"{INFORMATION['queries']}, {votes_asked}. Policies are compared at {_nats(preset['budget'])} of KL from the "
         "reference, prompt by prompt, or at their own where they stay below; win rates are expectations over all "
         "answers. Intervals are 95 %, over prompts and training runs; a difference counts above "
         f"{MARGIN:g} with its whole interval."
