@@ -1,4 +1,4 @@
-"""The house rules, held by a test: import arrows, sizes, environment reads, complete rooms."""
+"""The rules of AGENTS.md that can be checked: import directions, sizes, environment reads, complete rooms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.files
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nlhf_kernels"
 
-#: What each folder of the package may import besides itself. Data flows one way: nothing imports what stands above it.
+#: Folders that each folder of the package may import besides itself; all are listed above it.
 ARROWS = {
     "core": set(),
     "ops": {"core"},
@@ -42,7 +42,7 @@ ARROWS = {
         "__init__",
     },
 }
-#: Rooms that call other rooms instead of writing their mathematics twice. In this order only: no circles.
+#: Ops that call other ops instead of repeating their mathematics. The order excludes import cycles.
 ROOMS_CALL = {
     "linear_logprobs": {"logprobs"},
     "nash_pg_loss": {"logprobs", "linear_logprobs"},
@@ -91,7 +91,7 @@ def _imported_folders(path: Path) -> set[str]:
 def test_imports_point_one_way(path) -> None:
     parts = path.relative_to(PACKAGE).parts
     if len(parts) == 1:
-        return  # the package's face names what is public
+        return  # the package's __init__ re-exports the public names
     folder = parts[0]
     assert folder in ARROWS, f"{folder}: say in ARROWS what it may import"
     forbidden = _imported_folders(path) - ARROWS[folder] - {folder}
@@ -123,7 +123,7 @@ def test_functions_are_short(path) -> None:
             kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
             lines = (node.end_lineno or 0) - node.lineno + 1
             if docstring := ast.get_docstring(node, clean=False):
-                lines -= docstring.count("\n") + 1  # a list of arguments is as long as it is
+                lines -= docstring.count("\n") + 1  # docstrings do not count
             assert lines <= (MAX_KERNEL if kernel else MAX_FUNCTION), f"{node.name}: {lines} lines"
 
 
@@ -151,7 +151,7 @@ def test_every_allocation_names_its_dtype_and_device(path) -> None:
 
 
 def _private_names(tree: ast.AST) -> set[str]:
-    """Attributes that begin with an underscore, of anything but `self` and `cls`, by name or in getattr's words."""
+    """Return the private attributes used on objects other than `self` and `cls`, directly or through getattr."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
@@ -162,8 +162,8 @@ def _private_names(tree: ast.AST) -> set[str]:
 
 
 def test_private_names_of_other_libraries_stand_in_upstream() -> None:
-    """Where a contract test fails by that name as soon as it is another one."""
-    own = {"_fields", "_replace", "_asdict", "_actions"}  # of named tuples and of argparse
+    """Only core/upstream.py uses private names, each under a contract test."""
+    own = {"_fields", "_replace", "_asdict", "_actions"}  # documented by named tuples and argparse
     sources = [path for path in PYTHON if path.is_relative_to(PACKAGE) or path.is_relative_to(ROOT / "benchmarks")]
     trees = {path: ast.parse(path.read_text()) for path in sources}
     for node in (node for tree in trees.values() for node in ast.walk(tree)):
@@ -220,7 +220,7 @@ def test_rooms_are_complete(op) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_gpu_*.py")), ids=_name)
 def test_tests_of_the_gpu_are_marked(path) -> None:
-    """They are found by their files' names, and run by their mark."""
+    """Files named test_gpu_*.py carry the mark by which GPU runs select tests."""
     assert re.search(r"^pytestmark = pytest\.mark\.gpu$", path.read_text(), re.M)
 
 
@@ -231,7 +231,7 @@ def test_native_folders_are_rooms() -> None:
 
 @pytest.mark.parametrize("path", NATIVE, ids=_name)
 def test_shared_native_functions_have_internal_linkage(path) -> None:
-    """A header compiled at several instruction sets must not export: the linker would keep one copy, any copy."""
+    """Headers compiled at several SIMD levels export no symbol: the linker would keep an arbitrary level's copy."""
     if path.suffix == ".h" and path.parent.name == "common" and path.name != "levels.h":
         loose = re.findall(r"^inline [^;{]*\(", path.read_text(), re.M)
         assert not loose, f"use NLHF_HOST_DEVICE or static: {loose}"

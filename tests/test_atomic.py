@@ -1,4 +1,4 @@
-"""Output is complete or absent: files, folders, their manifest; what killed writers leave; what is never replaced."""
+"""Atomic files and folders: complete or absent, their manifest, remains of killed writers, refusals to replace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture(params=["renameat2", "two renames"])
 def renames(request, monkeypatch) -> str:
-    """Both ways to exchange folders."""
+    """Run the test with each way to exchange two folders; return its name."""
     if request.param == "two renames":
         monkeypatch.setattr(atomic, "_renameat2", lambda *_: False)
     return request.param
@@ -78,7 +78,7 @@ def test_what_others_wrote_is_not_replaced(tmp_path) -> None:
 
 
 def test_nothing_is_published_before_it_is_on_disk(tmp_path, monkeypatch, renames) -> None:
-    """Every file and folder of the new one is synced before the rename, its parent after it."""
+    """Every file and subfolder of the new folder is synced before the rename, and the parent folder after it."""
     events: list[str] = []
     rename, sync = Path.rename, os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
@@ -94,7 +94,7 @@ def test_nothing_is_published_before_it_is_on_disk(tmp_path, monkeypatch, rename
 
 
 def killed_at(line: int, place: Path) -> bool:
-    """Replace the folder in a process that is killed after so many lines of the code that writes it; whether it was."""
+    """Replace the folder in a process killed after `line` lines of the writing code; return whether it was killed."""
     process = os.fork()
     if process == 0:
         left = line
@@ -116,7 +116,7 @@ def killed_at(line: int, place: Path) -> bool:
 
 
 def test_a_kill_at_any_line_loses_nothing(tmp_path, renames) -> None:
-    """The place holds the old or the new, complete, at once or when the next writer has looked."""
+    """The path holds the complete old or new folder, at once or after the next writer's recovery."""
     place, seen, killed, line = tmp_path / "place", [], True, 0
     while killed:
         with atomic.atomic_folder(place, KIND, overwrite=place.exists()) as work:
@@ -222,7 +222,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_one_sentence(tmp_path, writer) -> None:
-    """A limit on the size of files stands in for the disk: no root needed."""
+    """The error is one line. A limit on file sizes simulates the full disk without root."""
     fill(tmp_path / "place", "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
@@ -245,7 +245,7 @@ def test_other_errors_stay_what_they_are(tmp_path) -> None:
 
 @pytest.fixture
 def holder(tmp_path):
-    """The id of a process that holds the folder."""
+    """Start a process that holds the folder's lock; yield its process id."""
     read, write = os.pipe()
     process = os.fork()
     if process == 0:
@@ -266,14 +266,14 @@ def test_one_writer_at_a_time(tmp_path, holder, caplog) -> None:
     os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT)
     with lock.lock_folder(tmp_path):
         assert f"taking over from process {holder}" in caplog.text
-        with lock.lock_folder(tmp_path), lock.lock_place(tmp_path / "x"):  # the same process, and a place below
+        with lock.lock_folder(tmp_path), lock.lock_place(tmp_path / "x"):  # reentrant, and covers paths inside
             assert names(tmp_path) == [lock.NAME]
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("alive", [True, False])
 def test_another_machines_lock(tmp_path, monkeypatch, caplog, alive) -> None:
-    """Where flocks do not reach from machine to machine: the time stamp says whether the holder is alive."""
+    """Without flock between machines, the lock file's modification time tells whether its holder is alive."""
     path = tmp_path / lock.NAME
     path.write_text('{"pid": 7, "host": "elsewhere", "boot": "x", "started": "then", "command": "train"}')
     monkeypatch.setattr(lock, "PATIENCE", 1.0)

@@ -1,4 +1,4 @@
-"""Models of transformers that decode with "nlhf_decode": against eager attention, with padding and static caches."""
+"""Decoding with the attention "nlhf_decode" in transformers' models: against eager, with padding and static caches."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def plainly(step: Step, mask: torch.Tensor) -> Step:
 
 
 def in_a_window(step: Step, mask: torch.Tensor) -> Step:
-    """The same two tensors in every step, updated in place: what a captured graph needs."""
+    """Pass the same two tensors in every step, updated in place, as a captured graph requires."""
     starts, ends = (mask == 0).sum(-1), torch.full((len(mask),), mask.shape[1])
 
     def wrapped(*inputs: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_decoding_equals_eager_attention(architecture, cache) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_without_a_window_it_is_sdpa(architecture) -> None:
-    """Prefill, training, and decoding outside a decode_window."""
+    """Outside a decode_window, the logits match eager attention and the kernel is never called."""
     model = make(architecture)
     model.set_attn_implementation("eager")
     expected = decode(model, caches(model)["static"](), plainly)
@@ -128,7 +128,7 @@ def test_without_a_window_it_is_sdpa(architecture) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_training_has_its_gradients(architecture) -> None:
-    """With gradients on, a window changes nothing, not even for a sequence of one token."""
+    """With gradients enabled, a window does not change the gradients, even for sequences of one token."""
     model = make(architecture)
     ids = torch.tensor([[7], [9]])
     window = nlhf_kernels.decode_window(None, torch.ones(2, dtype=torch.int64))
@@ -155,7 +155,7 @@ def test_a_step_compiles_into_one_graph() -> None:
         def wrapped(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             ends.add_(1)
             with nlhf_kernels.decode_window(starts, ends):
-                return fast(ids, None, positions)  # a mask that grows would be a new shape a step, and is not needed
+                return fast(ids, None, positions)  # no mask: its growing shape would recompile every step
 
         return wrapped
 
@@ -163,7 +163,7 @@ def test_a_step_compiles_into_one_graph() -> None:
 
 
 def test_masks_that_a_range_cannot_express_are_made() -> None:
-    """A chunked mask, and one that a model adds to the causal one."""
+    """A chunked mask, and a mask that a model adds to the causal one, are materialized."""
     from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
     sizes = {"batch_size": 2, "q_length": 1, "kv_length": 9, "q_offset": 8, "allow_is_causal_skip": False}
@@ -210,7 +210,7 @@ def test_windows_nest_and_close() -> None:
 
 
 def test_a_thread_sees_its_own_window_and_waits_for_that_of_another() -> None:
-    """Two engines in two threads: one's ranges must not reach the other's models, nor stay behind."""
+    """With two threads, a window is visible only in its own thread, and is gone afterwards."""
     from nlhf_kernels.ops import current_decode_window
 
     ones, inside, observed_windows = torch.ones(2, dtype=torch.int64), threading.Event(), []
@@ -236,7 +236,7 @@ def test_a_thread_sees_its_own_window_and_waits_for_that_of_another() -> None:
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """How often the engine's forward passes came to the kernel."""
+    """Record the kernel calls made by the engine's forward passes."""
     calls = []
     monkeypatch.setattr(attention, "decode_attention", lambda *a, **k: calls.append(None) or decode_attention(*a, **k))
     return calls
@@ -249,7 +249,7 @@ def test_a_rollout_takes_the_kernel_and_gives_the_models_back(architecture, kern
         model.set_attn_implementation("eager")  # transformers 5.17 takes sdpa by default, which leaves out the soft cap
     before = [model.config._attn_implementation for model in models]
     engine = RolloutEngine(*models)
-    kernel_calls.clear()  # of the look at construction
+    kernel_calls.clear()  # discard the calls made by the engine's constructor
     rows = prompts((1, 6))
     result = engine.rollout(**padded(rows), players=nash_md(BETA), settings=settings(5))
     assert len(kernel_calls) == 2 * 2 * 4, "models, layers, steps after the prompt"
@@ -291,14 +291,14 @@ def test_an_attention_chosen_between_rollouts_is_kept(kernel_calls) -> None:
 
 @pytest.mark.parametrize("architecture", ["bloom", "falcon"])
 def test_a_model_that_attends_by_itself_keeps_its_own_attention(architecture, kernel_calls) -> None:
-    """Theirs adds a bias of positions to a mask, which the kernel's callers do not make."""
+    """ALiBi models add a position bias to the mask, which the kernel does not support: it is never called."""
     policy, reference = tiny_pair(architecture)
     RolloutEngine(policy, reference).rollout(**padded(prompts((1, 6))), players=nash_md(BETA), settings=settings(3))
     assert kernel_calls == []
 
 
 def test_a_layer_that_makes_a_mask_of_its_own_is_found(kernel_calls) -> None:
-    """Doge adds what it learned to the mask: of a mask that is not made, it would make one that shows the padding."""
+    """Doge adds learned values to the mask. Without a mask it would attend to padding, so the kernel is not called."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
     config = transformers.DogeConfig(vocab_size=97, hidden_size=32, max_position_embeddings=128, **sizes)
     policy, rows = random_model(config, 1), prompts((1, 9))

@@ -28,7 +28,7 @@ LEVEL_FLAGS = {
 
 
 def run_setup(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], dict]:
-    """Build a copy of the source in place; its output and its record of what was built."""
+    """Build a copy of the source in place; return setup.py's output and the build record."""
     copy = tmp_path / "source"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "tests", "__pycache__"))
     result = subprocess.run(
@@ -39,7 +39,7 @@ def run_setup(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedP
 
 
 def path_without(tmp_path: Path, *programs: str) -> str:
-    """A PATH with everything but some programs: links to all the others."""
+    """Return a PATH of links to all programs except those named."""
     folder = tmp_path / "path"
     folder.mkdir()
     for directory in os.environ["PATH"].split(os.pathsep):
@@ -86,7 +86,7 @@ def test_broken_nvcc_leaves_the_cpu_module_alone(tmp_path) -> None:
 
 @needs_build_tools
 def test_output_in_another_encoding_is_no_reason_to_fail(tmp_path) -> None:
-    """Latin-1 from the compiler, an ASCII terminal to print it on."""
+    """The compiler prints Latin-1 and the terminal is ASCII; the build still succeeds."""
     broken = tmp_path / "c++"
     broken.write_bytes(b"#!/bin/sh\nprintf 'erreur: entr\\351e \\303\\251 \\377\\n' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -114,7 +114,7 @@ def test_stale_module_does_not_survive_a_build_that_leaves_it_out(tmp_path) -> N
 @pytest.mark.parametrize("level", SIMD_LEVELS)
 @pytest.mark.parametrize("source", KERNEL_SOURCES, ids=lambda path: path.stem)
 def test_no_symbol_of_a_level_can_be_merged_with_anothers(source, level, tmp_path) -> None:
-    """A weak symbol compiled for AVX-512 could be the copy the linker keeps: then a machine without it crashes."""
+    """No weak symbols: the linker could keep the AVX-512 copy, which crashes on CPUs without AVX-512."""
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", f"-DNLHF_LEVEL={level}"]
     target = tmp_path / "kernel.o"
     subprocess.run(["c++", *flags, *LEVEL_FLAGS[level], "-c", str(source), "-o", str(target)], check=True)

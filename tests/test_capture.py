@@ -1,4 +1,4 @@
-"""Nothing that a captured step reaches takes data from the host or reads a value, found without a GPU."""
+"""Captured steps neither copy data from the host nor read tensor values; checked without a GPU."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.test_operators import backward
 ROOMS = [op.name for op in ops()]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])  # `auto` has CUDA's own code beside them
+@pytest.mark.parametrize("backend", ["torch", "triton"])  # on a GPU, `auto` adds the CUDA kernels
 @pytest.mark.parametrize("op", ROOMS)
 def test_ops(op, backend) -> None:
-    """Every example, forward and backward; `capturing()` raises where something comes from the host."""
+    """Every example passes forward and backward under `capturing()`, which raises on host access."""
     reasons: list[str] = []
     walked = 0
     for make in importlib.import_module(f"tests.test_{op}").EXAMPLES:
@@ -39,7 +39,7 @@ def test_ops(op, backend) -> None:
 
 
 class _Watched:
-    """A recorder in whose hands a step is run under the rules."""
+    """A graph recorder that runs each step eagerly under `capturing()`."""
 
     def record(self, step, state):
         def watched() -> None:
@@ -53,14 +53,14 @@ class _Watched:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama", "gemma3"])  # each places tokens in its own way
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama", "gemma3"])  # four kinds of position encoding
 def test_engine_steps(architecture, fused, monkeypatch) -> None:
     if fused and capabilities.triton_missing():
         pytest.skip("needs triton")
     monkeypatch.setattr(model_set, "why_not_usable", lambda device: None)
     models = tiny_pair(architecture)
     for model in models:
-        model.config.pad_token_id = None  # transformers would look for it in the prompts, to warn
+        model.config.pad_token_id = None  # otherwise transformers reads the prompts to warn about padding
     engine = RolloutEngine(*models, recorder=_Watched(), bucket=16, fused=fused)
     batch = padded(prompts((9, 9)))
     request = engine._resolve(batch["input_ids"], None, nash_md(BETA), settings(4, backend="torch"), Hooks())

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md and docs/adding_an_op.md: the op that the page adds is added, and its tests pass."""
+"""CONTRIBUTING.md and docs/adding_an_op.md: the op from the page is added to a copy, and its tests pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COPIED = ("nlhf_kernels", "tests", "benchmarks", "csrc", "pyproject.toml", "READ
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git applies the page's diffs")
 def test_the_page_adds_an_op(tmp_path) -> None:
-    """Its own tests, and those that look at every op: examples, operands, architecture."""
+    """The op's own tests pass, and so do the tests that cover every op: examples, operands, architecture."""
     for name in COPIED:
         source, target = ROOT / name, tmp_path / name
         if source.is_dir():

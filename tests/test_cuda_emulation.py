@@ -1,4 +1,4 @@
-"""The CUDA sources, compiled as plain C++ and run on the CPU (tests/emulation): their logic where there is no GPU.
+"""The CUDA sources, compiled as plain C++ and run on the CPU (tests/emulation) to test their logic without a GPU.
 
 The module under test is the real binding over the real launchers and kernels; only the CUDA runtime is replaced.
 """
@@ -68,7 +68,7 @@ def test_the_oracle_reproduces_random123(counter: list[int], key: list[int], wor
 def _uniforms(
     emulation: Emulation, seed: list[int], rows: list[int], step: list[int], stream: int, threads: int = 256
 ) -> np.ndarray:
-    """(rows); a single seed or step serves all rows by a stride of 0."""
+    """Return uniforms of shape (rows); a scalar seed or step is shared by all rows through a stride of 0."""
     arrays = [np.array(values, dtype=np.int64) for values in (seed, rows, step)]
     out = np.full(len(rows) + 1, np.nan)
     strides = [0 if len(values) == 1 else 1 for values in (seed, step)]
@@ -124,7 +124,7 @@ def expected_descent(
 ) -> np.ndarray:
     """The definition in float64, normalised in every iteration."""
     x, p, r = (array.astype(np.float64) for array in (log_policy, preference, log_reference))
-    b_of_step = step_sizes[:, None] * tau  # in the inputs' precision: whether b is 0 or 1 is decided there
+    b_of_step = step_sizes[:, None] * tau  # in the inputs' precision, which decides whether b is 0 or 1
     for step, b in zip(step_sizes.astype(np.float64), b_of_step.astype(np.float64), strict=True):
         b = np.broadcast_to(b[:, None], x.shape)
         with np.errstate(invalid="ignore"):
@@ -192,7 +192,7 @@ def descend(
 
 @pytest.mark.parametrize("actions", [7, 33, 100, 300])
 def test_mirror_descent_against_a_fixed_opponent(emulation: Emulation, actions: int) -> None:
-    """Twice as large logits, unnormalised: the opponent is their softmax, the same in every iteration."""
+    """Unnormalised logits of doubled scale match float64; the opponent is their softmax in every iteration."""
     games = make_games(3, actions, 4, np.float64)
     log_opponent = np.ascontiguousarray(games.log_reference * 2 + 1)
     x = games.log_policy
@@ -211,7 +211,7 @@ def assert_descends(emulation: Emulation, games: Games, opponent_is_mixture: boo
     if games.log_policy.dtype == np.float64:
         tolerance = 1e-12
     else:
-        # Each iteration rounds numbers as large as the result's and the step; K of them add up like a random walk.
+        # Each iteration rounds numbers of the result's and the step's size; K such errors add up like a random walk.
         largest = np.abs(truth[finite]).max(initial=1.0) + games.step_sizes.max(initial=0.0)
         tolerance = 2 * np.finfo(np.float32).eps * largest * math.sqrt(len(games.step_sizes) + 1)
     np.testing.assert_allclose(out[finite], truth[finite], rtol=0, atol=tolerance)
@@ -231,7 +231,7 @@ def test_mirror_descent(emulation: Emulation, actions: int, opponent_is_mixture:
 def test_mirror_descent_same_in_shared_and_global_memory(emulation: Emulation, actions: int, dtype: type) -> None:
     problem = make_games(2, actions, 3, dtype)
     results = []
-    for device in (ROOMY, CRAMPED):  # 200 doubles squared exceed both, so that pair shows only that nothing depends
+    for device in (ROOMY, CRAMPED):  # 200 x 200 doubles exceed both limits, so both runs use global memory
         emulation.library.emulation_set_device(device)
         assert_descends(emulation, problem, True)
         results.append(descend(emulation, problem, True))
@@ -241,7 +241,7 @@ def test_mirror_descent_same_in_shared_and_global_memory(emulation: Emulation, a
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("opponent", ["policy", "mixture", "fixed"])
 def test_mirror_descent_by_several_blocks_a_game(emulation: Emulation, opponent: str, dtype: type) -> None:
-    """Any number of blocks gives the bits of one block a game; both agree with float64."""
+    """Any number of blocks per game gives the same bits as one block, and agrees with float64."""
     for games, actions, iterations in [(2, 245, 2), (1, 133, 3), (1, 130, 0), (2, 5, 1)]:
         problem = make_games(games, actions, iterations, dtype)
         problem.log_policy[:, 1::7] = -np.inf
@@ -273,7 +273,7 @@ def test_mirror_descent_chooses_several_blocks_for_few_large_games(emulation: Em
 
 @pytest.fixture
 def emulated_calls(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python side of the CUDA kernels, over the emulated module and on CPU tensors."""
+    """Run the Python wrappers of the CUDA kernels with the emulated module on CPU tensors."""
     for native in (mirror_descent_native, row_uniforms_native):
         monkeypatch.setattr(native.capabilities, "native", lambda name: emulation.module)
         monkeypatch.setattr(native, "cuda_stream", lambda device: 0)
@@ -326,7 +326,7 @@ def test_mirror_descent_ends_of_the_mixture(emulation: Emulation, actions: int, 
     assert np.isfinite(descend(emulation, only_policy, opponent_is_mixture)).all()
     assert_descends(emulation, only_policy, opponent_is_mixture)
 
-    only_reference = base._replace(  # b = 1: an impossible action of the policy comes back to life
+    only_reference = base._replace(  # b = 1: an action of policy probability 0 becomes possible again
         log_policy=impossible, log_reference=base.log_policy, tau=np.full(2, 0.5), step_sizes=np.full(2, 2.0)
     )
     assert np.isfinite(descend(emulation, only_reference, opponent_is_mixture)).all()
@@ -345,7 +345,7 @@ def test_mirror_descent_keeps_impossible_actions_impossible(emulation: Emulation
         out = descend(emulation, problem, opponent_is_mixture)
         assert np.isneginf(out[:, 1::2]).all()
         assert_descends(emulation, problem, opponent_is_mixture)
-    problem.log_policy[0] = -np.inf  # no distribution at all: NaN, and only in that game
+    problem.log_policy[0] = -np.inf  # not a distribution: NaN, in that game only
     out = descend(emulation, problem, True)
     assert np.isnan(out[0]).all()
     assert not np.isnan(out[1]).any()
@@ -362,7 +362,7 @@ def test_mirror_descent_survives_logits_far_from_zero(emulation: Emulation, acti
 @pytest.mark.parametrize("actions", [5, 129])
 @pytest.mark.parametrize("opponent_is_mixture", [False, True])
 def test_mirror_descent_does_not_drift(emulation: Emulation, actions: int, opponent_is_mixture: bool) -> None:
-    """Without care the unnormalised log-policy grows towards 0.5 / tau = 250 and loses the digits that 250 has not."""
+    """Digits are kept, where an unnormalised log-policy would grow towards 0.5 / tau = 250 and lose them."""
     problem = make_games(1, actions, 300, np.float32)
     problem.preference[:] = 0.5 + 0.002 * (problem.preference - 0.5)
     problem.tau[:], problem.step_sizes[:] = 0.002, 2.0
@@ -421,7 +421,7 @@ def test_writing_past_dynamic_shared_memory_is_found(emulation: Emulation) -> No
 def test_shared_memory_starts_poisoned(emulation: Emulation) -> None:
     results = np.zeros((2, 64), dtype=np.float32)
     pointers = [ctypes.c_void_p(_address(row)) for row in results]
-    for seed in (0, 5):  # the second time, statics still hold the first run's numbers unless poisoned
+    for seed in (0, 5):  # unless poisoned, static memory still holds the first run's values in the second
         emulation.library.emulation_set_seed(ctypes.c_uint64(seed))
         assert emulation.library.planted_neighbour(*pointers, False) == 0
         assert np.isnan(results).any(axis=1).all()

@@ -1,4 +1,4 @@
-"""Data: rows from everywhere give the same texts, and what is wrong with a row is said with its place."""
+"""Data: rows from every source give the same texts, and errors name the row and its source."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_conversations_are_rendered_by_the_chat_template() -> None:
 
 
 def test_the_mark_that_ends_a_turn_is_no_part_of_the_response() -> None:
-    """As a rollout's responses are: decoded without special tokens. A pair without a prompt is split where it parts."""
+    """Responses exclude the end-of-turn mark, as in rollouts. Pairs without a prompt are split at the common prefix."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] + m.content + '<eos>\n' }}{% endfor %}" + (
         "{% if add_generation_prompt %}{{ 'a' }}{% endif %}"
@@ -204,7 +204,7 @@ def chat_tokenizer():
 
 
 def said(*texts: str) -> list[dict[str, str]]:
-    """A conversation: the user first."""
+    """Return a conversation of alternating turns, starting with the user."""
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
@@ -227,7 +227,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_conversations(layout, tmp_path) -> None:
-    """One file gives judge and policy the same prompts, with the chat template on, whatever its layout."""
+    """With a chat template, every layout of a file gives preference model and policy the same prompts."""
     path, tokenizer = write(tmp_path / "rows.jsonl", [LAYOUTS[layout]]), chat_tokenizer()
     assert load_pairs(path, tokenizer) == [Pair("uWhy?<eos>a", "So.", "No.")]
     assert load_prompts(path, tokenizer) == ["uWhy?<eos>a"]

@@ -1,4 +1,4 @@
-"""decode_attention: every backend against float64, and what a row's result depends on and what not."""
+"""decode_attention: every backend against float64, and independence of a row's result from its batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = [F32, BF16, F16]
 
 
 def inputs(rows, heads, kv_heads, positions, dim, dtype=F32, value_dim=None, seed=0, device=DEVICE):
-    """query, keys, values, and ranges of every kind: one ends at the cache's end, one starts at its beginning."""
+    """Return query, keys, values, and ranges; one range ends at the cache's end, one starts at its beginning."""
     generator = torch.Generator().manual_seed(seed + positions + dim)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).to(device)  # noqa: E731
     tensors = (
@@ -35,7 +35,7 @@ def inputs(rows, heads, kv_heads, positions, dim, dtype=F32, value_dim=None, see
 
 
 def in_float64(tensors, ranges, scale=None, window=None, softcap=None, sinks=None):
-    """The oracle, whose own arithmetic `test_the_oracle_is_attention` holds to PyTorch's attention."""
+    """Run the oracle in float64; `test_the_oracle_is_attention` compares it with PyTorch's attention."""
     query, keys, values = (tensor.double() for tensor in tensors)
     sinks = None if sinks is None else sinks.double()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -68,7 +68,7 @@ EXAMPLES = [
     partial(_example, dtype=F32, heads=8, kv_heads=1, positions=600, dim=256),
     partial(_example, dtype=F32, heads=16, kv_heads=1, positions=40, dim=128, softcap=20.0),
     partial(_example, dtype=F32, heads=1, kv_heads=1, positions=40, dim=80),
-    partial(_example, dtype=F32, heads=4, kv_heads=2, positions=40, dim=1),  # Triton takes a stride of 1 for a constant
+    partial(_example, dtype=F32, heads=4, kv_heads=2, positions=40, dim=1),  # Triton specializes strides of 1
     partial(_example, dtype=BF16, heads=4, kv_heads=2, positions=40, dim=1),
     partial(_example, dtype=BF16, heads=1, kv_heads=1, positions=1, dim=1, window=1, with_sinks=True),
 ]
@@ -79,13 +79,13 @@ SHAPES = [  # rows, heads, kv_heads, positions
     (3, 8, 2, 130),
     (2, 7, 1, 64),
     (2, 16, 2, 33),
-    (1, 40, 2, 50),  # groups larger than a program
+    (1, 40, 2, 50),  # groups of query heads larger than one program handles
 ]
 
 
 @pytest.mark.parametrize("heads", [6, 2])
 def test_the_oracle_is_attention(heads) -> None:
-    """Against PyTorch's scaled_dot_product_attention in float64, with a mask that says the same."""
+    """The oracle equals PyTorch's scaled_dot_product_attention in float64 with the equivalent mask."""
     tensors, ranges = inputs(4, heads, 2, 30, 16)
     query, keys, values = (tensor.double() for tensor in tensors)
     slot = torch.arange(30, device=DEVICE)
@@ -120,7 +120,7 @@ def test_head_sizes(backend, dtype, dim, value_dim) -> None:
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_caches(backend, dtype) -> None:
-    """Many splits: of the whole cache, of a part, of fewer slots than there are splits."""
+    """Results are right with many splits: of the whole cache, of a part, of fewer slots than splits."""
     tensors, ranges = inputs(3, 4, 1, 4097, 32, dtype, device=device_of(backend))
     ranges["starts"][1], ranges["ends"][1] = 700, 1500
     ranges["starts"][2], ranges["ends"][2] = 4090, 4095
@@ -196,7 +196,7 @@ def test_a_range_may_reach_before_the_cache_and_start_below_zero(backend) -> Non
 
 @every_backend
 def test_a_cache_that_rolled_holds_the_last_positions(backend) -> None:
-    """Slot 0 of 30 is position ends - 30 where ends exceeds 30: for each row by itself."""
+    """In a cache of 30 slots, slot 0 is position max(ends - 30, 0) of its row."""
     device = device_of(backend)
     (query, keys, values), _ = inputs(3, 4, 2, 100, 32, device=device)
     starts, ends = torch.tensor([5, 80, 0], device=device), torch.tensor([70, 100, 20], device=device)
@@ -212,8 +212,8 @@ def test_a_cache_that_rolled_holds_the_last_positions(backend) -> None:
 @every_backend
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_caches_are_read_where_they_lie(backend, dtype) -> None:
-    """Any strides but for the last dimension: positions before heads, a part of a longer cache, unaligned heads. The
-    CPU kernel promises the same bits; the oracle's products are PyTorch's, and Triton's sums follow its loads."""
+    """Caches of any outer strides are accepted: positions before heads, part of a longer cache, unaligned heads. The
+    CPU kernel guarantees equal bits; the oracle's products and Triton's order of summation depend on the layout."""
     device = device_of(backend)
     (query, keys, values), ranges = inputs(3, 6, 2, 50, 64, dtype, device=device)
     expected = assert_right(backend, (query, keys, values), ranges)
@@ -238,7 +238,7 @@ def test_caches_are_read_where_they_lie(backend, dtype) -> None:
 
 @every_backend
 def test_large_scores_do_not_overflow(backend) -> None:
-    """Scores of +-3e4, the largest of them anywhere: the answer is the value it points to."""
+    """With scores of +-3e4, the result is the value of the largest score, at any position."""
     device = device_of(backend)
     (query, keys, values), ranges = inputs(2, 4, 2, 600, 32, device=device)
     ranges = {"starts": torch.zeros_like(ranges["starts"]), "ends": torch.full_like(ranges["ends"], 600)}
@@ -252,7 +252,7 @@ def test_large_scores_do_not_overflow(backend) -> None:
 
 @every_backend
 def test_a_common_offset_changes_nothing(backend) -> None:
-    """Whole numbers keep every score exact in float32: an offset of 2^14 must not cost a digit of the differences."""
+    """Whole numbers keep every score exact in float32: an offset of 2^14 does not change the result."""
     device = device_of(backend)
     (query, keys, values), ranges = inputs(2, 4, 2, 80, 33, device=device)
     query, keys = torch.ones_like(query), (keys * 2).round()
@@ -281,7 +281,7 @@ def test_a_fault_stays_where_it_is(backend, fault, positions) -> None:
 @every_backend
 @pytest.mark.parametrize("positions", [70, 900])
 def test_a_row_does_not_depend_on_its_batch(backend, positions) -> None:
-    """Bit for bit: alone, in another order, beside rows of other lengths."""
+    """A row gives the same bits alone, in another order, and beside rows of other lengths."""
     if backend == "torch":
         pytest.skip("its products are PyTorch's, which may add in another order in another batch")
     tensors, ranges = inputs(6, 4, 2, positions, 32, device=device_of(backend))
@@ -295,7 +295,7 @@ def test_a_row_does_not_depend_on_its_batch(backend, positions) -> None:
 
 @every_rival
 def test_ends_move_under_a_call_that_stands(backend) -> None:
-    """The tensors are read when the kernels run, every time."""
+    """`ends` updated in place between calls is read anew by every call."""
     tensors, ranges = inputs(2, 4, 2, 20, 32, device=device_of(backend))
     ranges["starts"].zero_()
     ranges["ends"].fill_(5)

@@ -1,4 +1,4 @@
-"""The defaults of PyTorch are the caller's: with any default dtype and device, every result is the same to the bit.
+"""PyTorch's default dtype and device belong to the caller: whatever they are, results are equal to the bit.
 
 A default dtype other than float32 would make buffers that kernels read as float32 memory; a default device other than
 the model's would put them elsewhere. The default device here is meta, on which a forgotten allocation fails at once.

@@ -1,4 +1,4 @@
-"""Documents do not drift: every Python snippet and command shown runs, the table of ops is the registry's."""
+"""Documents agree with the code: Python snippets and commands run, the table of ops equals the registry."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_python_snippets_run(path, code, tmp_path, monkeypatch) -> None:
 
 
 def sides(diff: str) -> tuple[str, str]:
-    """The code before and after a diff."""
+    """Return the code before and after a diff."""
     before, after = (
         "\n".join(line[1:] for line in diff.splitlines() if line[0] in (" ", sign)) + "\n" for sign in "-+"
     )
@@ -67,7 +67,7 @@ def sides(diff: str) -> tuple[str, str]:
 
 
 def test_the_readmes_diffs_run(tmp_path, monkeypatch) -> None:
-    """Both sides of the loss and of generate(), the new side of the trainer. The loss keeps its gradient."""
+    """Both sides of the loss and generate() diffs run with equal loss gradients; of the trainer's, the new side."""
     transformers = pytest.importorskip("transformers", reason="the README trains transformers models")
     from nlhf_kernels.integrations import mixture_generate
 
@@ -112,7 +112,7 @@ def test_shown_commands_run(command, tmp_path, monkeypatch, capsys) -> None:
 
 @pytest.mark.files
 def test_every_subcommand_is_shown() -> None:
-    """In a block that runs, or, where it needs what no test has (a model's folder), in a ```text block."""
+    """Each appears in a block that runs, or in a ```text block if it needs a model that no test has."""
     documented = {shlex.split(command, posix=False)[1] for command in commands("nlhf-kernels", (*SHELLS, "text"))}
     assert documented == set(COMMANDS)
 
@@ -145,7 +145,7 @@ def test_table_of_ops_is_the_registrys() -> None:
 @pytest.mark.files
 @pytest.mark.parametrize("path", DOCUMENTS, ids=_name)
 def test_named_files_exist(path) -> None:
-    """Links and `paths/in/backticks` of a document lead somewhere, from the document's folder or from the root."""
+    """Links and `paths/in/backticks` of a document exist relative to the document's folder or to the root."""
     text = FENCE.sub("", path.read_text())
     links = [link for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text) if "://" not in link]
     ticked = [word for word in re.findall(r"`([\w./]+)`", text) if "/" in word and re.search(r"\.\w{1,5}$|/$", word)]

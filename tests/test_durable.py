@@ -1,4 +1,4 @@
-"""Attacks on the files of runs: what users keep in their folders, power failures, bit rot, two runs at once."""
+"""Durability of run files: users' own files, power failures, bit rot, two runs at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    """A model, prompts, pairs, a judge and a run file; the working folder."""
+    """Write a model, prompts, pairs, a preference model and a run file; return the working folder."""
     for part in (tiny_model("llama"), tiny_tokenizer()):
         part.save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
@@ -46,7 +46,7 @@ def train(*options: str) -> int:
 
 
 def held(place: Path, hold=lock_folder) -> int:
-    """A process that holds the lock of a place; its id."""
+    """Start a process that holds the lock of a path; return its process id."""
     read, write = os.pipe()
     process = os.fork()
     if process == 0:
@@ -58,7 +58,7 @@ def held(place: Path, hold=lock_folder) -> int:
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle."""
+    """Invert one bit in the middle of the file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -121,7 +121,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(file, tmp_pat
     straight = make_trainer(tmp_path, **RUN)
     straight.train()
     flip(tmp_path / "checkpoint-6" / file)
-    (tmp_path / "checkpoint-4" / file).write_bytes(b"")  # as a power failure leaves files that were not synced
+    (tmp_path / "checkpoint-4" / file).write_bytes(b"")  # what a power failure leaves of an unsynced file
     resumed = make_trainer(tmp_path, **RUN)
     resumed.train(resume_from_checkpoint=True)
     assert f"checkpoint-6/{file}: expected the CRC-32" in caplog.text
@@ -197,7 +197,7 @@ def test_two_experiments_do_not_meet(tmp_path, capsys, monkeypatch) -> None:
 
 @pytest.mark.parametrize("strategy", ["no", "steps"])
 def test_a_full_disk_ends_a_training_with_one_sentence(root, capfd, strategy) -> None:
-    """While the policy or a checkpoint is written; a limit on the size of files stands in for the disk."""
+    """The disk fills while the policy or a checkpoint is written; a limit on file sizes simulates it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
     try:

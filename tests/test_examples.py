@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as they stand, on their tiny local model."""
+"""The scripts in examples/ run unmodified on their tiny local model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Random calls of the public ops on every backend that can run here, against the oracle in float64.
 
-The cases are fixed by their numbers; how many run is a matter of time (`--fuzz-seconds`, all ops together).
+Each case number is a fixed call; `--fuzz-seconds` (all ops together) determines how many run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import fuzz
 
-LEAST = 8  # cases an op, however slow the machine
+LEAST = 8  # minimum number of cases per op
 
 
 @pytest.mark.parametrize("op", fuzz.BUILDERS)
@@ -29,7 +29,7 @@ def test_random_calls_match_float64(op, request) -> None:
 
 
 def test_a_wrong_result_is_found() -> None:
-    """The judgement sees one wrong number among many, an infinity, and a NaN."""
+    """The comparison rejects one wrong number among many, an infinity, and a NaN."""
     import torch
 
     truth = torch.linspace(-5, 0, 1000, dtype=torch.float64)

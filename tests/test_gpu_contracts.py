@@ -1,4 +1,4 @@
-"""What only a GPU can show: captured graphs advance, streams do not share memory, nothing waits for the device."""
+"""Contracts testable only on a GPU: captured graphs advance, streams share no memory, no call synchronizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ on_gpu = pytest.mark.parametrize("backend", ["triton", "cuda"])
 
 
 def sampler(backend: str, rows: int = 16, vocabulary: int = 50_257, **options):
-    """A closure over device-side inputs, and its step counter."""
+    """Return a closure that samples from device-side inputs, and its step counter."""
     policy, other = logits_pair(rows, vocabulary, "cuda", (torch.bfloat16, torch.bfloat16))
     seed, step = torch.tensor(3, device="cuda"), torch.tensor(0, device="cuda")
     row_ids = torch.arange(rows, device="cuda")
@@ -95,7 +95,7 @@ def test_many_rows_pass_the_grid_limit(backend) -> None:
 
 
 def test_attention_has_finite_gradients_where_texts_are_padded_on_the_left() -> None:
-    """192 tokens are 64 more than a multiple of 128, where cuDNN's are NaN in some versions; recomputed, too."""
+    """Gradients are finite for 192 (64 mod 128) tokens, where some cuDNN versions give NaN, also with recomputation."""
     model = tiny_model("llama", hidden=128).to("cuda", torch.bfloat16)
     ids, mask = torch.full((2, 192), 5, device="cuda"), torch.ones(2, 192, dtype=torch.int64, device="cuda")
     mask[1, :48] = 0

@@ -62,7 +62,7 @@ def test_fused_steps_give_the_logits_of_full_forward_passes(architecture, fused,
     engine = RolloutEngine(policy, reference, bucket=32, fused=fused)
     assert bool(engine.models.joint_products.groups) is (fused in (True, "products"))
     assert bool(engine.models.fused_layers and engine.models.fused_layers.forwards) is (fused in (True, "layers"))
-    for _ in range(2):  # the second replays what the first captured, over weights that have changed
+    for _ in range(2):  # the second pass replays the captured graphs with changed weights
         result = engine.rollout(**_batch(rows), players=nash_md(BETA), settings=settings(12))
         assert result.notes == () and len(engine.graphs.recorded) == 1
         for responses, beta in zip(result, (0.0, BETA), strict=True):
@@ -102,7 +102,7 @@ def test_captured_steps_advance_their_noise_and_agree_with_eager_ones(models) ->
     captured = RolloutEngine(policy, reference, bucket=32)
     eager = RolloutEngine(policy, reference, graphs=False)
     rollout_settings = settings(40, end_ids=(5, 6, 7))
-    for _ in range(2):  # the second replays what the first captured
+    for _ in range(2):  # the second pass replays the captured graphs
         one = captured.rollout(**rows, players=nash_md(BETA), settings=rollout_settings)
         two = eager.rollout(**rows, players=nash_md(BETA), settings=rollout_settings)
         assert two.notes == ("eager steps: graphs=False was asked for",)
@@ -131,7 +131,7 @@ def test_no_step_waits_for_the_device(models) -> None:
 
 
 def test_memory_is_what_was_planned() -> None:
-    """Two models with a real vocabulary. Beyond the plan there are activations, and what a graph keeps of them."""
+    """Allocated memory is close to the plan, which omits activations and what graphs keep of them, and is freed."""
     pair = make(Shape({"prompts": 16, "prompt": 128, "new": 128, "width": 256, "layers": 2, "vocabulary": 151_936},
                       "bfloat16"), torch.device("cuda"))  # fmt: skip
     engine, rollout_settings = RolloutEngine(pair.policy, pair.reference), settings(pair.new)

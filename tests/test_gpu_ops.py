@@ -1,6 +1,6 @@
-"""Every op and backend on a GPU: right at the sizes of real models, the same inside a captured graph, never waiting.
+"""Every op and backend on a GPU: accurate at real sizes, equal inside a captured graph, without synchronization.
 
-Right is what the benchmarks call right: against float64, in proportion to what PyTorch errs at the same dtype.
+As in the benchmarks, the error against float64 is bounded by a multiple of PyTorch's error at the same dtype.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ ON_DEVICE = [
 
 
 def made_calls(op: str, backend: str) -> list[Any]:
-    """The room's first and last example; those that this backend refuses left out."""
+    """Return calls of the op's first and last example, without those that the backend refuses."""
     function, made = getattr(nlhf_kernels, op), examples(op)
     calls = []
     for args, kwargs in (made[0], made[-1]):

@@ -1,4 +1,4 @@
-"""Preference models on a GPU: the CPU's answers, both orders to the last bit, a training that goes on."""
+"""Preference models on a GPU: agreement with the CPU, consistency of both orders to the bit, resumed training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on a GPU: recorded rollouts play with the weights of now; kernels learn what the PyTorch oracle does."""
+"""Training on a GPU: captured rollouts use the current weights; kernels learn what the PyTorch oracle learns."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_bfloat16_trains(algorithm, tmp_path) -> None:
 
 
 def test_float16_trains_with_a_scaler(tmp_path) -> None:
-    """accelerate's own scaler; its first scale is too large for some of these gradients or for none, both are runs."""
+    """Training with accelerate's gradient scaler works, whether or not its initial scale overflows."""
     options = {**RUN, "fp16": True, "max_steps": 12, "save_strategy": "steps", "save_steps": 6}
     trainer = make_trainer(tmp_path, **options)
     before = torch.cat([value.detach().flatten() for value in trainer.model.parameters()]).clone()

@@ -1,4 +1,4 @@
-"""What identities tell apart, and what they do not look at."""
+"""Identities: which differences between objects they distinguish, and which they ignore."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""SIGKILL at random moments, again and again: what comes out at last is what an undisturbed run gives, to the last bit.
+"""Runs killed by SIGKILL at random moments and restarted end with the bits of an uninterrupted run.
 
-A few kills by default; `pytest tests/test_kills.py --kills 100` for more, and for the experiment, which is slow.
+A few kills by default; `pytest tests/test_kills.py --kills 100` for more and for the slow experiment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.support.preference import comparison_model, shorter_wins
 from tests.support.training import history, make_trainer, single_thread  # noqa: F401
 
 RUN = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "learning_rate": 1e-2}
-MANY = 10  # kills from which on the slow run is worth it
+MANY = 10  # minimum `--kills` for the slow experiment
 
 
 def training(folder: Path) -> object:
@@ -62,7 +62,7 @@ def experiment(folder: Path) -> object:
 
 
 def forked(run: Callable[[Path], object], folder: Path, seconds: float | None = None) -> bool:
-    """Run in a process of its own, killed after some seconds; whether it came to its end."""
+    """Call `run` in a process killed after `seconds`; return whether it finished."""
     process = os.fork()
     if process == 0:
         code = 1

@@ -1,4 +1,4 @@
-"""linear_logprobs: against the logits stored whole, in float64; heads of every kind; what chunking must not change."""
+"""linear_logprobs: against fully stored logits in float64; heads of every kind; independence from chunking."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ORDER = [Output.POLICY, Output.ENTROPY, Output.KL, Output.MIXTURE, Output.REFERE
 
 
 def problem(rows=13, hidden=24, vocabulary=301, dtype=torch.float32, device=DEVICE, other_hidden=None):
-    """hidden states and weight of the policy, targets, the same of the reference, beta; one row in three ignored."""
+    """Return the policy's hidden states and weight, targets, the reference's two, beta; one row in three is ignored."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*sizes: int, scale: float = 1.0) -> torch.Tensor:
@@ -60,7 +60,7 @@ def upstream_like(values: torch.Tensor) -> torch.Tensor:
 
 
 def assert_right(backend, inputs, head=None, reference_head=None, chunk_rows=4, temperature=1.0, **kwargs) -> None:
-    """Values and all three gradients, against float64 and against the same in PyTorch at the inputs' dtype."""
+    """Compare values and all three gradients with float64, relative to PyTorch's error at the inputs' dtype."""
     hidden, weight, targets, reference_hidden, reference_weight, beta = inputs
     head, reference_head = head or Head(weight), reference_head or Head(reference_weight)
 
@@ -115,7 +115,7 @@ def test_values_and_gradients(backend, dtype, chunk_rows) -> None:
 
 @every_backend
 def test_bias_scale_and_soft_capping(backend) -> None:
-    """Gemma 2, Granite, Cohere: the policy's head and the reference's each with their own."""
+    """Policy and reference heads each apply their own transform, as in Gemma 2, Granite and Cohere."""
     inputs = problem(device=device_of(backend), other_hidden=16)
     bias = torch.linspace(-2, 2, 301, device=inputs[0].device)
     assert_right(backend, inputs, Head(inputs[1], bias, 0.25, 5.0), Head(inputs[4], bias.flip(0), 1.5, 0.0))
@@ -150,7 +150,7 @@ def test_the_policy_alone() -> None:
 
 @pytest.mark.parametrize("asking", [(True, False), (False, True)])
 def test_frozen_inputs_pay_nothing(asking) -> None:
-    """A frozen head costs no product for its gradient and no accumulator; frozen hidden states likewise."""
+    """Frozen heads and frozen hidden states cost neither a gradient product nor an accumulator."""
     hidden, weight, targets, *_ = problem()
     targets = targets.clamp(min=0)
     hidden.requires_grad_(asking[0])
@@ -168,7 +168,7 @@ def test_frozen_inputs_pay_nothing(asking) -> None:
 
 
 def test_rows_that_are_not_scored_are_not_multiplied_on_the_cpu() -> None:
-    """Two thirds of a batch may be prompts and padding."""
+    """Rows with ignored targets, often two thirds of a batch, take no part in the head's products."""
     hidden, weight, targets, reference_hidden, _, _ = problem(rows=12, device=torch.device("cpu"))
     targets[:8] = -100
     hidden[:8] = reference_hidden[:8] = torch.nan
@@ -197,7 +197,7 @@ def test_the_logits_are_never_stored_whole() -> None:
 
 
 def test_the_heads_gradient_does_not_drift_over_many_chunks() -> None:
-    """Summed in bfloat16, 512 equal chunks stall once the sum outgrows them; float32 carries them."""
+    """512 equal chunks are summed in float32; a bfloat16 sum would stall once it outgrows the summands."""
     hidden = torch.ones(512, 8, dtype=torch.bfloat16, device=DEVICE)
     weight = torch.zeros(64, 8, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
     targets = torch.zeros(512, dtype=torch.int64, device=DEVICE)
@@ -226,7 +226,7 @@ def test_transposed_and_sliced_inputs() -> None:
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_and_mixed_dtypes(weight_dtype) -> None:
-    """Products in autocast's dtype, or that of the hidden states; each gradient in its own input's dtype."""
+    """Products use autocast's dtype or the hidden states'; each gradient has its input's dtype."""
     hidden, weight, targets, *_ = problem()
     leaves = hidden.requires_grad_(), weight.to(weight_dtype).requires_grad_()
     with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -263,7 +263,7 @@ def test_one_input_used_twice_backward_twice_and_checkpointing() -> None:
 
 
 def test_a_tied_head_takes_both_gradients() -> None:
-    """The embedding is the head: gradients arrive from both uses."""
+    """If the head is the embedding, its gradient sums both uses."""
     table = torch.randn(50, 8, device=DEVICE, requires_grad=True)
     tokens = torch.arange(10, device=DEVICE)
 
@@ -307,7 +307,7 @@ def test_chunks_grow_with_the_free_memory_of_a_gpu(hidden_size, free_gib, expect
 
 
 def test_the_operator_chooses_its_chunks_where_none_are_asked_for(monkeypatch) -> None:
-    """Inside the operator: a compiled graph holds no size. An argument is taken as it is."""
+    """The operator chooses the chunk size, so compiled graphs contain none; an explicit chunk_bytes is kept."""
     operator = importlib.import_module("nlhf_kernels.ops.linear_logprobs.op")
     asked = []
     monkeypatch.setattr(operator, "choose_chunk_bytes", lambda device, size: asked.append((device.type, size)) or 400)

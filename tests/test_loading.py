@@ -1,4 +1,4 @@
-"""One way to load a model, for every command: whole and finite, or one line that names the weight."""
+"""Model loading, common to all commands: weights are complete and finite, or a one-line error names the weight."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A whole model, one that lacks a weight, one with a NaN; a judge; prompts and pairs."""
+    """Write a complete model, one without a weight, one with a NaN, a preference model, prompts and pairs."""
     root = tmp_path_factory.mktemp("models")
     for part in (tiny_model("llama"), tiny_tokenizer()):
         part.save_pretrained(root / "whole")
@@ -45,7 +45,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def commands(root: Path, broken: Path, out: Path) -> dict[str, list[str]]:
-    """Every command, and every option of it that names a model."""
+    """Return the arguments of every command, for each option that names a model."""
     whole, cpu = str(root / "whole"), ["--device", "cpu"]
     evaluate = ["evaluate", "--policy", f"a={whole}", "--judge", str(root / "judge"), "--data",
                 str(root / "prompts.jsonl"), "--max-new-tokens", "2", *cpu]  # fmt: skip
@@ -114,7 +114,7 @@ def test_no_command_takes_made_up_or_broken_weights(command, wrong, root, tmp_pa
 
 
 def test_nothing_else_loads_models() -> None:
-    """transformers makes up weights that are missing, so one file calls it; configurations have no weights."""
+    """Only core/loading.py loads weights, since transformers randomly initializes missing ones."""
     load = re.compile(r"(?<!Config)\.from_pretrained")
     callers = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if load.search(path.read_text())}
     assert callers == {"core/loading.py"}
@@ -122,7 +122,7 @@ def test_nothing_else_loads_models() -> None:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_classifier_is_no_policy(architecture, tmp_path) -> None:
-    """A tied head would hide that there is none."""
+    """A classifier's checkpoint is refused as a policy, also where a tied head would replace the missing one."""
     from transformers import AutoModelForSequenceClassification
 
     config = ARCHITECTURES[architecture](32)
@@ -146,7 +146,7 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture(scope="class")
 def folders(root, tmp_path_factory) -> Path:
-    """Adapters: whole, lacking a weight, with a NaN, of another base."""
+    """Write adapters: complete, without a weight, with a NaN, of another base."""
     peft = pytest.importorskip("peft")
     folders = tmp_path_factory.mktemp("adapters")
     base = load_model("test", root / "whole", dtype=torch.float32)
@@ -163,7 +163,7 @@ def folders(root, tmp_path_factory) -> Path:
 
 
 def deepen(weights) -> None:
-    """As of a base with more layers: peft drops what finds no place, and says nothing."""
+    """Add a weight of a layer that the base lacks, which peft silently drops."""
     weights["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 32)
 
 

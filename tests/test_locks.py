@@ -13,7 +13,7 @@ pytestmark = pytest.mark.files
 
 
 def pins(text: str) -> dict[str, str]:
-    """Package -> version of a lock or of constraints.txt, for Python 3.11."""
+    """Return {package: version} of a lock or of constraints.txt, for Python 3.11."""
     lines = [line for line in text.splitlines() if "python_version <" not in line]
     pairs = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;]+)", "\n".join(lines), re.MULTILINE)
     return {name.lower().replace("_", "-"): version for name, version in pairs}

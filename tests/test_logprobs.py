@@ -1,6 +1,6 @@
-"""logprobs: values and gradients against float64, and the edges that other libraries fell over.
+"""logprobs: values and gradients against float64, and edge cases that failed in other libraries.
 
-Autograd's side and refusals: test_logprobs_autograd.py.
+Autograd and refusals are tested in test_logprobs_autograd.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OUTPUTS = ("policy", "entropy", "kl", "mixture")
 
 
 def problem(rows: int, vocabulary: int, dtype=torch.float32, device=DEVICE, seed: int = 0, spread: float = 3.0):
-    """policy logits, targets, reference logits, beta; one row in three ignored, beta 0 and 1 among the others."""
+    """Return policy logits, targets, reference logits, beta; one row in three is ignored, beta includes 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     policy = spread * torch.randn(rows, vocabulary, generator=generator)
     reference = policy + torch.randn(rows, vocabulary, generator=generator)
@@ -58,7 +58,7 @@ EXAMPLES = [
 
 
 def of_pytorch(policy, targets, reference, beta, temperature: float = 1.0):
-    """What a user would write: log_softmax and sums, at the precision of its inputs (at least float32)."""
+    """Compute all outputs by log_softmax and sums in plain PyTorch, at the inputs' precision (at least float32)."""
     real = torch.promote_types(policy.dtype, torch.float32)
     log_p = torch.log_softmax(policy.to(real) / temperature, -1)
     log_q = torch.log_softmax(reference.to(real) / temperature, -1)
@@ -92,7 +92,7 @@ def upstream_like(values: torch.Tensor, seed: int = 7) -> torch.Tensor:
 
 
 def assert_right(backend, policy, targets, reference, beta, temperature: float = 1.0) -> None:
-    """Values and the gradient under a non-uniform upstream, each against float64 and PyTorch's own error."""
+    """Compare values and gradients (non-uniform upstream) with float64, relative to PyTorch's error."""
 
     def run(function, dtype=None):
         leaf = policy.detach().to(dtype or policy.dtype).requires_grad_()
@@ -141,7 +141,7 @@ def test_large_vocabularies_on_the_cpu(vocabulary) -> None:
 
 @every_backend
 def test_a_common_offset_costs_no_digits(backend) -> None:
-    """Softmax does not see it; log-sum-exp minus logit in float32 would lose three digits to it."""
+    """An offset common to all logits is harmless, where log-sum-exp minus logit in float32 would lose three digits."""
     policy, targets, reference, beta = problem(4, 777, device=device_of(backend))
     policy, reference = (policy * 1024).round() / 1024, (reference * 1024).round() / 1024  # 1e4 more stays exact
     near = all_of(backend, policy, targets, reference, beta)
@@ -153,7 +153,7 @@ def test_a_common_offset_costs_no_digits(backend) -> None:
 
 @every_backend
 def test_log_probabilities_are_never_positive(backend) -> None:
-    """One logit far above: its log-probability is 0 or just below, never above, in any precision of the inputs."""
+    """With one dominant logit, its log-probability is at most 0 in every input precision."""
     policy, targets, reference, beta = problem(30, 400, torch.bfloat16, device_of(backend))
     targets = targets.clamp(min=0)
     policy.scatter_(1, targets.unsqueeze(1), 30.0)
@@ -172,7 +172,7 @@ def test_equal_models_have_no_divergence(backend) -> None:
 
 @every_backend
 def test_forbidden_tokens_count_nothing(backend) -> None:
-    """-inf is probability 0: in one model or both, also where beta ends the interval and a whole tile is forbidden."""
+    """-inf is probability 0: in either model or both, at beta 0 and 1, and for whole forbidden tiles."""
     policy, targets, reference, beta = problem(6, 5000, device=device_of(backend))
     policy[:, 40:4500] = reference[:, 40:4500] = -torch.inf
     targets[targets > 0] %= 40
@@ -194,7 +194,7 @@ def test_forbidden_tokens_count_nothing(backend) -> None:
 def test_a_reference_that_forbids_what_the_policy_plays(backend) -> None:
     policy, targets, reference, _ = problem(2, 90, device=device_of(backend))
     targets[:], reference[0, 5] = 3, -torch.inf
-    beta = torch.zeros(2, device=policy.device)  # the mixture is the policy and never looks at the reference
+    beta = torch.zeros(2, device=policy.device)  # the mixture is the policy and does not read the reference
     result = call("logprobs", backend, policy, targets, reference_logits=reference, beta=beta, kl=True)
     assert result.kl[0] == torch.inf and result.kl[1].isfinite()
     assert torch.equal(result.mixture, result.policy)
@@ -283,7 +283,7 @@ def test_sequences_keep_their_shape(backend) -> None:
 @pytest.mark.parametrize("output", OUTPUTS)
 @every_backend
 def test_each_output_has_its_own_gradient(backend, output) -> None:
-    """One output at a time, the others unused: an unused one must not leak in."""
+    """The gradient of each output alone is right: unused outputs contribute nothing."""
     policy, targets, reference, beta = problem(4, 211, device=device_of(backend))
     row = OUTPUTS.index(output)
     leaf, exact = policy.clone().requires_grad_(), policy.double().requires_grad_()
@@ -308,7 +308,7 @@ def test_gradient_of_the_oracle_by_finite_differences() -> None:
 
 @every_backend
 def test_what_a_model_does_to_its_logits_is_inside(backend) -> None:
-    """Soft-capping and scaling, forward and backward, through the operator that linear_logprobs calls."""
+    """Soft-capping and scaling are right, forward and backward, in the operator that linear_logprobs calls."""
     device = device_of(backend)
     policy, targets, reference, beta = problem(4, 300, device=device, spread=20.0)
     reasons = OP.reasons(OP.describe(policy, targets))[backend]

@@ -1,4 +1,4 @@
-"""logprobs as autograd, torch.compile and users meet it: overwriting, double use, checkpoints, strides, refusals."""
+"""logprobs under autograd and torch.compile: overwriting, double use, checkpointing, strides, refusals."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_frozen_policies_record_nothing() -> None:
 
 
 def test_offsets_past_two_billion_elements() -> None:
-    """Row 1 begins at element 2^31 + 64 of a storage whose untouched pages cost nothing."""
+    """Rows past element 2^31 are addressed correctly; untouched pages of the storage take no memory."""
     policy, targets, _, _ = problem(2, 100, device=torch.device("cpu"))
     stride = 2**31 + 64
     far = torch.empty(stride + 100, dtype=torch.bfloat16).as_strided((2, 100), (stride, 1))

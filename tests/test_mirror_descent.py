@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.float64]
 
 
 def random_game(games: int, actions: int, device: torch.device, dtype: torch.dtype = torch.float64, seed: int = 0):
-    """log_policy, preference, log_reference of random games with P + P^T = 1."""
+    """Return log_policy, preference, log_reference of random games with P + P^T = 1."""
     generator = torch.Generator().manual_seed(seed + 1000 * games + actions)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     strength = torch.rand(games, actions, actions, generator=generator, dtype=torch.float64)
@@ -27,7 +27,7 @@ def random_game(games: int, actions: int, device: torch.device, dtype: torch.dty
 
 
 def steps(iterations: int, device: torch.device, dtype: torch.dtype = torch.float64, tau: float = 0.5) -> torch.Tensor:
-    """The paper's decreasing schedule 2 / (tau (t + 2)): its first step has eta tau = 1."""
+    """Return the paper's decreasing step sizes 2 / (tau (t + 2)); the first has eta tau = 1."""
     return 2 / (tau * (torch.arange(iterations, device=device, dtype=dtype) + 2))
 
 
@@ -69,7 +69,7 @@ def test_backends_match_float64(backend, dtype, opponent, games, actions, iterat
 @every_backend
 @pytest.mark.parametrize("actions", [3, 40, 64])
 def test_a_given_opponent_stays(backend, actions) -> None:
-    """Against a fixed opponent q, the steps are affine in log pi: their closed form is a geometric series."""
+    """Against a fixed opponent, the steps are affine in log pi and equal their closed form, a geometric series."""
     device = device_of(backend)
     log_policy, preference, log_reference = random_game(3, actions, device)
     log_opponent = 2 * log_policy + 1  # unnormalised
@@ -113,7 +113,7 @@ def test_each_game_has_its_own_tau(backend) -> None:
 
 @every_backend
 def test_ends_of_the_mixture_leave_the_other_side_alone(backend) -> None:
-    """eta tau = 0 must not touch the reference, eta tau = 1 must not touch the policy: 0 * -inf is NaN."""
+    """eta tau = 0 ignores the reference and eta tau = 1 the policy, since 0 * -inf is NaN."""
     device = device_of(backend)
     log_policy, preference, log_reference = random_game(2, 5, device)
     hole = log_policy.clone()
@@ -146,7 +146,7 @@ def test_a_game_without_support_is_nan_alone(backend) -> None:
 
 @every_backend
 def test_known_equilibrium_of_the_dice(backend) -> None:
-    """Non-transitive dice beat each other in a cycle: from anywhere, Nash-MD ends at the uniform policy."""
+    """On the cyclic game of non-transitive dice, Nash-MD converges to the uniform policy from any start."""
     device = device_of(backend)
     win = 5 / 9
     dice = torch.tensor([[0.5, win, 1 - win], [1 - win, 0.5, win], [win, 1 - win, 0.5]], dtype=torch.float64)
@@ -244,7 +244,7 @@ def test_inputs_are_left_as_they_were() -> None:
 @every_rival
 @pytest.mark.parametrize("opponent", ["mixture", "policy"])
 def test_many_steps_at_weak_regularisation_keep_their_digits(backend, opponent) -> None:
-    """A constant that builds up over the steps, to 1 / (2 tau) = 256 here, would cost float32 its last digits."""
+    """float32 keeps its digits: no constant accumulates over the steps (it would reach 1 / (2 tau) = 256 here)."""
     device, tau, iterations = device_of(backend), 2.0**-9, 300
     exact = random_game(4, 30, device)
     inputs = tuple(tensor.float() for tensor in exact)

@@ -1,4 +1,4 @@
-"""mixture_sample: every backend against float64, and the contract: what a row's token depends on and what not."""
+"""mixture_sample: every backend against float64, and the contract on what a row's token depends on."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_simd_levels_match_float64(simd_level, dtypes, vocabulary) -> None:
 
 @every_backend
 def test_settings_per_row(backend) -> None:
-    """beta inside, at the ends and outside of [0, 1], temperatures with greedy rows, every filter, in one launch."""
+    """One launch serves beta inside, at the ends and outside of [0, 1], greedy rows, and every filter."""
     device = device_of(backend)
     policy, reference = logits_pair(8, 500, device)
     column = lambda *values: torch.tensor(values, device=device)  # noqa: E731
@@ -111,7 +111,7 @@ def test_one_model_and_four(backend) -> None:
 
 @every_backend
 def test_a_model_of_weight_zero_is_not_looked_at(backend) -> None:
-    """0 * -inf is NaN: at beta = 0 and 1 the other model may say anything."""
+    """At beta = 0 and 1 the other model's logits are ignored, since 0 * -inf is NaN."""
     device = device_of(backend)
     policy, reference = logits_pair(4, 70, device)
     uniforms = uniforms_for(4, device)
@@ -196,7 +196,7 @@ def test_bias_forbids_and_shifts(backend) -> None:
 
 @every_backend
 def test_padded_and_strided_logits(backend) -> None:
-    """Rows further apart than they are long, rows that start unaligned, columns beyond vocab_size, transposed input."""
+    """Padded, unaligned and transposed rows, and columns beyond vocab_size, do not change the result."""
     device = device_of(backend)
     policy, reference = logits_pair(4, 1000, device, (F32, BF16))
     uniforms = uniforms_for(4, device)
@@ -230,7 +230,7 @@ def test_only_what_is_asked_for(backend) -> None:
 
 @every_backend
 def test_packed_settings_sample_the_same(backend) -> None:
-    """The entrance of the rollout engine: no weights beside the settings, log-probabilities named by bits."""
+    """The rollout engine's entry point (weights in the settings, log-probabilities by bit mask) gives equal results."""
     device = device_of(backend)
     policy, reference = logits_pair(5, 700, device)
     beta = torch.linspace(0, 1, 5, device=device)
@@ -257,7 +257,7 @@ def test_no_rows(backend) -> None:
 
 @every_backend
 def test_the_draw_is_the_row_uniform_and_depends_on_nothing_else(backend) -> None:
-    """Same (seed, row id, step, stream) and inputs, same token: in any batch, any order, at any place."""
+    """Equal (seed, row id, step, stream) and inputs give the same token in any batch, order and position."""
     device = device_of(backend)
     policy, reference = logits_pair(12, 2000, device)
     draw = {"seed": torch.tensor(5, device=device), "step": torch.tensor(9, device=device), "stream": 1}
@@ -281,7 +281,7 @@ def test_the_draw_is_the_row_uniform_and_depends_on_nothing_else(backend) -> Non
 
 @every_backend
 def test_a_common_offset_changes_nothing(backend) -> None:
-    """Also where it is large: whole numbers keep every logit exact in float32."""
+    """Tokens are invariant under an offset, even a large one; whole numbers keep all logits exact in float32."""
     device = device_of(backend)
     policy = torch.randint(-8, 8, (4, 700), device=device).float()
     reference = torch.randint(-8, 8, (4, 700), device=device).float()
@@ -315,7 +315,7 @@ def test_threads_do_not_matter() -> None:
 
 @every_backend
 def test_offsets_past_two_to_the_31(backend) -> None:
-    """Two rows 2^31 elements apart; only they are ever touched."""
+    """Two rows 2^31 elements apart are addressed correctly; the memory between them is never touched."""
     if backend == "triton" and DEVICE.type == "cpu":
         pytest.skip("the interpreter copies the whole storage")
     device = device_of(backend)

@@ -106,7 +106,7 @@ def sample(logits, uniforms, **options):
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 30}, {"top_p": 0.8, "temperature": 1.4}], ids=str)
 def test_the_grid_does_not_matter(emulation, options) -> None:
-    """One multiprocessor or 132, any order of blocks and warps: the same token; with the same grid, the same bits."""
+    """Tokens are equal for 1 or 132 multiprocessors and any order of blocks and warps; equal grids give equal bits."""
     logits, uniforms = logits_pair(3, 9001, "cpu", (BF16, BF16)), uniforms_for(3, "cpu")
     expected = None
     for device in (ROOMY, CRAMPED):
@@ -148,7 +148,7 @@ def test_the_workspace_needs_no_zeros_and_suffices(emulation, device, dtypes, op
 @pytest.mark.parametrize("options", [{"top_k": 50}, {"top_p": 0.9}, {"top_k": 9000, "top_p": 0.5}], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 0.002, 0.3])
 def test_more_candidates_than_there_is_room_for(emulation, options, scale) -> None:
-    """8192 fit. Logits this close together all fall into a few bins of the first histogram."""
+    """More than the 8192 candidates that fit: logits this close share a few bins of the first histogram."""
     emulation.library.emulation_set_device(CRAMPED)
     logits, uniforms = logits_pair(2, 20_000, "cpu", scale=scale), uniforms_for(2, "cpu")
     assert_right(sample(logits, uniforms, **options), *logits, 0.3, uniforms, **options)
@@ -157,8 +157,8 @@ def test_more_candidates_than_there_is_room_for(emulation, options, scale) -> No
 @pytest.mark.parametrize("head", [0, 100_003, 200_000])
 @pytest.mark.parametrize("options", [{}, {"top_p": 1 - 1e-6}], ids=str)
 def test_heavy_tail(emulation, head, options) -> None:
-    """One token and 200,000 that lie 18 nats below it. A sum in float32 of more than a few hundred would lose them; the
-    boundaries must be right to a thousandth of the tail's mass."""
+    """With 200,000 tokens 18 nats below the head, which a plain float32 sum would lose, the boundaries are right to a
+    thousandth of the tail's mass."""
     emulation.library.emulation_set_device(CRAMPED)
     logits = torch.full((1, 200_001), -18.0)
     logits[0, head] = 0.0
@@ -174,7 +174,7 @@ def test_heavy_tail(emulation, head, options) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.2}], ids=str)
 def test_finite_masks(options) -> None:
-    """What a mask of the dtype's lowest number leaves: a tile or a whole row of it, whose exp is no NaN."""
+    """Tiles and whole rows masked with the dtype's lowest number give no NaN."""
     lowest = torch.finfo(F32).min
     logits = logits_pair(3, 5000, "cpu", (F32,))
     logits[0][0, 900:] = lowest
@@ -185,7 +185,7 @@ def test_finite_masks(options) -> None:
 
 
 def test_candidates_in_reach_of_a_filter_are_those_of_the_oracle() -> None:
-    """bfloat16 logits mix to values that are equal in one rounding and not in another; thresholds are such values."""
+    """The kept tokens equal the oracle's where mixed bfloat16 logits tie with the threshold under some roundings."""
     logits = logits_pair(40, 3000, "cpu", (BF16, BF16), scale=1.0)
     options = {"top_k": 25, "temperature": 0.7}
     packed = mixture_settings([0.7, 0.3], device=torch.device("cpu"), **options).packed
@@ -200,7 +200,7 @@ def test_candidates_in_reach_of_a_filter_are_those_of_the_oracle() -> None:
 @pytest.mark.parametrize("options", [{}, {"top_k": 50, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("device", [ROOMY, CRAMPED])
 def test_counters_serve_one_call_after_the_other(emulation, monkeypatch, options, device) -> None:
-    """They are zeroed once and every call leaves them so; rows of faults and of few or many blocks included."""
+    """Counters are zeroed once, and every call resets them, whatever its number of blocks and its faulty rows."""
     emulation.library.emulation_set_device(device)
     counters = core_native.Counters()
     monkeypatch.setattr(native, "_counters", counters)
@@ -232,7 +232,7 @@ def test_captured_calls_have_counters_of_their_own(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("vocabulary", [515, 520, 1031, 2049])
 def test_rows_that_begin_anywhere_and_end_anywhere(dtype, vocabulary) -> None:
-    """Every offset within 16 bytes: blocks are loaded whole and shifted, with the same sums to the last bit."""
+    """Rows at every offset within 16 bytes, loaded as shifted aligned blocks, give the same sums to the bit."""
     policy, reference = logits_pair(1, vocabulary, "cpu", (dtype, dtype))
     uniforms = uniforms_for(1, "cpu")
     expected = sample((policy, reference), uniforms)
@@ -249,7 +249,7 @@ def test_rows_that_begin_anywhere_and_end_anywhere(dtype, vocabulary) -> None:
 
 
 def test_too_long_a_row_is_an_error(emulation) -> None:
-    models = ((8, 0, 2**31),)  # 8: an address that is not looked at
+    models = ((8, 0, 2**31),)  # 8: an address that is not read
     with pytest.raises(RuntimeError, match=r"mixture_sample: CUDA error 1 \(invalid argument\)"):
         call = (models, 8, 0, False, 0, 0, 8, 0, 0, 0, 0, 0, 0, 1, 2**31, 0, 8, 8, 8)
         emulation.module.mixture_sample(*call, 1, 1, 0, 0, 0)

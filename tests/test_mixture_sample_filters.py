@@ -1,4 +1,4 @@
-"""Filters of mixture_sample: transformers' support, nothing outside of it drawn, bounded on the worst inputs."""
+"""Filters of mixture_sample: transformers' support, no draws outside of it, bounded time on the worst inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILTERS = [
 
 
 def transformers_support(scores: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
-    """What transformers' own warpers leave, in the order generate() builds them."""
+    """Return the support left by transformers' warpers, in the order of generate()."""
     from transformers.generation import logits_process as warpers
 
     if top_k:
@@ -52,7 +52,7 @@ def test_the_oracle_keeps_what_transformers_keeps(filters) -> None:
 @every_backend
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_filtered_draws_match_float64(backend, filters) -> None:
-    """The mixture's log-probability holds the support's whole mass: a token too many or too few shows in it."""
+    """Filtered draws match float64; the mixture's log-probability reveals any token too many or too few."""
     device = device_of(backend)
     policy, reference = logits_pair(6, 3000, device)
     uniforms = uniforms_for(6, device)
@@ -72,7 +72,7 @@ def test_filtered_draws_of_every_shape_match_float64(simd_level, scale) -> None:
 
 @every_backend
 def test_ties_at_the_boundary_are_all_kept(backend) -> None:
-    """Top-3 where the third place is shared by four; top-p that would cut through equal tokens."""
+    """Top-3 with four tokens tied for third, and top-p whose boundary splits equal tokens, keep all ties."""
     device = device_of(backend)
     rows = 40 if backend == "triton" and device.type == "cpu" else 400  # interpreted
     logits = torch.full((rows, 90), -9.0, device=device)

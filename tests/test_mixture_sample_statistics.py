@@ -11,8 +11,8 @@ from tests.support.backends import DEVICE, call, device_of, every_backend, every
 from tests.support.mixture import BOUNDARY, logits_pair
 from tests.support.statistics import assert_plausible, chi_square_p, proportion_p
 
-#: Draws per chi-square: what each backend makes in seconds. Interpreted Triton takes a fifth of a second a row, so it
-#: draws little from little; what it computes is held against float64 draw by draw in test_mixture_sample.py.
+#: Draws per chi-square test, limited to seconds per backend. Interpreted Triton takes a fifth of a second per row, so
+#: it draws few from a small vocabulary; test_mixture_sample.py compares its every draw with float64.
 DRAWS = {"torch": 40_000, "triton": 400_000, "cuda": 400_000, "cpu": 400_000}
 INTERPRETED_DRAWS = 60
 
@@ -22,7 +22,7 @@ def interpreted(backend: str) -> bool:
 
 
 def draws(backend: str, logits: list[torch.Tensor], count: int, seed: int, **options) -> np.ndarray:
-    """`count` tokens from one row of logits, a block of rows a call."""
+    """Draw `count` tokens from one row of logits, a block of rows per call."""
     device, tokens = logits[0].device, []
     for first in range(0, count, 20_000):
         rows = min(20_000, count - first)
@@ -38,7 +38,7 @@ def draws(backend: str, logits: list[torch.Tensor], count: int, seed: int, **opt
 @every_backend
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "temperature": 1.5}], ids=str)
 def test_every_token_is_drawn_as_often_as_it_should(backend, options) -> None:
-    """Chi-square over all 4097 bins (those of few expected counts pooled)."""
+    """A chi-square test over all 4097 tokens (bins of few expected counts pooled) passes."""
     vocabulary, count = (33, INTERPRETED_DRAWS) if interpreted(backend) else (4097, DRAWS[backend])
     logits = logits_pair(1, vocabulary, device_of(backend), scale=1.5)
     mixed = (0.7 * logits[0] + 0.3 * logits[1]).double().cpu()[0] / options.get("temperature", 1.0)
@@ -54,10 +54,10 @@ def test_every_token_is_drawn_as_often_as_it_should(backend, options) -> None:
 @pytest.mark.parametrize("head", [0, 100_003, 200_000])
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_heavy_tail(backend, head) -> None:
-    """One token and 200,000 that lie 18 nats below it: together they have 0.3 %, and get it, in 4 million draws.
+    """200,000 tokens at 18 nats below the head receive their 0.3 % of 4 million draws.
 
-    The token is a step function of the uniform, and the head's step is known: draws whose uniform falls well inside
-    it are counted without being made, after a sample of them has been; all others are made.
+    The token is a step function of the uniform. Of the draws whose uniform falls well inside the head's known step,
+    only a sample is made and the rest counted as the head; all other draws are made.
     """
     device, vocabulary, count = device_of(backend), 200_001, 4_000_000
     logits = torch.full((1, vocabulary), -18.0, device=device)
@@ -87,7 +87,7 @@ def test_heavy_tail(backend, head) -> None:
 
 @every_backend
 def test_streams_and_steps_are_independent(backend) -> None:
-    """y and y' of one prompt, and neighbouring steps: contingency tables of 8 x 8 equally likely tokens."""
+    """y and y' of one prompt, and neighbouring steps, are independent in 8 x 8 contingency tables."""
     device = device_of(backend)
     rows = INTERPRETED_DRAWS if interpreted(backend) else 40_000
     logits, row_ids = torch.zeros(rows, 8, device=device), torch.arange(rows, device=device)
@@ -103,7 +103,7 @@ def test_streams_and_steps_are_independent(backend) -> None:
 
 @every_rival
 def test_ties_within_rounding_are_rare_and_true_ties(backend) -> None:
-    """The same uniforms give the oracle's token, but for draws whose uniform lies within rounding of a boundary.
+    """The same uniforms give the oracle's tokens, except draws whose uniform lies within rounding of a boundary.
 
     Stated rate: at most 1 in 2,000 with Gaussian logits over 4097 tokens. Each exception is a tie in float64.
     """

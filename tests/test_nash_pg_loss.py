@@ -1,6 +1,6 @@
-"""nash_pg_loss: the oracle, both layouts, both entrances (logits, hidden states), and every refusal.
+"""nash_pg_loss: the oracle, both layouts, both inputs (logits, hidden states), and every refusal.
 
-Whether the estimators are unbiased is asked in test_nash_pg_loss_theory.py.
+test_nash_pg_loss_theory.py tests which KL modes are unbiased.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ every_mode = pytest.mark.parametrize("kl", KL_MODES)
 
 
 def problem(dtype=torch.float32, device=DEVICE, batch=B, length=T):
-    """hidden states, weight, targets, preference, the reference's two. Early ends, a hole, an empty sequence."""
+    """Return hidden, weight, targets (with early ends, a hole, an empty sequence), preference, the reference's two."""
     generator = torch.Generator().manual_seed(11)
 
     def normal(*sizes: int, scale: float = 1.0) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_from_logits(backend, kl, dtype) -> None:
 @every_mode
 @every_backend
 def test_from_hidden_states(backend, kl, dtype, rows) -> None:
-    """Chunks of one row (every sequence walked twice), of two sequences, of all."""
+    """Gradients are right for chunks of one row (every sequence computed twice), of two sequences, and of all."""
     inputs = problem(dtype, device_of(backend))
     result, gradients = from_hidden(backend, inputs, rows, kl=kl, **SETTINGS)
     assert_loss(result.loss, gradients, inputs, kl)
@@ -121,7 +121,7 @@ def assert_loss(loss, gradients, inputs, kl, settings=SETTINGS) -> None:
 
 @every_mode
 def test_the_upstream_gradient_scales_everything(kl) -> None:
-    """A loss scaled for mixed precision, or summed with others, is not a loss with gradient 1."""
+    """Gradients scale with the upstream gradient, as in mixed precision or a sum of losses."""
     inputs = problem()
     for rows in (2, 1000):
         _, one = from_hidden("torch", inputs, rows, scale=1.0, kl=kl, tau=0.2)
@@ -164,7 +164,7 @@ def test_packed_equals_padded(kl) -> None:
 
 @pytest.mark.parametrize("kl", [mode for mode in KL_MODES if mode != "exact"])
 def test_reference_logprobs_replace_the_reference(kl) -> None:
-    """From the rollout: the same loss without the reference's pass; what stands at masked places does not matter."""
+    """Log-probabilities from the rollout give the loss without a reference pass; masked positions are ignored."""
     inputs = problem()
     hidden, weight, targets, preference, *_ = inputs
     full, gradients = from_hidden("torch", inputs, kl=kl, tau=0.3)
@@ -183,7 +183,7 @@ def test_reference_logprobs_replace_the_reference(kl) -> None:
 
 
 def test_whole_sequences_are_not_computed_twice() -> None:
-    """Products: one a chunk for the reference, one for the policy, two for its gradients; a long sequence one more."""
+    """Products per chunk: one for the reference, one for the policy, two for gradients; one more for long sequences."""
     hidden, weight, targets, *rest = problem(device=torch.device("cpu"))
     for rows, runs, again in ((2 * T, 3, 0), (T - 1, 5, 10)):
         with mock.patch.object(chunks, "logits_into", wraps=products.logits_into) as made:
@@ -199,7 +199,7 @@ def test_planning_of_chunks() -> None:
 
 @every_mode
 def test_micro_batches_add_up_to_the_batch(kl) -> None:
-    """Gradient accumulation that averages: each micro-batch divides by the sequences of the whole batch."""
+    """Micro-batches normalized by the whole batch's number of sequences sum to the batch's gradients."""
     inputs = problem()
     _, whole = from_hidden("torch", inputs, kl=kl, tau=0.3)
     parts = []
@@ -302,7 +302,7 @@ def test_compiles_checkpoints_and_runs_backward_twice() -> None:
 
 @pytest.mark.parametrize("kl", ["to_go", "exact"])
 def test_sequences_of_131072_tokens(kl) -> None:
-    """Sums over a long sequence and indices past 16 bits; one sequence longer than any chunk, beside a short one."""
+    """Sums over 131072 tokens and indices past 16 bits are right; the sequence exceeds any chunk."""
     tokens, vocabulary = 131_072, 5
     generator = torch.Generator().manual_seed(0)
     hidden, reference_hidden = (torch.randn(tokens + 3, 2, generator=generator) for _ in range(2))
@@ -335,7 +335,7 @@ def test_sequences_of_131072_tokens(kl) -> None:
 
 @every_mode
 def test_an_advantage_is_preference_less_baseline(kl) -> None:
-    """From logits and from hidden states; and it need not come from a probability."""
+    """Holds from logits and from hidden states, and for advantages that are not from probabilities."""
     hidden, weight, targets, preference, reference_hidden, reference_weight = problem()
     options = {"tau": 0.3, "kl": kl}
     models = {"reference_hidden": reference_hidden, "reference_head": reference_weight}
@@ -353,7 +353,7 @@ def test_an_advantage_is_preference_less_baseline(kl) -> None:
 
 
 def test_the_biased_mode_is_what_trl_computed() -> None:
-    """TRL up to 1.13: tau (log_ratio log pi).sum - (P - 1/2) (log pi).sum, averaged over sequences."""
+    """Equals TRL up to 1.13: tau (log_ratio log pi).sum - (P - 1/2) (log pi).sum, averaged over sequences."""
     preference = problem()[3]
     result, _ = from_hidden("torch", problem(), kl="token", tau=0.3)
     ratio = result.policy_logprobs - result.reference_logprobs

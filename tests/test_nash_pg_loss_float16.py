@@ -13,7 +13,7 @@ from tests.test_nash_pg_loss import by_oracle, problem
 
 
 def test_float16_gradients_do_not_fall_below_what_it_holds() -> None:
-    """p * weight / sequences is far below float16's smallest number for most of a vocabulary."""
+    """Gradients survive where p * weight / sequences is below float16's smallest number for most tokens."""
     inputs = problem(torch.float16)
     settings = {"tau": 0.05, "normalizer": 4096.0}
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
@@ -27,7 +27,7 @@ def test_float16_gradients_do_not_fall_below_what_it_holds() -> None:
 @pytest.mark.parametrize("kl", KL_MODES)
 @pytest.mark.parametrize("chunk_bytes", [None, 700])
 def test_float16_gradients_do_not_overflow_where_plain_ones_do_not(kl, chunk_bytes) -> None:
-    """Weights of 4,000, met after those of other sequences: by a factor of 64 they would be infinite."""
+    """Gradients stay finite for a weight of 4,000 after small ones; scaled by 64 it would overflow."""
     inputs = problem(torch.float16)
     settings = {"tau": 0.3, "baseline": torch.tensor([0.5, 0.1, 0.5, 0.5, 4000.0]), "normalizer": 256.0}
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:2]]
@@ -44,7 +44,7 @@ def test_float16_gradients_do_not_overflow_where_plain_ones_do_not(kl, chunk_byt
 
 
 def test_float16_sums_over_a_chunk_do_not_overflow() -> None:
-    """One token is the target 4,096 times: its row of the head's gradient exceeds float16 before it is divided."""
+    """A token that is the target 4,096 times gets a finite gradient; its sum exceeds float16 before the division."""
     hidden = torch.full((1, 4096, 4), 8.0, dtype=torch.float16)
     weight = torch.zeros(16, 4, dtype=torch.float16, requires_grad=True)
     targets = torch.full((1, 4096), 3)

@@ -17,7 +17,7 @@ TAU = 0.7
 
 
 class TinyLanguage:
-    """All sequences of `length` tokens from a vocabulary of V, a policy and a reference with logits per prefix."""
+    """Enumerate sequences of `length` tokens of V, with a policy and a reference of separate logits per prefix."""
 
     def __init__(self, vocabulary: int, length: int, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ class TinyLanguage:
         return torch.autograd.grad(objective, self.theta)[0]
 
     def samples(self, kl: str, entrance: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The estimate of the gradient from each sequence, (S, prefixes, V), and the sequences' probabilities."""
+        """Return each sequence's gradient estimate, (S, prefixes, V), and the sequences' probabilities."""
         estimates = []
         for s in range(len(self.sequences)):
             logits = self.theta[self.prefix_of[s : s + 1]]
@@ -87,7 +87,7 @@ def test_the_token_mode_is_biased_and_more_so_the_longer_the_response() -> None:
 
 
 def test_variance_falls_from_sequence_to_go_to_exact() -> None:
-    """On average over policies; a single one may reverse the order."""
+    """The order holds for the average over policies; a single policy may reverse it."""
     total = dict.fromkeys(("sequence", "to_go", "exact"), 0.0)
     for seed in range(4):
         language = TinyLanguage(2, 5, seed)

@@ -1,7 +1,7 @@
-"""`torch.ops.nlhf_kernels.*` called directly: what a kernel would read wrongly is refused, by name, before it is read.
+"""`torch.ops.nlhf_kernels.*` called directly: operands that a kernel would misread are refused by name.
 
-Kernels read memory by address. So every operator call that the examples make is made again with one argument at a time
-changed, and must be refused or give what the oracle gives.
+Kernels read memory by address. So every operator call of the examples is repeated with one argument changed at a time,
+and must be refused or equal the oracle.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPERATOR = torch.ops.nlhf_kernels
 
 
 def rearranged_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """By what was changed: the same shape, laid out in memory in another way."""
+    """Return {change: tensor} of the same shape with other memory layouts."""
     if not tensor.ndim:
         return {}
     return {
@@ -35,7 +35,7 @@ def rearranged_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def changed_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Those, and what should be refused: other types and sizes."""
+    """Return {change: tensor}: the rearranged tensors, and other dtypes and sizes, which should be refused."""
     wrong = rearranged_tensors(tensor)
     wrong |= {f"as {dtype}": tensor.to(dtype) for dtype in (torch.float16, torch.float64, torch.int32, torch.bool)}
     wrong["without dimensions"] = tensor.reshape(-1)[:1].reshape(())
@@ -47,19 +47,19 @@ def changed_tensors(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """With its strides, on storage of its own: some operators write into what they are given."""
+    """Copy a tensor with its strides and storage, as some operators write into their arguments."""
     storage = tensor.untyped_storage().clone()
     return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def outcome(function: Any, arguments: list[Any]) -> Any:
-    """Return the operator's result, or the argument that it wrote into; None where it refused."""
+    """Return the operator's result or the argument that it overwrites; None if it refuses."""
     arguments = [copied(value) if isinstance(value, torch.Tensor) else value for value in arguments]
     try:
         result = function(*arguments)
     except (ValueError, TypeError) as error:
         if str(error).partition(":")[0] not in nlhf_kernels.__all__:
-            raise  # it does not say which op
+            raise  # the message does not name the op
         return None
     if result is not None:
         return result
@@ -79,13 +79,13 @@ def assert_refused_or_right(function: Any, call: list[Any], backend: str, what: 
 
 
 def examples(op: str, device: torch.device) -> list[tuple[str, Any, Any]]:
-    """(public function, args, kwargs)."""
+    """Return (public function, args, kwargs) of every example."""
     own = [(op, *make(device)) for make in importlib.import_module(f"tests.test_{op}").EXAMPLES]
     return [*own, ("linear_nash_pg_loss", *_linear_nash(device))] if op == "nash_pg_loss" else own
 
 
 def _linear_nash(device: torch.device) -> tuple[Any, Any]:
-    """Packed sequences; the reference's log-probabilities are given."""
+    """Return a linear_nash_pg_loss call with packed sequences and given reference log-probabilities."""
     hidden = torch.randn(5, 4, device=device, requires_grad=True)
     weight = torch.randn(7, 4, device=device, requires_grad=True)
     arguments = hidden, weight, torch.tensor([1, 6, -100, 0, 3], device=device), torch.tensor([0.2, 0.9], device=device)
@@ -97,7 +97,7 @@ def _linear_nash(device: torch.device) -> tuple[Any, Any]:
 @pytest.mark.parametrize("op", WITH_OPERATORS)
 def test_a_changed_operand_is_refused_or_read_right(op, backend) -> None:
     reasons: list[str] = []
-    few = backend == "triton" and settings.triton_interpret  # slow; and refusals are the operator's, whatever runs
+    few = backend == "triton" and settings.triton_interpret  # slow; refusals do not depend on the backend
     changes = rearranged_tensors if few else changed_tensors
     for public, args, kwargs in examples(op, device_of(backend))[: 1 if few else None]:
         reasons = nlhf_kernels.explain(op, *args, **kwargs).reasons[backend]
@@ -105,7 +105,7 @@ def test_a_changed_operand_is_refused_or_read_right(op, backend) -> None:
         for function, (*operands, _) in calls:
             for index, operand in enumerate(operands):
                 if function is OPERATOR.scaled_gradient.default:
-                    continue  # PyTorch's own operations alone
+                    continue  # implemented by PyTorch operations alone
                 models = operand if isinstance(operand, list) else [operand]
                 for place, part in enumerate(models):
                     for what, changed in (changes(part) if isinstance(part, torch.Tensor) else {}).items():
@@ -242,11 +242,11 @@ def test_the_default_dtype_changes_nothing(op, backend, default_dtype) -> None:
 
 @pytest.mark.parametrize("name", ["_cpu", "_cuda"])
 def test_the_modules_bound_what_they_index(name) -> None:
-    """The numbers are refused before an address is used."""
+    """The native modules refuse sizes out of bounds before they read any address."""
     if reason := capabilities.native_missing(name):
         pytest.skip(reason)
     module, last = capabilities.native(name), (1,) if name == "_cpu" else (0,)  # threads; a stream
-    at = 64  # an address that nothing lies at
+    at = 64  # an invalid address
     model = (at, 0, 5)
     sampler = {
         "models": (model, model), "settings": at, "settings_stride": 0, "filtered": False, "bias": 0, "bias_stride": 0,
@@ -291,7 +291,7 @@ STORAGE = torch.zeros(80)
     ("policy", "reference", "shared"),
     [
         (_stored((4, 1)), _stored((4, 1)), True),
-        (_stored((4, 1)), _stored((4, 1), 8), True),  # a row
+        (_stored((4, 1)), _stored((4, 1), 8), True),  # overlaps by rows
         (_stored((4, 1), 8), _stored((4, 1)), True),
         (_stored((4, 1)), _stored((4, 1), 12), False),  # one after the other
         (_stored((8, 1)), _stored((8, 1), 4), False),  # side by side in each row
@@ -312,7 +312,7 @@ def test_overlap(policy, reference, shared) -> None:
 
 
 def test_logits_that_the_reference_shares_are_not_overwritten() -> None:
-    """A gradient written over a row that a later row reads as the reference's was wrong by 0.1."""
+    """Logits shared with the reference are not overwritten by the gradient (which made it wrong by 0.1)."""
     both = torch.randn(5, 7, requires_grad=True) * 1
     policy, reference, targets = both[:4], both.detach()[1:], torch.tensor([1, 2, 3, 4])
     for options in ({"kl": True}, {"beta": 0.5}, {}):

@@ -15,18 +15,18 @@ from nlhf_kernels.core.registry import ops
 from tests.support.backends import DEVICE
 
 ROOMS = [op.name for op in ops()]
-WITH_OPERATORS = [op.name for op in ops() if len(op.absent) < 3]  # the others are plain PyTorch
+WITH_OPERATORS = [op.name for op in ops() if len(op.absent) < 3]  # the other ops are plain PyTorch
 
 
 def examples(op: str):
-    """The room's own examples: (args, kwargs) pairs from tests/test_<op>.py."""
+    """Return the op's examples: (args, kwargs) pairs from tests/test_<op>.py."""
     module = importlib.import_module(f"tests.test_{op}")
     return [make(DEVICE) for make in module.EXAMPLES]
 
 
 def recorded_operator_calls(op: str, args, kwargs):
-    """The operator calls that the public function makes, for opcheck; the gradient is the affair of the autograd
-    function around an operator, so its tensors come without one."""
+    """Record the operator calls of the public function for opcheck. The gradient belongs to the autograd
+    function around the operator, so the recorded tensors are detached."""
     calls = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -43,7 +43,7 @@ def recorded_operator_calls(op: str, args, kwargs):
 
 
 def backward(result) -> None:
-    """Through every output that asks for it, so that a room's backward operators are called as well."""
+    """Run backward through every output that requires a gradient, to call the op's backward operators."""
     outputs = result if isinstance(result, tuple) else (result,)
     wanting = [out for out in outputs if isinstance(out, torch.Tensor) and out.requires_grad]
     if wanting:
@@ -63,13 +63,13 @@ def test_opcheck(op) -> None:
 def test_compiles_into_one_graph(op) -> None:
     function = getattr(nlhf_kernels, op)
     for args, kwargs in examples(op):
-        torch.compiler.reset()  # one lambda, many functions: each would count as a recompilation of the last
+        torch.compiler.reset()  # the shared lambda would count every op as a recompilation
         compiled = torch.compile(lambda *a, k=kwargs: function(*a, **k), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*args), function(*args, **kwargs))
 
 
 def test_compiled_graph_leaves_the_backend_open() -> None:
-    """The choice is made inside the operator: a graph compiled under one choice honours the next."""
+    """The backend is resolved inside the operator: a compiled graph follows a later change of backend."""
     args = torch.tensor(1, device=DEVICE), torch.arange(3, device=DEVICE), torch.tensor(2, device=DEVICE)
     compiled = torch.compile(nlhf_kernels.row_uniforms, fullgraph=True, backend="aot_eager")
     compiled(*args)
@@ -116,7 +116,7 @@ def _log_sum_exp_backward(inputs: LogSumExpBackwardInputs) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def log_sum_exp():
-    """An operator made with the helper, and its gradient as the rooms write theirs."""
+    """An operator defined with the helper, with a gradient defined as in the ops."""
     operator = torch_op.define(
         "helper_log_sum_exp",
         LogSumExpInputs,

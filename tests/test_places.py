@@ -1,4 +1,4 @@
-"""A folder here or a name on the hub: mistyped folders are said at once, the hub is asked once and not for long."""
+"""Local folders or hub names: mistyped folders fail at once, the hub is queried once with a short timeout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _somewhere(tmp_path, monkeypatch):
 
 
 def answer(monkeypatch, outcome: BaseException | None) -> list[tuple]:
-    """The hub's answer to every question; returns the questions."""
+    """Replace the hub's reply to every query; return the list of queries."""
     asked = []
 
     def ask(self, name, timeout):
@@ -68,7 +68,7 @@ def test_what_looks_like_a_path_is_one(name, message, monkeypatch) -> None:
 
 
 def response(status: int):
-    """An answer as the hub's client wraps it, whichever HTTP library it is built on."""
+    """Return a response as the hub's client wraps it, for either HTTP library."""
     client = importlib.import_module(errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
     return client.Response(status, request=client.Request("GET", "https://huggingface.co"))
 
@@ -112,7 +112,7 @@ def test_missing_packages_are_named_with_their_extra(tmp_path, monkeypatch) -> N
     (tmp_path / "damaged.py").write_text("raise ImportError('libfoo.so: cannot open')")
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ImportError, match=r'^x needs pyyaml: pip install "nlhf-kernels\[train\]"$'):
-        need("needs_yaml", "x")  # yaml is what is missing, not the package that imports it
+        need("needs_yaml", "x")  # the missing package is yaml, not the one that imports it
     with pytest.raises(ImportError, match="x needs damaged, which cannot be imported: libfoo"):
         need("damaged", "x")
     with pytest.raises(ImportError, match=r'x needs pyyaml, nowhere: pip install "nlhf-kernels\[all\]"'):

@@ -84,7 +84,7 @@ def test_lengths_and_normalizer() -> None:
 
 
 def solve(logits_of_loss, actions: int, steps: int = 400) -> torch.Tensor:
-    """The policy that minimises a loss over logits, by L-BFGS in float64."""
+    """Return the policy that minimises a loss over logits, by L-BFGS in float64."""
     logits = torch.zeros(actions, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [logits], max_iter=steps, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
@@ -102,14 +102,14 @@ def solve(logits_of_loss, actions: int, steps: int = 400) -> torch.Tensor:
 
 @pytest.mark.parametrize(("tau", "expected"), [(0.1, 0.9933), (0.5, 0.7311), (1.0, 0.6225), (10.0, 0.5125)])
 def test_ipo_on_two_actions(tau, expected) -> None:
-    """The first always wins, the reference is uniform: pi(y1) = sigmoid(1 / (2 tau))."""
+    """If y1 always wins and the reference is uniform, IPO gives pi(y1) = sigmoid(1 / (2 tau))."""
     policy = solve(lambda ratio: nlhf_kernels.preference_loss(ratio[:1], ratio[1:], tau=tau).loss, 2)
     assert float(policy[0]) == pytest.approx(1 / (1 + math.exp(-1 / (2 * tau))), abs=1e-6)
     assert float(policy[0]) == pytest.approx(expected, abs=6e-5)
 
 
 def test_dpo_on_two_actions_forgets_the_reference() -> None:
-    """Whatever tau: more optimisation takes pi(y1) closer to 1."""
+    """For every tau, further optimisation moves pi(y1) closer to 1."""
     for tau in TAUS:
         logit = torch.zeros((), dtype=torch.float64, requires_grad=True)
         margins = []
@@ -132,7 +132,7 @@ def test_dpo_on_two_actions_forgets_the_reference() -> None:
     ],
 )
 def test_ipo_on_three_actions(tau, expected) -> None:
-    """Data (a, b), (b, c), (a, c): logits 1 / (3 tau) apart from the middle."""
+    """With data (a, b), (b, c), (a, c), neighbouring logits differ by 1 / (3 tau)."""
     won, lost = torch.tensor([0, 1, 0]), torch.tensor([1, 2, 2])
     policy = solve(lambda ratio: nlhf_kernels.preference_loss(ratio[won], ratio[lost], tau=tau).loss, 3)
     assert policy.tolist() == pytest.approx(expected, abs=6e-4)

@@ -1,4 +1,4 @@
-"""What contributors and their tools read says what is so: one version, hooks and workflows that run what there is."""
+"""Project files agree with the repository: one version, hooks and workflows that run existing commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][
 
 
 def test_there_is_one_version() -> None:
-    """It stands in the package; the metadata is read from there, and the citation says the same."""
+    """The metadata reads the version from the package, and the citation file has the same."""
     assert version("nlhf-kernels") == nlhf_kernels.__version__
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == nlhf_kernels.__version__
     assert "\nversion =" not in (ROOT / "pyproject.toml").read_text().partition("[tool.")[0]
@@ -27,7 +27,7 @@ def test_there_is_one_version() -> None:
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook["id"])
 def test_hooks_run(hook) -> None:
-    """On a file of the package that is in order, with the tools of this environment."""
+    """The hooks pass on a correct file of the package, with the tools of this environment."""
     interpreter, *command = shlex.split(hook["entry"])
     assert interpreter == ".venv/bin/python"
     command = [sys.executable, *command, "nlhf_kernels/core/optional.py"]

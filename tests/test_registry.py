@@ -1,4 +1,4 @@
-"""The registry: auto takes the first that can, an explicit backend never falls back, reasons reach the user."""
+"""The registry: auto takes the first usable backend, an explicit one never falls back, errors contain the reasons."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_an_op_must_account_for_all_four_backends() -> None:
 
 
 def test_the_order_follows_measurements_per_problem() -> None:
-    """Of the samplers on a GPU, whose speeds say which is tried first; what cannot run is passed over as ever."""
+    """GPU samplers are tried in the order of their measured speeds; unusable ones are skipped."""
     op = get_op("mixture_sample")
     problem = op.describe(torch.zeros(1, 5)).__class__(torch.device("cuda", 0), (torch.bfloat16,) * 2, 128_256, False)
     for filtered, order in ((False, ("triton", "cuda", "torch")), (True, ("cuda", "triton", "torch"))):
@@ -190,7 +190,7 @@ def test_compiled_architectures_are_held_against_the_gpu(monkeypatch, architectu
 
 
 def built_cuda(architectures: str = "90", driver: int = 13000) -> SimpleNamespace:
-    """What the module `_cuda` says of itself and of the driver."""
+    """Simulate the build and driver information of the module `_cuda`."""
     facts = {"cuda_version": "13.0", "architectures": architectures}
     return SimpleNamespace(build_info=lambda: facts, driver_version=lambda: driver)
 
@@ -217,7 +217,7 @@ def test_the_driver_says_its_version_through_the_module() -> None:
 
 
 def test_a_check_that_fails_is_noted_and_lets_the_op_run(monkeypatch, caplog) -> None:
-    """A module without the function stands for whatever is not foreseen."""
+    """A failing check is logged and the op still runs; a module without the function simulates the failure."""
     monkeypatch.setattr(capabilities, "failed_checks", {})
     monkeypatch.setattr(capabilities, "native", lambda name: SimpleNamespace(build_info=lambda: {"cuda_version": "13"}))
     assert misfit() == ""

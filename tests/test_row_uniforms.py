@@ -80,7 +80,7 @@ def test_simd_levels_agree_to_the_bit(simd_level) -> None:
 
 
 def test_a_row_depends_on_its_own_numbers_only() -> None:
-    """Not on the batch, its order or its size."""
+    """A row's uniform does not depend on the batch, its order or its size."""
     seed, step = torch.tensor(11, device=DEVICE), torch.tensor(4, device=DEVICE)
     row_ids = torch.randperm(1000).to(DEVICE)
     together = nlhf_kernels.row_uniforms(seed, row_ids, step)

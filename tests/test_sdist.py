@@ -1,4 +1,4 @@
-"""The source distribution holds what the repository holds: its tests and documents read files of every kind."""
+"""The source distribution contains every file of the repository, as its tests and documents read them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = {".gitignore"}  # of use to a checkout alone
-MADE = {"PKG-INFO", "setup.cfg"}  # by setuptools
+LEFT_OUT = {".gitignore"}  # used only in a checkout
+MADE = {"PKG-INFO", "setup.cfg"}  # added by setuptools
 
 
 def git_files(*options: str) -> set[str]:
-    """Files of the repository, without those deleted in the working tree."""
+    """Return the repository's files, without those deleted in the working tree."""
     listed = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, text=True, check=True)
     return {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
 

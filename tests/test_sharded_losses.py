@@ -1,4 +1,4 @@
-"""Heads that tensor-parallel processes share: the whole head's numbers and gradients, and few collectives."""
+"""Tensor-parallel heads: values and gradients of the whole head, with few collectives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.processes import collectives
 from tests.support.tolerances import assert_accurate
 
 EVERYTHING = Extra.ENTROPY | Extra.KL | Extra.MIXTURE
-WIDE = 301  # tokens: no number of processes here divides it
+WIDE = 301  # vocabulary size, divisible by no number of processes used here
 
 # ---- in one process: the statistics of slices, merged ----------------------------------------------------------------
 
@@ -44,7 +44,7 @@ def logits_of(kind: str, rows: int, vocabulary: int, generator: torch.Generator)
     if kind == "peaked":
         logits[:, ::7] += 60
     if kind == "forbidden":
-        logits[:, : -(-vocabulary // 2)] = -torch.inf  # the first of two slices holds nothing that can be
+        logits[:, : -(-vocabulary // 2)] = -torch.inf  # the first of two slices holds only forbidden tokens
     if kind == "not a number":
         logits[1, -1] = torch.nan
     return logits
@@ -53,7 +53,7 @@ def logits_of(kind: str, rows: int, vocabulary: int, generator: torch.Generator)
 def slices_of(
     backend: str, logits: list[torch.Tensor], targets: torch.Tensor, beta: torch.Tensor, settings, count: int
 ):
-    """A call of every slice, and the values and normalizers that it gives."""
+    """Return the call of every slice, and its values and normalizers."""
     total = logits[0].shape[1]
     problem = LogprobsProblem(targets.device, (logits[0].dtype,))
     if reasons := get_op("logprobs").why_not(backend, problem):
@@ -71,7 +71,7 @@ def slices_of(
 @pytest.mark.parametrize("count", [2, 7])
 @every_backend
 def test_slices_merge_to_the_whole(backend, count, kind) -> None:
-    """Values, normalizers and, from these, every slice's gradient; the last of seven slices of 19 tokens is empty."""
+    """Merged values, normalizers and slice gradients equal the whole head's, also if the last slice is empty."""
     device = device_of(backend)
     rows, vocabulary = 9, 19 if count == 7 else WIDE
     generator = torch.Generator().manual_seed(1)
@@ -107,7 +107,7 @@ def test_slices_merge_to_the_whole(backend, count, kind) -> None:
 
 
 def test_a_target_beyond_the_vocabulary_is_nan_of_every_slice() -> None:
-    """As on a GPU, where nobody looks at values before they are used."""
+    """Every slice gives NaN, as on a GPU, where values are not validated on the host."""
     targets = torch.tensor([0, 9, 10, -7])
     part = VocabularySlice(None, 1, 2, 10)
     call = SimpleNamespace(targets=targets, part=part)
@@ -120,7 +120,7 @@ def test_a_target_beyond_the_vocabulary_is_nan_of_every_slice() -> None:
 
 
 def test_slices_ask_nothing_of_the_host() -> None:
-    """Nothing on the way waits for the device: no value is read, no list is an index."""
+    """Merging does not synchronize with the device: no value is read, no list is used as an index."""
     meta = torch.device("meta")
     logits = [torch.empty(6, 20, device=meta) for _ in range(2)]
     targets, beta = torch.empty(6, dtype=torch.int64, device=meta), torch.empty(6, device=meta)
@@ -136,7 +136,7 @@ def test_slices_ask_nothing_of_the_host() -> None:
 
 
 def meshes():
-    """All four share a head; or two and two."""
+    """Return a mesh over all four processes, and one over pairs."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return [init_device_mesh("cpu", (4,), mesh_dim_names=("tp",)), _pairs()["tp"]]
@@ -154,7 +154,7 @@ def _pairs():
 
 
 def shared(tensor: torch.Tensor, mesh, dim: int = 0, grad: bool = True):
-    """The tensor as transformers lays out a head: every process holds its rows."""
+    """Shard a tensor by rows over the mesh, as transformers does with a head."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     return distribute_tensor(tensor.detach().clone(), mesh, [Shard(dim)]).requires_grad_(grad)
@@ -175,7 +175,7 @@ def whole(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same(run, leaves: list, sharded: list, dtype: torch.dtype) -> None:
-    """Values and gradients of `run(*leaves)`: with shared heads as with whole ones, judged by float64."""
+    """Compare values and gradients of `run(*leaves)` with sharded and with whole heads, relative to float64."""
 
     def outcome(tensors):
         tensors = [
@@ -220,7 +220,7 @@ def linear_logprobs_is_the_whole_heads() -> None:
 
 
 def the_reference_may_be_laid_out_in_any_way() -> None:
-    """Whole, along the hidden size, or by another mesh: every layout gives the same numbers."""
+    """A reference head that is replicated, split along the hidden size, or on another mesh gives the same results."""
     mesh, pairs = meshes()
     hidden, weight, _, targets, other, other_weight, _ = problem(torch.float32)
     head = shared(weight, mesh)
@@ -237,7 +237,7 @@ def the_reference_may_be_laid_out_in_any_way() -> None:
 
 
 def nash_pg_loss_is_the_whole_heads() -> None:
-    """Every way of KL; runs of several sequences, and sequences that no chunk can hold."""
+    """Holds for every KL mode, for chunks of several sequences, and for sequences longer than a chunk."""
     mesh, pairs = meshes()
     for mode in ("sequence", "to_go", "exact"):
         for dtype, chunk_rows in ((torch.float32, 3), (torch.float32, 13), (torch.bfloat16, 13)):
@@ -292,8 +292,8 @@ def all_processes_get_the_same_bits() -> None:
 
 
 def collectives_are_few() -> None:
-    """linear_logprobs: one a pass over all rows, whatever the chunks, and one for the hidden states' gradient. The
-    loss: one per run of whole sequences, one for the reference, one for the gradient. A frozen trunk asks for none."""
+    """linear_logprobs: one per pass over all rows, however chunked, and one for the hidden states' gradient. The
+    loss: one per run of whole sequences, one for the reference, one for the gradient (none if the trunk is frozen)."""
     mesh, _ = meshes()
     hidden, weight, _, targets, other, other_weight, _ = problem(torch.float32)
     head, reference = shared(weight, mesh), shared(other_weight, mesh, grad=False)

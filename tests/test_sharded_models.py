@@ -1,4 +1,4 @@
-"""Models that transformers shares among processes: the whole model's tokens and gradients, and nothing broadcast."""
+"""Models sharded by transformers: tokens and gradients of the whole model, without broadcasts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _saved: set[Path] = set()
 
 
 def loaded(architecture: str, seed: int, **layout: int) -> Any:
-    """A model as saved by the first process; shared as `layout` says, whole without."""
+    """Load a model saved by the first process, sharded by `layout`, or whole without it."""
     from transformers.distributed import DistributedConfig
 
     folder = Path(sys.argv[1], f"{architecture}-{seed}")
@@ -83,7 +83,7 @@ def size() -> int:
 
 
 def split_layers_give_the_whole_models_tokens() -> None:
-    """97 tokens in slices of 49 and 48; two samples of y and y' for two prompts of two lengths; some end early."""
+    """Tokens agree for a vocabulary of 97 (49 and 48), two samples of y and y' for two prompts, some ending early."""
     from nlhf_kernels.engine import RolloutEngine, nash_md
 
     for architecture in SHARED:
@@ -97,7 +97,7 @@ def split_layers_give_the_whole_models_tokens() -> None:
 
 
 def filters_hooks_and_least_lengths() -> None:
-    """A threshold, and a logits processor, need whole logits; ends that are forbidden are forbidden in every slice."""
+    """Filters and logits processors, which need whole logits, agree; so does min_new_tokens, applied per slice."""
     from nlhf_kernels.engine import RolloutEngine, nash_md
     from nlhf_kernels.engine.hooks import Hooks
     from nlhf_kernels.engine.request import Player
@@ -113,7 +113,7 @@ def filters_hooks_and_least_lengths() -> None:
 
 
 def a_token_costs_its_layers_and_two_collectives_a_draw() -> None:
-    """Nothing is sent for tokens, and logits are not gathered: a model's step is what it takes below its head."""
+    """Per token, only the collectives below the head and two per draw: neither tokens nor logits are communicated."""
     from nlhf_kernels.engine import RolloutEngine, nash_md
 
     policy, reference = pair(tp_size=size())
@@ -146,8 +146,8 @@ def processes_agree_on_a_seed_and_on_prompts() -> None:
 
 
 def an_opponent_of_its_own_and_half_precision() -> None:
-    """Nash-EMA's opponent is a third model, shared alike. In bfloat16 sums differ from the whole model's by rounding,
-    and are the same in all processes: so are the tokens."""
+    """Nash-EMA's opponent, a sharded third model, agrees with the whole model. In bfloat16, sums differ by rounding but
+    tokens agree among processes."""
     from nlhf_kernels.engine import RolloutEngine, nash_ema
 
     shared = [loaded("llama", seed, tp_size=size()) for seed in range(3)]
@@ -179,7 +179,7 @@ def bad_models_are_named() -> None:
 
 
 def stored_in_parts_and_gathered_once() -> None:
-    """Every process has prompts of its own; no step has a collective, and afterwards the parameters lie as before."""
+    """Processes have different prompts; no step has a collective, and the parameters are resharded afterwards."""
     from nlhf_kernels.engine import RolloutEngine, nash_md
 
     rank = torch.distributed.get_rank()
@@ -204,7 +204,7 @@ def stored_in_parts_and_gathered_once() -> None:
 
 
 def stored_in_parts_and_gathered_at_every_step() -> None:
-    """Where all parameters at once do not fit: processes whose rows end at different steps stop together."""
+    """If not all parameters fit at once, processes whose rows end at different steps stop together."""
     from nlhf_kernels.engine import RolloutEngine, nash_md
 
     rank = torch.distributed.get_rank()
@@ -225,7 +225,7 @@ def stored_in_parts_and_gathered_at_every_step() -> None:
 
 
 def losses_over_split_heads_have_the_whole_models_gradients() -> None:
-    """Of every parameter: the loss reads the head's slice, and the embedding where that is the head."""
+    """Gradients of all parameters equal the whole model's, also if the head is tied to the embedding."""
     import nlhf_kernels
     from nlhf_kernels import Head
 
@@ -260,7 +260,7 @@ def losses_over_split_heads_have_the_whole_models_gradients() -> None:
 
 
 def split_by_two_and_stored_by_two() -> None:
-    """Four processes: layers split within each pair, parameters stored across the pairs, which have other prompts."""
+    """Four processes: tensor parallelism within pairs, FSDP across pairs, and different prompts per pair."""
     from nlhf_kernels.engine import RolloutEngine, nash_md
 
     own = batch(seed=torch.distributed.get_rank() // 2)
@@ -279,7 +279,7 @@ def split_by_two_and_stored_by_two() -> None:
 
 
 def split_by_four() -> None:
-    """97 tokens in three slices of 25 and one of 22."""
+    """Tokens agree for a vocabulary of 97 in three slices of 25 and one of 22."""
     from nlhf_kernels.engine import RolloutEngine, nash_md
 
     engine = RolloutEngine(*pair("wide", tp_size=4))

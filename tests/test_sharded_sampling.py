@@ -1,4 +1,4 @@
-"""Draws from logits that tensor-parallel processes share: the same token from the same uniform, and few collectives."""
+"""Sampling from vocabulary-sharded logits: the same token for the same uniform, with few collectives."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.backends import device_of, every_backend
 from tests.support.capture import capturing
 from tests.support.mixture import assert_right, logits_pair, uniforms_for
 
-WIDE = 301  # tokens: no number of processes here divides it
+WIDE = 301  # vocabulary size, divisible by no number of processes used here
 
 # ---- in one process: every slice's part of a draw --------------------------------------------------------------------
 
 
 def drawn(backend: str, count: int, logits, weights, uniforms, bias=None, vocab_size=None, **options) -> MixtureSample:
-    """A draw from `count` slices, as their processes make it; all of them must find the same."""
+    """Draw from `count` slices as separate processes would, and assert that all results agree."""
     device, total = uniforms.device, logits[0].shape[1]
     packed = mixture_settings(weights, device=device, **options).packed
     logprob_mask = (2 << len(logits)) - 1
@@ -59,7 +59,7 @@ def drawn(backend: str, count: int, logits, weights, uniforms, bias=None, vocab_
 @pytest.mark.parametrize("count", [3, 8])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=str)
 def test_draws_of_slices_match_float64(backend, count, dtypes) -> None:
-    """Eight slices of nine tokens: the last three are empty."""
+    """Draws match float64 for several numbers of slices, including empty ones (eight slices of nine tokens)."""
     device = device_of(backend)
     rows, vocabulary = (24, WIDE) if count < 8 else (8, 9)
     policy, other = logits_pair(rows, vocabulary, device, dtypes)
@@ -82,14 +82,14 @@ def test_two_thousand_tokens_are_those_of_the_oracle() -> None:
 
 @every_backend
 def test_settings_per_row_bias_and_padded_heads(backend) -> None:
-    """Greedy rows, ends of beta, forbidden tokens, columns that only pad."""
+    """Draws agree for greedy rows, beta 0 and 1, forbidden tokens, and padding columns."""
     device = device_of(backend)
     policy, other = logits_pair(6, WIDE, device)
     uniforms = uniforms_for(6, device)
     beta = torch.tensor([0.0, 1.0, 0.5, -0.5, 0.3, 0.3], device=device)
     temperature = torch.tensor([1.0, 0.7, 0.0, 1.3, 0.0, 2.0], device=device)
     bias = torch.zeros(WIDE, device=device)
-    bias[:200] = -torch.inf  # no slice but the last of three holds anything that can be
+    bias[:200] = -torch.inf  # only the last of three slices holds allowed tokens
     padding = torch.full_like(policy, torch.nan)
     pair = [torch.cat([model, padding], 1) for model in (policy, other)]
     wide_bias = torch.cat([bias, torch.zeros(WIDE, device=device)])
@@ -116,7 +116,7 @@ def test_a_faulty_row_is_reported_and_alone(backend, fault) -> None:
 
 
 def test_a_log_probability_of_minus_infinity_is_one() -> None:
-    """beta = 0 draws what the reference forbids."""
+    """A token that the reference forbids, drawn at beta = 0, has reference log-probability -inf."""
     policy, other = logits_pair(4, WIDE, torch.device("cpu"))
     other[:] = -torch.inf
     other[:, 0] = 0
@@ -125,7 +125,7 @@ def test_a_log_probability_of_minus_infinity_is_one() -> None:
 
 
 def test_a_draw_asks_nothing_of_the_host() -> None:
-    """A captured graph would refuse a list for an index, or a value that is read."""
+    """A draw uses no list as an index and reads no value, which graph capture would refuse."""
     logits = [torch.empty(6, 12, device="meta") for _ in range(2)]
     packed, uniforms = torch.empty(6, 6, device="meta"), torch.empty(6, dtype=torch.float64, device="meta")
     bias, tokens = torch.empty(12, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
@@ -152,7 +152,7 @@ _meshes: dict = {}
 
 
 def samples_are_the_whole_logits() -> None:
-    """By the counter and by uniforms; every log-probability; on both backends of a CPU."""
+    """Tokens and log-probabilities equal those of whole logits, by counter and by uniforms, on both CPU backends."""
     policy, other = logits_pair(40, WIDE, torch.device("cpu"), (torch.bfloat16, torch.float32))
     counter = {"seed": 5, "row_ids": torch.arange(40) * 3, "step": torch.tensor(2), "stream": 1}
     bias = torch.zeros(WIDE)

@@ -1,4 +1,4 @@
-"""SIGTERM: the update is finished or abandoned, a checkpoint written, the exit code 143; never a finished run."""
+"""SIGTERM: the update is finished or abandoned, a checkpoint written, the exit code 143, the run left unfinished."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_blocks() -> None:
 
 @pytest.mark.parametrize("moment", ["answers", "update", "evaluation"])
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(moment, tmp_path, caplog) -> None:
-    """Also where an evaluation was abandoned: it is made again by none, but what was learned is there."""
+    """A stopped and resumed training equals an uninterrupted one, also after an abandoned evaluation."""
     asked = [0]
 
     def judge(prompts, first, second):

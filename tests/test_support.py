@@ -1,4 +1,4 @@
-"""The judges judged: tolerances, statistics and poison reject what is wrong and pass what is right."""
+"""The test helpers: tolerances, statistics and memory poisoning reject wrong results and pass right ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_chi_square_of_an_impossible_event_is_zero() -> None:
 
 
 def test_chi_square_p_values_are_calibrated() -> None:
-    """Under the truth the p-value is uniform, sparse bins included."""
+    """Under the null hypothesis the p-values are uniform, also with sparse bins."""
     rng = np.random.default_rng(1)
     probabilities = rng.dirichlet(np.ones(200) * 0.2)
     values = [chi_square_p(rng.multinomial(3000, probabilities), probabilities) for _ in range(2000)]

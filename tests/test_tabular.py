@@ -1,4 +1,4 @@
-"""Games, measures and baselines against what is known about them."""
+"""Games, measures and baselines against known results."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_kl_divergence_and_span_of_known_distributions() -> None:
 
 
 def test_exploitability_is_the_best_of_all_responses() -> None:
-    """Against a search over a grid of responses: none does better than the closed form, the best comes close."""
+    """In a grid search over responses, none exceeds the closed form and the best comes close."""
     game = PreferenceGame(tabular.cyclic_game(0.9)[0], torch.tensor([0.2, 0.5, 0.3], dtype=F64), tau=0.3)
     policy = log(0.6, 0.3, 0.1)
     grid = torch.cartesian_prod(*[torch.linspace(1e-6, 1, 101, dtype=F64)] * 2)
@@ -115,7 +115,7 @@ def test_reward_optimal_is_not_preference_optimal() -> None:
     family = shares * torch.tensor([[2 / 3, 1 / 3, 0]], dtype=F64) + (1 - shares) * torch.tensor([[0, 0, 1.0]])
     by_reward = family[(family @ rewards).argmax()]
     torch.testing.assert_close(by_reward, torch.tensor([2 / 3, 1 / 3, 0], dtype=F64))
-    worst = (family @ preference @ family.mT).min(-1).values  # against its worst rival in the family
+    worst = (family @ preference @ family.mT).min(-1).values  # against the worst opponent in the family
     by_preference = family[worst.argmax()]
     torch.testing.assert_close(by_preference, torch.tensor([0, 0, 1.0], dtype=F64))
     assert float(by_preference @ preference @ by_reward) == pytest.approx(50 / 99)
@@ -132,7 +132,7 @@ def test_rlhf_jumps_where_the_equilibrium_moves_smoothly() -> None:
 
 @pytest.mark.parametrize(("tau", "first"), [(0.1, 0.9933), (0.5, 0.7311), (1, 0.6225), (10, 0.5125)])
 def test_ipo_of_one_comparison(tau, first) -> None:
-    """A certain preference: IPO stops at sigmoid(1 / (2 tau)), DPO runs off to 1 for every tau."""
+    """With a deterministic preference, IPO converges to sigmoid(1 / (2 tau)), DPO to 1 for every tau."""
     wins, uniform = torch.tensor([[0, 1], [0, 0]]), log(0.5, 0.5)
     assert tabular.ipo(wins, uniform, tau).exp()[0] == pytest.approx(1 / (1 + math.exp(-1 / (2 * tau))))
     assert tabular.ipo(wins, uniform, tau).exp()[0] == pytest.approx(first, abs=5e-5)

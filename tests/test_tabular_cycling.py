@@ -1,4 +1,4 @@
-"""Preferences that cycle more or less, policies compared at equal KL: exact counts, bounds that nothing may cross."""
+"""Preferences of adjustable cyclicity, policies compared at equal KL: exact counts and bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = 5
 
 
 def tastes(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Qualities and angles of 20 games; the angles are the corners of a regular pentagon in some order."""
+    """Return qualities and angles of 20 games; the angles are a permuted regular pentagon."""
     generator = torch.Generator().manual_seed(seed)
     quality = torch.randn(20, SIZE, generator=generator, dtype=torch.float64)
     order = torch.rand(20, SIZE, generator=generator, dtype=torch.float64).argsort(-1)
@@ -25,7 +25,7 @@ def tastes(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def counted(preference: torch.Tensor) -> float:
-    """The share of cyclic triples of one game, triple by triple."""
+    """Count the share of cyclic triples of one game by enumeration."""
     cyclic = [
         sorted(sum(bool(preference[a, b] > 0.5) for b in triple if b != a) for a in triple) == [1, 1, 1]
         for triple in itertools.combinations(range(len(preference)), 3)
@@ -58,7 +58,7 @@ def test_the_knob_goes_from_one_to_the_other() -> None:
     shares = torch.stack([cyclic_triple_share(game) for game in games])
     assert shares[0].eq(0).all() and shares[-1].eq(0.5).all()
     assert 0 < float(shares[5].mean()) < 0.5
-    gap = quality.sort(-1).values.diff(dim=-1).amin(-1)  # of the two qualities that are closest
+    gap = quality.sort(-1).values.diff(dim=-1).amin(-1)  # between the two closest qualities
     for knob, share in zip(range(11), shares, strict=True):
         assert share[(10 - knob) * gap > knob].eq(0).all(), "qualities that outweigh any circle leave their order"
 
@@ -97,7 +97,7 @@ def test_the_best_within_a_budget_spends_it_and_nobody_within_it_is_better(budge
     best = best_within(values, log_reference, budget)
     top = log_reference.gather(-1, values.argmax(-1, keepdim=True)).squeeze(-1)
     spent = kl_divergence(best, log_reference)
-    torch.testing.assert_close(spent, (-top).clamp(max=budget), rtol=0, atol=1e-3)  # all on the best action costs -top
+    torch.testing.assert_close(spent, (-top).clamp(max=budget), rtol=0, atol=1e-3)  # the best action's KL is -top
     generator = torch.Generator().manual_seed(6)
     others = (log_reference + torch.randn(5000, 20, SIZE, generator=generator, dtype=torch.float64)).log_softmax(-1)
     allowed = kl_divergence(others, log_reference) <= budget
@@ -125,6 +125,6 @@ def test_a_frontier_ends_where_the_budget_does() -> None:
     spent = kl_divergence(at_budget(frontier, log_reference, middle), log_reference)
     torch.testing.assert_close(spent, reached.amax(0).clamp(max=middle), rtol=0, atol=1e-12)
     torch.testing.assert_close(at_budget(frontier, log_reference, 100.0), frontier[-1], rtol=0, atol=1e-12)
-    # along an exponential family the way in between is the family itself
+    # interpolation within an exponential family stays in the family
     torch.testing.assert_close(at_budget(frontier, log_reference, middle),
                                best_within(preference.mean(-1), log_reference, middle), rtol=0, atol=1e-9)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The paper's theory, executed: who converges, how fast, and to what."""
+"""The paper's theory, checked numerically: convergence, rates, and limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ F64 = torch.float64
 
 @pytest.fixture(scope="module")
 def many() -> PreferenceGame:
-    """Two thousand random games of ten actions, with random references."""
+    """Return two thousand random games of ten actions, with random references."""
     generator = torch.Generator().manual_seed(3)
     reference = torch.rand(2000, 10, generator=generator, dtype=F64) + 0.05
     return PreferenceGame(tabular.random_games(2000, 10), reference / reference.sum(-1, keepdim=True), tau=0.5)
@@ -25,7 +25,7 @@ def star(many) -> torch.Tensor:
 
 
 def test_equilibrium_is_the_fixed_point(many, star) -> None:
-    """log pi* = log mu + P(. > pi*) / tau + const, and nobody can gain against it."""
+    """log pi* = log mu + P(. > pi*) / tau + const, and its exploitability is 0."""
     torch.testing.assert_close(tabular.best_response(star, many), star, rtol=0, atol=1e-12)
     assert tabular.exploitability(star, many).abs().max() < 1e-13
     moved = (star + 0.01 * torch.randn(star.shape, dtype=F64)).log_softmax(-1)
@@ -47,7 +47,7 @@ def test_theorem_1_bound_and_recursion(many, star) -> None:
 
 @pytest.mark.parametrize("step", [0.1, 0.3])
 def test_constant_step_reaches_another_equilibrium(many, step) -> None:
-    """The policy does not reach pi*_tau; its mixture reaches the equilibrium of tau / (1 - eta tau)."""
+    """The policy does not converge to pi*_tau; its mixture converges to the equilibrium of tau / (1 - eta tau)."""
     last = solve(many, "nash-md", steps=4000, step=step).log_policy
     b = step * many.tau
     mixture = ((1 - b) * last + b * many.log_reference).log_softmax(-1)
@@ -107,7 +107,7 @@ def test_best_response_to_the_reference_is_what_its_name_says() -> None:
 
 @pytest.mark.parametrize("algorithm", ["nash-md", "omd"])
 def test_sampled_opponents_approach_the_exact_run(algorithm) -> None:
-    """The preference estimated from n samples: noise of order 1 / sqrt(n), and convergence all the same."""
+    """Preferences estimated from n samples have noise of order 1 / sqrt(n); runs with them still converge."""
     game = PreferenceGame(tabular.random_games(200, 5), tau=0.5)
     exact = solve(game, algorithm, steps=30).log_policy
     errors = []

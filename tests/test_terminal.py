@@ -1,4 +1,4 @@
-"""What the terminal shows: texts as they are, at most as wide as it is."""
+"""Terminal output: texts are shown literally and fit the terminal's width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nlhf_kernels"
 
 
 def test_consoles_and_bars_are_made_in_one_place() -> None:
-    """Others would take a name like [/] for markup and fail, or :smile: for a picture."""
+    """Only terminal.py makes consoles and bars, with markup and emoji off: elsewhere a name like [/] would fail."""
     makers = re.compile(r"import .*\b(Console|Progress|TextColumn)\b|from_markup|rich\.print|rich import print")
     found = {path.name for path in PACKAGE.rglob("*.py") if makers.search(path.read_text())}
     assert found - {"trainer.py"} == {"terminal.py"}, "the trainer's Progress is a callback of transformers"

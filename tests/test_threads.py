@@ -1,4 +1,4 @@
-"""The CPU kernels' threads beside other processes and signals: docs/threads.md says what works."""
+"""The CPU kernels' threads with fork, other threads and signals, as documented in docs/threads.md."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_forks_that_work(code) -> None:
 
 @needs_cpu
 def test_ctrl_c_ends_a_long_call() -> None:
-    """It would take a minute: 400 games of 1e9 multiply-adds."""
+    """Ctrl-C interrupts a call that would take a minute (400 games of 1e9 multiply-adds)."""
     cpu = capabilities.native("_cpu")
     games, actions, iterations = 400, 128, 60_000
     tensors = [torch.zeros(games, actions), torch.full((games, actions, actions), 0.5), torch.zeros(games, actions)]
     tau, step_sizes, out = torch.tensor(0.1), torch.full((iterations,), 0.1), torch.empty(games, actions)
     pointers = [tensor.data_ptr() for tensor in tensors]
     interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist workers ignore SIGINT
     try:
         interrupt.start()
         start = time.monotonic()
@@ -100,7 +100,7 @@ def test_ctrl_c_ends_a_long_call() -> None:
 
 @needs_cpu
 def test_other_threads_run_during_a_call() -> None:
-    """The module works without Python's lock."""
+    """The native module releases the GIL during a call."""
     ticks: list[float] = []
     done = threading.Event()
 
@@ -117,13 +117,13 @@ def test_other_threads_run_during_a_call() -> None:
     assert len(ticks) > 3
 
 
-PART = 2**27  # elements of a thread's share of a call, between two looks for signals (csrc/common/binding.h)
+PART = 2**27  # elements per thread between two checks for signals (csrc/common/binding.h)
 
 
 @needs_cpu
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_call_of_several_parts_gives_what_its_rows_give(threads) -> None:
-    """Rows on either side of where the first part ends."""
+    """Rows on both sides of the first part's end equal separate calls."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

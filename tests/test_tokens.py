@@ -1,4 +1,4 @@
-"""End ids from all the forms that models and tokenizers give, and positions that padding does not move."""
+"""End-token ids in every form that models and tokenizers use, and positions independent of padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launch plans: what is chosen and when, sweeps with a clock of their own, the file, and `nlhf-kernels tune`."""
+"""Launch plans: selection, sweeps with a simulated clock, the plan file, and `nlhf-kernels tune`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Plan(NamedTuple):
 
 @pytest.fixture
 def tunable(monkeypatch, tmp_path):
-    """A kernel whose plans are kept in a file of the test."""
+    """Return a kernel whose plans are stored in a temporary file."""
     monkeypatch.setattr(Tunable, "instances", dict(Tunable.instances))
     monkeypatch.setattr(settings, "tuning", str(tmp_path / "cache" / "plans.json"))
     monkeypatch.setattr(tuning, "card_name", lambda device: CARD)
@@ -41,7 +41,7 @@ DEFAULT = Plan(8, 4)
 
 
 def swept(tunable, times, result=lambda plan: torch.zeros(2, dtype=torch.float32)):
-    """A sweep in which a plan takes the time that `times` says (by its tile) and returns `result`."""
+    """Run a sweep in which a plan takes the time in `times` (by tile) and returns `result`."""
 
     def call():
         return result(tunable.plan(GPU, WORKLOAD, DEFAULT))
@@ -151,7 +151,7 @@ def test_off_means_off(tunable, monkeypatch) -> None:
 
 
 def test_every_plan_of_the_rooms_gives_the_same_result() -> None:
-    """In Triton's interpreter, over sizes that no tile divides: what `tune` may choose is right."""
+    """In Triton's interpreter, every plan that `tune` may choose is right at sizes not divisible by any tile."""
     torch.manual_seed(0)
     policy, other = (torch.randn(3, 700, dtype=torch.float32, device="cpu") for _ in range(2))
     draws = {"seed": 1, "row_ids": torch.arange(3, dtype=torch.int64, device="cpu"), "step": 0}
@@ -181,7 +181,7 @@ def test_every_plan_of_the_rooms_gives_the_same_result() -> None:
 
 
 def test_the_command_measures_and_shows(capsys) -> None:
-    """In the interpreter, as far as a run of a second goes; nothing is remembered."""
+    """A dry run of less than a second in the interpreter prints plans in lines of at most 80 columns."""
     assert (
         main(["tune", "--dry-run", "--vocabulary", "64", "--rows", "1", "--dtype", "float32", "--minutes", "0.01"]) == 0
     )
@@ -213,7 +213,7 @@ def test_games_are_two_numbers(capsys) -> None:
 
 
 def test_every_tunable_kernel_is_launched_by_some_operation() -> None:
-    """Of the backends that can run here, and by name for the others."""
+    """Launches are recorded for backends that run here; the others are checked by name."""
     for op, _ in Tunable.instances:
         assert op in {entry.name for entry in ops()}
     sizes = tune.Sizes(64, heads=2, kv_heads=1, head_dim=16)
@@ -226,7 +226,7 @@ def test_every_tunable_kernel_is_launched_by_some_operation() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_tuning_on_a_gpu(tmp_path, monkeypatch, capsys) -> None:
-    """Plans are found, kept and taken by the next call, whose tokens stay the same."""
+    """Plans are found, stored and used by the next call, whose tokens do not change."""
     monkeypatch.setattr(settings, "tuning", str(tmp_path / "plans.json"))
     tuning.tuned_plans.cache_clear()
     logits = torch.randn(8, 32_000, dtype=torch.bfloat16, device="cuda")

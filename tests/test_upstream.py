@@ -1,4 +1,4 @@
-"""Contracts with the libraries below: what `core/upstream.py` asks of them, a test for each name."""
+"""Contracts with upstream libraries: one test for each name in `core/upstream.py`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_uncompiled() -> None:
 
 
 def test_finite_attention_gradients() -> None:
-    """What it switches off comes back, after an exception too. tests/test_gpu_contracts.py shows the cause."""
+    """Settings are restored, also after an exception. tests/test_gpu_contracts.py shows the cause."""
     for enabled in (True, False):
         with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.CUDNN_ATTENTION] if enabled else MATH):
             with pytest.raises(KeyError), finite_attention_gradients():
@@ -59,7 +59,7 @@ def test_finite_attention_gradients() -> None:
 
 
 def test_keep_unsharded() -> None:
-    """Of a group of one process: gathered parameters stay through a forward pass, and then as it was set before."""
+    """In a group of one process, parameters stay gathered through a forward pass; then the old setting is restored."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -86,7 +86,7 @@ def test_keep_unsharded() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cache_argument(architecture) -> None:
-    """The model writes to the Cache that it gets by that name, and gives it back by that name."""
+    """The model updates the Cache passed by that name and returns it by that name."""
     model = tiny_model(architecture)
     name = cache_argument(model.forward)
     assert name in CACHES
@@ -98,7 +98,7 @@ def test_cache_argument(architecture) -> None:
 
 
 def test_a_cache_that_is_no_cache_of_transformers_is_not_taken_for_one() -> None:
-    """XLM's argument `cache` is a dict, in versions that call a Cache otherwise as well as in those that call it so."""
+    """XLM's argument `cache` is a dict in every version, also where other models name their Cache `cache`."""
     config = transformers.XLMConfig(vocab_size=97, emb_dim=32, n_layers=2, n_heads=4, causal=True, pad_token_id=0)
     model = random_model(config, seed=0)
     assert cache_argument(model.forward) is None
@@ -106,7 +106,7 @@ def test_a_cache_that_is_no_cache_of_transformers_is_not_taken_for_one() -> None
 
 
 def test_attention_name() -> None:
-    """A name that is set there, without any check, is the one by which the next forward attends."""
+    """The next forward pass uses the attention of the name set there, without validation."""
     model, ids = tiny_model("llama"), torch.ones(1, 3, dtype=torch.int64)
     assert upstream.names_attention(model.config) and not upstream.names_attention(object())
     assert upstream.attention_name(model.config) == "sdpa"
@@ -132,7 +132,7 @@ def test_experts_name() -> None:
 
 
 def test_hands_attention_over() -> None:
-    """ALiBi's models attend by themselves, and say nothing or no."""
+    """Models with ALiBi compute attention themselves, so the function returns False."""
     assert upstream.hands_attention_over(tiny_model("llama"))
     assert not upstream.hands_attention_over(tiny_model("bloom"))
 
@@ -157,7 +157,7 @@ def test_has_injected_adapter() -> None:
     try:
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
     except ValueError as error:
-        pytest.skip(str(error))  # 5.24 asks for a peft that is newer than the pinned one
+        pytest.skip(str(error))  # transformers 5.24 requires a newer peft than the pinned one
     assert upstream.has_injected_adapter(model)
 
 
@@ -189,7 +189,7 @@ def test_distributed_config_class(monkeypatch) -> None:
 
 
 def test_plain_class() -> None:
-    """FSDP2 makes a subclass of every module's class."""
+    """The function undoes FSDP2's subclassing of a module's class."""
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, "fully_shard"):
         pytest.skip("torch is too old for FSDP2")
@@ -216,7 +216,7 @@ def test_skeleton() -> None:
 
 
 def test_accepting_split_models(tmp_path) -> None:
-    """What Trainer's constructor looks at is as before, once it is done."""
+    """The attributes that Trainer's constructor checks are restored afterwards."""
     accelerate = pytest.importorskip("accelerate")
     if not hasattr(accelerate, "ParallelismConfig"):
         pytest.skip("accelerate is too old for tensor parallelism")
@@ -244,7 +244,7 @@ def test_wandb_of(monkeypatch) -> None:
 
 
 def test_cache_layers() -> None:
-    """What transformers asks of a layer of a cache is there in ours (engine/caches.py)."""
+    """The layers of engine/caches.py have the attributes that transformers requires of cache layers."""
     assert not ProbeLayer.__abstractmethods__
     cache = transformers.Cache(layer_class_to_replicate=ProbeLayer)
     tiny_model("llama")(torch.ones(1, 3, dtype=torch.int64), **{cache_argument(tiny_model("llama").forward): cache})
@@ -255,7 +255,7 @@ def test_cache_layers() -> None:
 
 
 def test_plain_lora_layers() -> None:
-    """Their forward is the sum that engine/lora.py writes for a part of the rows."""
+    """Their forward pass equals the sum that engine/lora.py computes for a part of the rows."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
