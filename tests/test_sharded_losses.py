@@ -203,9 +203,9 @@ def linear_logprobs_is_the_whole_heads() -> None:
                 hidden, weight, bias, *constants = problem(dtype)
 
                 def run(hidden, weight, bias, backend=backend, mesh=mesh, constants=constants):
-                    targets, other, other_weight, beta = constants
+                    targets, reference_hidden, reference_weight, beta = constants
                     exact = hidden.dtype == torch.float64
-                    reference = [constant.to(hidden.dtype) for constant in (other, other_weight)]
+                    reference = [constant.to(hidden.dtype) for constant in (reference_hidden, reference_weight)]
                     if hasattr(weight, "full_tensor"):
                         reference[1] = shared(reference[1], mesh, grad=False)
                     result = nlhf_kernels.linear_logprobs(
@@ -222,16 +222,20 @@ def linear_logprobs_is_the_whole_heads() -> None:
 def the_reference_may_be_laid_out_in_any_way() -> None:
     """A reference head that is replicated, split along the hidden size, or on another mesh gives the same results."""
     mesh, pairs = meshes()
-    hidden, weight, _, targets, other, other_weight, _ = problem(torch.float32)
+    hidden, weight, _, targets, reference_hidden, reference_weight, _ = problem(torch.float32)
     head = shared(weight, mesh)
     options = {"kl": True, "backend": "torch"}
-    expected = nlhf_kernels.linear_logprobs(hidden, weight, targets, other, other_weight, **options)
-    for layout in (other_weight, shared(other_weight, mesh, 1, grad=False), shared(other_weight, pairs, grad=False)):
-        result = nlhf_kernels.linear_logprobs(hidden, head, targets, other, layout, **options)
+    expected = nlhf_kernels.linear_logprobs(hidden, weight, targets, reference_hidden, reference_weight, **options)
+    for layout in (
+        reference_weight,
+        shared(reference_weight, mesh, 1, grad=False),
+        shared(reference_weight, pairs, grad=False),
+    ):
+        result = nlhf_kernels.linear_logprobs(hidden, head, targets, reference_hidden, layout, **options)
         torch.testing.assert_close(result.kl, expected.kl)
         torch.testing.assert_close(result.reference, expected.reference)
     result = nlhf_kernels.linear_logprobs(
-        hidden, weight, targets, other, shared(other_weight, mesh, grad=False), **options
+        hidden, weight, targets, reference_hidden, shared(reference_weight, mesh, grad=False), **options
     )
     assert torch.equal(result.kl, expected.kl), "a whole policy scores with a whole reference"
 
@@ -244,9 +248,9 @@ def nash_pg_loss_is_the_whole_heads() -> None:
             hidden, weight, _, *constants = problem(dtype)
 
             def run(hidden, weight, mode=mode, chunk_rows=chunk_rows, constants=constants):
-                targets, other, other_weight, _ = constants
+                targets, reference_hidden, reference_weight, _ = constants
                 exact = hidden.dtype == torch.float64
-                reference = other.to(hidden.dtype).view(3, 8, -1), other_weight.to(hidden.dtype)
+                reference = reference_hidden.to(hidden.dtype).view(3, 8, -1), reference_weight.to(hidden.dtype)
                 result = nlhf_kernels.linear_nash_pg_loss(
                     hidden.view(3, 8, -1), weight, targets.view(3, 8), torch.tensor([0.9, 0.2, 0.6]), *reference,
                     tau=0.05, kl=mode, entropy=True, chunk_bytes=chunk_rows * WIDE * 4,
@@ -261,11 +265,13 @@ def nash_pg_loss_is_the_whole_heads() -> None:
 
 def preference_loss_is_the_whole_heads() -> None:
     mesh, _ = meshes()
-    hidden, weight, _, targets, other, other_weight, _ = problem(torch.float32)
+    hidden, weight, _, targets, reference_hidden, reference_weight, _ = problem(torch.float32)
 
     def run(hidden, weight):
         exact = hidden.dtype == torch.float64
-        reference = [constant.to(hidden.dtype).detach() for constant in (other.view(4, 6, -1), other_weight)]
+        reference = [
+            constant.to(hidden.dtype).detach() for constant in (reference_hidden.view(4, 6, -1), reference_weight)
+        ]
         return nlhf_kernels.linear_preference_loss(
             hidden.view(4, 6, -1),
             weight,
@@ -295,12 +301,12 @@ def collectives_are_few() -> None:
     """linear_logprobs: one per pass over all rows, however chunked, and one for the hidden states' gradient. The
     loss: one per run of whole sequences, one for the reference, one for the gradient (none if the trunk is frozen)."""
     mesh, _ = meshes()
-    hidden, weight, _, targets, other, other_weight, _ = problem(torch.float32)
-    head, reference = shared(weight, mesh), shared(other_weight, mesh, grad=False)
+    hidden, weight, _, targets, reference_hidden, reference_weight, _ = problem(torch.float32)
+    head, reference = shared(weight, mesh), shared(reference_weight, mesh, grad=False)
     chunk = {"chunk_bytes": 3 * -(-WIDE // 4) * 4}
 
     def score(leaf, **options):
-        result = nlhf_kernels.linear_logprobs(leaf, head, targets, other, reference, **chunk, **options)
+        result = nlhf_kernels.linear_logprobs(leaf, head, targets, reference_hidden, reference, **chunk, **options)
         (result.policy.sum()).backward()
 
     trained = hidden.clone().requires_grad_()
@@ -318,7 +324,7 @@ def collectives_are_few() -> None:
     known = {"reference_logprobs": torch.zeros(6, 4)}
     assert collectives(lambda: loss(100, **known)) == 1 + 1
     assert collectives(lambda: loss(8, **known)) == 3 + 1, "three runs of two sequences (20 of 24 rows are scored)"
-    models = {"reference_hidden": other.view(6, 4, -1), "reference_head": reference}
+    models = {"reference_hidden": reference_hidden.view(6, 4, -1), "reference_head": reference}
     assert collectives(lambda: loss(100, **models)) == 2 + 1
 
 
@@ -345,7 +351,7 @@ def bad_input_is_named() -> None:
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     mesh, pairs = meshes()
-    hidden, weight, bias, targets, other, other_weight, _ = problem(torch.float32)
+    hidden, weight, bias, targets, reference_hidden, reference_weight, _ = problem(torch.float32)
     head = shared(weight, mesh)
     replicated = distribute_tensor(hidden, mesh, [Replicate()])
     _raises("hidden: expected a plain tensor, equal in all processes", replicated, head, targets)
@@ -355,7 +361,7 @@ def bad_input_is_named() -> None:
     _raises("head.bias: expected a DTensor sharded as", hidden, Head(head, shared(bias, pairs)), targets)
     _raises(
         r"reference_head.weight: expected 301 tokens, as head.weight; got \(300, 8\)",
-        hidden, head, targets, other, other_weight[:-1],
+        hidden, head, targets, reference_hidden, reference_weight[:-1],
     )  # fmt: skip
     _raises(r"targets: expected token ids in \[0, 301\)", hidden, head, targets.clamp(min=0) + 300)
 
