@@ -1,6 +1,6 @@
-"""Builds the native modules with CMake: thin on purpose, CMakeLists.txt knows how.
+"""Build the native modules with CMake; CMakeLists.txt holds the build rules.
 
-Each module is built on its own. One that cannot be built is left out with the reason, printed here and kept in
+Each module is built separately. If one cannot be built, it is left out, and the reason is printed here and kept in
 `nlhf_kernels/_native_build.json` for `nlhf-kernels info`; the package then works through PyTorch and Triton.
 """
 
@@ -32,7 +32,7 @@ class CannotBuild(Exception):
 
 
 def find(program: str, *candidates: str | None) -> str:
-    """The first of `candidates` there is, looked for beside this Python first, as in a virtual environment."""
+    """Return the first of `candidates` that exists, looking beside this Python first, as in a virtual environment."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     for candidate in filter(None, candidates):
         if found := shutil.which(candidate, path=path):
@@ -49,7 +49,7 @@ def run(step: str, command: list[str]) -> None:
 
 
 def first_error(output: str) -> str:
-    """The first complaint of a tool's output and the line after it: CMake says what failed on the second."""
+    """Return the first error line of a tool's output and the line after it, where CMake names the failure."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for index, line in enumerate(lines):
         if "error" in line.lower() or "not found" in line.lower():
@@ -65,7 +65,7 @@ class BuildNative(build_ext):
         facts = {}
         for module in ("_cpu", "_cuda"):
             for stale in package.glob(f"{module}.*.so"):
-                stale.unlink()  # never leave a module behind that this source did not make
+                stale.unlink()  # never keep a module built from other sources
             try:
                 self.build_module(module, package)
                 facts[module] = {"built": True}
@@ -80,7 +80,7 @@ class BuildNative(build_ext):
         if module == "_cuda":
             find("nvcc", os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc")
         build = Path(self.build_temp).resolve() / module
-        shutil.rmtree(build, ignore_errors=True)  # a cache from another compiler or Python would be believed
+        shutil.rmtree(build, ignore_errors=True)  # CMake would trust a cache from another compiler or Python
         configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DNLHF_MODULE={module.lstrip('_')}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}"]
         with contextlib.suppress(CannotBuild):  # without ninja, CMake uses make
@@ -89,7 +89,7 @@ class BuildNative(build_ext):
         run(f"compiling {module}", [cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
 
     def get_outputs(self) -> list[str]:
-        return []  # what was built is found by build_lib's contents, not by the extensions' names
+        return []  # built files are found in build_lib, not by the extensions' names
 
 
 modules = [Extension(f"nlhf_kernels.{name}", sources=[], optional=True) for name in ("_cpu", "_cuda")]

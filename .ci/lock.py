@@ -1,15 +1,15 @@
-"""Write .ci/locks/*.txt: what CI and the Makefile install, each package with its version and the hashes of its files.
+"""Write .ci/locks/*.txt: the packages that CI and the Makefile install, with versions and file hashes.
 
-    make lock        runs this, with uv in an environment of its own
+    make lock        runs this script, with uv in a separate environment
 
-constraints.txt says which versions are tested; the locks add what these depend on. They are made for CPython 3.11 on
-Linux x86-64.
+constraints.txt lists the tested versions; the locks add their dependencies. The locks are for CPython 3.11 on Linux
+x86-64.
 
-    torch-cpu.txt    PyTorch's build for the CPU, which the pip of some machines has beside the index
-    torch.txt        elsewhere: PyTorch from the index, and the CUDA libraries that it needs
-    all.txt          what else `make` installs
-    newest.txt       what `make test-newest` adds, but for the newest transformers
-    runtime.txt      what else the package itself needs: for the installation from the sdist
+    torch-cpu.txt    PyTorch's CPU build, for machines whose pip is configured to find it beside the index
+    torch.txt        for all other machines: PyTorch from the index, and the CUDA libraries that it needs
+    all.txt          the other packages that `make` installs
+    newest.txt       the packages that `make test-newest` adds, except the newest transformers
+    runtime.txt      the package's dependencies except PyTorch, for the installation from the sdist
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def resolve(*packages: str) -> Locked:
 
 
 def local_torch(lines: list[str]) -> Locked:
-    """Return the build of torch that this machine's pip prefers to the index's; empty where it prefers none."""
+    """Return the build of torch that this machine's pip prefers to the index's; empty if there is none."""
     pin = lines[0].removesuffix("\\").strip()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
     result = subprocess.run([*command, "--report", "-", pin], check=True, capture_output=True, text=True)

@@ -1,1 +1,1 @@
-"""The benchmarks: one case per op in cases/, the measuring in harness/, the command line in run.py."""
+"""Benchmarks: one case per op in cases/, the measurement code in harness/, the command line in run.py."""

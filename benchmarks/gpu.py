@@ -5,8 +5,8 @@ shapes. Each stage appends its results to the file as it measures them; a second
 machine skips the stages that have finished. The output ends with a table: ours, the best rival, their ratio, the share
 of the floor, the target, and whether it is met.
 
-It runs in the active environment: PyTorch with CUDA, Triton, nvcc, pybind11, pytest and better pytest-xdist. Rivals
-take part where they are installed: flashinfer-python, liger-kernel, cut-cross-entropy, trl==1.13.0.
+It runs in the active environment, which needs PyTorch with CUDA, Triton, nvcc, pybind11, pytest and preferably
+pytest-xdist. Rivals are measured if installed: flashinfer-python, liger-kernel, cut-cross-entropy, trl==1.13.0.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from benchmarks.harness.stages import Outcome, Stage, run_stages
 from benchmarks.harness.timing import summarise
 from benchmarks.targets import HEADLINES, headlines_of, table
 
-CASE, KIND = "gpu", "stage"  # of the rows that say how a stage went
+CASE, KIND = "gpu", "stage"  # of the rows that hold the outcome of a stage
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-WORKERS = 8  # of the tests: more of them compile the same kernels at the same time
+WORKERS = 8  # pytest processes; more would compile the same kernels at the same time
 MAX_LINES = 60
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=-ra")  # without pytest-timeout its option is unknown
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=-ra")  # no --strict-config: pytest-timeout may be absent
 
 
 def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
@@ -78,7 +78,7 @@ def _build(device: torch.device, no_gpu: str) -> Stage:
 
 
 def _tests(count: int | None) -> tuple[str, ...]:
-    """Run the tests marked `gpu`, of the first `count` files (None: of all)."""
+    """Run the tests marked `gpu` of the first `count` files (None: of all files)."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu_*.py"))[:count]
     workers = ("-n", str(WORKERS)) if importlib.util.find_spec("xdist") else ()
     return (*PYTEST, "-m", "gpu", *workers, *files)

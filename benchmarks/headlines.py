@@ -1,6 +1,6 @@
 """The README's speed table, from the result files kept here: `python -m benchmarks.headlines`.
 
-A line is one measured row beside one rival's of the same run. A test holds README.md to what this prints.
+Each line compares one measured row with a rival's row of the same run. A test compares README.md with this output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Headline:
     file: str
     key: RowKey
     rival: str  # an implementation of the same problem
-    name: str  # of the rival, for people
+    name: str  # of the rival, as printed
 
 
 def _cpu(case: str, shape: str, mode: str, implementation: str = "cpu", dtype: str = "float32") -> RowKey:
@@ -63,7 +63,7 @@ HEADLINES = (
 
 
 def table() -> str:
-    """Markdown, with the machine and the commits below."""
+    """Return the table in Markdown, followed by the machine and the commits."""
     files = {name: latest(read_rows(RESULTS / name)) for name in sorted({headline.file for headline in HEADLINES})}
     rows, runs = [], []
     for headline in HEADLINES:

@@ -1,9 +1,9 @@
-"""Rollouts side by side: the engine, the loop one would write by hand, `generate()`, and TRL's way.
+"""Compare rollouts: the engine, a hand-written loop, `generate()`, and TRL's loop.
 
 The harness of `benchmarks.run` is made for ops, with one call and one truth. A rollout is a loop over models, and its
-rivals draw with random numbers of their own; so this runner gates on log-probabilities (against a full forward pass)
-and shares the harness's timing, results and tables. A time is that of all steps, prompts included; no row ends early.
-What the engine needs for prompts and first token, and for each token after it, are rows of their own.
+rivals use different random numbers, so this runner checks log-probabilities against a full forward pass; it shares the
+harness's timing, results and tables. A time covers all steps, prompts included; no row ends early. The engine's times
+for prompts with the first token, and for each later token, are separate rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nlhf_kernels.core.upstream import cache_argument
 
 BETA = 0.3
 SDPA, COMPILED = "engine, sdpa", "engine, compiled"  # without decode_attention; torch.compile for the models' steps
-#: Settings of `fused`: nothing, query/key/value and gate/up as one product, norms and the like as Triton kernels.
+#: Settings of `fused`: nothing; query/key/value and gate/up as one product; norms and similar layers as Triton kernels.
 UNFUSED, PRODUCTS, LAYERS = "engine, unfused", "engine, products", "engine, layers"
 COMPILED_UNFUSED = "engine, compiled, unfused"
 FIRST, STEP = ": the first token", ": a token step"
@@ -50,7 +50,7 @@ SHAPES["headline"] = headline_shapes("rollout", SHAPES["standard"])
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models of random weights, and prompts of one length, of which every second has a quarter padded away."""
+    """Two models with random weights, and prompts of one length; a quarter of every second prompt is padding."""
 
     policy: Any
     reference: Any
@@ -76,7 +76,7 @@ def make(shape: Shape, device: torch.device) -> Pair:
     else:
         config = LlamaConfig(**options)
     torch.manual_seed(7)
-    with torch.device(device):  # drawn where they are needed: the CPU takes minutes for billions of weights
+    with torch.device(device):  # the CPU takes minutes to draw billions of weights
         policy, reference = (AutoModelForCausalLM.from_config(config, dtype=shape.torch_dtype).eval() for _ in range(2))
     ids = torch.randint(3, sizes["vocabulary"], (sizes["prompts"], sizes["prompt"]), device=device)
     mask = torch.ones_like(ids)
@@ -86,7 +86,7 @@ def make(shape: Shape, device: torch.device) -> Pair:
 
 @torch.no_grad()
 def lockstep(pair: Pair, betas: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
-    """What a careful user writes: two DynamicCaches, logits of the last position only, all log-probabilities kept."""
+    """Decode by hand: two DynamicCaches, logits of the last position only, all log-probabilities kept."""
     from transformers import DynamicCache
 
     models = pair.policy, pair.reference
@@ -103,7 +103,7 @@ def lockstep(pair: Pair, betas: torch.Tensor, ids: torch.Tensor, mask: torch.Ten
         log_mix = torch.lerp(log_pi, log_mu, betas[:, None]).log_softmax(-1)
         text = torch.multinomial(log_mix.exp(), 1)
         columns.append([text, *(values.gather(-1, text) for values in (log_pi, log_mu, log_mix))])
-        finished |= text[:, 0] < 0  # no token ends a row here, but a loop has to look
+        finished |= text[:, 0] < 0  # no token ends a row here, but a real loop has to check
         if finished.all():
             break
         mask = torch.cat([mask, mask[:, -1:]], 1)
@@ -127,15 +127,15 @@ def generate(model: Any, pair: Pair) -> None:
 
 
 def generate_per_model(pair: Pair) -> None:
-    """y from the policy and a response from the reference: no mixture, no log-probabilities; the cost of two calls."""
+    """Generate from the policy and from the reference: the cost of two calls, without mixture or log-probabilities."""
     generate(pair.policy, pair)
     generate(pair.reference, pair)
 
 
 @torch.no_grad()
 def trl_way(pair: Pair) -> None:
-    """Transcribed from the cost structure of TRL 1.13's NashMDTrainer: generate() for the policy; for the mixture,
-    use_cache=False in both models, logits and their log-softmax at every position of the prefix, for every token."""
+    """Reproduce the cost structure of TRL 1.13's NashMDTrainer: generate() for the policy; for every mixture token,
+    both models with use_cache=False, and logits and their log-softmax at every position of the prefix."""
     generate(pair.policy, pair)
     text, mask = pair.ids, pair.mask
     for _ in range(pair.new):
@@ -148,7 +148,7 @@ def trl_way(pair: Pair) -> None:
 
 
 def engine_calls(pair: Pair, **options: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """A whole rollout, and one of a single token."""
+    """Return calls of a whole rollout and of one with a single token."""
     from nlhf_kernels import RolloutEngine, RolloutSettings, nash_md
 
     engine = RolloutEngine(pair.policy, pair.reference, **options)
@@ -158,7 +158,7 @@ def engine_calls(pair: Pair, **options: Any) -> tuple[Callable[[], Any], Callabl
 
 @torch.no_grad()
 def largest_error(pair: Pair, result: Any) -> float:
-    """Of the log-probabilities, against one full forward pass without a cache."""
+    """Return the largest error of the log-probabilities against one full forward pass without a cache."""
     errors = []
     for responses in result:
         text = torch.cat([pair.ids, responses.tokens], 1)
@@ -172,8 +172,10 @@ def largest_error(pair: Pair, result: Any) -> float:
 
 
 def floor(pair: Pair, context: RunContext) -> tuple[float, float]:
-    """Bytes of both models' weights, read once in a token step, and the time of that. An embedding table is read whole
-    only where it is the head too."""
+    """Return the bytes of both models' weights, read once per token step, and the time of reading them.
+
+    An embedding table counts only if it is also the head.
+    """
     weights = 0
     for model in (pair.policy, pair.reference):
         head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
@@ -195,10 +197,10 @@ def run_shape(
     device = context.settings.device
     pair = make(shape, device)
     options: dict[str, dict[str, Any]] = {"engine": {}, SDPA: {"attention": "sdpa"}}
-    if device.type == "cuda":  # where "engine" has products and layers fused
+    if device.type == "cuda":  # here "engine" fuses products and layers
         options |= {UNFUSED: {"fused": False}, PRODUCTS: {"fused": "products"}, LAYERS: {"fused": "layers"}}
         options[COMPILED] = {"compile": True}
-        if shape.sizes["width"] < 2048:  # larger models compile for half a minute
+        if shape.sizes["width"] < 2048:  # larger models take half a minute to compile
             options[COMPILED_UNFUSED] = {"compile": True, "fused": False}
     else:
         options[PRODUCTS] = {"fused": "products"}
@@ -243,7 +245,7 @@ def run_shape(
 
 
 def per_step(whole: Timing, first: Timing, steps: int) -> Timing:
-    """What a token after the first costs: the rest of a rollout, divided."""
+    """Return the cost of a token after the first: the rest of the rollout over its number of steps."""
     shorter = {name: (getattr(whole, name) - first.median_us) / steps for name in ("median_us", "p20_us", "p80_us")}
     return replace(whole, **shorter)
 

@@ -81,7 +81,7 @@ def print_cases(cases: Sequence[Case], console: Console) -> int:
 
 
 def run_jobs(jobs: Sequence[Job], context: RunContext, out: Path | None, console: Console) -> list[ResultRow]:
-    """Every job's rows; each job's are written as soon as they are there, so that an interrupted run is not lost."""
+    """Return every job's rows, written after each job, so that an interrupted run is not lost."""
     rows: list[ResultRow] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -92,7 +92,7 @@ def run_jobs(jobs: Sequence[Job], context: RunContext, out: Path | None, console
 
             def show(mode: str, job: Job = job) -> None:
                 nonlocal started
-                progress.update(task, advance=min(started, 1))  # the mode before this one is done
+                progress.update(task, advance=min(started, 1))  # the previous mode is done
                 started += 1
                 progress.update(task, description=f"{job.case.name} {job.shape.label} {job.shape.dtype} {mode}")
 
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=LOG_WIDTH)  # rich takes 80 columns for a pipe, which would cut the tables
+        console = Console(width=LOG_WIDTH)  # rich assumes 80 columns for a pipe and would cut the tables
     if arguments.fail_above < 1.0:
         parser.error(f"--fail-above: expected a ratio of at least 1, got {arguments.fail_above}")
     if arguments.resume and arguments.out is None:

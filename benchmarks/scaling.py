@@ -1,10 +1,11 @@
-"""One update of training by 1, 2, 4, ... processes, in every layout: data parallel, FSDP2, tensor parallel, both.
+"""Time a training update on 1, 2, 4, ... processes in every layout: data parallel, FSDP2, tensor parallel, both.
 
-Strong scaling: all layouts train on the same prompts, so their first update has the loss of one process's, which is the
-gate; the speed-up is over one process, the efficiency is it over the number of processes. On GPUs a process has one of
-its own. On a CPU processes share cores and gloo copies through memory: a smoke test of the layouts, no claim.
+This measures strong scaling: all layouts train on the same prompts, so the loss of their first update must equal that
+of one process. The speed-up is over one process; the efficiency is the speed-up over the number of processes. On GPUs
+each process has its own. On a CPU the processes share cores and gloo copies through memory, so that times only serve
+as a smoke test of the layouts.
 
-Every layout is a launch by itself; one that dies costs its own row, and the row says why.
+Every layout is a separate launch; a launch that fails affects its own row alone, which holds the reason.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ SHAPES = {
 
 
 class Layout(NamedTuple):
-    """Tensor parallel by FSDP2 by replicas; neither of the first two and several replicas is data parallel."""
+    """Tensor parallel by FSDP2 by replicas; several replicas alone are data parallel."""
 
     tp_size: int = 1
     fsdp_size: int = 1
@@ -60,7 +61,7 @@ class Layout(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """The data-parallel groups, which read different prompts."""
+        """Return the number of data-parallel groups, which read different prompts."""
         return self.fsdp_size * self.dp_replicate_size
 
     def __str__(self) -> str:
@@ -69,7 +70,7 @@ class Layout(NamedTuple):
 
 
 def layouts_of(processes: int) -> list[Layout]:
-    """The layouts of so many processes: each way alone, and tensor parallelism by two with FSDP2."""
+    """Return the layouts of a number of processes: each kind alone, and tensor parallelism of 2 with FSDP2."""
     if processes == 1:
         return [Layout()]
     layouts = [Layout(dp_replicate_size=processes), Layout(fsdp_size=processes), Layout(tp_size=processes)]
@@ -96,7 +97,7 @@ def save_model(shape: Shape, folder: Path) -> None:
 
 
 def work(folder: str, job: str) -> None:
-    """Make a few updates and write their seconds, the first one's loss and the peak memory to FOLDER/result.json."""
+    """Run a few updates and write their seconds, the first one's loss and the peak memory to FOLDER/result.json."""
     from transformers import AutoModelForCausalLM, TrainerCallback
 
     from nlhf_kernels.core.processes import leave_process_group
@@ -153,7 +154,7 @@ def work(folder: str, job: str) -> None:
 
 
 class Outcome(NamedTuple):
-    """What a launch gave; a reason where it gave nothing."""
+    """The result of a launch, or the reason why there is none."""
 
     timing: Timing | None = None
     first: Sequence[float] = ()  # loss and gradient norm of the first update
@@ -162,7 +163,7 @@ class Outcome(NamedTuple):
 
 
 def launch(layout: Layout, shape: Shape, context: RunContext, updates: int, folder: Path) -> Outcome:
-    """Train in a layout. The first update, in which buffers are made, is not timed."""
+    """Train in a layout. The first update, which allocates buffers, is not timed."""
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     device = context.settings.device.type

@@ -1,7 +1,7 @@
-"""What is to be reached on a GPU: the rows that matter most, with a target where one is set, and the table of them.
+"""Performance targets on a GPU: the headline rows, with a target where one is set, and the table of them.
 
-Targets in microseconds are an H200's, whose memory copies 4.27 TB/s; on a card of another bandwidth those that the
-bandwidth bounds are scaled by what this card was measured to copy. Ratios hold on every card.
+Targets in microseconds are for an H200, whose copy bandwidth is 4.27 TB/s; on another card those bound by bandwidth are
+scaled by its measured copy bandwidth. Ratios hold on every card.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Target:
-    """`kind` us: at most `value` microseconds. times: at most `value` times the row called `of`. faster: at least
-    `value` times as fast as the best rival. floor: at least `value` percent of the floor. memory: at most `value` times
-    the best rival's peak."""
+    """A target of one of these kinds.
+
+    us      at most `value` microseconds
+    times   at most `value` times the row called `of`
+    faster  at least `value` times as fast as the best rival
+    floor   at least `value` percent of the floor
+    memory  at most `value` times the best rival's peak
+    """
 
     kind: str
     value: float
@@ -37,7 +42,7 @@ class Headline:
     dtype: str
     mode: str
     target: Target | None = None
-    ours: str = ""  # the end of our implementation's name; "": what `auto` takes
+    ours: str = ""  # the end of our implementation's name; "": the one `auto` selects
 
 
 def _us(value: float) -> Target:
@@ -127,7 +132,7 @@ HEADLINES = (
 
 
 def headline_modes() -> ModesByShape:
-    """What the preset headline measures: (case, shape, dtype) -> modes."""
+    """Return what the preset headline measures: (case, shape, dtype) -> modes."""
     modes: dict[tuple[str, str, str], tuple[str, ...]] = {}
     for each in HEADLINES:
         key = (each.case, each.shape, each.dtype)
@@ -136,18 +141,18 @@ def headline_modes() -> ModesByShape:
 
 
 def headline_shapes(case: str, shapes: Iterable[Shape]) -> list[Shape]:
-    """Of a benchmark that is no case: those of its shapes that are named here."""
+    """Return those shapes of a benchmark other than the ops' cases that the headlines name."""
     return [shape for shape in shapes if (case, *shape.identity) in headline_modes()]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A headline as it was measured: our row, the rivals' of the same run."""
+    """A measured headline: the library's row and the rivals' rows of the same run."""
 
     headline: Headline
     ours: ResultRow | None
     rival: ResultRow | None  # the fastest
-    other: ResultRow | None  # a backend of ours that was faster than what `auto` takes
+    other: ResultRow | None  # a backend of ours that was faster than the one `auto` selects
 
     @property
     def speedup(self) -> float | None:
@@ -155,7 +160,7 @@ class Line:
 
 
 def line_of(headline: Headline, rows: Sequence[ResultRow]) -> Line:
-    """From the latest run that has a time of ours; rivals of another run say nothing about this one."""
+    """Make the line from the latest run with a time of the library, and from rivals of that run alone."""
     same = [
         row for row in rows
         if (row.key.case, row.key.shape, row.key.dtype, row.key.mode)
@@ -186,7 +191,7 @@ def _median(row: ResultRow | None) -> float:
 
 
 def verdict_of(line: Line, lines: Mapping[str, Line]) -> tuple[str, bool | None]:
-    """The target as text, and whether it is met; None where that cannot be said."""
+    """Return the target as text, and whether it is met; None if that is unknown."""
     target, ours = line.headline.target, line.ours
     if target is None:
         return MISSING, None
@@ -209,7 +214,7 @@ def verdict_of(line: Line, lines: Mapping[str, Line]) -> tuple[str, bool | None]
 
 
 def _bandwidth_scale(row: ResultRow) -> float:
-    """How much longer than an H200 this card takes for the same bytes; 1 for what products or the host bound."""
+    """Return this card's time over an H200's for the same bytes; 1 for rows bound by matrix products or the host."""
     if row.key.mode == "overhead":
         return 1.0
     bound = row.floor.bound_by if row.floor is not None else "bandwidth"
@@ -217,7 +222,7 @@ def _bandwidth_scale(row: ResultRow) -> float:
 
 
 def headlines_of(rows: Sequence[ResultRow], preset: str) -> list[Headline]:
-    """Of a preset that has none: each row of what `auto` takes, without a target."""
+    """Make headlines for a preset that has none: each row of a backend that `auto` selects, without a target."""
     keys = dict.fromkeys(row.key for row in rows if row.chosen and row.run.preset == preset)
     return [
         Headline(f"{key.case} {key.mode} {key.dtype} {key.shape}", key.case, key.shape, key.dtype, key.mode)
@@ -226,7 +231,7 @@ def headlines_of(rows: Sequence[ResultRow], preset: str) -> list[Headline]:
 
 
 def table(rows: Sequence[ResultRow], headlines: Iterable[Headline] = HEADLINES) -> list[str]:
-    """A line for each headline: name, ours, best rival, ratio, share of the floor, target, met or not."""
+    """Return a line per headline: name, ours, best rival, ratio, share of the floor, target, whether it is met."""
     lines = {each.name: line_of(each, rows) for each in headlines}
     columns = [("what", "ours", "best rival", "ratio", "floor", "target", "met")]
     columns += [_cells(line, *verdict_of(line, lines)) for line in lines.values()]
@@ -260,5 +265,5 @@ _WIDTHS = (42, 24, 26, 7, 7, 12)
 
 
 def _aligned(cells: Sequence[str]) -> str:
-    """In 140 columns; what does not fit is cut."""
+    """Align the cells in 140 columns; cut what does not fit."""
     return " ".join([*(cell[:width].ljust(width) for cell, width in zip(cells, _WIDTHS, strict=False)), cells[-1]])

@@ -1,12 +1,13 @@
-"""One update of training, side by side: NashTrainer, the same trainer on the PyTorch oracle, TRL 1.13.0.
+"""Compare training updates: NashTrainer, the same trainer on the PyTorch oracle, TRL 1.13.0.
 
-An update is everything from a batch of prompts to moved weights: answers of both players, judgements, loss, gradients,
-optimizer. Models, prompts, lengths and optimizer are the same; bfloat16 is autocast around float32 weights, as it is by
-default in TRL. Judge and reward cost nothing. TRL keeps its other defaults, gradient checkpointing among them.
+An update covers everything from a batch of prompts to new weights: responses of policy and opponent, judge scores,
+loss, gradients, optimizer. Models, prompts, lengths and optimizer are the same; bfloat16 is autocast around float32
+weights, as is TRL's default. Judge and reward cost nothing. TRL keeps its other defaults, such as gradient
+checkpointing.
 
-Rivals have a process each, so one that dies costs its own row, and take turns, update by update. Gates: the gradient of
-our update equals that of plain PyTorch on the same answers, and all weights are finite in the end. The speed-up is over
-TRL. Phases are rows of their own.
+Each rival runs in a separate process, so that a crash affects its own row alone; updates of the rivals alternate. Two
+checks: the gradient of our update equals that of plain PyTorch on the same responses, and all weights are finite at the
+end. The speed-up is over TRL. Phases are separate rows.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SHAPES["headline"] = headline_shapes("train_step", SHAPES["standard"])
 
 @dataclass
 class Rival:
-    """A trainer whose updates are made one at a time, so that rivals can take turns."""
+    """A trainer whose updates are run one at a time, so that those of the rivals can alternate."""
 
     trainer: Any
     batch: Any
@@ -60,7 +61,7 @@ class Rival:
     history: dict[str, list[float]] = field(default_factory=dict)  # seconds by phase, of every update
 
     def update(self) -> None:
-        """Make one update, as transformers' loop does around `training_step`."""
+        """Run one update, as transformers' loop does around `training_step`."""
         trainer = self.trainer
         inputs, items = trainer.get_batch_samples(iter([self.batch]), 1, trainer.args.device)
         for each in inputs:
@@ -88,7 +89,7 @@ class Rival:
             self.history.setdefault(name, []).append(seconds)
 
     def finished(self, updates: int) -> dict[str, list[float]]:
-        """Return the seconds of the phases of the last updates; raise where weights are not finite."""
+        """Return the seconds of the phases of the last updates; raise if weights are not finite."""
         wrong = [name for name, value in self.trainer.model.named_parameters() if not bool(value.isfinite().all())]
         if wrong:
             raise FloatingPointError(f"after {self.trainer.state.global_step} updates {wrong[0]} is not finite")
@@ -114,7 +115,7 @@ def make_model(shape: Shape) -> Any:
 
 
 def make_tokenizer(vocabulary: int) -> Any:
-    """A word a token."""
+    """Make a tokenizer with one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -125,7 +126,7 @@ def make_tokenizer(vocabulary: int) -> Any:
 
 
 def make_prompts(shape: Shape) -> list[str]:
-    """Every second one is a quarter shorter."""
+    """Make the prompts; every second one is a quarter shorter."""
     count, longest, words = (int(shape.sizes[name]) for name in ("prompts", "prompt", "vocabulary"))
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(2, words, (count, longest), generator=generator).tolist()
@@ -135,7 +136,7 @@ def make_prompts(shape: Shape) -> list[str]:
 
 
 def options_for(shape: Shape, device: torch.device) -> dict[str, Any]:
-    """What both trainers are told."""
+    """Return the options of both trainers."""
     return {
         "per_device_train_batch_size": int(shape.sizes["prompts"]), "learning_rate": 1e-6, "max_steps": 1,
         "lr_scheduler_type": "constant", "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
@@ -159,7 +160,7 @@ def nash_rival(folder: str, shape: Shape, device: torch.device, backend: str | N
         train_dataset=[{"prompt": text} for text in prompts],
         processing_class=make_tokenizer(int(shape.sizes["vocabulary"])),
     )
-    trainer.train()  # an update: optimizer and buffers are there
+    trainer.train()  # one update creates optimizer state and buffers
 
     def phases() -> dict[str, float]:
         seconds = dict(trainer.timer.seconds)
@@ -181,7 +182,7 @@ def trl_rival(folder: str, shape: Shape, device: torch.device) -> Rival:
 
 
 def gradient_error(rival: Rival) -> float:
-    """Of an update, against autograd through plain log-softmax on the answers it was made for."""
+    """Return an update's relative gradient error against autograd through plain log-softmax on the same responses."""
     trainer = rival.trainer
     inputs, items = trainer.get_batch_samples(iter([rival.batch]), 1, trainer.args.device)
     trainer.training_step(trainer.model_wrapped, inputs[0], items)
@@ -198,7 +199,7 @@ def gradient_error(rival: Rival) -> float:
     logprobs = logits[:, -width - 1 : -1].float().log_softmax(-1)
     target_logprobs = logprobs.gather(-1, experience.targets.clamp(min=0)[..., None])[..., 0] * counts
     ratio = (target_logprobs.detach() - experience.reference_logprobs) * counts
-    price = ratio.flip(1).cumsum(1).flip(1)  # of this token and the later ones
+    price = ratio.flip(1).cumsum(1).flip(1)  # log-ratio of this token and the later ones
     weight = experience.advantage.to(price)[:, None] - TAU * price
     (-(weight * target_logprobs).sum() / experience.pairs).backward()
     wrong = sum(float((result[name] - value.grad).double().square().sum()) for name, value in parameters.items())
@@ -217,7 +218,7 @@ RIVALS = tuple(name for name in MAKERS if name != OURS)
 
 @dataclass
 class Entry:
-    """A rival in its process, and what is found out about it."""
+    """A rival in its process, and its results."""
 
     name: str
     process: Remote
@@ -229,7 +230,7 @@ class Entry:
     peak: int | None = None
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What it returns; None where the rival is out, or is out by this."""
+        """Call `function` and return its result; None if the rival has failed, now or earlier."""
         try:
             return function(*arguments) if self.status == "ok" else None
         except RemoteError as error:
@@ -278,7 +279,7 @@ def _time(entries: Sequence[Entry], plan: TimingPlan) -> None:
     actions = {
         entry.name: Action(lambda: None, lambda _, process=entry.process: process.call("run")) for entry in entries
     }
-    timings = time_calls(actions, torch.device("cpu"), plan)  # an update ends when its device has
+    timings = time_calls(actions, torch.device("cpu"), plan)  # each update synchronises its own device
     for entry in entries:
         timing = timings[entry.name]
         if isinstance(timing, Exception):

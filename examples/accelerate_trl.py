@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_reward_model(name: str | None) -> Any:
-    """A sequence classifier, which is what TRL's trainer takes; without a name one of random weights."""
+    """Load a sequence classifier, as TRL's trainer requires; without a name, make one with random weights."""
     if name is not None:
         return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
     config = load_model(None, seed=2).config
@@ -38,7 +38,7 @@ def load_reward_model(name: str | None) -> Any:
 
 def main() -> None:
     arguments = parse_arguments()
-    acceleration = accelerate_trl()  # first, as it says what is missing where TRL cannot be imported
+    acceleration = accelerate_trl()  # first: it reports what is missing if TRL cannot be imported
     from datasets import Dataset
     from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
 

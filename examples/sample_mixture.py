@@ -1,4 +1,4 @@
-"""Sample from pi^(1 - beta) mu^beta, Nash-MD's opponent, for several beta: transformers' generate(), one argument more.
+"""Sample from Nash-MD's opponent pi^(1 - beta) mu^beta for several beta, by one more argument of generate().
 
 python examples/sample_mixture.py --policy runs/tldr/policy --reference Qwen/Qwen2.5-0.5B --prompt "TL;DR:"
 """

@@ -1,4 +1,4 @@
-"""Models by name, or a tiny Llama of random weights that reads bytes: what the examples run on as they stand."""
+"""Load models by name, or make a tiny byte-level Llama with random weights, the default of the examples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, Lla
 
 
 def load_model(name: str | None, seed: int = 0) -> Any:
-    """A causal language model from a folder or the hub; without a name the tiny one, its weights drawn from `seed`."""
+    """Load a causal language model from a folder or the hub; without a name, make the tiny one from `seed`."""
     if name is not None:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # small steps vanish in bfloat16
     torch.manual_seed(seed)
@@ -19,7 +19,7 @@ def load_model(name: str | None, seed: int = 0) -> Any:
 
 
 def load_tokenizer(name: str | None) -> Any:
-    """The model's own, padded on the left as decoding needs it; without a name ByT5's, which needs no files."""
+    """Load the model's tokenizer with left padding, as decoding requires; without a name ByT5's, which has no files."""
     tokenizer = ByT5Tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

@@ -1,6 +1,6 @@
-"""From human votes on summaries to a Nash-MD policy: a preference model first, then the policy against it.
+"""Train a preference model on human votes on summaries, then a Nash-MD policy against that model.
 
-As it stands, a tiny model and a handful of pairs show the way in seconds and teach nothing. The real thing:
+The defaults, a tiny model and a handful of pairs, run in seconds as a demonstration only. A real run:
 
     python examples/train_tldr.py --model Qwen/Qwen2.5-0.5B --pairs trl-lib/tldr-preference --output runs/tldr \\
         --judge-steps 2000 --steps 1000 --batch-size 16 --max-new-tokens 64 --learning-rate 1e-6
@@ -60,7 +60,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model)
     train, test = split_by_prompt(load_pairs(arguments.pairs or PAIRS, tokenizer), fraction=0.25, seed=0)
 
-    # 1. P(y > y' | x) from the votes, measured on prompts it has not seen.
+    # 1. Learn P(y > y' | x) from the votes; evaluate it on held-out prompts.
     preference = PairwisePreferenceModel(load_model(arguments.model, seed=1), tokenizer).to(device)
     settings = PreferenceTraining(steps=arguments.judge_steps, batch_size=8, learning_rate=arguments.learning_rate)
     train_preference_model(preference, train, settings)
@@ -69,7 +69,7 @@ def main() -> None:
     print(f"preference model: accuracy {quality.accuracy:.2f}, log loss {quality.log_loss:.3f} (0.693 knows nothing)")
     save_preference_model(preference, output / "judge")
 
-    # 2. The policy plays its geometric mixture with the reference, which is the policy as it starts.
+    # 2. Train the policy against its geometric mixture with the reference, which is the initial policy.
     args = NashConfig(
         str(output / "nash-md"),
         algorithm="nash-md",

@@ -1,4 +1,4 @@
-"""Set before anything imports triton: without a GPU, Triton kernels run in its interpreter."""
+"""Select Triton's interpreter on a machine without a GPU, before anything imports triton; shared fixtures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _fixed_seed() -> None:
 
 @pytest.fixture
 def simd_level(request: pytest.FixtureRequest):
-    """Run the CPU kernels at one instruction set (indirect parameter), or skip where this machine lacks it."""
+    """Run the CPU kernels at one instruction set (indirect parameter), or skip if this machine lacks it."""
     from nlhf_kernels.core import capabilities, settings
 
     if reason := capabilities.native_missing("_cpu"):

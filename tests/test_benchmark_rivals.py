@@ -1,4 +1,4 @@
-"""What the cases of the linear ops ask of the harness: rivals from elsewhere, variants, blocked truths, growth."""
+"""The harness's features for the linear ops: third-party rivals, variants, blocked truths, growth."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_variants_stand_beside_backends_that_run(monkeypatch) -> None:
 
 
 def test_gradients_flow_where_the_truth_lets_them() -> None:
-    """The implementation differentiates two outputs, the truth one: upstream goes to that one alone."""
+    """Only outputs differentiable in the truth get upstream gradients, even if the implementation has more."""
 
     def truth(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return x.detach().exp(), x.square()
@@ -85,7 +85,7 @@ def test_errors_of_large_tensors_are_found_block_by_block(monkeypatch) -> None:
 
 
 def test_blocked_truths_are_the_plain_forms(monkeypatch) -> None:
-    """Values and gradients, with blocks that cut through a sequence; also where only one model is given."""
+    """Values and gradients are equal, with blocks that split a sequence, and with only one model given."""
     inputs = models.make_models(SHAPE, CPU, generator())
     double = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
     monkeypatch.setattr(scores, "TRUTH_BLOCK", 8 * 50 * 5)

@@ -1,4 +1,4 @@
-"""`benchmarks.gpu`: shares of time, processes of their own, going on where a run stopped, and the table at the end."""
+"""`benchmarks.gpu`: shares of time, separate processes, resuming an interrupted run, and the final table."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def test_without_time_nothing_is_started(tmp_path) -> None:
     assert outcomes["late"].reasons[0].endswith("no time left")
 
 
-# ---- going on --------------------------------------------------------------------------------------------------------
+# ---- resuming --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def committed(monkeypatch) -> dict[str, tuple]:
-    """The sources' state, to be set: a commit, and whether the tree differs."""
+    """Replace the source state by a settable one: a commit, and whether the tree differs."""
     state = {"is": ("c0ffee1", False)}
     monkeypatch.setattr(runner, "source_state", lambda: state["is"])
     return state
@@ -238,11 +238,11 @@ def test_the_end_fits_sixty_lines(tmp_path) -> None:
     assert len(gpu.closing_lines(many, ends, replace(facts, preset="tiny"), tmp_path / "log")) == gpu.MAX_LINES
 
 
-# ---- the whole -------------------------------------------------------------------------------------------------------
+# ---- all stages ------------------------------------------------------------------------------------------------------
 
 
 def test_all_of_it_runs_tiny_on_a_cpu(tmp_path) -> None:
-    """The commands are the GPU's but for the preset; half a minute, for each is a process of its own."""
+    """No stage fails on the preset tiny; the test takes half a minute, since each command is a separate process."""
     out = tmp_path / "rows.jsonl"
     command = [sys.executable, "-m", "benchmarks.gpu", "--preset", "tiny", "--device", "cpu", "--out", str(out)]
     command += ["--minutes", "9", "--commit", "c0ffee1"]
@@ -287,7 +287,7 @@ def test_a_missing_gpu_is_said(capsys) -> None:
 
 
 def test_stages_are_no_part_of_a_comparison(tmp_path, capsys) -> None:
-    """One that took longer is no kernel that got slower."""
+    """A stage that took longer is not reported as a slower row."""
     stage = gpu.stage_row(stages.Stage("tests", 1), stages.Outcome("ok", 1.0), FACTS, torch.device("cpu"))
     slower = replace(stage, timing=replace(stage.timing, median_us=9e9))
     paths = [tmp_path / "old.jsonl", tmp_path / "new.jsonl"]

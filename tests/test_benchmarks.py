@@ -35,7 +35,7 @@ def wrong(x: torch.Tensor) -> torch.Tensor:
 
 
 def wrong_gradient(x: torch.Tensor) -> torch.Tensor:
-    """Right going forward; its gradient is 0.1 % off."""
+    """Return the right result with a gradient that is 0.1 % off."""
     y = torch.softmax(x, -1)
     return y.detach() + 1.001 * (y - y.detach())
 

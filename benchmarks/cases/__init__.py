@@ -1,4 +1,4 @@
-"""The registry of cases: every module in this folder states one as `CASE`."""
+"""The registry of cases: every module in this folder defines one as `CASE`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..harness.case import Case
 
 @cache
 def all_cases() -> dict[str, Case]:
-    """name -> case. A case is named as its module, which is named as the op's room."""
+    """Return name -> case. A case has the name of its module, which is the name of the op's room."""
     cases = {}
     for module in pkgutil.iter_modules(__path__):
         case = importlib.import_module(f"{__name__}.{module.name}").CASE

@@ -1,4 +1,4 @@
-"""decode_attention: one new token a row over a key/value cache, against what transformers' attentions do with it."""
+"""decode_attention: one new token per row over a key/value cache, against transformers' attention implementations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..harness.case import Baseline, Case, Inputs, Shape
 
 
 def _starts(rows: int, positions: int) -> list[int]:
-    """Left padding, up to a fifth of the cache."""
+    """Return the left padding of each row, up to a fifth of the cache."""
     return [row % 4 * positions // 16 for row in range(rows)]
 
 
@@ -35,7 +35,7 @@ def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inpu
 
 
 def truth(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **ranges: torch.Tensor) -> torch.Tensor:
-    """The library's oracle in float64, whose tests hold it against PyTorch's attention."""
+    """Run the library's oracle in float64; its own tests compare it with PyTorch's attention."""
     from nlhf_kernels.ops.decode_attention import oracle
     from nlhf_kernels.ops.decode_attention.op import DecodeAttentionInputs
 
@@ -50,7 +50,7 @@ def truth(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **range
 
 @functools.lru_cache(maxsize=8)
 def _mask(starts: torch.Tensor, ends: torch.Tensor, positions: int) -> torch.Tensor:  # (R, 1, 1, L) bool
-    """Kept, as a model makes it once for all its layers: its cost is not counted."""
+    """Make the mask once and keep it, as a model does for all its layers: its cost is not measured."""
     slot = torch.arange(positions, device=ends.device)
     return ((slot >= starts[:, None]) & (slot < ends[:, None]))[:, None, None]
 
@@ -62,7 +62,7 @@ def _additive(starts: torch.Tensor, ends: torch.Tensor, positions: int, dtype: t
 
 
 def _repeated(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """transformers' eager attention: repeat_kv, scores, mask, softmax in float32."""
+    """Run transformers' eager attention: repeat_kv, scores, mask, softmax in float32."""
     group = query.shape[1] // keys.shape[1]
     keys, values = (cache.repeat_interleave(group, 1) for cache in (keys, values))
     scores = torch.matmul(query.unsqueeze(2), keys.transpose(2, 3)) * query.shape[-1] ** -0.5 + mask
@@ -86,14 +86,14 @@ def compiled() -> Callable[..., Any]:
 
 
 def sdpa(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **ranges: torch.Tensor) -> torch.Tensor:
-    """PyTorch's own grouped attention."""
+    """Run PyTorch's own grouped-query attention."""
     mask = _mask(ranges["starts"], ranges["ends"], keys.shape[2])
     attend = torch.nn.functional.scaled_dot_product_attention
     return attend(query.unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=True).squeeze(2)
 
 
 def sdpa_packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **ranges: torch.Tensor) -> torch.Tensor:
-    """What transformers 5.23 does in eager mode: the group's heads as if they were positions of one head."""
+    """Do as transformers 5.23 in eager mode: pass the heads of a group as query positions of one head."""
     mask = _mask(ranges["starts"], ranges["ends"], keys.shape[2])
     rows, heads, dim = query.shape
     packed = query.reshape(rows, keys.shape[1], heads // keys.shape[1], dim)
@@ -102,7 +102,7 @@ def sdpa_packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *
 
 
 def bytes_moved(shape: Shape, mode: str) -> float:
-    """The live part of both caches, read once; query and output."""
+    """Count one read of the live part of both caches, the query, and the output."""
     rows, heads, kv_heads, positions, dim = (
         int(shape.sizes[name]) for name in ("rows", "heads", "kv_heads", "positions", "dim")
     )
@@ -111,7 +111,7 @@ def bytes_moved(shape: Shape, mode: str) -> float:
 
 
 def flops(shape: Shape, mode: str) -> float:
-    return 0.0  # two FLOPs a head and element read: bandwidth bounds it
+    return 0.0  # two FLOPs per head and element read: bandwidth is the bound
 
 
 def _shape(rows: int, heads: int, kv_heads: int, positions: int, dim: int, dtype: str, device: str) -> Shape:

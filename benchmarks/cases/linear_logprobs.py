@@ -1,4 +1,4 @@
-"""linear_logprobs: log-probabilities from hidden states and heads, with gradients, against logits stored whole."""
+"""linear_logprobs: log-probabilities and gradients from hidden states and heads, against fully stored logits."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ..rivals.scores import from_logits, selective_from_logits, true_from_logits
 
 
 def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inputs:
-    """`models` of the shape: policy, policy+reference, or policy+reference+kl."""
+    """Make the inputs for the shape's `models`: policy, policy+reference, or policy+reference+kl."""
     tokens, length, vocabulary = (int(shape.sizes[name]) for name in ("tokens", "length", "vocabulary"))
     sizes = (tokens // length, length, vocabulary)
 
@@ -30,8 +30,7 @@ def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inpu
 
 
 class _AsComputed(torch.autograd.Function):
-    """A leaf's memory as if a model had computed it: the library refuses to overwrite a leaf, and `restore` allows it
-    here."""
+    """Return a leaf's memory as a non-leaf, which the library may overwrite; `restore` puts the logits back."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -43,7 +42,7 @@ class _AsComputed(torch.autograd.Function):
 
 
 def in_place(function: Function) -> Function:
-    """The gradient over the logits."""
+    """Return `function` with its gradient written over the logits."""
 
     def call(policy: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return function(_AsComputed.apply(policy), *args, overwrite_logits=True, **kwargs)
@@ -60,7 +59,8 @@ def restore(inputs: Inputs) -> None:
 
 
 def bytes_moved(shape: Shape, mode: str) -> float:
-    """Forward reads all logits; backward reads the policy's, for KL the reference's, and writes a gradient."""
+    """Count the bytes: forward reads all logits; backward reads the policy's (for KL also the reference's) logits and
+    writes a gradient."""
     sizes = shape.sizes
     logits = int(sizes["tokens"]) * int(sizes["vocabulary"])
     forward = 2 if "reference" in str(sizes["models"]) else 1

@@ -58,7 +58,7 @@ def play(
     step_sizes: torch.Tensor,
     opponent: str = "mixture",
 ) -> torch.Tensor:
-    """The loop, without a host synchronisation: step sizes stay tensors."""
+    """Run the loop without host synchronisation: step sizes stay tensors."""
     pulls = step_sizes * tau if isinstance(tau, float) else step_sizes[:, None, None] * tau[:, None]
     for step_size, pull in zip(step_sizes.unbind(), pulls.unbind(), strict=True):
         log_policy = step(log_policy, preference, log_reference, step_size, pull, opponent)
@@ -70,19 +70,19 @@ def eager(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def compiled() -> Callable[..., torch.Tensor]:
-    """One step compiled, the loop in Python: unrolling a hundred steps compiles for minutes and runs no faster."""
+    """Compile one step and loop in Python: unrolling a hundred steps takes minutes to compile and is no faster."""
     step = torch.compile(one_step)
     return lambda *args, **kwargs: play(step, *args, **kwargs)
 
 
 def bytes_moved(shape: Shape, mode: str) -> float:
-    """However many steps: the preferences and both policies read once, the last policy written once."""
+    """Count, for any number of steps, one read of the preferences and both policies and one write of the result."""
     games, actions = int(shape.sizes["games"]), int(shape.sizes["actions"])
     return float(shape.torch_dtype.itemsize * games * (actions * actions + 3 * actions))
 
 
 def flops(shape: Shape, mode: str) -> float:
-    """The matrix-vector products; the exponentials of the softmaxes are not FLOPs of a matmul unit."""
+    """Count the matrix-vector products; the softmaxes' exponentials do not run on a matmul unit."""
     games, actions, steps = (int(shape.sizes[name]) for name in ("games", "actions", "steps"))
     return float(2 * steps * games * actions * actions)
 

@@ -1,4 +1,4 @@
-"""mixture_sample: a token a row from the mixture of two models with three log-probabilities, against PyTorch's ways."""
+"""mixture_sample: one token per row from the mixture of two models, with log-probabilities, against PyTorch."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inpu
 
 
 def truth(policy: torch.Tensor, reference: torch.Tensor, beta: float, **kwargs: Any) -> Any:
-    """The library's oracle in float64, whose tests hold it against transformers and against theory. What filters keep
-    is decided in float32, as everywhere: of logits that collide in bfloat16, float64 would keep others."""
+    """Run the library's oracle in float64; its own tests compare it with transformers and with theory.
+
+    The filters select in float32, as in every backend: float64 would break ties between bfloat16 logits differently.
+    """
     from nlhf_kernels.ops.mixture_sample import oracle
     from nlhf_kernels.ops.mixture_sample.layout import MixtureSampleInputs
     from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
@@ -55,7 +57,7 @@ def truth(policy: torch.Tensor, reference: torch.Tensor, beta: float, **kwargs: 
 
 
 def draw_check(result: Tensors, expected: Tensors, context: CheckContext) -> CheckResult:
-    """The truth's tokens, but for rare ties within rounding; the log-probabilities of those that agree."""
+    """Compare the tokens, allowing for rare ties within rounding, and the log-probabilities of equal tokens."""
     tokens, *logprobs = result[:4]
     agree = tokens == expected[0]
     if int((~agree).sum()) > 1 + TIES * len(tokens):
@@ -66,14 +68,14 @@ def draw_check(result: Tensors, expected: Tensors, context: CheckContext) -> Che
 
 
 def own_draw_check(result: Tensors, expected: Tensors, context: CheckContext) -> CheckResult:
-    """A rival with random numbers of its own: the form of its answer, and log-probabilities that can be such."""
+    """Check a rival with its own random numbers: the form of its result, and that log-probabilities are valid."""
     tokens, *logprobs = result
     good = tokens.shape == expected[0].shape and bool((tokens >= 0).all())
     return CheckResult(good and all(bool((values <= 0).all()) for values in logprobs), 0.0, 0.0)
 
 
 def _filtered(scores: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """transformers' warpers, in generate()'s order."""
+    """Apply transformers' warpers, in generate()'s order."""
     if any(name in kwargs for name in FILTERS):
         from transformers.generation import logits_process as warpers
 
@@ -84,7 +86,7 @@ def _filtered(scores: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def eager(policy: torch.Tensor, reference: torch.Tensor, beta: float, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-    """What a careful PyTorch user writes: log-softmax of both models in float32, mix, filter, sample, gather."""
+    """Sample in plain PyTorch: log-softmax of both models in float32, mix, filter, sample, gather."""
     log_pi = policy.float().log_softmax(-1)
     log_mu = reference.float().log_softmax(-1)
     log_mix = _filtered(torch.lerp(log_pi, log_mu, beta), kwargs).log_softmax(-1)
@@ -95,7 +97,7 @@ def eager(policy: torch.Tensor, reference: torch.Tensor, beta: float, **kwargs: 
 def geometric_mixture_wrapper(
     policy: torch.Tensor, reference: torch.Tensor, beta: float, **kwargs: Any
 ) -> torch.Tensor:
-    """The operations TRL's wrapper and transformers' sampling loop run for a token; no log-probabilities."""
+    """Run the operations of TRL's wrapper and transformers' sampling loop for a token; no log-probabilities."""
     mixed = torch.nn.functional.log_softmax(beta * reference + (1 - beta) * policy, dim=-1)
     scores = _filtered(mixed.to(copy=True, dtype=torch.float32), kwargs)
     return torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
@@ -106,12 +108,12 @@ def compiled() -> Callable[..., Any]:
 
 
 def parts(inputs: Inputs) -> Mapping[str, Callable[[], Any] | Unavailable]:
-    """The floor, and FlashInfer's sampler."""
+    """Return the floor and FlashInfer's sampler."""
     return {"floor: logits read": _floor(inputs), "flashinfer, pre-mixed": _flashinfer(inputs)}
 
 
 def _floor(inputs: Inputs) -> Callable[[], Any] | Unavailable:
-    """The least that the sampler's launch can take: a kernel that reads both models' logits and reduces them."""
+    """Return the lower bound of the sampler's launch: a kernel that only reads and reduces both models' logits."""
     from nlhf_kernels.core.capabilities import machine_reasons
     from nlhf_kernels.ops.mixture_sample.native import mixture_sample_floor
 
@@ -122,7 +124,7 @@ def _floor(inputs: Inputs) -> Callable[[], Any] | Unavailable:
 
 
 def _flashinfer(inputs: Inputs) -> Callable[[], Any] | Unavailable:
-    """FlashInfer samples one model's logits: timed on logits mixed beforehand, without log-probabilities."""
+    """Return FlashInfer's sampler, which takes one model's logits: here mixed beforehand, no log-probabilities."""
     policy, reference, beta = inputs.args
     if importlib.util.find_spec("flashinfer") is None:
         return Unavailable(("flashinfer does not import (pip install flashinfer-python)",))
@@ -138,7 +140,7 @@ def _flashinfer(inputs: Inputs) -> Callable[[], Any] | Unavailable:
 
 
 def bytes_moved(shape: Shape, mode: str) -> float:
-    """Both models' logits, read once."""
+    """Count one read of both models' logits."""
     return 2.0 * shape.torch_dtype.itemsize * int(shape.sizes["rows"]) * int(shape.sizes["vocabulary"])
 
 

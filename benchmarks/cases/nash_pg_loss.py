@@ -1,7 +1,8 @@
-"""nash_pg_loss from hidden states: the Nash-MD loss of whole sequences with its gradients, against logits stored whole.
+"""nash_pg_loss from hidden states: the Nash-MD loss of whole sequences with its gradients, against stored logits.
 
-Measured is linear_nash_pg_loss; what the loss adds to given logits is nothing beside them (case logprobs). It takes its
-gradients in the forward pass and only scales them in backward, so backward by itself would compare nothing.
+The function measured is linear_nash_pg_loss; given stored logits, the loss adds a negligible cost to theirs (case
+logprobs). linear_nash_pg_loss computes its gradients in the forward pass and only scales them in backward, so timing
+backward alone would be meaningless.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ TAU = 0.01
 
 
 class Loss(NamedTuple):
-    """In the order of the library's NashPGLoss; but for the loss nothing is differentiable."""
+    """The fields of the library's NashPGLoss, in its order; only `loss` is differentiable."""
 
     loss: torch.Tensor  # ()
     policy_logprobs: torch.Tensor  # (B, T)
@@ -51,7 +52,7 @@ def loss(
     kl: str,
     reference_logprobs: torch.Tensor | None = None,
 ) -> Loss:
-    """With the log-probabilities that `scores` gives; plain PyTorch from there."""
+    """Compute the loss in plain PyTorch from the log-probabilities that `scores` returns."""
     policy, reference, divergence = scores(
         hidden, weight, targets, reference_hidden, reference_weight, kl=kl == "exact"
     )

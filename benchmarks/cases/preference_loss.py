@@ -1,6 +1,6 @@
-"""preference_loss from hidden states: IPO on pairs of responses with its gradients, against logits stored whole.
+"""preference_loss from hidden states: IPO on pairs of responses with its gradients, against stored logits.
 
-Measured is linear_preference_loss: preference_loss itself is a few operations on one number a pair.
+The function measured is linear_preference_loss: preference_loss itself is a few operations on one number per pair.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TAU = 0.1
 
 
 class Loss(NamedTuple):
-    """In the order of the library's PreferenceLoss; but for the loss nothing is differentiable."""
+    """The fields of the library's PreferenceLoss, in its order; only `loss` is differentiable."""
 
     loss: torch.Tensor  # ()
     margin: torch.Tensor  # (B,)
@@ -28,7 +28,7 @@ class Loss(NamedTuple):
 
 
 def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inputs:
-    """`tokens` counts both responses of every pair."""
+    """Make the inputs; the shape's `tokens` counts both responses of every pair."""
     models = make_models(shape, device, generator)
     preference = torch.rand(models.targets.shape[0] // 2, device=device, generator=generator)
     return Inputs((*models[:3], preference, *models[3:]), {"tau": TAU})
@@ -45,7 +45,7 @@ def loss(
     *,
     tau: float,
 ) -> Loss:
-    """IPO with the log-probabilities that `scores` gives."""
+    """Compute the IPO loss from the log-probabilities that `scores` returns."""
     policy, reference, _ = scores(hidden, weight, targets, reference_hidden, reference_weight)
     assert reference is not None, "both models were given"
     first, second = (policy - reference).sum(1).chunk(2)

@@ -1,4 +1,4 @@
-"""row_uniforms: one uniform a row from Philox; above all what a call costs, layer by layer, against torch.rand."""
+"""row_uniforms: one uniform per row from Philox; mainly the cost of a call, layer by layer, against torch.rand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inpu
 
 
 def truth(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, *, stream: int = 0) -> torch.Tensor:
-    """Philox4x32-10 in NumPy, written from the paper (Salmon et al., 2011): shares no line with the library."""
+    """Compute Philox4x32-10 in NumPy, written from the paper (Salmon et al., 2011) independently of the library."""
     key = np.uint64(int(seed) & 0xFFFFFFFFFFFFFFFF)
     key0, key1 = key & np.uint64(WORD), key >> np.uint64(32)
     rows = row_ids.cpu().numpy().astype(np.uint64)
@@ -50,19 +50,19 @@ def truth(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, *, stre
 
 
 def eager(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, *, stream: int = 0) -> torch.Tensor:
-    """PyTorch's own generator: as fast as PyTorch gets, without what the op promises (a draw per row id)."""
+    """Call PyTorch's own generator: its fastest way, without the op's guarantee of a draw per row id."""
     return torch.rand(row_ids.shape, dtype=torch.float64, device=row_ids.device)
 
 
 def unit_interval_check(result: Tensors, expected: Tensors, context: CheckContext) -> CheckResult:
-    """Another stream of random numbers: only its shape and range can be held against the truth."""
+    """Check shape and range alone, for a rival that draws from a different random stream."""
     (draws,), (example,) = result, expected
     outside = float(((draws < 0) | (draws >= 1)).sum())
     return CheckResult(draws.shape == example.shape and outside == 0, outside, 0.0)
 
 
 def _bare_native(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor) -> Callable[[], Any] | Unavailable:
-    """The C++ function alone, its arguments read off the tensors beforehand."""
+    """Return the C++ function alone, its arguments read from the tensors beforehand."""
     function = native_function("_cpu", "row_uniforms")
     if isinstance(function, str):
         return Unavailable((function,))
@@ -80,7 +80,7 @@ def _bare_native(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor) 
 
 
 def _operator(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor) -> Callable[[], Any] | Unavailable:
-    """The operator below the public function's checks; it still resolves the backend itself, as `auto`."""
+    """Return the operator below the public function's checks; it still resolves the backend, as `auto`."""
     try:
         operator = torch.ops.nlhf_kernels.row_uniforms.default
     except AttributeError as error:

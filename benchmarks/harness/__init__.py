@@ -1,1 +1,1 @@
-"""The measuring: what a case is, the correctness gate, timing, memory, ceilings, results, tables and plots."""
+"""The measurement code: cases, the correctness gate, timing, memory, ceilings, results, tables and plots."""

@@ -1,4 +1,4 @@
-"""What a benchmark case states: its inputs, its float64 truth, its rivals, its costs and how exact is exact enough."""
+"""The definition of a benchmark case: inputs, float64 truth, rivals, costs and allowed error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .check import Check, accuracy_check
 MODES = ("forward", "backward", "full", "overhead")
 GRADIENT_MODES = ("backward", "full")
 NEEDED_PRESETS = ("tiny", "standard")
-STATED_PRESETS = (*NEEDED_PRESETS, "growth")  # growth, time and memory against one size at a time, is for some cases
+STATED_PRESETS = (*NEEDED_PRESETS, "growth")  # growth: time and memory against one size at a time; optional
 PRESETS = (*STATED_PRESETS, "headline")  # the standard shapes that `benchmarks/targets.py` names
 
 ModesByShape = Mapping[tuple[str, str, str], tuple[str, ...]]  # case, shape's label, dtype -> modes
@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def identity(self) -> tuple[str, str]:
-        """What a results file knows it by."""
+        """Return the label and dtype that identify this shape in a results file."""
         return self.label, self.dtype
 
     def matches(self, conditions: Mapping[str, str]) -> bool:
@@ -52,7 +52,7 @@ class Shape:
 
 
 def name_and_value(text: str) -> tuple[str, str]:
-    """An argument of --shape."""
+    """Parse an argument of --shape."""
     name, separator, value = text.partition("=")
     if not (name and separator and value):
         raise ArgumentTypeError(f"expected NAME=VALUE, such as games=1024 or dtype=float32; got {text!r}")
@@ -68,7 +68,7 @@ class Inputs:
     spare: Mapping[int | str, torch.Tensor] = field(default_factory=dict)  # copies for `restore`; no call sees them
 
     def map_tensors(self, change: Callable[[int | str, torch.Tensor], torch.Tensor]) -> Inputs:
-        """A copy with `change(position or name, tensor)` in the place of every tensor."""
+        """Return a copy with every tensor replaced by `change(position or name, tensor)`."""
 
         def changed(key: int | str, value: Any) -> Any:
             return change(key, value) if isinstance(value, torch.Tensor) else value
@@ -82,7 +82,7 @@ class Inputs:
         return self.map_tensors(lambda _, tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
     def requiring_gradients(self, keys: Sequence[int | str]) -> Inputs:
-        """A copy whose tensors at `keys` are leaves that want gradients (they share memory with the originals)."""
+        """Return a copy whose tensors at `keys` are leaves that require gradients; they share the originals' memory."""
         return self.map_tensors(
             lambda key, tensor: tensor.detach().requires_grad_() if key in keys else tensor.detach()
         )
@@ -94,25 +94,25 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Unavailable:
-    """In the place of a callable: why there is none here."""
+    """The reasons why a callable cannot be provided, returned in its place."""
 
     reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A rival. `check` replaces the case's where the rival answers a different question (another random stream)."""
+    """A rival. `check` replaces the case's check for a rival whose result differs by design (another random stream)."""
 
     function: Function
     check: Check | None = None
-    why_not: Callable[[Inputs], tuple[str, ...]] = lambda inputs: ()  # why it cannot run here; empty: it can
+    why_not: Callable[[Inputs], tuple[str, ...]] = lambda inputs: ()  # reasons why it cannot run; empty: it can
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Another way to call the library's function: a row beside each backend's own, where that backend can run."""
+    """Another way to call the library's function: one more row for each backend that can run."""
 
-    call: Callable[[Function], Function]  # the function, held to a backend -> what is called instead of it
+    call: Callable[[Function], Function]  # the function, bound to a backend -> its replacement
     modes: tuple[str, ...] = MODES
 
 
@@ -121,20 +121,20 @@ def _no_parts(inputs: Inputs) -> dict[str, Callable[[], Any] | Unavailable]:
 
 
 def random_upstream(outputs: Sequence[torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Non-uniform gradients for float64 outputs: a uniform one would hide errors that cancel over a row."""
+    """Return non-uniform gradients for float64 outputs: uniform ones would hide errors that cancel over a row."""
     return tuple(torch.randn(out.shape, dtype=torch.float64, device=out.device, generator=generator) for out in outputs)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op's benchmark. Every function of `args, kwargs` is called exactly as the library's function is."""
+    """One op's benchmark. Every `Function` is called with the same arguments as the library's function."""
 
     name: str
     op: str  # the room that resolves the backend
     shapes: Mapping[str, Sequence[Shape]]  # preset -> shapes
     make: Callable[[Shape, torch.device, torch.Generator], Inputs]
     truth: Function  # called with float64 copies of the inputs; differentiable where gradients are measured
-    baselines: Mapping[str, Baseline]  # "eager" is what speed-ups refer to, and what errors are measured against
+    baselines: Mapping[str, Baseline]  # speed-ups and allowed errors are relative to "eager"
     bytes_moved: Callable[[Shape, str], float]  # (shape, mode) -> least bytes read and written
     flops: Callable[[Shape, str], float]  # (shape, mode) -> FLOPs that could run at the matmul rate
     function: str = ""  # the library's function, nlhf_kernels.<function>; "" = the room's name
@@ -144,7 +144,7 @@ class Case:
     gradients_of: tuple[int | str, ...] = ()  # arguments (position or name) that get gradients in backward and full
     upstream: Callable[[Sequence[torch.Tensor], torch.Generator], tuple[torch.Tensor, ...]] = random_upstream
     parts: Callable[[Inputs], Mapping[str, Callable[[], Any] | Unavailable]] = _no_parts  # layers below the public call
-    restore: Callable[[Inputs], None] | None = None  # puts back, untimed, what a call may overwrite
+    restore: Callable[[Inputs], None] | None = None  # restores, untimed, the inputs that a call may overwrite
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

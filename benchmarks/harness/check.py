@@ -1,4 +1,4 @@
-"""The correctness gate's yardstick: errors against a float64 truth, allowed in proportion to PyTorch's own."""
+"""Error measures of the correctness gate: errors against a float64 truth, bounded in proportion to eager's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 Tensors = tuple[torch.Tensor, ...]
 
-#: Added to the allowance: a few roundings of the dtype, for an eager that happens to be exact.
+#: Added to the allowed error: a few roundings of the dtype, since eager may happen to be exact.
 ROUNDINGS = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 1.6e-2, "float16": 2e-3}
-#: What eager itself may err, and every implementation where there is no eager to be held against.
+#: The allowed error of eager itself, and of every implementation if eager has no error to compare with.
 SANE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 BLOCK = 1 << 26  # entries compared at a time
 
@@ -26,7 +26,7 @@ class CheckResult:
 
 @dataclasses.dataclass(frozen=True)
 class CheckContext:
-    """What a check may look at beside result and truth."""
+    """What a check may use in addition to result and truth."""
 
     dtype: str
     mode: str
@@ -37,7 +37,7 @@ Check = Callable[[Tensors, Tensors, CheckContext], CheckResult]
 
 
 def tensors_of(result: Any) -> Tensors:
-    """The tensors of a result, in order, whatever holds them: a tensor, a sequence, a mapping, a dataclass."""
+    """Return the tensors of a result in order: of a tensor, a sequence, a mapping or a dataclass."""
     if isinstance(result, torch.Tensor):
         return (result,)
     if isinstance(result, Mapping):
@@ -50,9 +50,9 @@ def tensors_of(result: Any) -> Tensors:
 
 
 def relative_error(result: Tensors, truth: Tensors) -> float:
-    """The largest deviation of any entry, each tensor measured against its own largest true entry.
+    """Return the largest deviation of any entry, relative to the largest true entry of its tensor.
 
-    Infinite where shapes differ, where the two are not finite at the same places, or where integers differ.
+    It is infinite if shapes differ, if the two are not finite at the same entries, or if integers differ.
     """
     if len(result) != len(truth) or any(ours.shape != true.shape for ours, true in zip(result, truth, strict=True)):
         return float("inf")
@@ -69,7 +69,7 @@ def _tensor_error(ours: torch.Tensor, true: torch.Tensor) -> float:
 
 
 def _block_error(ours: torch.Tensor, true: torch.Tensor) -> tuple[float, float]:
-    """The largest deviation and the largest true entry."""
+    """Return the largest deviation and the largest true entry."""
     ours, true = ours.to(torch.float64), true.to(torch.float64)
     finite = true.isfinite()
     same_elsewhere = torch.equal(ours[~finite].nan_to_num(nan=0.0), true[~finite].nan_to_num(nan=0.0))
@@ -83,7 +83,7 @@ def _block_error(ours: torch.Tensor, true: torch.Tensor) -> tuple[float, float]:
 def accuracy_check(
     factor: float = 2.0, roundings: Mapping[str, float] = ROUNDINGS, sane: Mapping[str, float] = SANE
 ) -> Check:
-    """error <= factor * eager's own error + a few roundings; eager itself must be sane."""
+    """Make a check of error <= factor * eager's error + ROUNDINGS; eager's own error must not exceed SANE."""
 
     def check(result: Tensors, truth: Tensors, context: CheckContext) -> CheckResult:
         error = relative_error(result, truth)
@@ -97,6 +97,6 @@ def accuracy_check(
 
 
 def exact_check(result: Tensors, truth: Tensors, context: CheckContext) -> CheckResult:
-    """Every bit as the truth has it: for random numbers, indices and copies."""
+    """Require bitwise equality with the truth: for random numbers, indices and copies."""
     error = relative_error(result, truth)
     return CheckResult(error == 0.0, error, 0.0)

@@ -1,4 +1,4 @@
-"""Two result files against each other: what got slower, what went red, what vanished."""
+"""Compare two result files: rows that became slower, red or failed, or vanished."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def _change(key: RowKey, old: ResultRow | None, new: ResultRow | None, fail_abov
     ratio = new_us / old_us
     verdict = "slower" if ratio > fail_above else "faster" if ratio < 1 / fail_above else "same"
     if verdict != "same" and new is not None and new.kind in RIVALS:
-        # Not our code: the machine or PyTorch changed, and the other rows of the block with it.
+        # Not the library's code: the machine or PyTorch changed, which also affects the other rows of the block.
         verdict = "drifted"
     return Change(key, verdict, "", old_us, new_us)
 
 
 def compare(old: Sequence[ResultRow], new: Sequence[ResultRow], fail_above: float) -> list[Change]:
-    """Every row that either file measured, the bad ones first."""
+    """Compare every row that either file measured; return the bad changes first."""
     if not fail_above >= 1.0:
         raise ValueError(f"compare: --fail-above: expected a ratio of at least 1, got {fail_above}")
     before, after = (latest(row for row in rows if row.kind != "stage") for rows in (old, new))
@@ -63,7 +63,7 @@ def compare(old: Sequence[ResultRow], new: Sequence[ResultRow], fail_above: floa
 
 
 def machine_differences(old: Sequence[ResultRow], new: Sequence[ResultRow]) -> list[str]:
-    """Facts under which times are not comparable: another processor, another preset."""
+    """Return the differing facts that make times incomparable: another processor, another preset."""
 
     def facts(rows: Sequence[ResultRow]) -> dict[str, set[str]]:
         return {

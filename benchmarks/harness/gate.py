@@ -1,4 +1,4 @@
-"""The correctness gate: nothing is timed before its result was held against the float64 truth."""
+"""The correctness gate: an implementation is timed only if its result passes the check against the float64 truth."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .implementations import Implementation
 from .modes import Problem, truth_of
 from .timing import Action
 
-MAX_REASON = 300  # a compiler's complaint can fill pages; its beginning names the cause
+MAX_REASON = 300  # characters: a compiler's error can fill pages; its beginning names the cause
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found; `action` is there for what may be timed."""
+    """The gate's result for an implementation; `action` is set if it may be timed."""
 
     implementation: Implementation
     status: str
@@ -40,8 +40,8 @@ def _judge(
         result = tensors_of(action.run(action.prepare()))
         checked = implementation.check(result, truth, context)
     except Exception as error:
-        # A machine without a compiler cannot run torch.compile: a fact about the machine. Anything else that said it
-        # could run and did not is a fault.
+        # torch.compile fails on a machine without a compiler, which is no fault. Any other implementation has reported
+        # that it can run here, so its exception is a failure.
         status = "unavailable" if implementation.kind == "compiled" else "failed"
         return Verdict(implementation, status, (short_reason(error),))
     if not checked.ok:
@@ -53,7 +53,7 @@ def _judge(
 def judge_all(
     implementations: Mapping[str, Implementation], problem: Problem, mode: str, dtype: str
 ) -> dict[str, Verdict]:
-    """Every implementation's verdict. Eager comes first: its own error sets what the others may err."""
+    """Return every implementation's verdict. Eager runs first: its error determines the others' allowed error."""
     truth = truth_of(problem, mode)
     context = CheckContext(dtype, mode, None)
     verdicts = {}

@@ -1,4 +1,4 @@
-"""The figure of the preset growth: time and peak memory over one size at a time, a line for each implementation."""
+"""The figure of the preset growth: time and peak memory over one size at a time, one line per implementation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from .results import ResultRow
 
-LEAST_POINTS = 3  # of a sweep: two make no curve
+LEAST_POINTS = 3  # of a sweep
 PANELS = {"time (ms)": 0, "peak memory beyond the inputs (MiB)": 1}
 
 
@@ -39,7 +39,7 @@ def _measures(row: ResultRow) -> tuple[float | None, float | None]:
 def _lines(axes: Any, panel: int, size: str, rows: Sequence[ResultRow], colours: Mapping[str, str]) -> None:
     for name, colour in colours.items():
         values = [(int(_sizes(row)[size]), _measures(row)[panel]) for row in rows if row.key.implementation == name]
-        points = sorted((at, value) for at, value in values if value)  # nothing allocated has no logarithm
+        points = sorted((at, value) for at, value in values if value)  # zero has no logarithm
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=name)
     axes.set_xscale("log", base=2)
@@ -52,7 +52,7 @@ def _lines(axes: Any, panel: int, size: str, rows: Sequence[ResultRow], colours:
 
 
 def growth_figure(rows: Sequence[ResultRow], colours: Mapping[str, str], where: str) -> Any | None:
-    """A row of two panels for each size that was varied; None where none was."""
+    """Draw a row of two panels for each size that was varied; return None if none was."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     blocks = sweeps(rows)

@@ -1,4 +1,4 @@
-"""What is compared at one call: the baselines, torch.compile, the library's backends and the layers below them."""
+"""The implementations of a call: baselines, torch.compile, the library's backends and the layers below them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMPILED = "torch.compile"
 
 @dataclass(frozen=True)
 class Implementation:
-    """One row of the comparison; `function` is None where it cannot run, and `reasons` say why."""
+    """One row of the comparison; `function` is None if it cannot run, for the reasons in `reasons`."""
 
     name: str
     kind: str  # baseline, compiled, backend, variant, part
@@ -27,11 +27,11 @@ class Implementation:
     function: Function | None = None
     reasons: tuple[str, ...] = ()
     chosen: bool = False  # `auto` would take it
-    answers_the_same: bool = True  # False: checked in its own way, its error says nothing about the others
+    answers_the_same: bool = True  # False: it has its own check, and its error is no reference for the others
     bound: Callable[[], Any] | None = None  # a part: the bare call
 
     def call(self, inputs: Inputs) -> Callable[[], Any]:
-        """The call without a Python frame of ours around it, for measuring the cost of a call."""
+        """Return the call without a wrapping Python frame, for measuring the cost of a call."""
         if self.bound is not None:
             return self.bound
         if self.function is None:
@@ -48,7 +48,7 @@ def _baseline(name: str, rival: Baseline, case: Case, inputs: Inputs) -> Impleme
 
 
 def _compiled(case: Case, check: Check) -> Implementation:
-    torch.compiler.reset()  # else the second shape would be compiled for dynamic sizes
+    torch.compiler.reset()  # otherwise the second shape would be compiled for dynamic sizes
     if case.compiled is None:
         raise ValueError(f"case {case.name} has nothing to compile")
     try:
@@ -92,10 +92,10 @@ def _ignore_arguments(part: Callable[[], Any], *_: Any, **__: Any) -> Any:
 def collect(
     case: Case, inputs: Inputs, mode: str, backends: Sequence[str], with_compile: bool
 ) -> dict[str, Implementation]:
-    """Every competitor by name; those that cannot run are there too, with their reasons."""
+    """Return every implementation by name, including those that cannot run, with their reasons."""
     implementations = [_baseline(name, rival, case, inputs) for name, rival in case.baselines.items()]
     if case.compiled is not None and with_compile:
-        eager = case.baselines.get("eager")  # the compiled rival is eager again, and checked as eager is
+        eager = case.baselines.get("eager")  # the compiled rival gets eager's check
         implementations.append(_compiled(case, (eager and eager.check) or case.check))
     implementations += _backends(case, inputs, mode, backends)
     if mode in PART_MODES:

@@ -1,4 +1,4 @@
-"""The one place that asks the library which backends can run a call, and that calls them."""
+"""The harness's interface to the library: which backends can run a call, and calls of one backend."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ BACKENDS = ("torch", "triton", "cuda", "cpu")
 
 @dataclass(frozen=True)
 class BackendReport:
-    """backend -> reasons why it cannot run this call (empty: it can), and what `auto` would take."""
+    """Backend -> reasons why it cannot run this call (empty: it can), and the backend that `auto` selects."""
 
     reasons: Mapping[str, list[str]]
     chosen: str | None
 
 
 def backend_report(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BackendReport:
-    """Ask for this very call. A library that cannot answer is a reason for each backend, kept as data."""
+    """Report on this call. An exception of the library becomes the reason of every backend."""
     try:
         library = importlib.import_module("nlhf_kernels")
         if not hasattr(library, op):
@@ -33,12 +33,12 @@ def backend_report(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def backend_call(op: str, backend: str) -> Callable[..., Any]:
-    """The library's public function, held to one backend."""
+    """Return the library's public function, bound to one backend."""
     return partial(getattr(importlib.import_module("nlhf_kernels"), op), backend=backend)
 
 
 def native_function(module: str, name: str) -> Callable[..., Any] | str:
-    """A function of a native module (`_cpu`, `_cuda`), or why there is none: for timing a layer by itself."""
+    """Return a function of a native module (`_cpu`, `_cuda`), for timing that layer alone, or why there is none."""
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(f"nlhf_kernels.{module}"), name)
     except (ImportError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Facts about the machine of a run and the ceilings measured on it. No host names, no paths."""
+"""Facts about the machine of a run, without host names and paths, and the ceilings measured on it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device does at best, measured in this run with the threads in use."""
+    """The device's best rates, measured in this run with the threads in use."""
 
     copy_bytes_per_s: float
     matmul_flops_per_s: Mapping[str, float]  # dtype -> rate
 
     def floor_us(self, bytes_moved: float, flops: float, dtype: str) -> tuple[float, str]:
-        """The least time of a call, and what bounds it."""
+        """Return the least time of a call, and what bounds it."""
         moving = 1e6 * bytes_moved / self.copy_bytes_per_s
         multiplying = 1e6 * flops / self.matmul_flops_per_s[dtype] if flops else 0.0
         return max(moving, multiplying), "bandwidth" if moving >= multiplying else "matmul"
@@ -47,13 +47,13 @@ def cpu_name() -> str:
 
 
 def parse_size(text: str) -> int:
-    """'491520K' -> bytes."""
+    """Convert a size such as '491520K' to bytes."""
     text = text.strip()
     return int(text[:-1]) * UNITS[text[-1]] if text[-1] in UNITS else int(text)
 
 
 def last_level_cache_bytes(device: torch.device, caches: Path = CPU_CACHES) -> int:
-    """The largest cache between the cores and the memory; 64 MiB where the system does not say."""
+    """Return the size of the last-level cache; 64 MiB if the system does not report it."""
     if device.type == "cuda":
         return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", DEFAULT_CACHE_BYTES))
     sizes = []
@@ -62,7 +62,7 @@ def last_level_cache_bytes(device: torch.device, caches: Path = CPU_CACHES) -> i
             if (folder / "type").read_text().strip() != "Instruction":
                 sizes.append(parse_size((folder / "size").read_text()))
         except (OSError, ValueError):
-            continue  # a container may hide single files; the other levels still count
+            continue  # a container may hide some of the files
     return max(sizes, default=DEFAULT_CACHE_BYTES)
 
 
@@ -92,7 +92,7 @@ def versions() -> dict[str, str | None]:
 
 
 def without_paths(text: str) -> str:
-    """Messages of compilers and importers name files; results travel, so where they lay does not matter."""
+    """Replace this machine's folders in a message by placeholders, since results are published."""
     for folder, name in ((ROOT, "."), (Path(sys.prefix), "<python>"), (Path.home(), "~")):
         if folder != Path(folder.anchor):
             text = text.replace(str(folder), name)
@@ -108,8 +108,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def source_state() -> tuple[str | None, bool | None]:
-    """Commit, and whether the tree differs from it (results aside). Outside a repository, in a copy on a machine with a
-    GPU say, the commit that the environment names, and whether it differs is unknown."""
+    """Return the commit, and whether the tree differs from it (results aside).
+
+    Outside a repository, for example in a copy on a GPU machine, the commit is the one that the environment variable
+    names, and whether the tree differs is unknown.
+    """
     commit = _git("rev-parse", "HEAD") if (ROOT / ".git").exists() else None
     if commit is None:
         return os.environ.get(COMMIT_VARIABLE) or None, None
@@ -118,7 +121,7 @@ def source_state() -> tuple[str | None, bool | None]:
 
 
 def _fastest_s(action: Action, clock: Clock) -> float:
-    """A ceiling is the best of a few: a slow one says something about the neighbours, not about the device."""
+    """Return the fastest of a few runs: slower ones are disturbed by other load on the machine."""
     samples = [clock.sample_us(action) for _ in range(7)]
     return min(samples[2:]) / 1e6
 
@@ -137,7 +140,7 @@ def _matmul_rate(clock: Clock, size: int, dtype: torch.dtype) -> float:
 
 
 def measure_ceilings(device: torch.device, dtypes: Iterable[str], preset: str) -> Ceilings:
-    """Copy bandwidth over buffers past the last-level cache, and the square matmul rate of each dtype."""
+    """Measure the copy bandwidth of buffers larger than the last-level cache, and each dtype's square matmul rate."""
     clock = Clock(device, 0)
     if preset == "tiny":
         copied, side = 8 * MIB, 256

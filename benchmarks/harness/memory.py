@@ -1,7 +1,7 @@
 """Peak memory of one call beyond its inputs, outputs included.
 
-GPU: PyTorch's allocator statistics. CPU: the allocation events that PyTorch's profiler records. Both see what goes
-through PyTorch's allocators; a workspace that native code takes with malloc or cudaMalloc by itself is outside.
+GPU: PyTorch's allocator statistics. CPU: the allocation events that PyTorch's profiler records. Both cover PyTorch's
+allocators only, not a workspace that native code allocates with malloc or cudaMalloc.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ METHODS = {"cuda": "torch.cuda.max_memory_allocated", "cpu": "torch.profiler all
 
 
 def peak_of_changes(changes: Iterable[int]) -> int:
-    """The highest level that a sequence of allocations (+) and frees (-) reaches above its start."""
+    """Return the highest level that a sequence of allocations (+) and frees (-) reaches above its start."""
     level = peak = 0
     for change in changes:
         level += change
@@ -31,7 +31,7 @@ def peak_of_changes(changes: Iterable[int]) -> int:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Some PyTorch builds print a line to the process's stderr at every start and stop of the profiler."""
+    """Suppress the process's stderr, to which some PyTorch builds print whenever the profiler starts or stops."""
     sys.stderr.flush()
     stderr = os.dup(2)
     sink = os.open(os.devnull, os.O_WRONLY)
@@ -56,7 +56,7 @@ def _peak_on_cpu(action: Action) -> int:
         with _quiet_stderr():
             profiler.stop()
     del result
-    # The flat list of events: torch.profiler's own tables attribute allocations to operators and lose the order.
+    # Use the flat list of events: torch.profiler's tables attribute allocations to operators and lose their order.
     recorded: Any = profiler.profiler
     cpu = torch.autograd.DeviceType.CPU
     events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
@@ -78,5 +78,5 @@ def _peak_on_gpu(action: Action, device: torch.device) -> int:
 
 
 def peak_bytes(action: Action, device: torch.device) -> int:
-    """Most bytes held at once during `action.run`, beyond what was held before it."""
+    """Return the peak of the bytes held during `action.run`, beyond those held before it."""
     return _peak_on_gpu(action, device) if device.type == "cuda" else _peak_on_cpu(action)

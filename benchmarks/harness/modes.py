@@ -1,4 +1,4 @@
-"""What forward, backward, full and overhead mean: the action that is checked and timed for each."""
+"""The modes forward, backward, full and overhead: the action that is checked and timed in each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .timing import Action
 
 @dataclass(frozen=True)
 class Problem:
-    """One case at one shape on one device: what every implementation is given."""
+    """One case at one shape on one device: the inputs of every implementation."""
 
     case: Case
     inputs: Inputs
@@ -39,7 +39,7 @@ class Problem:
     def _gradient_action(self, function: Function, mode: str) -> Action:
         inputs = self.inputs.requiring_gradients(self.gradients_of)
         leaves = [inputs.at(key) for key in self.gradients_of]
-        upstream: list[torch.Tensor] = []  # in the outputs' dtypes; cast in the first run, which nobody times
+        upstream: list[torch.Tensor] = []  # in the outputs' dtypes; cast in the first run, which is not timed
 
         def forward() -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
             result = tensors_of(function(*inputs.args, **inputs.kwargs))
@@ -61,9 +61,10 @@ class Problem:
 
 
 def make_problem(case: Case, shape: Shape, device: torch.device, generator: torch.Generator) -> Problem:
-    """The problem, with the upstream gradients formed once, so that every implementation gets the same.
+    """Make the problem, with the same upstream gradients for every implementation.
 
-    What the truth can differentiate gets one: an implementation may give more outputs a gradient than it promises.
+    Only outputs that are differentiable in the truth get one: an implementation may make further outputs
+    differentiable.
     """
     inputs, keys = case.make(shape, device, generator), case.gradients_at(shape)
     if not set(case.modes_at(shape)) & set(GRADIENT_MODES):
@@ -76,7 +77,7 @@ def make_problem(case: Case, shape: Shape, device: torch.device, generator: torc
 
 
 def truth_of(problem: Problem, mode: str) -> Tensors:
-    """The float64 result of `mode`: outputs, or gradients."""
+    """Return the float64 result of `mode`: outputs, or gradients."""
     problem.restore()
     double = replace(problem, inputs=problem.inputs.in_float64())
     action = double.action(problem.case.truth, "full" if mode in GRADIENT_MODES else "forward")

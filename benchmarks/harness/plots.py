@@ -1,4 +1,4 @@
-"""Plots of result files: speed-up against eager, percent of the floor, growth; one figure for each case and device."""
+"""Plots of result files: speed-up over eager, percent of the floor, growth; one figure per case and device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .growth import growth_figure
 from .report import three_digits
 from .results import ResultRow, latest
 
-# Okabe and Ito's palette: told apart by colour-blind readers too. One colour an implementation, in every figure.
+# Okabe and Ito's palette, safe for colour-blind readers. An implementation has the same colour in every figure.
 COLOURS = {
     "eager": "#999999",
     "torch.compile": "#E69F00",
@@ -44,14 +44,14 @@ def _percent(row: ResultRow) -> float | None:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a figure shows."""
+    """One kind of figure."""
 
     value: Callable[[ResultRow], float | None]
     unit: str
     axis_label: str
     baseline: float
     baseline_label: str
-    may_be_logarithmic: bool  # then bars grow from the baseline, for a logarithmic axis has no zero to grow from
+    may_be_logarithmic: bool  # a logarithmic axis has no zero: its bars start at the baseline
 
 
 KINDS = {
@@ -70,12 +70,12 @@ def _bar(axes: Any, position: float, number: float, kind: _Kind, start: float, *
         textcoords="offset points",
         ha="right" if leftwards else "left",
         va="center",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},  # no line runs through a number
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},  # covers the lines behind a number
     )
 
 
 def _bars(axes: Any, rows: Sequence[ResultRow], kind: _Kind, start: float) -> None:
-    """One group of horizontal bars for each shape and mode, the value written at each bar's end."""
+    """Draw one group of horizontal bars for each shape and mode, with the value at each bar's end."""
     groups: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
         number = kind.value(row)
@@ -133,9 +133,9 @@ def _figure(rows: Sequence[ResultRow], kind: _Kind) -> Any | None:
 
 
 def write_plots(rows: Sequence[ResultRow], folder: Path) -> list[Path]:
-    """PNG and SVG of every case, device and thread count in `rows`; the latest row of a key counts.
+    """Write a PNG and an SVG for every case, device and thread count in `rows`; the latest row of a key counts.
 
-    Rows of the preset growth are lines over one size each, all others bars.
+    Rows of the preset growth are drawn as lines over one size each, all others as bars.
     """
     folder.mkdir(parents=True, exist_ok=True)
     growing = [row for row in rows if row.run.preset == "growth"]
@@ -151,7 +151,7 @@ def write_plots(rows: Sequence[ResultRow], folder: Path) -> list[Path]:
 
 
 def _blocks(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
-    """By case, device and thread count: the end of a figure's file name -> its rows."""
+    """Group rows by case, device and thread count: return the end of a figure's file name -> its rows."""
     blocks: dict[str, list[ResultRow]] = {}
     for key, row in latest(rows).items():
         place = f"{key.device}{key.threads}" if key.device == "cpu" else key.device
@@ -160,7 +160,7 @@ def _blocks(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
 
 
 def _where(row: ResultRow) -> str:
-    """The title's second line."""
+    """Return the second line of the title."""
     key, machine = row.key, row.run.machine
     plural = "s" if key.threads > 1 else ""
     return str(machine["gpu"]) if key.device == "cuda" else f"{machine['cpu']}, {key.threads} thread{plural}"
@@ -168,7 +168,7 @@ def _where(row: ResultRow) -> str:
 
 def _save(figure: Any | None, stem: Path) -> list[Path]:
     if figure is None:
-        return []  # nothing of this kind was measured
+        return []
     paths = [stem.with_name(f"{stem.name}.{extension}") for extension in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""Objects in processes of their own: a device-side assert or a lack of memory ends one of them, not the others."""
+"""Objects in separate processes: a device-side assert or a lack of memory ends one process, not the others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 
 class RemoteError(RuntimeError):
-    """What an object in another process raised, or how its process ended."""
+    """The exception that an object in another process raised, or how its process ended."""
 
     def __init__(self, kinds: Sequence[str], reason: str) -> None:
         super().__init__(reason)
         self.kinds = (
-            kinds  # names of the exception's type and of those it is derived from; none where the process ended
+            kinds  # names of the exception's type and of its base classes; none if the process ended without a reply
         )
 
 
@@ -38,7 +38,7 @@ class Remote:
         self._answer()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """What the object's method returns. Raise RemoteError where it raises, or where its process ends."""
+        """Call the object's method and return its result. Raise RemoteError if it raises or if its process ends."""
         try:
             self._pipe.send((method, arguments))
         except OSError:
@@ -69,18 +69,18 @@ class Remote:
 
 
 def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """In the new process: make the object, then answer calls with ((), value) or (exception's types, reason)."""
+    """Make the object in the new process, then answer calls with ((), value) or (exception's types, reason)."""
 
     def answer(function: Callable[[], Any]) -> None:
         try:
             reply: tuple[Sequence[str], Any] = (), function()
         except Exception as error:
-            from .gate import short_reason  # and PyTorch with it: here, so that objects without it start at once
+            from .gate import short_reason  # imports PyTorch, so not at the top: objects without it start at once
 
             reply = [kind.__name__ for kind in type(error).__mro__], short_reason(error)
         pipe.send(reply)
 
-    target: list[Any] = []  # one object, or none where making it failed
+    target: list[Any] = []  # the object; empty if making it failed
     answer(lambda: target.append(make(*arguments)))
     while target:
         try:

@@ -23,7 +23,7 @@ def _unit(microseconds: float) -> tuple[float, str]:
 
 
 def three_digits(value: float) -> str:
-    """1234 -> 1234, 123.4 -> 123, 12.3 -> 12.3, 0.0123 -> 0.012: no exponents, no noise."""
+    """Format without exponents: 1234 -> 1234, 123.4 -> 123, 12.3 -> 12.3, 0.0123 -> 0.012."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2g}"
 
 
@@ -71,7 +71,7 @@ def _cells(row: ResultRow) -> list[str]:
 
 
 def results_table(case: str, rows: Sequence[ResultRow]) -> Table:
-    """One case: a block for each shape and mode, a line for each implementation that ran or should have."""
+    """Make a case's table: a block for each shape and mode, a line for each implementation that is available."""
     table = Table(title=case, title_justify="left", title_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)
     table.add_column("shape, mode / implementation", overflow="fold")
     for name in ("median", "p20 - p80", "eager", "compile", "floor", "peak", "error"):
@@ -86,7 +86,7 @@ def results_table(case: str, rows: Sequence[ResultRow]) -> Table:
 
 
 def reason_lines(rows: Iterable[ResultRow]) -> list[str]:
-    """Every reason once, with how many rows it kept from having a time."""
+    """Return every reason once, with the number of rows that have no time because of it."""
     counts: dict[tuple[str, str, str], int] = {}
     for row in rows:
         if row.status != "ok":

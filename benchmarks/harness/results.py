@@ -1,4 +1,4 @@
-"""Result rows: one fixed schema, one JSON object a line. README.md beside the cases documents every field."""
+"""Result rows: one fixed schema, one JSON object per line. README.md beside the cases documents every field."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATUSES = ("ok", "red", "failed", "unavailable")
 
 @dataclass(frozen=True)
 class RowKey:
-    """What makes a row the same row in another file."""
+    """The fields that identify a row across files."""
 
     case: str
     shape: str
@@ -39,7 +39,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time this device allows, from the bytes and FLOPs the case states."""
+    """The least time this device allows for the bytes and FLOPs of the case."""
 
     bytes: float
     flops: float
@@ -50,7 +50,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Time of the rival / time of this row; None where the rival has no time."""
+    """Time of the rival / time of this row; None if the rival has no time."""
 
     eager: float | None
     compiled: float | None
@@ -64,7 +64,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The same for every row of a run."""
+    """Facts that all rows of a run share."""
 
     timestamp: str  # UTC, ISO 8601
     preset: str
@@ -78,11 +78,11 @@ class RunFacts:
 @dataclass(frozen=True)
 class ResultRow:
     key: RowKey
-    kind: str  # backend, variant, part, baseline, compiled; case where the case itself broke; stage of benchmarks.gpu
-    status: str  # one of STATUSES; a time is there only where it is "ok"
+    kind: str  # backend, variant, part, baseline, compiled; case: the case itself failed; stage: of benchmarks.gpu
+    status: str  # one of STATUSES; only "ok" has a time
     run: RunFacts
     reasons: tuple[str, ...] = ()
-    chosen: bool = False  # what `auto` takes for this call
+    chosen: bool = False  # `auto` selects it for this call
     accuracy: Accuracy | None = None
     timing: Timing | None = None
     memory: Memory | None = None
@@ -107,7 +107,7 @@ class ResultRow:
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON knows no infinity."""
+    """Replace infinity and NaN, which JSON does not have, by None."""
     return value if math.isfinite(value) else None
 
 
@@ -129,13 +129,13 @@ def read_rows(path: Path) -> list[ResultRow]:
 
 
 def same_code(one: RunFacts, other: RunFacts) -> bool:
-    """Whether two runs measured the same code on the same machine. Changes that no commit holds make it unknown."""
+    """Return whether two runs measured the same code on the same machine; False if the tree had uncommitted changes."""
     is_comparable = one.commit is not None and not one.dirty and not other.dirty
     return is_comparable and (one.commit, one.machine, one.versions) == (other.commit, other.machine, other.versions)
 
 
 def measured_shapes(path: Path | None, facts: RunFacts) -> set[tuple[str, str, str]]:
-    """Case, shape and dtype of what a file holds of the same code, preset and machine."""
+    """Return case, shape and dtype of a file's rows of the same code, preset and machine."""
     rows = read_rows(path) if path is not None and path.exists() else []
     return {
         (row.key.case, row.key.shape, row.key.dtype)
@@ -145,5 +145,5 @@ def measured_shapes(path: Path | None, facts: RunFacts) -> set[tuple[str, str, s
 
 
 def latest(rows: Iterable[ResultRow]) -> dict[RowKey, ResultRow]:
-    """Files are appended to; of several rows with one key the last counts."""
+    """Return the last row of each key: files are appended to."""
     return {row.key: row for row in rows}

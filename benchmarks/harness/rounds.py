@@ -1,4 +1,4 @@
-"""The command line of benchmarks that time whole loops, rival by rival in turn, and not one call of an op."""
+"""The command line of benchmarks that time whole loops, alternating between rivals, instead of one call of an op."""
 
 from __future__ import annotations
 

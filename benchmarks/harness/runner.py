@@ -1,4 +1,4 @@
-"""From a case to result rows: make the inputs, check everyone, time who passed, measure memory, relate to the floor."""
+"""Run a case: make its inputs, check every implementation, time those that pass, measure memory, compute the floor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEED = 20240101
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asked for."""
+    """The options of the command line."""
 
     device: torch.device
     preset: str
@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What is measured once and holds for every row of the run."""
+    """What is measured once per run and shared by all its rows."""
 
     settings: Settings
     plan: TimingPlan
@@ -86,7 +86,7 @@ def open_run(settings: Settings, jobs: Sequence[Job]) -> RunContext:
 
 
 def run_job(job: Job, context: RunContext, on_mode: Callable[[str], None] = lambda mode: None) -> list[ResultRow]:
-    """All rows of a case at a shape. A case that breaks by itself is a failed row too: the other cases still run."""
+    """Return all rows of a case at a shape. An exception of the case becomes a failed row; other cases still run."""
     case, shape = job.case, job.shape
     modes = case.modes_at(shape)
     device = context.settings.device
@@ -151,7 +151,7 @@ def _memory(verdict: Verdict, device: torch.device) -> Memory | None:
 
 def _floor(job: Job, mode: str, timing: Timing, ceilings: Ceilings) -> Floor | None:
     if mode == "overhead":
-        return None  # the cost of a call has nothing to do with bytes or FLOPs
+        return None  # the cost of a call does not depend on bytes or FLOPs
     moved, flops = float(job.case.bytes_moved(job.shape, mode)), float(job.case.flops(job.shape, mode))
     floor_us, bound_by = ceilings.floor_us(moved, flops, job.shape.dtype)
     return Floor(moved, flops, floor_us, bound_by, 100 * floor_us / timing.median_us)

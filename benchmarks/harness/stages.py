@@ -1,7 +1,7 @@
-"""Stages of a run that has so many minutes: each gets a share of the time that is left, each command its own process.
+"""Stages of a run with a time limit: each gets a share of the remaining time, each command its own process.
 
-What a stage leaves of its share goes to those after it. A command that outlasts its time is ended with everything that
-it started; what it has written by then stays.
+Time that a stage does not use goes to the stages after it. A command that exceeds its time is ended together with
+every process it started; what it has written by then stays.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import IO
 
 from .machine import ROOT, without_paths
 
-GRACE_S = 5.0  # from asking a command to end to ending it
+GRACE_S = 5.0  # from SIGTERM to SIGKILL
 MAX_REASON = 160
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
-    share: float  # of the time, beside the shares of the stages that follow
+    share: float  # of the remaining time, relative to the shares of the later stages
     commands: tuple[tuple[str, ...], ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     missing: str = ""  # why it cannot run here; empty: it can
@@ -91,7 +91,7 @@ def run_command(command: Sequence[str], seconds: float, environment: Mapping[str
     begin = log.tell()
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment},
-        start_new_session=True,  # a group of its own, workers and all, that can be ended
+        start_new_session=True,  # its own process group, workers included, so that it can be ended
     )  # fmt: skip
     try:
         code = process.wait(seconds)
@@ -109,7 +109,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
             process.wait(GRACE_S)
         except (ProcessLookupError, PermissionError):
-            break  # nothing of the group is left
+            break  # no process of the group is left
         except subprocess.TimeoutExpired:
             continue
     process.poll()

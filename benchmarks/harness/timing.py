@@ -1,4 +1,4 @@
-"""Timing: medians over cold-cache repeats, all rivals in turn; and hot back-to-back calls for the cost of a call."""
+"""Timing: medians over cold-cache repeats, interleaved over implementations; hot back-to-back calls for overhead."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ class Timing:
 
 
 def plan_for(preset: str, last_level_cache_bytes: int, device: torch.device) -> TimingPlan:
-    """tiny is a smoke test: few repeats, hot caches. The others flush with more than the last-level cache holds."""
+    """Return the plan of a preset: tiny takes few repeats with hot caches, the others flush the last-level cache."""
     if preset == "tiny":
         return TimingPlan(budget_s=0.05, min_repeats=3, max_repeats=10, warmups=1, batch_s=0.001, flush_bytes=0)
-    # On a GPU 256 MiB also outlast the launch of one kernel, so that the launch hides behind the flush as it
-    # hides behind earlier work in a real program; launches beyond that stay visible.
+    # On a GPU, writing 256 MiB also takes longer than one kernel launch. This hides the launch as earlier work does in
+    # a real program; further launches stay visible.
     flush = max(256 * MIB, 4 * last_level_cache_bytes) if device.type == "cuda" else last_level_cache_bytes * 5 // 4
-    # growth: many shapes, and a curve forgives a rough point; headline: minutes of a GPU must do for all of them
+    # growth has many shapes and tolerates noise; all headline shapes must fit into minutes of GPU time
     budget_s = {"growth": 2.0, "headline": 0.4}.get(preset, 4.0)
     return TimingPlan(budget_s=budget_s, min_repeats=5, max_repeats=200, warmups=3, batch_s=0.005, flush_bytes=flush)
 
 
 def percentile(samples: Sequence[float], fraction: float) -> float:
-    """Linear interpolation between the order statistics; fraction 0.5 is the median."""
+    """Interpolate linearly between the order statistics; fraction 0.5 is the median."""
     if not samples:
         raise ValueError("percentile: expected at least one sample, got none")
     ordered = sorted(samples)
@@ -88,7 +88,7 @@ def summarise(samples_us: Sequence[float], flush_bytes: int) -> Timing:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """The garbage collector strikes at random; keep it out of the samples."""
+    """Keep the garbage collector out of the samples."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -127,7 +127,7 @@ class Clock:
             del result
             return elapsed
         start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # From an idle GPU on: what of the launches the flush does not cover is time the user waits for.
+        # Start with an idle GPU: launch time that the flush does not cover counts.
         synchronise(self.device)
         self._flush_caches()
         start_event.record()
@@ -154,7 +154,7 @@ def _step(entry: _Entry) -> None:
     start = time.perf_counter()
     try:
         entry.samples.append(entry.sample_us())
-    except Exception as error:  # out of memory, say: this rival has no time, the others go on
+    except Exception as error:  # such as out of memory: only this implementation has no time
         entry.failure = error
     entry.spent_s += time.perf_counter() - start
 
@@ -162,7 +162,7 @@ def _step(entry: _Entry) -> None:
 def _round_robin(
     samplers: Mapping[str, Callable[[], float]], plan: TimingPlan, flush_bytes: int
 ) -> dict[str, Timing | Exception]:
-    """One sample of each in turn, so that a drift of the clock rate or a noisy neighbour hits all alike."""
+    """Sample all implementations in turn, so that clock drift and other load affect all of them alike."""
     entries = {name: _Entry(sampler, []) for name, sampler in samplers.items()}
     with _no_collector():
         for entry in entries.values():
@@ -179,7 +179,7 @@ def _round_robin(
 
 
 def time_calls(actions: Mapping[str, Action], device: torch.device, plan: TimingPlan) -> dict[str, Timing | Exception]:
-    """Each action from cold caches (plan.flush_bytes), in turn."""
+    """Time the actions in turn, each from cold caches (plan.flush_bytes)."""
     clock = Clock(device, plan.flush_bytes)
     samplers = {name: partial(clock.sample_us, action) for name, action in actions.items()}
     return _round_robin(samplers, plan, plan.flush_bytes)
@@ -188,7 +188,7 @@ def time_calls(actions: Mapping[str, Action], device: torch.device, plan: Timing
 def time_overhead(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, plan: TimingPlan
 ) -> dict[str, Timing | Exception]:
-    """Wall time per call of many back-to-back calls with hot caches, ended by one synchronisation."""
+    """Measure the wall time per call of many back-to-back calls with hot caches, ended by one synchronisation."""
 
     def batch_us(call: Callable[[], Any], count: int) -> float:
         start = time.perf_counter_ns()
@@ -199,7 +199,7 @@ def time_overhead(
 
     def batch_size(call: Callable[[], Any]) -> int:
         count = 1
-        # The fastest of three: one preempted batch must not pass for a long one, or batches stay at a single call.
+        # Take the fastest of three: a preempted batch would look long enough and end the search at too few calls.
         while min(batch_us(call, count) for _ in range(3)) < plan.batch_s * 1e6:
             count *= 2
         return count
@@ -209,7 +209,7 @@ def time_overhead(
     def measured(name: str, call: Callable[[], Any]) -> float:
         if name not in sizes:
             sizes[name] = batch_size(call)
-        batch_us(call, 1 + sizes[name] // 10)  # the caches still hold the rival that ran before
+        batch_us(call, 1 + sizes[name] // 10)  # warm the caches after the previous implementation
         return batch_us(call, sizes[name]) / sizes[name]
 
     return _round_robin({name: partial(measured, name, call) for name, call in calls.items()}, plan, 0)

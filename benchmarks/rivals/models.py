@@ -1,4 +1,4 @@
-"""Two language models' last layers as benchmark inputs, and the costs of scoring tokens with them."""
+"""The last layers of two language models as benchmark inputs, and the costs of scoring tokens with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ..harness.case import Shape
 from .scores import true_scores
 
-SPREAD = 3.0  # of the logits: some tokens are likely, as a model's are, so that errors in their share show
+SPREAD = 3.0  # of the logits: some tokens are likely, as in a trained model, so that errors in them are visible
 DRIFT = 0.1  # how far the policy has moved from its reference
 
 
@@ -22,7 +22,7 @@ class Models(NamedTuple):
     reference_weight: torch.Tensor  # (V, D)
 
     def reference_logprobs(self) -> torch.Tensor:  # (B, T)
-        """As a rollout hands them back: float32."""
+        """Return the reference's log-probabilities in float32, as a rollout does."""
         with torch.no_grad():
             return true_scores(self.reference_hidden, self.reference_weight, self.targets).policy.float()
 
@@ -45,8 +45,10 @@ def make_models(shape: Shape, device: torch.device, generator: torch.Generator) 
 def linear_shape(
     tokens: int, length: int, width: int, vocabulary: int, dtype: str, device: str = "", **options: str
 ) -> Shape:
-    """`tokens` in sequences of `length`. `options`: head="frozen", reference="logprobs" (known from the rollout),
-    kl="exact". For one device, or for both."""
+    """Make a shape of `tokens` in sequences of `length`, for one device or both.
+
+    `options` are head="frozen", reference="logprobs" (known from the rollout) and kl="exact".
+    """
     sizes: dict[str, int | float | str] = {
         "tokens": tokens,
         "length": length,
@@ -60,7 +62,7 @@ def linear_shape(
 def growth_shapes(
     device: str, dtype: str, base: Mapping[str, int | float | str], sweeps: Mapping[str, tuple[int, ...]]
 ) -> list[Shape]:
-    """`base`, and one size at a time at other values, the rest as in `base`."""
+    """Return `base` and shapes that differ from it in one size."""
     shapes = (
         Shape({**base, name: value}, dtype, modes=("full",), devices=(device,))
         for name, values in sweeps.items()
@@ -70,7 +72,7 @@ def growth_shapes(
 
 
 def matmul_flops(shape: Shape, mode: str) -> float:
-    """2 N D V a product: the logits of both models (of one, where the reference's scores are given), the gradients."""
+    """Count 2 N D V per product: logits of both models (of one if the reference's scores are given) and gradients."""
     batch, length, width, vocabulary = _sizes(shape)
     forward = 1 if shape.sizes.get("reference") == "logprobs" else 2
     backward = 1 if shape.sizes.get("head") == "frozen" else 2
@@ -79,7 +81,7 @@ def matmul_flops(shape: Shape, mode: str) -> float:
 
 
 def least_bytes(shape: Shape, mode: str) -> float:
-    """Hidden states and heads read once a pass, gradients written; no logits."""
+    """Count one read of hidden states and heads per pass and one write of the gradients; no logits."""
     batch, length, width, vocabulary = _sizes(shape)
     models = 1 if shape.sizes.get("reference") == "logprobs" else 2
     hidden, weight = batch * length * width, vocabulary * width

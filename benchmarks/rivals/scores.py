@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens as others compute them: PyTorch, TRL, Liger, Apple's cut_cross_entropy."""
+"""Log-probabilities of given tokens as computed by PyTorch, TRL, Liger and Apple's cut_cross_entropy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OfModel = Callable[..., torch.Tensor]  # (hidden (B, T, D), weight (V, D), targe
 
 
 class Scores(NamedTuple):
-    """In the order of the library's Logprobs."""
+    """The fields of the library's Logprobs, in its order."""
 
     policy: torch.Tensor  # (B, T)
     reference: torch.Tensor | None
@@ -34,7 +34,7 @@ def real(logits: torch.Tensor) -> torch.Tensor:
 def from_logits(
     policy: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None = None, *, kl: bool = False, **_: Any
 ) -> Scores:
-    """What a competent user writes: log_softmax in float32, gather; the exact KL as a sum over the vocabulary."""
+    """Score in plain PyTorch: log_softmax in float32, gather; the exact KL as a sum over the vocabulary."""
     index = targets.unsqueeze(-1)
     log_p = real(policy).log_softmax(-1)
     log_q = None if reference is None else real(reference).log_softmax(-1)
@@ -44,7 +44,7 @@ def from_logits(
 
 
 def selective(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """TRL's selective_log_softmax: sequence by sequence; half precision takes the whole log_softmax, rounded."""
+    """Score as TRL's selective_log_softmax: sequence by sequence; half precision uses the full, rounded log_softmax."""
     if logits.dtype in (torch.float32, torch.float64):
         chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         return chosen - torch.stack([torch.logsumexp(sequence, dim=-1) for sequence in logits])
@@ -70,7 +70,7 @@ def full_logits(
     *,
     kl: bool = False,
 ) -> Scores:
-    """Both models' logits whole, then `from_logits`."""
+    """Compute both models' full logits, then `from_logits`."""
     reference = None
     if reference_hidden is not None and reference_weight is not None:
         reference = torch.nn.functional.linear(reference_hidden, reference_weight)
@@ -78,7 +78,7 @@ def full_logits(
 
 
 def of_both(of_model: OfModel) -> OfBoth:
-    """Both models scored by a function that knows one."""
+    """Score both models with a function that scores one."""
 
     def score(
         hidden: torch.Tensor,
@@ -98,7 +98,7 @@ def of_both(of_model: OfModel) -> OfBoth:
 
 
 def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """What Liger's fused linear losses (GRPO, PPO) score a chunk of sequences with."""
+    """Score as Liger's fused linear losses (GRPO, PPO) score a chunk of sequences."""
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
     scored: torch.Tensor = LigerFusedLinearPPOBase.chunk_forward(hidden, weight, targets)
@@ -106,7 +106,7 @@ def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Without its gradient filter: on random data that drops nearly every entry, and with it the work."""
+    """Score without the gradient filter, which would skip nearly all entries of random data and their work."""
     from cut_cross_entropy import linear_cross_entropy
 
     loss: torch.Tensor = linear_cross_entropy(hidden, weight, targets, reduction="none", filter_eps=None)
@@ -114,7 +114,7 @@ def cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
 
 
 def why_not(module: str) -> Callable[[Inputs], tuple[str, ...]]:
-    """Reasons against a rival from elsewhere that runs on GPUs and knows no KL over the vocabulary."""
+    """Make the `why_not` of a third-party rival that needs a GPU and does not compute the KL over the vocabulary."""
 
     def reasons(inputs: Inputs) -> tuple[str, ...]:
         found = []
@@ -133,7 +133,7 @@ def without_kl(inputs: Inputs) -> tuple[str, ...]:
 
 
 def _by_blocks(score: Callable[[slice], Scores], targets: torch.Tensor, vocabulary: int) -> Scores:
-    """`score(rows)` of as many tokens at a time as TRUTH_BLOCK holds, each block computed again in backward."""
+    """Call `score(rows)` on blocks of tokens that fit into TRUTH_BLOCK; recompute each block in backward."""
     count = max(1, TRUTH_BLOCK // (8 * vocabulary))
     blocks = [slice(first, first + count) for first in range(0, targets.numel(), count)]
     columns = zip(*(checkpoint(score, rows, use_reentrant=False) for rows in blocks), strict=True)
@@ -145,7 +145,7 @@ def _by_blocks(score: Callable[[slice], Scores], targets: torch.Tensor, vocabula
 def true_from_logits(
     policy: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None = None, *, kl: bool = False, **_: Any
 ) -> Scores:
-    """`from_logits` by blocks: the truth of large shapes must fit as well."""
+    """Compute `from_logits` by blocks, so that the truth of large shapes fits into memory."""
 
     def score(rows: slice) -> Scores:
         other = None if reference is None else reference.flatten(0, 1)[rows]
@@ -163,7 +163,7 @@ def true_scores(
     *,
     kl: bool = False,
 ) -> Scores:
-    """`full_logits`, likewise."""
+    """Compute `full_logits` by blocks, so that the truth of large shapes fits into memory."""
 
     def score(rows: slice) -> Scores:
         other = None if reference_hidden is None else reference_hidden.flatten(0, 1)[rows]

@@ -1,7 +1,7 @@
-"""TRL's NashMDTrainer as it is in its last release that had it, on models that are given; for `benchmarks.train_step`.
+"""TRL's NashMDTrainer, from the last release that has it, on given models; for `benchmarks.train_step`.
 
-Its reward model costs nothing, and has opinions: without any, all gradients are zeros. Lengths are forced: no end token
-before the last.
+Its reward model costs nothing; its scores differ between responses, since equal scores would give zero gradients.
+Lengths are forced: no end token before the last position.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PHASES = {"_generate_completions": "rollout", "_compute_rewards": "judge", "_com
 
 
 class Reward(torch.nn.Module):
-    """What TRL's get_reward wants of a reward model, at no cost: 1 where the last token is odd, 0 where it is even."""
+    """The reward-model interface of TRL's get_reward, at no cost: 1 if the last token is odd, 0 if it is even."""
 
     base_model_prefix = "body"
 
@@ -37,16 +37,16 @@ def make_trainer(
     folder: str, policy: Any, reference: Any, tokenizer: Any, prompts: list[str], new: int, beta: float, tau: float,
     **options: Any,
 ) -> tuple[Any, dict[str, float]]:  # fmt: skip
-    """The trainer, and the seconds of the update that was made last, by phase. Changes settings of its process."""
+    """Return the trainer and the seconds of its last update by phase. Changes settings of the process."""
     try:
         found = version("trl")
     except PackageNotFoundError:
         found = "none"
     if not found.startswith("1.13."):
         raise ImportError(f"expected TRL 1.13; found {found}")
-    os.environ.setdefault("CI", "1")  # TRL reports its trainers to its makers otherwise
-    # On an H100 or H200, where the length is 64 more than a multiple of 128, cuDNN's gradients are NaN for padded rows,
-    # and the next rollout fails in torch.multinomial (nlhf_kernels/core/upstream.py).
+    os.environ.setdefault("CI", "1")  # otherwise TRL sends usage telemetry
+    # On an H100 or H200, if the length is 64 more than a multiple of 128, cuDNN's gradients of padded rows are NaN, and
+    # the next rollout fails in torch.multinomial (nlhf_kernels/core/upstream.py).
     torch.backends.cuda.enable_cudnn_sdp(False)
     from datasets import Dataset
     from trl.experimental.nash_md import NashMDConfig, NashMDTrainer

@@ -1,1 +1,1 @@
-"""What tests stand on: tolerances, statistics, poisoned memory, one body over all backends."""
+"""Shared test code: tolerances, statistics, poisoned memory, one test body for all backends."""

@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel for GPUs that are not here: `python -m tests.support.aot [op ...] [--arch 90 ...]`.
+"""Compile every Triton kernel for GPUs that are absent: `python -m tests.support.aot [op ...] [--arch 90 ...]`.
 
-Each room's Triton function is called on its examples while a stand-in driver says "there is an sm_90"; the launch is
-replaced by Triton's own warm-up, which specialises on the real arguments and compiles down to machine code. So the
-kernels compiled are exactly those a user's launch would compile, pointer alignment and all. Prints one line a kernel.
-Must run in a process of its own, without TRITON_INTERPRET.
+Each room's Triton function is called on its examples with a stand-in driver that reports the architecture; the launch
+is replaced by Triton's warm-up, which specialises on the real arguments and compiles to machine code. So the kernels
+are exactly those that a user's launch would compile, including pointer alignment. Prints one line per kernel. Must run
+in a separate process, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 
 
 class StandInDriver:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that compilation needs."""
 
     def __init__(self, architecture: int) -> None:
         self.target = GPUTarget("cuda", architecture, 32)
@@ -41,7 +41,7 @@ class StandInDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # one cache of compiled kernels per architecture
+        return self.target.arch  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -51,7 +51,7 @@ class StandInDriver:
 
 
 def registers(image: bytes) -> str:
-    """Registers and stack of the machine code: a stack means that something was spilled to memory."""
+    """Return registers and stack of the machine code; a stack means that registers were spilled to memory."""
     tool = next(Path(triton.__file__).parent.rglob("bin/cuobjdump"), None)
     if tool is None:
         return "registers unknown (this triton brings no cuobjdump)"
@@ -64,7 +64,7 @@ def registers(image: bytes) -> str:
 
 
 def compile_room(op: str, architecture: int) -> list[str]:
-    """Compile every kernel that the room's examples launch; one line of facts each."""
+    """Compile every kernel that the room's examples launch; return one line of facts per kernel."""
 
     def launch_all() -> None:
         for direction, arguments in recorded_backend_calls(op):
@@ -91,7 +91,7 @@ def launch_engine_layers() -> None:
 
 
 def compile_launches(label: str, launch_all: Callable[[], None], architecture: int) -> list[str]:
-    """Compile every kernel that `launch_all` launches; one line of facts each."""
+    """Compile every kernel that `launch_all` launches; return one line of facts per kernel."""
     driver.set_active(StandInDriver(architecture))
     lines: list[str] = []
 
@@ -120,8 +120,10 @@ def compile_launches(label: str, launch_all: Callable[[], None], architecture: i
 
 
 def recorded_backend_calls(op: str) -> list[tuple[str, tuple]]:
-    """What the room's public function hands to a backend, for each of its examples that Triton takes: ("run" or
-    "run_backward", arguments). An example whose outputs require a gradient is also run backward."""
+    """Return the room's backend calls on each example that Triton accepts: ("run" or "run_backward", arguments).
+
+    An example whose outputs require a gradient is also run backward.
+    """
     entry = get_op(op)
     examples = importlib.import_module(f"tests.test_{op}").EXAMPLES
     calls: list[tuple[str, tuple]] = []
@@ -145,12 +147,12 @@ def recorded_backend_calls(op: str) -> list[tuple[str, tuple]]:
                 _run_backward(getattr(nlhf_kernels, op)(*args, **kwargs, backend="torch"))
     finally:
         for direction in directions:
-            del oracle.__dict__[direction]  # cached properties: found anew at the next use
+            del oracle.__dict__[direction]  # cached properties: resolved again at the next use
     return calls
 
 
 def _run_backward(outputs: object) -> None:
-    """The gradient of the sum of all outputs that require one, if any does."""
+    """Run backward from the sum of all outputs that require a gradient, if any does."""
     parts = outputs if isinstance(outputs, tuple) else (outputs,)
     sums = [part.sum() for part in parts if isinstance(part, torch.Tensor) and part.requires_grad]
     if sums:

@@ -1,4 +1,4 @@
-"""Which kernels PyTorch's attention may choose from while a model learns."""
+"""The kernels that PyTorch's attention may choose from during training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 @contextmanager
 def cudnn_while_learning() -> Iterator[set[bool]]:
-    """Whether cuDNN's may be chosen in the forward passes of attention that record gradients, recomputed ones too."""
+    """Record whether attention's forward passes with gradients, including recomputed ones, may use cuDNN."""
     seen: set[bool] = set()
 
     def look(module: torch.nn.Module, arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""One test body over all backends: a backend that cannot run a call is skipped with its own reasons."""
+"""Run one test body on all backends; a backend that cannot run a call is skipped with its reasons."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ every_rival = pytest.mark.parametrize("backend", [name for name in BACKENDS if n
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend is tested: the CPU backend on the CPU even where there is a GPU."""
+    """Return the device on which a backend is tested: the CPU for the CPU backend, even on a machine with a GPU."""
     return torch.device("cpu") if backend == "cpu" else DEVICE
 
 
 def call(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
-    """`nlhf_kernels.<op>(..., backend=backend)`, or a skip that says why not."""
+    """Call `nlhf_kernels.<op>(..., backend=backend)`, or skip the test with the reasons why it cannot run."""
     reasons = nlhf_kernels.explain(op, *args, **kwargs).reasons[backend]
     if reasons:
         pytest.skip(f"{op} on {backend}: {'; '.join(reasons)}")

@@ -1,9 +1,9 @@
-"""What a captured CUDA graph refuses, refused on a machine without a GPU.
+"""Raise, on a machine without a GPU, for operations that cannot be captured in a CUDA graph.
 
-Tensors lie on PyTorch's meta device, which holds no values: code takes the branches of a device that is not the CPU,
-and reading a value fails. Beside that, `capturing` refuses what a capture would: data that comes from the host, and a
-mask as an index, whose result has a size that only the device knows. This library's operators run the Python code of
-their backend inside, under the same rules; a Triton kernel's launch is left out.
+Tensors are on PyTorch's meta device, which holds no values: code takes the branches of a device other than the CPU, and
+reading a value fails. In addition, `capturing` raises for data copied from the host and for a mask used as an index,
+whose result has a data-dependent size. The same rules apply inside this library's operators, which run their backend's
+Python code; launches of Triton kernels are skipped.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index
 
 
 class CaptureRefused(AssertionError):
-    """A captured graph would have failed here."""
+    """An operation that would fail in a CUDA graph's capture."""
 
 
 class _FunctionRules(TorchFunctionMode):
-    """For what Python calls: data that PyTorch's C++ copies to the device before any of its operators runs."""
+    """Rules for calls from Python: host data that PyTorch's C++ copies to the device before any operator runs."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _MADE_OF_HOST_DATA and not isinstance(args[0], torch.Tensor):
@@ -45,7 +45,7 @@ class _FunctionRules(TorchFunctionMode):
 
 
 class _OperatorRules(TorchDispatchMode):
-    """For what PyTorch runs."""
+    """Rules for PyTorch's operators."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +65,7 @@ class _OperatorRules(TorchDispatchMode):
 
 
 def on_device(values: Any) -> Any:
-    """`values`, with the tensors in it moved to where `capturing` watches."""
+    """Return `values` with its tensors moved to the meta device."""
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(DEVICE).requires_grad_(tensor.requires_grad)
@@ -75,7 +75,7 @@ def on_device(values: Any) -> Any:
 
 @contextmanager
 def no_launches() -> Iterator[None]:
-    """Leave the launches of Triton kernels out: tensors of the meta device hold nothing."""
+    """Skip launches of Triton kernels, since meta tensors have no memory."""
     if capabilities.triton_missing():
         yield
         return
@@ -86,7 +86,7 @@ def no_launches() -> Iterator[None]:
 @contextmanager
 def capturing() -> Iterator[None]:
     with ExitStack() as stack:
-        # Autocast, off in every test of this kind, knows no meta device.
+        # Autocast, off in all of these tests, does not support the meta device.
         stack.enter_context(mock.patch("torch.autocast", return_value=nullcontext()))
         stack.enter_context(mock.patch("torch.is_autocast_enabled", return_value=False))
         stack.enter_context(no_launches())

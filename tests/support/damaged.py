@@ -1,4 +1,4 @@
-"""Folders of saved models with something wrong in their weights."""
+"""Folders of saved models with damaged weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 
 def damaged(folder: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> str:
-    """A copy of `folder` whose weights went through `change`."""
+    """Copy `folder` with `change` applied to its weights."""
     shutil.copytree(folder, copy)
     (path,) = copy.glob("*model.safetensors")
     weights = load_file(path)
@@ -21,7 +21,7 @@ def damaged(folder: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]]
 
 
 def lacking(weights: dict[str, torch.Tensor]) -> None:
-    """A weight is not there: transformers and peft would draw a random one."""
+    """Remove a weight: transformers and peft would draw a random one."""
     del weights[_inner(weights)]
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the rollout engine share: more tiny architectures, and the distance from full forward passes."""
+"""Shared code of the rollout engine's tests: more tiny architectures, and errors against full forward passes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.tiny_models import _SHAPE, ARCHITECTURES, _config, chosen, ra
 
 _GQA = {**_SHAPE, "num_key_value_heads": 2}
 
-#: Every kind of position, mask, head and block that the engine claims.
+#: Every kind of position, mask, head and block that the engine supports.
 TINY = {
     **{name: make for name, make in ARCHITECTURES.items() if name != "mamba"},
     "qwen3": _config("Qwen3Config", **_GQA, head_dim=8),
@@ -50,7 +50,7 @@ def settings(steps: int, **options) -> RolloutSettings:
 
 
 def worst_error(responses, policy, reference, rows: list[torch.Tensor], beta: float, samples: int = 1) -> float:
-    """Largest distance of the reported log-probabilities from those of full forward passes, in nats."""
+    """Return the largest error of the reported log-probabilities against full forward passes, in nats."""
     errors = []
     for row in range(len(rows) * samples):
         prompt, count = rows[row // samples], int(responses.lengths[row])

@@ -1,4 +1,4 @@
-"""An installed package that does not exist: sources with docstrings enough for a tiny experiment."""
+"""Generated packages: sources with enough docstrings for a tiny experiment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BODIES = ("Values that are not known are left out, and the order of the others s
 
 
 def fake_packages(folder: Path, modules: int = 20, functions: int = 8) -> Path:
-    """Modules whose functions have docstrings of a first line and a body, no two alike."""
+    """Write modules whose functions have distinct docstrings of a first line and a body."""
     generator = random.Random(0)
     pairs = [(verb, thing) for verb in VERBS for thing in THINGS]
     generator.shuffle(pairs)
@@ -34,12 +34,12 @@ def fake_packages(folder: Path, modules: int = 20, functions: int = 8) -> Path:
 
 
 def _letters(number: int) -> str:
-    """A word of its own for every number."""
+    """Return a distinct word for every number."""
     return "".join("bdfgklmnrt"[int(digit)] + "aeiou"[int(digit) % 5] for digit in f"{number:03d}")
 
 
 def numbers(*, seeds: int = 3, prompts: int = 128, cycles: bool = True) -> dict[str, Any]:
-    """Results as the pipeline writes them, with made-up numbers: for the report alone."""
+    """Make results in the pipeline's format with made-up numbers, for tests of the report."""
     names = ["sft", "rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1"]
     labels = ["SFT", "RLHF", "Nash-MD 0", "Nash-MD 0.25", "Nash-MD 1"]
     size = {"prompts": prompts, "seeds": seeds}

@@ -1,8 +1,8 @@
-"""Random calls of the public ops: shapes, dtypes, layouts and values that a fixed seed determines, and their judgement.
+"""Random calls of the public ops with shapes, dtypes, layouts and values from a fixed seed, and checks of the results.
 
-A case is an op's name and a number. `check("logprobs", 17)` builds the call of that number again and runs it on every
-backend that can. Results are compared element by element with the oracle in float64, and with what PyTorch errs in
-float32; where the values overflow float32 only shapes, dtypes and ranges are checked.
+A case is an op's name and a number. `check("logprobs", 17)` rebuilds the call of that number and runs it on every
+backend that can. Results are compared element by element with the oracle in float64, relative to PyTorch's own error in
+float32; if the values overflow float32, only shapes, dtypes and ranges are checked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support.backends import DEVICE
 from tests.support.tolerances import CONSTANT
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-INTERPRETED_ELEMENTS = 2000  # of a call for Triton's interpreter, which takes milliseconds an instruction
+INTERPRETED_ELEMENTS = 2000  # of a call in Triton's interpreter, which takes milliseconds per instruction
 KINDS = ("normal", "normal", "flat", "huge", "tiny", "masked", "nan", "inf", "empty rows", "extreme")
 EXTREME = "extreme"  # overflows float32 in any order of operations
 
@@ -34,7 +34,7 @@ class Case(NamedTuple):
     judge: Callable[[Any, Any, Any], None]  # of the result, the oracle's in float64, the oracle's on the same tensors
     differentiable: bool = False
     elements: int = 0
-    truth: Callable[[], Any] | None = None  # in float64, where the op itself takes no such tensors
+    truth: Callable[[], Any] | None = None  # in float64, if the op itself does not accept float64
 
 
 def check(op: str, number: int, candidates: Sequence[str] = BACKENDS) -> list[str]:
@@ -116,13 +116,13 @@ class Draw:
         return self.random.random() < probability
 
     def size(self, most: int, least: int = 1) -> int:
-        """Small sizes, powers of two and their neighbours more often than others."""
+        """Draw a size; small sizes, powers of two and their neighbours are more likely."""
         near = 2 ** self.random.randint(0, most.bit_length()) + self.random.randint(-1, 1)
         value = self.choice(self.random.randint(least, most), self.random.randint(least, min(most, least + 3)), near)
         return max(least, min(most, value))
 
     def values(self, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
-        """(...) numbers of a kind; faults are put into some of the rows."""
+        """Draw (...) numbers of a kind; put faults into some of the rows."""
         limit = torch.finfo(dtype).max
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         scale = {"huge": min(1e30, limit / 100), "tiny": 1e-42, "flat": 0.0, EXTREME: limit}.get(kind, 3.0)
@@ -139,7 +139,7 @@ class Draw:
         return x.to(dtype)
 
     def layout(self, x: torch.Tensor, last_contiguous: bool = False) -> torch.Tensor:
-        """The same values in other memory: with an offset, apart, transposed, or rows expanded from the first one."""
+        """Return the values in another layout: with an offset, strided, transposed, or rows expanded from the first."""
         form = self.choice("contiguous", "offset", "padded", "transposed", "expanded")
         if form == "offset" or (form == "transposed" and last_contiguous):
             room = torch.full((x.numel() + 9,), torch.nan, dtype=x.dtype)
@@ -158,8 +158,8 @@ class Draw:
 def assert_close(result: torch.Tensor, truth: torch.Tensor, pytorch: torch.Tensor, size: torch.Tensor | float) -> None:
     """Compare element by element; `size`: the magnitude of the numbers that an element was computed from.
 
-    An element may equal the truth or PyTorch's own result at the same dtype up to rounding, so that numbers that
-    overflow or vanish in float32 alone pass where PyTorch's do.
+    Each element must equal, up to rounding, the truth or PyTorch's own result at the same dtype. So numbers that
+    overflow or underflow only in float32 pass if PyTorch's do the same.
     """
     assert result.dtype == pytorch.dtype, f"dtype {result.dtype}, expected {pytorch.dtype}"
     assert result.shape == truth.shape, f"shape {tuple(result.shape)}, expected {tuple(truth.shape)}"
@@ -207,7 +207,7 @@ def logprobs_case(draw: Draw) -> Case:
     if draw.chance(0.6):
         other = draw.choice(kind, "normal") if kind != "masked" else kind
         reference = draw.layout(draw.values((rows, vocabulary), draw.choice(F32, BF16, F16), other))
-        if kind == "masked":  # the KL of a token that the reference forbids is infinite, or not, with its underflow
+        if kind == "masked":  # the KL of a token that the reference masks is infinite or not, depending on underflow
             finite = reference.nan_to_num(neginf=-5.0)
             reference = torch.where(policy == -torch.inf, -torch.inf, finite).to(reference.dtype)
         beta = draw.choice(None, 0.0, 1.0, 0.3, -0.5, torch.rand(rows, generator=draw.generator).to(DEVICE))
@@ -295,7 +295,7 @@ def decode_attention_case(draw: Draw) -> Case:
         return attention.decode_attention(inputs)
 
     def judge(result: torch.Tensor, truth: torch.Tensor, same: torch.Tensor) -> None:
-        # An infinite value whose weight underflows in float32 gives NaN where float64 gives infinity.
+        # An infinite value whose weight underflows in float32 gives NaN, in float64 infinity.
         result, truth, same = (torch.where(x.isinf(), torch.nan, x) for x in (result, truth, same))
         size = magnitude(values.flatten(1)).view(rows, 1, 1) * 20 if rows else 1.0
         assert_close(result, truth, same, size)

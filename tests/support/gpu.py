@@ -1,4 +1,4 @@
-"""What tests on a GPU share: nothing within may wait for the device."""
+"""Shared code of the GPU tests: detect synchronisation with the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def nothing_waits() -> Iterator[None]:
-    """What would synchronise the host with the device raises. Call once before: first calls compile and tune."""
+    """Make host-device synchronisation raise. Make a first call outside this block: it compiles and tunes."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

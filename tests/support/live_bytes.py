@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at once while some code runs: every storage that PyTorch's operators see."""
+"""Count the bytes of tensors that are alive at once while code runs: every storage that PyTorch's operators use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages from the first operator that takes or returns them until they are freed.
+    """Count storages from the first operator that takes or returns them until they are freed.
 
     Args:
-        tensors: that are alive already.
+        tensors: tensors that are already alive.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata  # the object may be another each time, the memory is not
+        key = storage._cdata  # the Python object may differ each time, the storage does not
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()

@@ -1,4 +1,4 @@
-"""What the tests of mixture_sample share: inputs, and the float64 judgement of a draw."""
+"""Shared code of mixture_sample's tests: inputs, and the check of a draw in float64."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def uniforms_for(rows: int, device, seed: int = 0) -> torch.Tensor:
 def assert_right(
     result: MixtureSample, policy, reference, beta, uniforms, *, bias=None, constant: float = 4.0, **filters
 ) -> None:
-    """Every token's float64 interval of the CDF, widened by BOUNDARY, holds the row's uniform; every log-probability
-    errs at most twice what PyTorch errs in float32; nothing outside the support is drawn."""
+    """Assert that every token's float64 interval of the CDF, widened by BOUNDARY, holds the row's uniform, that every
+    log-probability's error is at most twice PyTorch's in float32, and that every token is in the support."""
     logits = [policy] if reference is None else [policy, reference]
     weights = [1.0] if reference is None else [1 - beta, beta]
     packed = mixture_settings(weights, device=policy.device, **filters).packed

@@ -1,5 +1,5 @@
-"""Memory that is not what it seems: what `torch.empty` returns is filled with NaN, so that an element left unwritten
-shows, and inputs can be embedded in larger NaN-filled storage, so that a read past their end shows."""
+"""Poisoned memory: fill what `torch.empty` returns with NaN to detect elements left unwritten, and embed inputs in
+larger NaN-filled storage to detect reads past their end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def poisoned_allocations() -> Iterator[list[int]]:
-    """Within, torch.empty and torch.empty_like return poisoned memory; yields the list of sizes handed out."""
+    """Make torch.empty and torch.empty_like return poisoned memory; yield the list of sizes allocated."""
     handed_out: list[int] = []
 
     def poisoned(function: Any) -> Any:
@@ -42,7 +42,7 @@ def poisoned_allocations() -> Iterator[list[int]]:
 
 
 def surrounded(tensor: torch.Tensor, margin: int = 64) -> torch.Tensor:
-    """A copy of `tensor`, contiguous, in the middle of poisoned storage."""
+    """Copy `tensor`, contiguous, into the middle of poisoned storage."""
     storage = poison(torch.zeros(tensor.numel() + 2 * margin, dtype=tensor.dtype, device=tensor.device))
     view = storage[margin : margin + tensor.numel()].view(tensor.shape)
     return view.copy_(tensor)

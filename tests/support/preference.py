@@ -1,4 +1,4 @@
-"""Tiny preference models, and rules that say which response wins: one a reward can follow, one that no reward can."""
+"""Tiny preference models, and preference rules: one that a reward can represent, one that no reward can."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEMPLATES = {PairwisePreferenceModel: "{prompt}|{first}|{second}=", RewardModel:
 
 
 def comparison_model(kind=PairwisePreferenceModel, architecture: str = "llama", **options):
-    """With a head that is not zero, so that it has opinions before any training."""
+    """Make a model with a non-zero head, so that its preferences differ from 1/2 before training."""
     options = {"template": TEMPLATES[kind], **options}
     model = kind(tiny_model(architecture), tiny_tokenizer(), **options)
     model.head.weight.data.normal_(std=0.4, generator=torch.Generator().manual_seed(0))
@@ -36,7 +36,7 @@ def shorter_wins(count: int, seed: int = 0) -> list[Pair]:
 
 
 def rock_paper_scissors(triples: int, seed: int = 0) -> list[Pair]:
-    """Three responses to each prompt, and all three of their comparisons: any reward gets one of them wrong."""
+    """Make all three comparisons of three responses to each prompt; any reward gets at least one wrong."""
     draw = random.Random(seed)
     pairs = []
     for _ in range(triples):

@@ -1,7 +1,7 @@
-"""Checks that several processes make together over gloo: started once, many checks, each reported by its name.
+"""Run checks in several processes over gloo: one launch runs many checks, each reported by its name.
 
-A test file names its checks, functions of no argument, and ends with `processes.main(CHECKS)`: its children are
-`python -m tests.test_X`. Every process runs every check, in order; one that fails is reported with its traceback.
+A test file lists its checks, functions without arguments, and ends with `processes.main(CHECKS)`: its children are
+`python -m tests.test_X`. Every process runs every check, in order; a failed check is reported with its traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TIMEOUT = 240  # seconds, for all checks of a file
 
 
 def run_checks(module: str, processes: int) -> dict[str, list[str]]:
-    """Start the processes and return what each check reported, process by process: "" or a traceback."""
+    """Start the processes and return each check's report by process: "" or a traceback."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -58,7 +58,7 @@ def assert_passed(reports: dict[str, list[str]], check: Callable[[], None]) -> N
 
 
 def collectives(run: Callable[[], object]) -> int:
-    """How many collectives `run()` takes part in. PyTorch's CommDebugMode loses count of transformers' modules."""
+    """Count the collectives in which `run()` takes part. PyTorch's CommDebugMode miscounts transformers' modules."""
     from torch.distributed.tensor import DTensor
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,7 +67,7 @@ def collectives(run: Callable[[], object]) -> int:
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if any(issubclass(kind, DTensor) for kind in types):
-                return NotImplemented  # it comes again, as the collectives and products that it is made of
+                return NotImplemented  # dispatched again as the collectives and products it consists of
             sends = not any(part in func.__name__ for part in ("wait_tensor", "wrap_tensor"))
             self.count += sends and func.namespace in ("c10d", "_c10d_functional")
             return func(*args, **(kwargs or {}))
@@ -93,6 +93,6 @@ def main(checks: Sequence[Callable[[], None]]) -> None:
             report[check.__name__] = ""
         except Exception:
             report[check.__name__] = traceback.format_exc()
-            break  # the others wait for this process, and would for the next check
+            break  # the other processes may still wait in this check, so a further one could deadlock
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(report))
     leave_process_group()

@@ -1,4 +1,4 @@
-"""Rivals of a benchmark that end in every way; made in processes of their own, so they import little."""
+"""Rivals of a benchmark that fail in various ways; they run in separate processes, so they import little."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Rival:
-    """Fine in every way, if `fault` is none."""
+    """A rival with the fault that `fault` names; any other name gives one without a fault."""
 
     def __init__(self, fault: str) -> None:
         self.fault, self.runs = fault, 0
@@ -39,5 +39,5 @@ def make(fault: str, *_: Any) -> Rival:
 
 
 def start(threads: int, make: Any, *arguments: Any) -> Rival:
-    """`train_step.start` without PyTorch."""
+    """Make the rival as `train_step.start` does, without PyTorch."""
     return make(*arguments)

@@ -5,8 +5,8 @@
     python -m tests.support.sanitized tests/test_logprobs.py   options and files are passed on to pytest
     python -m tests.support.sanitized --threads       threads_main.cpp under ThreadSanitizer, by clang and its OpenMP
 
-The tests run in a copy of the package and of the tests under build/sanitized, whose `_cpu` is the instrumented one. A
-finding ends the process.
+The tests run in a copy of the package and of the tests under build/sanitized, with an instrumented `_cpu`. A finding
+ends the process.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def build() -> None:
 def sanitized_environment() -> dict[str, str]:
     """Return the environment for a Python that loads the instrumented `_cpu`.
 
-    The sanitizer's runtime must be loaded first, and the C++ library before any exception is thrown through it. Python
-    and PyTorch keep memory until the end of the process, which the leak check would report.
+    The sanitizer's runtime must be loaded first, and the C++ library before any exception is thrown through it. The
+    leak check is off, since it would report memory that Python and PyTorch keep until the end of the process.
     """
     libraries = [
         subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
@@ -82,8 +82,8 @@ def sanitized_environment() -> dict[str, str]:
 def check_threads() -> int:
     """Build and run threads_main.cpp under ThreadSanitizer.
 
-    The sanitizer must know of the waits between OpenMP's threads, or it reports whatever a barrier orders as a race.
-    GCC's libgomp does not tell it; clang's libomp does through Archer, a tool library that comes with it.
+    The sanitizer must know OpenMP's synchronisation, or it reports accesses ordered by a barrier as races. GCC's
+    libgomp does not report it; clang's libomp does through Archer, a tool library that comes with it.
     """
     archer = sorted(Path("/usr/lib").glob("llvm-*/lib/libarcher.so"))
     if not shutil.which("clang++") or not archer:

@@ -1,8 +1,8 @@
-"""kill -9 of one process or all of a split run that saves after every update, at random moments, over and over.
+"""Repeatedly kill -9, at random moments, one or all processes of a sharded run that saves after every update.
 
     python -m tests.support.sharded_kills FOLDER 40
 
-FOLDER holds a run file, run.yaml, and what it names. Every launch resumes what the one before has left.
+FOLDER holds a run file, run.yaml, and the files it names. Every launch resumes from the previous one's checkpoints.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ CHANGES = ("max_steps=400", "num_train_epochs=500", "logging_steps=500", "save_s
 
 
 def kill(root: Path, count: int, seed: int = 0, *changes: str) -> list[int]:
-    """Kill `count` launches of two processes; return the newest update that each left. Raises where a checkpoint is
-    damaged, an update is lost, or a launcher goes on.
+    """Kill `count` launches of two processes; return the newest saved update of each. Raise if a checkpoint is damaged,
+    an update is lost, or a launcher continues.
 
     Args:
-        root: the folder of the run file.
-        count: of launches; every second one loses all its processes, the others one.
-        seed: of the moments.
-        changes: of the run file's `training`, beside those that make it save.
+        root: folder of the run file.
+        count: number of launches; every second one loses all its processes, the others one.
+        seed: seed of the random moments.
+        changes: changes of the run file's `training`, in addition to those that make it save.
     """
     draw, updates = random.Random(seed), [0]
     output = root / "killed"

@@ -1,8 +1,8 @@
-"""Small training runs in one launch of several processes, each with a layout of its own: starting takes the longest.
+"""Small training runs, each with its own layout, in one launch of several processes, since starting takes longest.
 
     torchrun --nproc-per-node 2 -m tests.support.sharded_runs FOLDER '{"tp": {"tp_size": 2, ...}, ...}'
 
-A run is its layout and the options of `make_trainer`. What it logged, and its weights gathered, go to FOLDER/NAME.json.
+A run consists of its layout and the options of `make_trainer`. Its log and sums of its weights go to FOLDER/NAME.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def start(folder: Path, processes: int, runs: Mapping[str, Mapping[str, Any]], t
 
 
 def outcome(trainer: Any) -> dict[str, Any]:
-    """What a run logged, and a sum and a sum of squares of every weight. All processes must call."""
+    """Return a run's log, and the sum and sum of squares of every weight. All processes must call it."""
     from nlhf_kernels.train.sharded import reshard, whole
     from tests.support.training import history
 
@@ -45,7 +45,7 @@ def outcome(trainer: Any) -> dict[str, Any]:
 
 
 def load(path: str, sizes: Mapping[str, int]) -> Any:
-    """The model in a folder, split; whole where no size is above 1."""
+    """Load the model in a folder, sharded if a size is above 1."""
     from transformers import AutoModelForCausalLM
 
     from nlhf_kernels.core.upstream import distributed_config_class
@@ -55,7 +55,7 @@ def load(path: str, sizes: Mapping[str, int]) -> Any:
 
 
 def train(folder: Path, name: str, options: dict[str, Any]) -> Any:
-    """One run; models are folders. Every call of the judge adds a line to FOLDER/NAME-RANK.calls."""
+    """Train one run; models are folders. Every call of the judge adds a line to FOLDER/NAME-RANK.calls."""
     from tests.support.training import likes_e, lora, make_trainer
 
     rank = int(os.environ["RANK"])

@@ -1,8 +1,8 @@
-"""Statistical judgements with a stated rate of false alarms.
+"""Statistical tests with a bounded rate of false alarms.
 
-Every check asks for a p-value and is compared with FAMILY_ALPHA / CHECKS (Bonferroni): a run of the whole suite on
-correct code raises at least one false alarm with probability at most FAMILY_ALPHA, as long as it makes at most CHECKS
-checks. Seeds are fixed, so a run that passed keeps passing; the rate says how far the fixed seeds can be trusted.
+Every check compares a p-value with FAMILY_ALPHA / CHECKS (Bonferroni): a run of the whole suite on correct code raises
+a false alarm with probability at most FAMILY_ALPHA, as long as it makes at most CHECKS checks. Seeds are fixed, so a
+run that passed keeps passing; the rate applies to the choice of seeds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ ALPHA = FAMILY_ALPHA / CHECKS
 
 
 def chi_square_p(counts: np.ndarray, probabilities: np.ndarray, min_expected: float = 5.0) -> float:
-    """p-value of `counts` under `probabilities`; bins of few expected counts are pooled, so that the law holds.
+    """Return the p-value of `counts` under `probabilities`; bins with few expected counts are pooled.
 
-    A count in a bin of probability 0 is impossible, not unlikely: p = 0.
+    A count in a bin of probability 0 gives p = 0.
     """
     counts, probabilities = np.asarray(counts, float), np.asarray(probabilities, float)
     if abs(probabilities.sum() - 1) > 1e-9:
@@ -44,12 +44,12 @@ def chi_square_p(counts: np.ndarray, probabilities: np.ndarray, min_expected: fl
 
 
 def proportion_p(successes: int, trials: int, probability: float) -> float:
-    """Exact two-sided binomial p-value."""
+    """Return the exact two-sided binomial p-value."""
     return float(stats.binomtest(int(successes), int(trials), probability).pvalue)
 
 
 def mean_z(samples: np.ndarray, mean: float, deviation: float) -> float:
-    """z of a sample mean against a known mean and standard deviation."""
+    """Return the z-score of a sample mean against a known mean and standard deviation."""
     return float((np.mean(samples) - mean) / (deviation / math.sqrt(len(samples))))
 
 
@@ -58,7 +58,7 @@ def normal_p(z: float) -> float:
 
 
 def uniform_p(samples: np.ndarray) -> float:
-    """Kolmogorov-Smirnov p-value of samples in (0, 1)."""
+    """Return the Kolmogorov-Smirnov p-value of samples in (0, 1)."""
     return float(stats.kstest(samples, "uniform").pvalue)
 
 

@@ -1,4 +1,4 @@
-"""Causal language models of two layers and random weights, of many architectures; made in milliseconds."""
+"""Causal language models of many architectures with two layers and random weights, made in milliseconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _config(name: str, **options: object) -> Callable[[int], transformers.Pretra
     )
 
 
-#: Each has its own way with positions, masks or caches.
+#: Each differs in its positions, masks or caches.
 ARCHITECTURES = {
     "gpt2": _config("GPT2Config", n_layer=2, n_head=4, n_positions=128),  # absolute positions
     "opt": _config("OPTConfig", num_hidden_layers=2, num_attention_heads=4, ffn_dim=40, max_position_embeddings=128),
@@ -40,7 +40,7 @@ def tiny_model(architecture: str = "gpt2", seed: int = 0, hidden: int = 32) -> t
 
 
 def random_model(config: transformers.PretrainedConfig, seed: int, kind: type | None = None) -> torch.nn.Module:
-    """Weights large enough that the next token depends on all that came before it. `kind`: the model's class."""
+    """Make a model with weights large enough that every token depends on all earlier ones. `kind` is its class."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config) if kind is None else kind._from_config(config)
@@ -52,17 +52,17 @@ def random_model(config: transformers.PretrainedConfig, seed: int, kind: type | 
 
 @torch.no_grad()
 def teacher_forced(model: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (T, V), float64, of what follows each prefix: one forward pass, no padding and no cache. The
-    last token is not read, as in a rollout."""
+    """Return the log-probabilities (T, V), float64, at every token: one forward pass without padding or cache. The last
+    token is not read, as in a rollout."""
     exact = copy.deepcopy(model).double().eval()
     if any(hasattr(exact.config, name) for name in ("num_local_experts", "num_experts")):
-        exact.set_experts_implementation("eager")  # the grouped matrix product knows no float64
+        exact.set_experts_implementation("eager")  # the grouped matrix product does not support float64
     logits = exact(torch.cat([prompt, tokens[:-1]])[None], use_cache=False).logits[0]
     return logits[len(prompt) - 1 :].log_softmax(-1)
 
 
 def tiny_tokenizer(chat: bool = False, first: str = " ") -> transformers.PreTrainedTokenizerFast:
-    """A token a character: the 94 from `first` (space to }) at the ids from 3 on."""
+    """Make a tokenizer with one token per character: the 94 from `first` (space to }) have the ids from 3 on."""
     from tokenizers import Tokenizer, decoders, models
 
     vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {chr(ord(first) - 3 + id): id for id in range(3, VOCABULARY)}
@@ -99,7 +99,7 @@ def chosen(logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Models this small are many times slower when threads share their work."""
+    """Use one thread: models this small are many times slower on several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

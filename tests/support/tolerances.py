@@ -1,4 +1,4 @@
-"""Correctness against float64: a result may err a small factor more than PyTorch does at the same dtype, no more."""
+"""Tolerances against float64: a result's error may exceed PyTorch's at the same dtype by a small factor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CONSTANT = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 8e-3, tor
 
 
 def worst_error(result: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest |result - truth|; infinite where one is not finite and the other differs."""
+    """Return the largest |result - truth|; infinite if one is not finite and the other differs."""
     result, truth = result.detach().double().cpu(), truth.detach().double().cpu()
     assert result.shape == truth.shape, f"shape {tuple(result.shape)}, expected {tuple(truth.shape)}"
     same = (result == truth) | (result.isnan() & truth.isnan())
@@ -23,7 +23,7 @@ def worst_error(result: torch.Tensor, truth: torch.Tensor) -> float:
 def assert_accurate(
     result: torch.Tensor, truth: torch.Tensor, pytorch: torch.Tensor, *, factor: float = FACTOR, constant: float = 1.0
 ) -> None:
-    """error(result) <= factor x error(pytorch) + constant, both against the float64 `truth`.
+    """Assert error(result) <= factor x error(pytorch) + constant, both against the float64 `truth`.
 
     pytorch   the same computation in PyTorch at the result's dtype
     constant  in multiples of this dtype's CONSTANT, scaled by the largest finite value of the truth

@@ -1,9 +1,9 @@
-"""A small training run in a process of its own, so that it can be killed, or be one of several.
+"""A small training run in a separate process, which a test can kill or launch several times.
 
     python -m tests.support.train_run FOLDER '{"max_steps": 4, "die_while_saving": true, ...}'
 
-Writes FOLDER/result.json: what was logged at every update, and a checksum of the trained weights; and one file a
-process, FOLDER/process-N.json: checksums of all that plays, before the first update and after the last.
+Writes FOLDER/result.json: the log of every update and a checksum of the trained weights; and per process
+FOLDER/process-N.json: checksums of policy, opponent and reference before the first update and after the last.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def train(folder: str, options: dict[str, Any]) -> None:
     if options.pop("die_while_saving", False):
         _die_while_saving()
     rank = int(os.environ.get("RANK", 0))
-    torch.manual_seed(1000 + rank)  # as processes of users differ
+    torch.manual_seed(1000 + rank)  # seeds differ between processes, as a user's may
     if options.pop("models_differ", False):
         options["model"] = tiny_model("llama", seed=rank)
     if (adapters := options.pop("lora", None)) is not None:
@@ -57,7 +57,7 @@ def train(folder: str, options: dict[str, Any]) -> None:
 def thread_names() -> list[str]:
     names = []
     for task in Path("/proc/self/task").iterdir():
-        with suppress(OSError):  # a thread that has ended since
+        with suppress(OSError):  # the thread may have ended
             names.append((task / "comm").read_text().strip())
     return names
 
@@ -75,7 +75,7 @@ def outcome(trainer: Any) -> dict[str, Any]:
 
 
 def players(trainer: Any) -> dict[str, str]:
-    """A checksum of every tensor that plays: the policy, what the opponent keeps, the reference."""
+    """Return a checksum of every tensor of the policy, the opponent's state and the reference."""
     tensors = {f"policy/{name}": value for name, value in trainer.rollout_policy.model.named_parameters()}
     if trainer.opponent is not None:
         tensors |= {f"opponent/{name}": value for name, value in trainer.opponent.state().items()}
@@ -86,7 +86,7 @@ def players(trainer: Any) -> dict[str, str]:
 
 
 def _die_while_saving() -> None:
-    """As kill -9 does: the second checkpoint is cut off after its weights are written."""
+    """End the process, as kill -9 does, in the second checkpoint after its weights are written."""
     from nlhf_kernels.train import NashTrainer
 
     saved, whole = [0], NashTrainer._save_optimizer_and_scheduler

@@ -1,4 +1,4 @@
-"""Small training runs: a trainer in one call, and a game of one-token answers whose equilibrium is known."""
+"""Small training runs: a trainer in one call, and a game of one-token responses with a known equilibrium."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy"
 
 @pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
-    """For the test files that import it."""
+    """Use one thread in the test files that import this fixture."""
     with one_thread():
         yield
 
 
 def likes_e(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
-    """A judge with an opinion on every pair: more vowels, mostly."""
+    """Return preferences that grow with the first response's share of vowels and fall with the second's."""
     return [0.5 + 0.4 * (_vowels(a) - _vowels(b)) for a, b in zip(first, second, strict=True)]
 
 
@@ -35,7 +35,7 @@ def _vowels(text: str) -> float:
 
 
 def make_trainer(output: Path | str, *, model: Any = None, judge: Any = likes_e, **given: Any) -> Any:
-    """NashTrainer on a tiny model; whatever is no argument of its own goes to NashConfig."""
+    """Make a NashTrainer on a tiny model; all arguments that are not its own go to NashConfig."""
     from nlhf_kernels.train import NashConfig, NashTrainer
 
     own = ("reference_model", "eval_dataset", "peft_config", "callbacks", "reward", "eval_opponent", "optimizers")
@@ -49,12 +49,12 @@ def make_trainer(output: Path | str, *, model: Any = None, judge: Any = likes_e,
 
 
 def history(trainer: Any, *names: str) -> list[tuple[float, ...]]:
-    """What was logged at every update."""
+    """Return the logged values of every update."""
     return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "loss" in entry]
 
 
 class LetterGame:
-    """Answers are one token: a letter, or nothing (any special token). P is a random game over these texts."""
+    """A random preference game over responses of one token: a letter, or the empty text (any special token)."""
 
     def __init__(self, seed: int = 0) -> None:
         self.texts = [*LETTERS, ""]
@@ -93,13 +93,13 @@ class LetterGame:
 
     @torch.no_grad()
     def log_probabilities(self, model: Any) -> torch.Tensor:
-        """Of the texts, float64."""
+        """Return the log-probabilities of the texts in float64."""
         logits = model.eval()(input_ids=torch.tensor([[3]])).logits[0, -1].double().log_softmax(-1)
         return torch.cat([logits[3:], logits[:3].logsumexp(0, keepdim=True)])
 
 
 def gradients(trainer: Any) -> dict[str, torch.Tensor]:
-    """Of one update, as the optimizer would see them; the weights stay."""
+    """Return the gradients of one update before the optimizer's step; the weights stay unchanged."""
     copies: dict[str, torch.Tensor] = {}
 
     class Look(transformers.TrainerCallback):
@@ -112,7 +112,7 @@ def gradients(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def counted(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
-    """A function, and the number of rows of each of its calls."""
+    """Return a wrapped function and the list of its calls' row counts."""
     calls: list[int] = []
 
     def wrapped(prompts: Sequence[str], *rest: Sequence[str]) -> Any:
@@ -129,6 +129,6 @@ def lora(**options: Any) -> Any:
 
 
 def checkpoints(on: bool) -> dict[str, bool]:
-    """Activation checkpointing, under the name that this version of transformers knows."""
+    """Return the option of activation checkpointing under its name in this version of transformers."""
     fields = transformers.TrainingArguments.__dataclass_fields__
     return {"activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing": on}

@@ -1,4 +1,4 @@
-"""TRL 1.13's Nash-MD as its users know it, and trainers on tiny models for them."""
+"""The interface of TRL 1.13's Nash-MD, and trainers on tiny models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 from tests.support.tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
 from tests.support.training import PROMPTS
 
-#: What TRL 1.13's NashMDConfig adds to transformers' TrainingArguments or changes there, with its defaults.
+#: Options that TRL 1.13's NashMDConfig adds to transformers' TrainingArguments or changes, with their defaults.
 OPTIONS = {
     "learning_rate": 5e-7,
     "logging_steps": 10,
@@ -62,7 +62,7 @@ SMALL = {
 
 
 def default(entry: Any) -> Any:
-    """Of a dataclass's field."""
+    """Return the default of a dataclass's field."""
     return entry.default_factory() if callable(entry.default_factory) else entry.default
 
 
@@ -73,7 +73,7 @@ def make_config(output: Path | str, **given: Any) -> Any:
 
 
 def make_trainer(output: Path | str, **given: Any) -> Any:
-    """NashMDTrainer of ours; whatever is no argument of its own goes to NashMDConfig."""
+    """Make this library's NashMDTrainer; all arguments that are not its own go to NashMDConfig."""
     from nlhf_kernels.integrations.trl import NashMDTrainer
 
     own = {*ARGUMENTS, "judge", "reward_processing_classes"}
@@ -85,8 +85,8 @@ def make_trainer(output: Path | str, **given: Any) -> Any:
 
 
 def trl_trainer(output: Path | str, model: Any = None, **given: Any) -> Any:
-    """TRL's own, which remembers the answers and probabilities of every micro-batch."""
-    os.environ.setdefault("CI", "1")  # TRL reports trainers to its makers otherwise
+    """Make TRL's own NashMDTrainer, extended to record the responses and probabilities of every micro-batch."""
+    os.environ.setdefault("CI", "1")  # otherwise TRL sends usage telemetry
     from datasets import Dataset
     from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
 
@@ -103,7 +103,7 @@ def trl_trainer(output: Path | str, model: Any = None, **given: Any) -> Any:
 
 
 def reward_model(seed: int = 0) -> Any:
-    """Opinions on everything; weights large enough for every token to count."""
+    """Make a reward model with weights large enough that every token affects the reward."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, num_labels=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
