@@ -1,4 +1,4 @@
-"""An adapter's life: trained, trained further, sampled and compared beside its base, merged into it."""
+"""Adapters on the command line: training, further training, sampling and evaluation beside the base, merging."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def logits(model) -> torch.Tensor:
 
 
 def write_run(folder: Path, **changes: object) -> str:
-    """A run file of two updates, big enough to be seen in an adapter."""
+    """Write a run file of two updates, large enough to change an adapter visibly."""
     run = {
         "model": str(folder / "base"), "data": {"train": str(folder / "prompts.jsonl")},
         "judge": {"function": f"{folder / 'judge.py'}:likes_e"}, **changes,
@@ -48,7 +48,7 @@ def write_run(folder: Path, **changes: object) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A base, and an adapter that `train` has made of it."""
+    """A folder with a base model, and an adapter of it made by `train`."""
     root = tmp_path_factory.mktemp("adapters")
     for part in (tiny_model("llama"), tiny_tokenizer()):
         part.save_pretrained(root / "base")
@@ -66,7 +66,7 @@ def adapter(root) -> Path:
 
 
 def test_it_is_trained_further(root, adapter) -> None:
-    """Its own values are where the second run begins, its base stays, and is the reference."""
+    """A second run starts from the adapter's values; its base is unchanged and is the reference."""
     before = load_file(adapter / "adapter_model.safetensors")
     assert main(["train", "--config", write_run(root, name="second", model=str(adapter))]) == 0
     after = load_file(root / "second" / "policy" / "adapter_model.safetensors")

@@ -1,5 +1,5 @@
-"""The experiment on candidates: its world, what contestants are told, the deep route against the exact numbers, the
-whole pipeline tiny."""
+"""The experiment on candidates: the world, the contestants' data, sampled training against exact numbers, and the
+whole pipeline at a tiny size."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_small_world_has_a_reward_at_one_end_and_circles_at_the_other() -> N
 
 
 def test_the_effects_of_the_power_calculation() -> None:
-    """docs/experiment.md: what the exact limits differ by at the knobs 0, 0.5 and 1, and how much from game to game."""
+    """The exact limits differ at the knobs 0, 0.5 and 1, and from game to game, as docs/experiment.md states."""
     preset = replace(CANDIDATE_PRESETS["small"], games=16)
     world = make_world(preset)
     log_reference = torch.cat([world.common * 0.999, torch.full((80, 1), 0.001, dtype=torch.float64)], -1).log()
@@ -139,7 +139,7 @@ def test_fitted_rewards_are_the_bradley_terry_fit_of_many_votes(setting) -> None
 
 
 def test_a_trained_best_response_finds_the_exact_exploitability(setting, tmp_path) -> None:
-    """The deep route, which samples answers and trains a language model, in the limit where the truth is known."""
+    """Training a language model on sampled answers reaches the exploitability computed exactly."""
     tau = 0.2
     game = PreferenceGame(setting.world.preference, setting.log_reference.exp(), tau)
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +158,7 @@ def test_a_trained_best_response_finds_the_exact_exploitability(setting, tmp_pat
 
 @pytest.mark.parametrize("name", [name for name in CONTESTANTS if name not in TINY.contestants])
 def test_every_other_contestant_trains_and_is_measured(name, setting, tmp_path) -> None:
-    """Those of the larger presets: a run of two updates, votes counted, policies at both marks."""
+    """Contestants of the larger presets run two updates, count their votes and record policies at both marks."""
     brief = replace(setting, preset=replace(LEARNING, updates=2, checkpoints=2, samples_per_prompt=2))
     with one_thread():
         make_run(tmp_path, name, 1, 0, {"preference": setting.world.preference, "reward": setting.log_reference}, brief)
@@ -170,7 +170,7 @@ def test_every_other_contestant_trains_and_is_measured(name, setting, tmp_path) 
 
 
 def test_limits_at_the_knobs_ends(setting) -> None:
-    """Self-play's limit is the equilibrium, Nash-MD's mixture is that of a larger tau."""
+    """Self-play converges to the equilibrium, Nash-MD's mixture to that of a larger tau."""
     star = exact_policies("self-play-queries", setting)
     assert star is not None
     for index, tau in enumerate(LEARNING.taus):

@@ -1,4 +1,4 @@
-"""How commands end: exit codes, one line on stderr, quiet where the reader has gone, no promise that is not kept."""
+"""Ends of commands: exit codes, one line on stderr, silence on a closed pipe, resume hints that are true."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_help_fits_80_columns(words, monkeypatch, capsys) -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    """Far more than a pipe holds, to a reader that takes one line."""
+    """A command that prints more than a pipe's buffer to a reader of one line ends without an error message."""
     process = command("tabular", "--game", "random", "--steps", "3000", "--json")
     assert process.stdout.readline() == "{\n"
     process.stdout.close()
@@ -83,7 +83,7 @@ def ending(error: BaseException, capsys, names=(), **options) -> tuple[int, str]
 
 
 class SafetensorError(Exception):
-    """As safetensors' own, which is no ValueError."""
+    """An error with the name of safetensors' own, which is not a ValueError."""
 
 
 ENDINGS = [

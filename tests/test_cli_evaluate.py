@@ -1,4 +1,4 @@
-"""`nlhf-kernels evaluate`: saved policies against each other, as a judge of either kind sees them."""
+"""`nlhf-kernels evaluate`: saved policies against each other, judged by a model or a function."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_saved_policies_are_compared(saved, tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(("samples", "even"), [("1", False), ("3", True)])
 def test_policies_share_their_noise_where_they_answer_twice(samples, even, saved, tmp_path, capsys) -> None:
-    """So that a policy against itself is even to the last bit; with one answer it has noise of its own."""
+    """A policy against itself is even to the last bit with several samples; with one, each has its own noise."""
     code = (
         "def order(prompts, first, second):\n    return [((a < b) - (a > b) + 1) / 2 for a, b in zip(first, second)]\n"
     )
@@ -106,7 +106,7 @@ def test_names_that_tell_policies_apart() -> None:
 
 
 def test_a_function_judges(saved, tmp_path, monkeypatch, capsys) -> None:
-    """From a file, and from a module in the working folder; names are no markup."""
+    """A judge function loads from a file and from a module in the working folder; names are printed literally."""
     code = "def shorter(prompts, first, second):\n    return [float(len(a) < len(b)) for a, b in zip(first, second)]\n"
     (tmp_path / "my_judge.py").write_text(code)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""`nlhf-kernels prefer`: from pairs and a base to a folder, from a folder to probabilities; bad input is one line."""
+"""`nlhf-kernels prefer`: training to a folder, probabilities from a folder, and one-line errors for bad input."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_model(root, tmp_path, capsys) -> None:
 
 
 def test_tables_say_how_good_it_is(root, tmp_path, capsys) -> None:
-    """Default steps: once through the data, 36 of 40 pairs in steps of 8."""
+    """The tables show the measures; the default is one epoch, here 36 of 40 pairs in steps of 8."""
     code, out, _ = run(capsys, *training(root, tmp_path / "out", "--bfloat16", "--gradient-checkpointing"))
     words = " ".join(out.split())
     assert code == 0
@@ -136,7 +136,7 @@ def test_evaluate_measures_as_training_does(root, tmp_path, capsys) -> None:
 
 
 def test_intervals_of_shares() -> None:
-    """Wilson, 1927: 10 of 10 do not make certain."""
+    """Intervals are Wilson's (1927): that of 10 of 10 has a positive width."""
     assert prefer.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
     assert prefer.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-3)
 

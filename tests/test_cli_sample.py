@@ -1,4 +1,4 @@
-"""`nlhf-kernels sample`: from folders of weights to text, and one line for what the user got wrong."""
+"""`nlhf-kernels sample`: text from saved models, and one-line errors for bad input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """Two models of one vocabulary, and what can be wrong with a folder."""
+    """Two models of one vocabulary, and folders that are invalid in various ways."""
     root = tmp_path_factory.mktemp("models")
 
     def save(name: str, *parts) -> None:
@@ -142,7 +142,7 @@ def test_prompts_are_looked_at_before_models_are_loaded(folders, capsys, monkeyp
 
 
 def test_rows_of_prompts_are_read_as_for_training(folders, capsys, tmp_path) -> None:
-    """JSON lines, JSON and CSV; conversations take the chat template, texts with --chat."""
+    """JSON lines, JSON and CSV are read; conversations use the chat template, as do texts with --chat."""
     rows = [{"prompt": "one", "other": 1}, {"prompt": [{"role": "user", "content": "two"}]}]
     (tmp_path / "rows.jsonl").write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -168,7 +168,7 @@ def test_text_alone_and_as_it_is_sampled(folders, capsys) -> None:
 
 
 def test_a_stream_prints_whole_characters() -> None:
-    """A character of three bytes, a token each: nothing before the third."""
+    """A character of three tokens, one byte each, is printed after the third."""
 
     class Bytes:
         def decode(self, ids, skip_special_tokens):

@@ -1,4 +1,4 @@
-"""`nlhf-kernels tabular` as a person uses it, and what it says to bad input."""
+"""`nlhf-kernels tabular`: tables, figures and JSON, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_mark_before_the_text_is_no_part_of_it(tmp_path, capsys) -> None:
 
 
 def test_the_default_game_tells_algorithms_apart(capsys) -> None:
-    """Nash-MD reaches the equilibrium; self-play with constant steps, and against its average, circles."""
+    """Nash-MD reaches the equilibrium; self-play with constant steps, and against its average, cycles."""
     assert run("--steps", "2000", "--json") == 0
     kl = {name: outcome["kl"][-1] for name, outcome in json.loads(capsys.readouterr().out)["algorithms"].items()}
     assert kl["nash-md"] < 1e-8 and kl["nash-mp"] < 1e-8

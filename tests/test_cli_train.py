@@ -1,4 +1,4 @@
-"""`nlhf-kernels train`: from a YAML file to a trained policy; every key known, or refused with the nearest one."""
+"""`nlhf-kernels train`: from a YAML file to a trained policy; unknown keys are refused with the nearest known one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def config(root, tmp_path, monkeypatch):
-    """Writes a run file; keys that are given replace those of a run that works."""
+    """A function that writes a valid run file with the given keys replaced."""
     monkeypatch.chdir(root)
 
     def write(**changes: object) -> str:
@@ -73,7 +73,7 @@ def config(root, tmp_path, monkeypatch):
     return write
 
 
-#: A judge that writes, when its process ends, which threads of the process group are still there.
+#: A judge that records, when its process ends, which threads of the process group are still alive.
 LAST_THREADS = """
 import atexit, os
 from pathlib import Path
@@ -169,7 +169,7 @@ def test_the_longest_prompts_are_what_is_tried(config, tmp_path, monkeypatch, ca
 
 
 def test_a_stop_is_not_reported_as_finished(config, tmp_path, monkeypatch, capsys) -> None:
-    """Whatever tells transformers' loop to stop, as its handler of signals does."""
+    """A run that a callback stops, as transformers' signal handler does, is not reported as finished."""
     from nlhf_kernels.train.callbacks import OptimizerHooks
 
     def stop(self, args, state, control, **_):
@@ -184,7 +184,7 @@ def test_a_stop_is_not_reported_as_finished(config, tmp_path, monkeypatch, capsy
 
 
 def test_an_error_is_the_last_line(config, capsys) -> None:
-    """The bar is closed before it, not drawn again below."""
+    """The progress bar is closed before the error is printed, and not drawn again below it."""
     path = config(judge={"function": "judge.py:long"}, training={"disable_tqdm": False})
     assert train(path) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -265,7 +265,7 @@ def test_files_that_are_no_run(tmp_path, capsys) -> None:
 
 
 def test_every_field_of_nash_config_can_be_written(tmp_path) -> None:
-    """With its default, as YAML; and with --set."""
+    """Every field of NashConfig is accepted with its default as YAML; lists and mappings also by --set."""
     config = NashConfig(str(tmp_path))
     by_name = {field.name for field in dataclasses.fields(NashConfig)}
     values = {name: value for name, value in config.to_dict().items() if name in by_name}
@@ -279,7 +279,7 @@ def test_every_field_of_nash_config_can_be_written(tmp_path) -> None:
 
 @pytest.mark.files
 def test_the_example_runs(root, tmp_path, monkeypatch, capsys) -> None:
-    """As it ships, with a tiny model in place of its own; no key of it is one that does not exist."""
+    """The printed example runs with a tiny model in place of its own, and has no unknown key."""
     assert main(["train", "--example"]) == 0
     path = tmp_path / "run.yaml"
     path.write_text(capsys.readouterr().out)
@@ -299,7 +299,7 @@ def test_the_example_runs(root, tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_a_page_of_aliases_is_not_written_out(tmp_path, capsys) -> None:
-    """Nine levels of nine: a billion values, each of which an error would print, or peft's repr() would."""
+    """Nested aliases of a billion values (nine levels of nine) are refused without printing them all."""
     levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     path = tmp_path / "run.yaml"
@@ -349,7 +349,7 @@ def test_the_configuration_page_is_current(capsys) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are read from /proc")
 def test_processes_of_a_launcher_end_without_threads_of_their_group(config, root, tmp_path) -> None:
-    """One that frees a tensor while the interpreter shuts down would abort its process, now and then."""
+    """No thread of the process group is left: one that frees a tensor at shutdown can abort its process."""
     (root / "last_threads.py").write_text(LAST_THREADS)
     data = {"train": "prompts.jsonl", "evaluation": "prompts.jsonl"}
     training = {"max_steps": 1, "ddp_backend": "gloo", "eval_prompts": 2}

@@ -23,7 +23,7 @@ def _one_thread():
 
 @every_architecture
 def test_logprobs_are_those_of_full_forward_passes(architecture) -> None:
-    """Ten tokens past a window of four: y and y' of padded prompts, two samples each."""
+    """Log-probabilities of y and y' of padded prompts, two samples each, are exact ten tokens past a window of four."""
     policy, reference = tiny_pair(architecture)
     rows = prompts()
     result = RolloutEngine(policy, reference).rollout(
@@ -47,7 +47,8 @@ def test_greedy_tokens_are_transformers_own(architecture) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, BETA, 1.0, -0.5])
 def test_tokens_are_distributed_as_the_exact_mixture(beta) -> None:
-    """The second token too, given the first: 4,000 draws each; false alarms as `assert_plausible` states them."""
+    """The first token, and the second given the first, follow the exact mixture: 4,000 draws each; `assert_plausible`
+    states the false alarm rate."""
     policy, reference = tiny_pair("llama")
     (prompt,) = prompts((5,))
     player = Player(beta, stream=1, samples=4000)
@@ -66,7 +67,7 @@ def test_tokens_are_distributed_as_the_exact_mixture(beta) -> None:
 
 
 def test_y_and_y_prime_are_independent() -> None:
-    """At beta 0 both draw from the policy: were the noise shared, every token would agree."""
+    """At beta 0 y and y' agree as often as independent draws from the policy; with shared noise they would be equal."""
     policy, reference = tiny_pair("llama")
     (prompt,) = prompts((5,))
     y, other = RolloutEngine(policy, reference).rollout(prompt[None], None, nash_md(0.0, samples=2000), settings(1))
@@ -109,7 +110,7 @@ def test_the_prompt_is_read_once_per_model() -> None:
 
 
 def test_an_engine_serves_many_rollouts_and_trained_weights() -> None:
-    """Storage is reused; what an earlier, larger rollout left there shows nowhere."""
+    """Rollouts reuse the cache's storage; the contents that a larger rollout left there have no effect."""
     policy, reference = tiny_pair("llama")
     engine = RolloutEngine(policy, reference)
     engine.rollout(**padded(prompts((9, 9, 9, 9))), players=nash_md(BETA), settings=settings(12))

@@ -1,4 +1,4 @@
-"""LoRA in one pass over many architectures, what is compared before it is taken, and peft's other adapters."""
+"""LoRA in one pass over many architectures, the comparison that admits it, and peft's other adapters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train(policy: torch.nn.Module, std: float = 0.15) -> torch.nn.Module:
 
 
 def error(policy, base, **options) -> tuple[RolloutEngine, float]:
-    """The engine, and the distance of its rollouts from full forward passes of the policy and of its base."""
+    """Return the engine, and the error of its rollouts against full forward passes of the policy and of its base."""
     engine, rows = RolloutEngine(policy, **options), prompts()
     result = engine.rollout(**padded(rows), players=nash_md(BETA), settings=settings(4))
     worst = [
@@ -51,7 +51,7 @@ def error(policy, base, **options) -> tuple[RolloutEngine, float]:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "falcon", "gemma3", "mixtral", *FLATTENING])
 def test_every_linear_layer_is_adapted_in_one_pass(architecture) -> None:
-    """Also where a model flattens its rows of tokens before a layer, and where its layers are Conv1D."""
+    """One pass serves all linear layers, also Conv1D layers, and layers whose input has its tokens flattened."""
     base = tiny(architecture)
     names = [name for name, m in base.named_modules() if type(m).__name__ in ("Linear", "Conv1D", "FalconLinear")]
     policy = lora(copy.deepcopy(base), target_modules=[name for name in names if "lm_head" not in name])
@@ -61,7 +61,7 @@ def test_every_linear_layer_is_adapted_in_one_pass(architecture) -> None:
 
 
 class TokensFirst(torch.nn.Module):
-    """A block that turns (batch, tokens) round before it calls another, and flattens the two if asked to."""
+    """A wrapper that transposes (batch, tokens) before it calls a block, and optionally flattens the two."""
 
     def __init__(self, block: torch.nn.Module, flatten: bool) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_rounding_alone_does_not_cost_one_pass(architecture) -> None:
 
 
 def test_the_comparison_leaves_a_new_adapter_as_it_was() -> None:
-    """It acts with weights of its own: those of a new adapter are zero, and would hide all mistakes."""
+    """The comparison sets random weights, as a new adapter's zeros would hide errors, and restores the old ones."""
     policy = lora(mixing(flatten=True), trained=False)
     before = {name: (value, value.data_ptr(), value.clone()) for name, value in policy.named_parameters()}
     scaling = [dict(m.scaling) for m in policy.modules() if hasattr(m, "scaling") and hasattr(m, "lora_A")]
@@ -136,7 +136,7 @@ def test_layers_that_are_adapted_later_are_compared_then() -> None:
 
 
 def test_a_forward_that_others_put_into_a_layer_stays() -> None:
-    """accelerate's hooks, which bring weights to the device, are such a forward."""
+    """A replaced forward, such as accelerate's hooks that move weights to the device, is kept."""
     base = tiny("llama")
     policy = lora(copy.deepcopy(base))
     layer = policy.get_base_model().model.layers[0].self_attn.q_proj

@@ -1,4 +1,4 @@
-"""The runner of the rollout benchmark: runs tiny, gates on log-probabilities, writes rows of the shared schema."""
+"""The rollout benchmark: a tiny run, the gate on log-probabilities, rows of the shared schema."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_rivals_and_shapes_are_chosen(tmp_path, capsys) -> None:
 
 
 def test_a_head_that_is_the_embedding_table_is_read_whole() -> None:
-    """A table is looked up, a head is multiplied: tied, it is one matrix and counts once."""
+    """The bytes read include the whole head; a matrix tied to the embedding table counts once."""
     sizes = {"prompts": 1, "prompt": 2, "new": 2, "width": 32, "layers": 1, "vocabulary": 101, "mlp": 32, "heads": 2}
     rate = SimpleNamespace(ceilings=SimpleNamespace(copy_bytes_per_s=1e9))
     tied, apart = (

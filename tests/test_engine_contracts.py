@@ -1,4 +1,4 @@
-"""What a rollout promises around the tokens: ends, flags, memory, interruptions, and errors before any work."""
+"""Contracts of a rollout: ends, training flags, memory, interruptions, and errors before any work."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_policys_own_ends_are_the_default() -> None:
 def test_a_nan_is_reported_and_stays_in_its_row() -> None:
     policy, reference = tiny_pair("gpt2")
     with torch.no_grad():
-        reference.transformer.wpe.weight[8] = torch.nan  # only the longest prompt gets there
+        reference.transformer.wpe.weight[8] = torch.nan  # a position that only the longest prompt reaches
     _, other = rollout(RolloutEngine(policy, reference), prompts(), 2)
     assert other.ok.tolist() == [True, True, False] and other.tokens[2, 0] == 0
     assert worst_error(other, policy, reference, prompts()[:2], BETA) < 5e-5
@@ -95,7 +95,7 @@ def test_dropout_and_checkpointing_are_off_and_every_flag_comes_back() -> None:
     policy.train()
     policy.gradient_checkpointing_enable()
     policy.config.attention_dropout = 0.5
-    policy.model.layers[0].eval()  # frozen by its owner
+    policy.model.layers[0].eval()  # set to eval mode by the caller
     flags = [module.training for module in policy.modules()]
     noisy = rollout(RolloutEngine(policy, reference), prompts())
     assert all(torch.equal(one.tokens, two.tokens) for one, two in zip(still, noisy, strict=True))
@@ -105,7 +105,7 @@ def test_dropout_and_checkpointing_are_off_and_every_flag_comes_back() -> None:
 
 @pytest.mark.parametrize("prompts_of", [3, 4, 7, 8])
 def test_heads_say_the_same_either_way_round(prompts_of) -> None:
-    """6 and 16 rows take the usual product, 8 and 14 the other; afterwards every head is the model's own."""
+    """6 and 16 rows take the usual product, 8 and 14 the other: both are exact, and each head's forward is restored."""
     policy, reference = tiny_pair("llama")
     rows = prompts(range(2, 2 + prompts_of))
     result = rollout(RolloutEngine(policy, reference), rows, 4)
@@ -136,7 +136,7 @@ def test_an_interrupted_rollout_leaves_the_engine_usable() -> None:
 
 
 def test_two_engines_of_one_model_take_turns() -> None:
-    """In two threads one would find the other's flags, and put those back as the model's own."""
+    """A second engine's rollout waits for the first: otherwise it would save and restore the first one's flags."""
     policy, reference = tiny_pair("gpt2")
     policy.train()
     entered, go_on = threading.Event(), threading.Event()
@@ -173,11 +173,11 @@ def test_autocast_and_inference_mode_around_a_rollout_change_nothing() -> None:
     after = rollout(engine, prompts())
     assert after[0].policy_logprobs.tolist() == inside[0].policy_logprobs.tolist()
     weight = torch.ones((), requires_grad=True)
-    (weight * inside[0].policy_logprobs).sum().backward()  # no tensor of inference mode, which nothing may save
+    (weight * inside[0].policy_logprobs).sum().backward()  # an inference tensor could not be saved for backward
 
 
 def test_a_model_with_an_autocast_of_its_own() -> None:
-    """As accelerate prepares it: rotated keys stay float32, values are bfloat16."""
+    """A forward wrapped in autocast, as accelerate prepares it, caches float32 keys and bfloat16 values."""
     policy, reference = tiny_pair("llama")
     plain, early = copy.deepcopy(policy), RolloutEngine(policy, reference)
     policy.forward = torch.autocast("cpu", torch.bfloat16)(policy.forward)
@@ -195,7 +195,7 @@ def test_a_rollout_within_a_rollout_is_refused() -> None:
 
 
 def test_cost_is_linear_in_length() -> None:
-    """Every step reads one token a row, whatever came before."""
+    """Every step reads one token per row, however long the text."""
     policy, reference = tiny_pair("llama")
     engine, read = RolloutEngine(policy, reference), []
     reference.register_forward_pre_hook(lambda m, a, k: read.append(k["input_ids"].numel()), with_kwargs=True)
@@ -238,7 +238,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 @pytest.mark.parametrize("prompts_asked", [1, 3, 8])
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.4, 0.2, 0.08, 0.02])
 def test_the_advice_of_what_does_not_fit_works(prompts_asked, share) -> None:
-    """Each part of it, followed to the letter. Logits do not shrink with length, caches shrink in steps."""
+    """A rollout within each limit named by the error fits. Logits do not shrink with length, caches shrink in steps."""
     policy, reference = tiny_pair("gpt2")
     ids = torch.full((prompts_asked, 12), 5)
     most, players = settings(30), nash_md(BETA, samples=2)
@@ -320,7 +320,7 @@ def test_models_that_do_not_fit_each_other_are_refused() -> None:
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_padding_that_moves_tokens_is_refused(use_cache) -> None:
-    """Bart counts positions from the first slot on and takes no other word for them."""
+    """Padded prompts are refused for Bart, which counts positions from the first slot and takes no position_ids."""
     sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
     sizes |= {"encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "max_position_embeddings": 128}
     policy = random_model(transformers.BartConfig(vocab_size=VOCABULARY, d_model=32, **sizes), seed=1)

@@ -1,4 +1,4 @@
-"""Fused layers: kernels against float64 and their oracle, and models with them against models without."""
+"""Fused layers: kernels against float64 and their oracle, and models with fused layers against models without."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if capabilities.triton_missing():
     pytest.skip("needs triton", allow_module_level=True)
 from nlhf_kernels.engine.layers import triton_kernels
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the CPU by Triton's interpreter
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on the CPU by Triton's interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: Between kernel and oracle, of the largest element. Triton's interpreter truncates to bfloat16 where a GPU rounds.
 ULPS = {torch.float32: 4, torch.bfloat16: 1 if DEVICE.type == "cuda" else 3, torch.float16: 1}
@@ -40,7 +40,7 @@ def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 
 def assert_exact(actual: torch.Tensor, oracle: torch.Tensor, truth: torch.Tensor) -> None:
-    """The kernel is the oracle to a rounding, and no further from float64 than the oracle but for one."""
+    """Assert that the kernel is within ULPS of the oracle, and of the oracle's distance from float64."""
     ulp = torch.finfo(oracle.dtype).eps * truth.abs().max().clamp(min=1)
     assert actual.dtype == oracle.dtype and actual.shape == oracle.shape and actual.is_contiguous()
     assert (actual.double() - oracle.double()).abs().max() <= ULPS[oracle.dtype] * ulp
@@ -62,7 +62,7 @@ def test_rms_norm(shape, dtype) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_rms_norm_of_columns(tokens) -> None:
-    """Heads of a query that is a part of a wider product, whose other columns are NaN; rows of another order."""
+    """The kernel normalizes a query's heads within a wider product, in any layout, and ignores other columns (NaN)."""
     product = torch.full((2, tokens, 50), torch.nan, device=DEVICE)
     product[..., 8:40] = normal(2, tokens, 32, dtype=torch.float32)
     heads, weight = product[..., 8:40].view(2, tokens, 4, 8), 1 + normal(8, dtype=torch.float32, seed=1)
@@ -93,7 +93,7 @@ def test_silu_product_at_the_ends() -> None:
 @pytest.mark.parametrize(("query_heads", "key_heads", "tokens", "width"), [(4, 2, 1, 8), (3, 1, 3, 12), (2, 2, 1, 80)])
 @pytest.mark.parametrize("positions_of", [2, 1], ids=["own positions", "shared positions"])
 def test_rotate(query_heads, key_heads, tokens, width, positions_of, dtype) -> None:
-    """Of columns of a product, as attention hands them over: (B, T, heads x width), turned round."""
+    """Rotation of transposed columns of a product (B, T, heads x width), as attention passes them, is exact."""
     heads = query_heads + key_heads
     product = normal(2, tokens, heads * width, dtype=dtype).view(2, tokens, heads, width).transpose(1, 2)
     query, key = product[:, :query_heads], product[:, query_heads:]
@@ -111,7 +111,7 @@ def test_rotate(query_heads, key_heads, tokens, width, positions_of, dtype) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slot", [0, 2, 4])
 def test_store_slot(slot, dtype) -> None:
-    """One slot of some rows of a cache, in place; keys and values may differ in width."""
+    """One slot of some rows of a cache is written in place; keys and values may differ in width."""
     caches = {kind: [normal(4, 2, 5, width, dtype=dtype) for width in (8, 12)] for kind in ("actual", "oracle")}
     key = normal(3, 1, 2 * 8, dtype=dtype, seed=1).view(3, 1, 2, 8).transpose(1, 2)
     value = normal(3, 1, 2 * 12, dtype=dtype, seed=2).view(3, 1, 2, 12).transpose(1, 2)
@@ -162,7 +162,7 @@ def test_logits_are_the_models_own(architecture, fused, monkeypatch) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "qwen3"])
 def test_the_oracle_gives_a_models_numbers_to_the_last_bit(architecture) -> None:
-    """Roundings stand where transformers has them, in bfloat16 too."""
+    """The oracle rounds where transformers does: its logits are equal, in bfloat16 too."""
     model = tiny(architecture).bfloat16()
     ids = torch.arange(3, 12)[None]
     own = model(ids).logits
@@ -174,7 +174,8 @@ def test_the_oracle_gives_a_models_numbers_to_the_last_bit(architecture) -> None
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma3", "bloom", "phi3", "cohere", "gpt_neox"])
 def test_code_that_is_not_known_runs_as_it_is(architecture) -> None:
-    """Gemma's norm adds one to its weight, GPT-NeoX rotates a part of the head, Cohere interleaves."""
+    """Unknown layers are not fused: Gemma's norm adds one to its weight, GPT-NeoX rotates a part of the head, Cohere
+    interleaves."""
     model = tiny(architecture)
     own_classes = {type(module).__name__ for module, _ in FusedLayers([model], layer_oracle).forwards}
     ids = torch.arange(3, 12)[None]
@@ -206,7 +207,7 @@ def test_a_forward_of_anothers_stays() -> None:
 
 
 def test_dtypes_that_differ_take_the_models_own_code() -> None:
-    """A norm in float32 over hidden states in bfloat16, as some keep it."""
+    """A float32 norm over bfloat16 hidden states runs the model's own code."""
     model = tiny("llama").bfloat16()
     model.model.norm.float()
     model.lm_head.float()

@@ -1,4 +1,4 @@
-"""Recorded steps: what graphs are kept for, with a recorder that needs no GPU; rows, buckets and what stays eager."""
+"""Recorded steps, with a recorder that needs no GPU: reuse of graphs, rows, buckets, and steps that stay eager."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _one_thread():
 
 
 class FakeRecorder:
-    """Keeps CUDA's contract without CUDA: warm-ups that leave no trace, then a step that is run again and again with
-    the host's view of the moment it was recorded in."""
+    """A recorder with the semantics of CUDA graphs on the CPU: warm-ups without side effects, then replays of one step
+    with the host state of its recording."""
 
     def __init__(self) -> None:
         self.engine: RolloutEngine | None = None
@@ -40,7 +40,7 @@ class FakeRecorder:
 
         def replay() -> None:
             now = decode_state.filled, decode_state.padded
-            decode_state.filled, decode_state.padded = recorded  # a graph knows nothing of the host's view
+            decode_state.filled, decode_state.padded = recorded  # a graph does not see later host state
             step()
             decode_state.filled, decode_state.padded = now
             self.replays += 1
@@ -59,7 +59,7 @@ def recorded(policy, reference, bucket=8, **options) -> tuple[RolloutEngine, Fak
 
 @pytest.mark.parametrize("architecture", [name for name in TINY if name not in ("mixtral", "falcon")])
 def test_recorded_steps_give_the_logits_of_full_forward_passes(architecture) -> None:
-    """Masked slots, buckets that grow, a cursor on the device: for every kind of position and mask."""
+    """Replays with masked slots, growing buckets and a device cursor are right for every kind of position and mask."""
     policy, reference = tiny_pair(architecture)
     engine, recorder = recorded(policy, reference)
     rows = prompts()
@@ -75,7 +75,7 @@ def test_the_next_rollout_replays_what_this_one_recorded() -> None:
     engine, recorder = recorded(policy, reference)
     first = engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(12))
     records = recorder.records
-    engine._space.runners[0].cache.static_layers[0].values.fill_(torch.nan)  # what a broken rollout may leave behind
+    engine._space.runners[0].cache.static_layers[0].values.fill_(torch.nan)  # as a failed rollout may leave it
     again = engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(12))
     assert recorder.records == records
     assert torch.equal(first[1].tokens, again[1].tokens) and again[1].ok.all()
@@ -105,7 +105,7 @@ def test_a_backend_asked_for_is_recorded_anew() -> None:
 
 
 def test_weights_that_moved_are_recorded_anew() -> None:
-    """A graph reads where they were."""
+    """Weights at a new address are recorded again: a graph reads the old address."""
     policy, reference = tiny_pair("gpt2")
     engine, recorder = recorded(policy, reference)
     for records in (1, 2):
@@ -129,7 +129,7 @@ def test_recorded_and_eager_rollouts_agree_while_rows_leave() -> None:
 
 
 def test_compiled_models_say_the_same(monkeypatch) -> None:
-    """Shapes stand still, so that two buckets and one departure are a handful of compilations."""
+    """Compiled models give the log-probabilities of full forward passes, without a graph break."""
     policy, reference = tiny_pair("llama")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend="aot_eager"))
@@ -144,7 +144,7 @@ def test_compiled_models_say_the_same(monkeypatch) -> None:
 
 
 def test_steps_that_nobody_recorded_are_those_of_the_rollout_that_takes_them() -> None:
-    """Not the first rollout's, which is past its minimal length."""
+    """An unrecorded step uses the current rollout's state, not that of the first, which is past its minimal length."""
     engine = RolloutEngine(*tiny_pair("gpt2"), recorder=EagerRecorder(), bucket=32)
     rollout_settings = settings(12, min_new_tokens=6, end_ids=range(3, 60))
     first, again = (
@@ -163,9 +163,9 @@ def test_buckets() -> None:
 @pytest.mark.parametrize(
     ("is_open", "powers_of_two", "remaining"),
     [
-        ("1111 1111", False, None),  # nobody has ended
+        ("1111 1111", False, None),  # no row has ended
         ("1110 1111", False, [[0, 1, 2], [4, 5, 6, 7]]),
-        ("1110 1111", True, None),  # three rows still take four
+        ("1110 1111", True, None),  # three open rows still need a batch of four
         ("0100 1011", True, [[1], [4, 5, 6, 7]]),
         ("0000 0011", False, [[], [6, 7]]),
         ("0100 0111", True, [[1], [4, 5, 6, 7]]),
@@ -178,7 +178,7 @@ def test_remaining_rows(is_open, powers_of_two, remaining) -> None:
 
 
 def test_an_answer_that_has_not_arrived_stops_nobody() -> None:
-    """On a GPU: one copy at a time, read once its event has passed."""
+    """The open rows are read only once the event of their copy to the host has completed."""
 
     class Event:
         done = False

@@ -1,4 +1,4 @@
-"""Query, key and value as one product, and gate and up: the model's own logits, whatever happens to its weights."""
+"""Joint products of query, key and value, and of gate and up: equal logits, also after changes of the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _one_thread():
 
 
 def calls_of_linear(monkeypatch) -> list[tuple[int, ...]]:
-    """Shapes of the weights of all products from now on."""
+    """Record the shapes of the weights of all later linear products."""
     shapes, linear = [], torch.nn.functional.linear
 
     def record(x, weight, bias=None):
@@ -38,7 +38,7 @@ def calls_of_linear(monkeypatch) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("architecture", LIKE_LLAMA)
 def test_logits_are_the_models_own(architecture, monkeypatch) -> None:
-    """With biases in Qwen2, norms of queries and keys in Qwen3; every layer takes two products instead of five."""
+    """Logits are the model's, with Qwen2's biases and Qwen3's norms, by two products a layer instead of five."""
     policy, reference = tiny_pair(architecture)
     rows = prompts()
     engine = RolloutEngine(policy, reference, fused=True)
@@ -57,12 +57,12 @@ def test_logits_are_the_models_own(architecture, monkeypatch) -> None:
 @pytest.mark.parametrize("architecture", [name for name in TINY if name not in LIKE_LLAMA])
 def test_other_models_keep_their_products(architecture) -> None:
     model = tiny(architecture)
-    attention_only = architecture == "mixtral"  # whose attention is Llama's, and whose experts are not its MLP
+    attention_only = architecture == "mixtral"  # Llama's attention, but experts in place of its MLP
     assert len(find_groups(model)) == (model.config.num_hidden_layers if attention_only else 0)
 
 
 def test_code_that_is_not_known_keeps_its_products() -> None:
-    """A subclass with a forward of its own may do anything with what it gets."""
+    """Layers of a subclass with a forward of its own are not joined."""
     model = tiny("llama")
     groups = len(find_groups(model))
     mlp_class = type(model.model.layers[0].mlp)
@@ -82,7 +82,7 @@ def in_place(model: torch.nn.Module) -> None:
 
 
 def behind_autograd(model: torch.nn.Module) -> None:
-    """As kernels do that write by address: no version counter sees it."""
+    """Update without a change of the version counter, as kernels that write by address do."""
     for parameter in model.parameters():
         parameter.data.mul_(1.1)
 
@@ -167,7 +167,7 @@ def test_a_layer_with_a_forward_of_anothers_keeps_it() -> None:
     assert result.notes == (
         "separate products: a layer's forward has been replaced, by accelerate's hooks or another's",
     )
-    del layer.forward  # a deep copy of the model would call this one's weights
+    del layer.forward  # a deep copy would keep calling this model's weights
     assert worst_error(result[0], policy, None, rows, 0.0) < TOLERANCE
 
 
@@ -188,7 +188,7 @@ def test_an_interrupted_rollout_leaves_the_layers_as_they_were() -> None:
 
 
 def test_compiled_models_join_products_without_a_break_or_another_compilation(monkeypatch) -> None:
-    """A graph for each model and bucket holds the joint products, and serves later rollouts and changed weights."""
+    """The graph of each model and bucket has the joint products, and serves later rollouts and changed weights."""
     policy, reference = tiny_pair("qwen2")
     compile, weights = torch.compile, []
 
@@ -264,7 +264,7 @@ def test_memory_is_planned_allocated_and_released() -> None:
 
 
 def test_auto_does_without_where_memory_is_short(monkeypatch) -> None:
-    """On a GPU; here the device is said to be one."""
+    """`auto` on a GPU, simulated here, makes no joint products where memory is short."""
     policy, reference = tiny_pair("llama")
     rows, players = prompts(), nash_md(BETA)
     separate = RolloutEngine(policy, reference, fused=False).memory_plan(3, 9, players, settings(4)).total

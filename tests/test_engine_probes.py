@@ -1,7 +1,7 @@
 """Models compared with their own forward pass: right in static shapes, past windows and after padding, or refused.
 
-Every model here has code that differs from a plain causal model's: a mask from the length of its cache, attention in
-both directions, slots counted as tokens, positions that begin elsewhere.
+Every model here differs from a plain causal model: a mask from the length of its cache, attention in both directions,
+slots counted as tokens, or positions with another origin.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.support.engine import TINY, settings, tiny, worst_error
 from tests.support.tiny_models import _SHAPE, VOCABULARY, _config, one_thread, padded, prompts, random_model
 
 TOLERANCE = 5e-5
-LONG = (2, 6, 14)  # prompts that are past a window of four by themselves, but for the first
+LONG = (2, 6, 14)  # all prompts but the first are longer than a window of four
 _GQA = {**_SHAPE, "num_key_value_heads": 2}
 _DECODER = {**_SHAPE, "is_decoder": True}
 _XLM = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True, "max_position_embeddings": 128}
@@ -27,7 +27,7 @@ _LLAMA4 = {
     "attention_chunk_size": 4, "no_rope_layers": [1, 0], "layer_types": ["chunked_attention", "full_attention"],
 }  # fmt: skip
 
-#: Models with liberties of their own, by what they are.
+#: Models that differ from plain causal ones, by name.
 ODD = {
     "gpt_neo": _config(
         "GPTNeoConfig", num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=4,
@@ -72,7 +72,7 @@ def _one_thread():
 
 
 def error(engine: RolloutEngine, model: torch.nn.Module, rows: list[torch.Tensor], steps: int = 14) -> float:
-    """The largest distance of a rollout's log-probabilities from those of full forward passes."""
+    """Return the largest error of a rollout's log-probabilities against full forward passes."""
     (responses,) = engine.rollout(**padded(rows), players=(Player(),), settings=settings(steps))
     return worst_error(responses, model, None, rows, 0.0)
 
@@ -87,8 +87,8 @@ def static_engine(model: torch.nn.Module, bucket: int = 48, **options) -> Rollou
 @pytest.mark.parametrize("name", [*TINY, "llama4", "bert", "paligemma2"])
 @pytest.mark.parametrize("lengths", [LONG, (9, 9)], ids=["padded", "whole"])
 def test_static_shapes_give_the_logits_of_full_forward_passes(name, lengths, monkeypatch) -> None:
-    """A cache of 48 slots, a text that goes from within windows of four to far past them."""
-    for name_of_check in ("_routes_on_host", "_indexes_from_host"):  # which no recorder here minds
+    """A cache of 48 slots gives the right logits for texts from within to far past windows of four."""
+    for name_of_check in ("_routes_on_host", "_indexes_from_host"):  # the eager recorder allows both
         monkeypatch.setattr(model_set, name_of_check, lambda model: False)
     model = make(name)
     engine = static_engine(model)
@@ -98,8 +98,8 @@ def test_static_shapes_give_the_logits_of_full_forward_passes(name, lengths, mon
 
 @pytest.mark.parametrize(("name", "bucket"), [("gpt_neo", 48), ("gpt_neo", 8), ("mpt", 48)])
 def test_a_model_that_takes_the_caches_length_for_the_texts_has_growing_shapes(name, bucket, monkeypatch) -> None:
-    """GPT-Neo's window ends at the cache's end; MPT's table of positions is shorter than the cache. Neither is run
-    compiled, which growing shapes would have it be anew for every token."""
+    """GPT-Neo, whose window ends at the cache's end, and MPT, whose table of positions is shorter than the cache, get
+    growing shapes, and run uncompiled: every token would be another compilation."""
     monkeypatch.setattr(torch, "compile", lambda model: lambda **_: pytest.fail("a compiled model was run"))
     model = make(name)
     engine = static_engine(model, bucket, compile=True)
@@ -119,8 +119,8 @@ def takes_kernel(model: torch.nn.Module) -> bool:
 
 @pytest.mark.parametrize("lengths", [LONG, (9, 9)], ids=["padded", "whole"])
 def test_attention_of_both_directions_is_not_replaced(lengths) -> None:
-    """PaliGemma 2 says is_causal=False of its layers and leaves causality to the mask, which decode_attention does
-    without: in steps it would be lost, and with it the window and the padding."""
+    """decode_attention does not replace the attention of PaliGemma 2, whose layers have is_causal=False: causality,
+    window and padding are in the mask, which decode_attention does not read."""
     model = make("paligemma2")
     assert not takes_kernel(model) and takes_kernel(make("gemma2"))
     assert error(RolloutEngine(model), model, prompts(lengths)) < TOLERANCE
@@ -128,7 +128,7 @@ def test_attention_of_both_directions_is_not_replaced(lengths) -> None:
 
 @pytest.mark.parametrize("window", [4, 4096])
 def test_a_window_that_only_the_mask_has_is_found_however_long(window) -> None:
-    """The kernel reads the window passed to the attention function; no text of a test reaches 4096."""
+    """A model whose window is only in the mask does not take the kernel, even if no text reaches the window (4096)."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, **_GQA, "max_position_embeddings": 8192}
     config = transformers.MistralConfig(sliding_window=window, **sizes)
     assert takes_kernel(random_model(config, 1))
@@ -139,7 +139,7 @@ def test_a_window_that_only_the_mask_has_is_found_however_long(window) -> None:
 
 
 def _told_no_window(attention: torch.nn.Module):
-    """A forward of this layer in which its window is not said."""
+    """Return the layer's forward without its window passed to the attention function."""
     own = attention.forward
 
     def forward(*args, **kwargs):
@@ -169,7 +169,8 @@ def _told_no_window(attention: torch.nn.Module):
     ],
 )
 def test_padding_is_refused_where_it_changes_anything(name, use_cache, what) -> None:
-    """XLM attends to it; Llama 4 counts it, once there are `floor_scale` slots; GIT reads it in steps."""
+    """Padding is refused for XLM, which attends to it, Llama 4, which counts it from `floor_scale` slots on, and GIT,
+    which reads it in steps."""
     model = make(name)
     try:
         engine = RolloutEngine(model, use_cache=use_cache)
@@ -185,7 +186,7 @@ def test_padding_is_refused_where_it_changes_anything(name, use_cache, what) -> 
 
 
 def test_slots_that_are_counted_far_on_are_refused_by_the_configuration() -> None:
-    """No comparison of short texts shows what happens past `floor_scale` slots, 8192 in published models."""
+    """Padding past `floor_scale` slots (8192 in published models), which no short comparison reaches, is refused."""
     config = _config("Llama4TextConfig", **_LLAMA4, attn_temperature_tuning=True, floor_scale=32)
     model = random_model(config(32), 1)
     engine = RolloutEngine(model)
@@ -196,7 +197,7 @@ def test_slots_that_are_counted_far_on_are_refused_by_the_configuration() -> Non
 
 
 def test_tokens_of_the_paddings_id_are_text() -> None:
-    """XLM takes them for padding where no mask says otherwise, and with them what came before."""
+    """Tokens with the padding's id are read as text: XLM gets a mask, without which it would infer padding."""
     model = make("xlm")
     rows = [torch.tensor([5, 2, 9, 2]), torch.tensor([2, 7, 2, 8])]
     engine = RolloutEngine(model, use_cache=False)
@@ -252,7 +253,7 @@ def test_models_without_a_language_models_head_are_refused(role, kind, message) 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounding_is_no_reason(name, dtype) -> None:
-    """What float32 models may do, those in 16 bits may."""
+    """Models in 16 bits are served as the same models in float32 are."""
     exact = examine(inspect_model("policy", tiny(name), True), True, "test")
     info = examine(inspect_model("policy", tiny(name).to(dtype), True), True, "test")
     assert info.padding_fault is None and info.decode_attention is exact.decode_attention

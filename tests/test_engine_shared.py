@@ -1,4 +1,4 @@
-"""Weights that are shared: LoRA over the reference itself, and an opponent of averaged parameters."""
+"""Shared weights: LoRA over the reference itself, and an opponent of averaged parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _one_thread():
 
 
 def adapted(base: torch.nn.Module, targets=("q_proj", "v_proj", "down_proj"), **options) -> torch.nn.Module:
-    """A trained adapter: its update is as large as the weights."""
+    """Return a model with an adapter whose update is as large as the weights."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5, target_modules=list(targets), **options)
     model = peft.get_peft_model(copy.deepcopy(base), config)
@@ -49,7 +49,7 @@ def test_one_pass_serves_the_adapter_and_its_base() -> None:
 
 
 def test_the_reference_is_the_base_to_the_last_bit() -> None:
-    """|log mu - log mu_true| = 0. At beta 1 the reference alone decides; an adapter of zeros is the base."""
+    """|log mu - log mu_true| = 0: at beta 1 samples follow the reference alone, and an adapter of zeros is the base."""
     policy = adapted(tiny("llama"))
     players = (Player(1.0, stream=1, samples=2),)
     trained = RolloutEngine(policy).rollout(**padded(prompts()), players=players, settings=settings(8))[0]
@@ -129,7 +129,7 @@ def test_the_adapter_that_acts_is_part_of_what_is_recorded() -> None:
 
 
 def test_biases_of_the_base_that_are_trained_are_refused() -> None:
-    """peft would switch the adapter off and leave them trained: a reference that follows the policy."""
+    """Trained biases of the base are refused: peft keeps them when the adapter is off, which changes the reference."""
     with pytest.raises(ValueError, match="leaves its base as it is, .*; got bias='all' in 'default'"):
         RolloutEngine(adapted(tiny("qwen2"), bias="all"))
 
@@ -164,7 +164,7 @@ def test_an_average_of_parameters_samples_y_prime() -> None:
         assert worst_error(y, policy, reference, rows, 0.0) < 5e-5
         assert worst_error(other, opponent, reference, rows, BETA) < 5e-5
         for value in average.values():
-            value.mul_(0.9)  # an update in place is what plays next: nothing was copied
+            value.mul_(0.9)  # updated in place: the next rollout reads it, without a copy
 
 
 def test_only_the_models_of_the_players_run() -> None:

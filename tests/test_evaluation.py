@@ -28,7 +28,7 @@ ORDER = {"rock": 0, "paper": 1, "scissors": 2}
 
 
 def around(prompts, first, second) -> list[float]:
-    """Rock, paper, scissors at the prompt "circle"; at others the later letter wins."""
+    """Prefer by rock, paper, scissors at the prompt "circle"; at others prefer the later letter."""
     values = []
     for prompt, a, b in zip(prompts, first, second, strict=True):
         if prompt == "circle":
@@ -123,7 +123,7 @@ def payoff(prompts, first, second) -> list[float]:
 
 
 def categorical(policy: torch.Tensor, uniforms: torch.Tensor, seed: int | None) -> Answers:
-    """Answers "0", "1", "2" with these probabilities, by inversion: `uniforms` (P, K) is the noise."""
+    """Draw answers "0", "1", "2" with these probabilities, by inversion: `uniforms` (P, K) is the noise."""
     actions = torch.searchsorted(policy.cumsum(0), uniforms).clamp(max=len(policy) - 1)
     nothing = torch.zeros(uniforms.shape)
     return Answers([[str(a) for a in row] for row in actions.tolist()], nothing.long(), nothing.bool(), None, seed)
@@ -138,7 +138,7 @@ NEAR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.45, 0
 
 @pytest.mark.parametrize("seeds", [(None, None), (4, 5), (4, None), (4, 4)])
 def test_the_value_of_a_prompt_is_the_mean_over_all_pairs_of_answers(seeds) -> None:
-    """Pairs of one number are left out where both sides share their noise."""
+    """The mean leaves out pairs of answers with the same sample number where both sides share their noise."""
     sides = [categorical(policy, noise(7, 3, side), seeds[side]) for side, policy in enumerate(NEAR)]
     values = play_tournament(payoff, [f"p{n}" for n in range(7)], {"a": sides[:1], "b": sides[1:]}).match("a", "b")
     for prompt in range(7):
@@ -152,7 +152,7 @@ def test_the_value_of_a_prompt_is_the_mean_over_all_pairs_of_answers(seeds) -> N
 
 
 def test_shared_noise_changes_the_variance_and_not_the_win_rate() -> None:
-    """Pairs of one number, which the tournament leaves out, answer another question."""
+    """Shared noise lowers the variance; pairs of one sample number, which the tournament omits, would be biased."""
     prompts, count = [str(n) for n in range(4000)], 4
     exact = float(NEAR[0] @ PAYOFF @ NEAR[1])
     shared, other = noise(len(prompts), count, 0), noise(len(prompts), count, 1)

@@ -1,4 +1,4 @@
-"""Win rates at equal KL against brute force, and the figures: what they show and that it can be read."""
+"""Win rates at equal KL against brute force, and the figures: their content and legibility."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nlhf_kernels.evaluation.frontier import interpolation
 
 def frontier(name: str = "method", kl=(4.0, 1.0, 0.25), rates=(0.8, 0.7, 0.6), runs: int = 1, spread: float = 0.0,
              seed: int = 0) -> Frontier:  # fmt: skip
-    """Policies with these means, in no order of KL; noise over prompts and runs."""
+    """Make a frontier of policies with these means, in any order of KL, with noise over prompts and runs."""
     generator = torch.Generator().manual_seed(seed)
     values = [
         torch.tensor(means, dtype=torch.float64)[:, None, None]
@@ -106,7 +106,7 @@ def test_the_rate_between_two_methods_is_interpolated_in_both_kls() -> None:
 
 
 def test_intervals_at_equal_kl_cover_the_true_rate_as_often_as_they_say() -> None:
-    """Of the frontier between the policies' true KLs and rates, noise in both."""
+    """Intervals cover the rate interpolated between the policies' true KLs and rates, with noise in both."""
     truth = frontier().at(2.0).mean
     rounds = 200
     intervals = [frontier(runs=3, spread=1.0, seed=seed).at(2.0) for seed in range(rounds)]
@@ -119,7 +119,7 @@ def test_intervals_at_equal_kl_cover_the_true_rate_as_often_as_they_say() -> Non
 
 
 def letters_at_400_pixels(figure) -> float:
-    """Height in pixels of the smallest text, of a figure scaled to 400 pixels."""
+    """Return the height in pixels of the smallest text in a figure scaled to 400 pixels."""
     sizes = [text.get_fontsize() for text in figure.findobj(lambda part: hasattr(part, "get_fontsize"))
              if text.get_text().strip()]  # fmt: skip
     return min(sizes) * 400 / (72 * figure.get_figwidth())
@@ -172,7 +172,7 @@ def test_frontiers_and_estimates_draw_the_numbers() -> None:
     assert line.get_xdata().tolist() == [1.0, 2.0] and line.get_ydata().tolist() == [0.4, 0.6] and len(bars) == 1
 
 
-#: Linear RGB as dichromats see it (Vienot, Brettel and Mollon 1999; Machado 2009 for tritanopia).
+#: Linear RGB as seen by dichromats (Vienot, Brettel and Mollon 1999; Machado 2009 for tritanopia).
 SIGHT = {
     "protanopia": [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],
     "deuteranopia": [[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]],
@@ -193,7 +193,7 @@ def lab(colour: str, sight: list[list[float]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("sight", SIGHT)
 def test_colours_are_told_apart_with_every_kind_of_colour_vision(sight) -> None:
-    """Distances in CIELAB; 2.3 is what can just be seen side by side. Green and red fail where they should."""
+    """Colours differ by more than 10 in CIELAB, where 2.3 is just noticeable; a confusable pair does not."""
     colours = [lab(colour, SIGHT[sight]) for colour in PALETTE]
     distances = [float((a - b).norm()) for a, b in itertools.combinations(colours, 2)]
     assert min(distances) > 10

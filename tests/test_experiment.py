@@ -1,4 +1,4 @@
-"""The experiment end to end, tiny: every stage, its files, what an interruption leaves, what is refused."""
+"""The experiment end to end at a tiny size: stages and their files, resuming after interruptions, refusals."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_scales_are_what_scores_differ_by_and_never_zero() -> None:
 
 
 def test_majorities_of_transitive_tastes_can_cycle() -> None:
-    """Three voters, three options, each voter's order turned by one: Condorcet's paradox, from scores alone."""
+    """Three voters with rotated orders of three options make a cyclic majority (Condorcet's paradox), from scores."""
     scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [2.0, 1.0, 3.0]], dtype=torch.float64)  # option, taste
     table = majority(((scores[:, None] - scores[None]) / 0.3).sigmoid())[None]
     cycles = count_cycles(table, [["a", "b", "c"]])
@@ -107,7 +107,7 @@ BETAS = ("nash-md-0", "nash-md-0.25", "nash-md-1")
 
 
 def results(noise: float, runs: int = 3, prompts: int = 200, **means: float) -> Tournament:
-    """Every match as its mean says ("first>second"), with noise over prompts; runs differ by next to nothing."""
+    """Make a tournament with these means ("first>second") and noise over prompts; runs hardly differ."""
     names = list(dict.fromkeys(name for match in means for name in match.split(">")))
     generator = torch.Generator().manual_seed(0)
     spread = 1e-5 * torch.arange(runs)[:, None]
@@ -149,7 +149,7 @@ def test_the_second_claim_is_decided_by_the_numbers(noise, mean, verdict) -> Non
 
 @pytest.mark.parametrize(("runs", "prompts"), [(1, 200), (2, 200), (3, 99), (3, 6)])
 def test_little_evidence_decides_nothing(runs, prompts) -> None:
-    """However narrow its intervals: six prompts and two updates have once reproduced a claim."""
+    """Few runs or prompts give no verdict, however narrow the intervals: six prompts once "reproduced" a claim."""
     zero, quarter, one = BETAS
     means = {f"{quarter}>{zero}": 0.9, f"{quarter}>{one}": 0.9, f"{zero}>{one}": 0.5, "rlhf>nash-md-0.25": 0.1,
              "rlhf>nash-md-0": 0.1}  # fmt: skip

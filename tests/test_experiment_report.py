@@ -1,4 +1,4 @@
-"""The report and the two commands: what they show is what the numbers say, and bad input is one line."""
+"""The report and its two commands: the text and figures match the numbers, and bad input is a one-line error."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_other_numbers_give_another_page() -> None:
     ("seeds", "prompts", "seen"), [(1, 192, "1 run of each, 192 prompts"), (3, 99, "3 runs of each, 99 prompts")]
 )
 def test_results_of_few_runs_or_prompts_have_no_verdict(seeds, prompts, seen) -> None:
-    """Whatever verdict was written beside them."""
+    """The page ignores the verdicts in results of few runs or prompts."""
     results = numbers(seeds=seeds, prompts=prompts)
     html, text = page(results, []), summary(results)
     for verdict in ("reproduced", "contradicted"):
@@ -137,7 +137,7 @@ def test_a_report_is_drawn_again_from_its_results(tmp_path, capsys) -> None:
 
 @pytest.mark.files
 def test_the_documented_numbers_are_the_results_files(capsys) -> None:
-    """docs/experiment.md quotes a run; `python -m nlhf_kernels.experiment` gives the text to paste."""
+    """docs/experiment.md quotes a run's numbers as `python -m nlhf_kernels.experiment` prints them."""
     page = (ROOT / "docs" / "experiment.md").read_text()
     stored = sorted((ROOT / "docs" / "experiment").glob("*/results.json"))
     if not stored:
@@ -194,7 +194,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("prompts", [3, 40])
 def test_one_prompt_to_test_on_is_said_before_any_training(prompts, tmp_path, capsys) -> None:
-    """A tenth of 3 prompts, and 40 pairs of 2 prompts: intervals need two."""
+    """Data with one test prompt (a tenth of 3 prompts, or 40 pairs of 2 prompts) is refused before training."""
     rows = [{"prompt": f"say {n % min(prompts, 3)}", "chosen": f"{n} it is", "rejected": "no"} for n in range(prompts)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["demo", "--preset", "tiny", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "pairs.jsonl")]

@@ -1,4 +1,4 @@
-"""The experiment's texts: docstrings found on a machine, the tokenizer, trigrams, and a user's pairs."""
+"""The experiment's texts: docstrings of installed packages, the tokenizer, trigrams, and a user's pairs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_duplicates_under_another_name_count_once(tmp_path) -> None:
 
 
 def test_one_docstring_to_test_on_is_too_few(tmp_path) -> None:
-    """Said when they are collected, not by the tournament."""
+    """A single test docstring is refused by the collection, before the tournament."""
     packages = fake_packages(tmp_path, modules=80, functions=1)
     train, test = collect(FEW, [packages])
     shares = sorted(share(f"test {item.module}") for item in train + test)

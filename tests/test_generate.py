@@ -1,4 +1,4 @@
-"""Decoding with two models: against a full forward pass of each, and against transformers' own decoding."""
+"""Decoding with two models, against full forward passes of each and against transformers' own decoding."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _one_thread():
 
 
 def worst_error(result, policy, reference, rows: list[torch.Tensor], beta: float = BETA) -> float:
-    """Largest distance of the reported log-probabilities from those of full forward passes, in nats."""
+    """Return the largest error, in nats, of the reported log-probabilities against full forward passes."""
     errors = []
     for row, prompt in enumerate(rows):
         count = int(result.mask[row].sum())
@@ -104,17 +104,17 @@ def test_first_token_is_distributed_as_the_exact_mixture(sampling) -> None:
 
 
 def test_caches_are_separate() -> None:
-    """The same model twice, so that nothing but the objects' identity could tell the caches apart."""
+    """Policy and reference never share a cache object."""
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
     caches: dict[str, set[int]] = {"policy": set(), "reference": set()}
     alive = []  # an id is unique among living objects only
     options = {"beta": BETA, "max_new_tokens": 4, "eos_token_id": ()}
-    generate_mixture(policy, reference, prompts()[2][None], **options)  # the look at both models has caches of its own
+    generate_mixture(policy, reference, prompts()[2][None], **options)  # its comparison has other caches
     for role, model in (("policy", policy), ("reference", reference)):
 
         def remember(module, args, kwargs, role=role) -> None:
             cache = kwargs.get(cache_argument(module.forward))
-            if isinstance(cache, StaticRowsCache):  # not the one that only looks at shapes
+            if isinstance(cache, StaticRowsCache):  # not the cache of the comparison
                 alive.append(cache)
                 caches[role].add(id(cache))
 
@@ -144,11 +144,11 @@ def _drop_positions(monkeypatch) -> None:
 
 @pytest.mark.parametrize(("break_it", "lengths"), [(_share_the_cache, (6, 6)), (_drop_positions, LENGTHS)])
 def test_the_judge_notices(break_it, lengths, monkeypatch) -> None:
-    """One cache for both models, or positions that count padding: the comparison above must fail by far."""
+    """With one cache for both models, or positions that count padding, the error above is large."""
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
     rows = prompts(lengths)
     options = {"beta": BETA, "max_new_tokens": 6, "seed": 3, "eos_token_id": ()}
-    generate_mixture(policy, reference, **padded(rows), **options)  # afterwards the engine looks at the models no more
+    generate_mixture(policy, reference, **padded(rows), **options)  # the models are compared here, and not again below
     break_it(monkeypatch)
     assert worst_error(generate_mixture(policy, reference, **padded(rows), **options), policy, reference, rows) > 0.1
 
@@ -230,7 +230,7 @@ def test_dropout_is_off_and_every_flag_comes_back() -> None:
     options = {**padded(prompts()), "beta": BETA, "max_new_tokens": 5, "seed": 1}
     still = generate_mixture(policy, reference, **options)
     policy.train()
-    policy.transformer.h[0].eval()  # frozen by its owner
+    policy.transformer.h[0].eval()  # set to eval mode by the caller
     flags = [module.training for module in policy.modules()]
     noisy = generate_mixture(policy, reference, **options)
     assert torch.equal(still.sequences, noisy.sequences)
@@ -249,7 +249,7 @@ def _without_ends(policy, reference, rows) -> list[list[int]]:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
 def test_rows_end_at_their_own_end_of_sequence(architecture) -> None:
-    """Several ids; rows that end at different steps, one at once; an end in the prompt ends nothing."""
+    """Rows end at any of several ids, at different steps, one at once; an end token in the prompt is ignored."""
     policy, reference = pair(architecture)
     rows = prompts((1, 6, 9, 3))
     free = _without_ends(policy, reference, rows)
@@ -329,7 +329,7 @@ def test_streamers_see_the_prompt_and_every_token() -> None:
 def test_low_precision_models() -> None:
     policy, reference = (model.to(torch.bfloat16) for model in pair("llama"))
     result = generate_mixture(policy, reference, **padded(prompts()), beta=BETA, max_new_tokens=6, seed=3)
-    assert worst_error(result, policy, reference, prompts()) < 0.5  # bfloat16's own error; a wrong cache costs nats
+    assert worst_error(result, policy, reference, prompts()) < 0.5  # bfloat16's rounding; a wrong cache costs nats
     assert result.policy_logprobs.dtype == torch.float32
 
 

@@ -1,5 +1,5 @@
-"""What generate() may be asked for beside the mixture: logits processors act as transformers has them act on one
-model, and what cannot be honoured is refused by name."""
+"""Options of generate() beside the mixture: logits processors act as in transformers on one model, and unsupported
+options are refused by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _one_thread():
 
 
 class _MixtureModel(transformers.GPT2LMHeadModel):
-    """A model whose logits are the mixture's: transformers' own decoding of it is the truth for processors."""
+    """A model with the mixture's logits; transformers' decoding of it is the reference for logits processors."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **_):
         models = zip((1 - BETA, BETA), self.models, strict=True)
@@ -201,7 +201,7 @@ def test_vocabularies_must_agree_unless_their_padding_is_left_out() -> None:
 def test_logits_that_are_no_distribution_are_reported() -> None:
     policy, reference = pair()
     with torch.no_grad():
-        reference.transformer.wpe.weight[8] = torch.nan  # only the longest prompt gets there at once
+        reference.transformer.wpe.weight[8] = torch.nan  # in the first step only the longest prompt
     options = {**padded(prompts()), "max_new_tokens": 2}
     result = generate_mixture(policy, reference, **options, beta=BETA, eos_token_id=())
     assert result.ok.tolist() == [True, True, False] and result.tokens[2, 0] == 0

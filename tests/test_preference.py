@@ -1,4 +1,4 @@
-"""Preference models: reading, both orders, padding, truncation."""
+"""Preference models: scores of single texts, both orders, padding, truncation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def columns(count: int = 20, seed: int = 0) -> tuple[list[str], list[str], list[
 
 
 def by_hand(model, *texts: str) -> float:
-    """The head's number for one text, read alone and in float64."""
+    """Compute the head's score of one text, read alone and in float64."""
     template = TEMPLATES[type(model)]
     text = template.format(**dict(zip(model.FIELDS, texts, strict=True)))
     ids = torch.tensor([model.tokenizer(text)["input_ids"]])
@@ -40,7 +40,7 @@ def by_hand(model, *texts: str) -> float:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @KINDS
 def test_probabilities_are_those_of_each_pair_read_alone(kind, architecture) -> None:
-    """Whatever the batch and its padding, for every way of positions, masks and states."""
+    """Probabilities do not depend on the batch and its padding, for all kinds of positions, masks and states."""
     model = comparison_model(kind, architecture)
     prompts, first, second = columns(7)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_probabilities_are_those_of_each_pair_read_alone(kind, architecture) -> 
 @KINDS
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-6), (torch.float32, 20.0), (torch.bfloat16, 1.0)])
 def test_antisymmetry_is_exact(kind, dtype, scale) -> None:
-    """In separate calls, any of the pairs turned around: to the last bit, as Python floats, near 0, 1/2 and 1."""
+    """P(a > b) + P(b > a) = 1 as Python floats, in separate calls with any pairs swapped, near 0, 1/2 and 1."""
     model = comparison_model(kind)
     model.body.to(dtype)
     model.head.weight.data *= scale
@@ -140,11 +140,11 @@ def test_texts_stand_where_they_should_behind_the_first_mark() -> None:
 
 
 CUTS = {  # prompt, first, second within 8 tokens -> what is read
-    ("abcdefgh", "ij", "kl"): "efgh|ij|kl",  # the prompt loses its beginning
+    ("abcdefgh", "ij", "kl"): "efgh|ij|kl",  # the prompt is cut from its beginning
     ("abcdefgh", "", ""): "abcdefgh||",
     ("abcdefgh", "ijklm", "no"): "h|ijklm|no",
-    ("abc", "ijklmnop", "qr"): "|ijklmn|qr",  # then the longer response its end
-    ("abc", "ijklmnop", "qrstuvw"): "|ijkl|qrst",  # down to halves
+    ("abc", "ijklmnop", "qr"): "|ijklmn|qr",  # then the longer response from its end
+    ("abc", "ijklmnop", "qrstuvw"): "|ijkl|qrst",  # then both to half the tokens
     ("ab", "ij", "kl"): "ab|ij|kl",
 }
 

@@ -1,4 +1,4 @@
-"""LoRA for judges: an adapter and the head are trained, the base stays; saved and loaded whole, to the last bit."""
+"""LoRA for judges: the adapter and the head are trained, the base is frozen; saving and loading are exact."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_its_first_values_depend_on_the_seed_alone() -> None:
 
 
 def test_a_base_in_bfloat16_is_kept_as_it_is(tmp_path) -> None:
-    """What LoRA is for: frozen weights in half the memory, trained ones in float32."""
+    """Frozen weights stay in bfloat16; trained ones are in float32."""
     base, template = tiny_model("llama").bfloat16(), "{prompt}|{first}|{second}="
     model = PairwisePreferenceModel(base, tiny_tokenizer(), template=template).add_adapter(lora())
     train_preference_model(model, PAIRS[:16], PreferenceTraining(steps=2, learning_rate=1e-2), progress=False)
@@ -133,7 +133,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path) -> None:
     ):
         shutil.copytree(tmp_path / "judge", tmp_path / name)
         shutil.rmtree(tmp_path / name / "adapter")
-        (tmp_path / name / "nlhf_manifest.json").unlink()  # it would say so before
+        (tmp_path / name / "nlhf_manifest.json").unlink()  # it would detect the damage first
         damaged(tmp_path / "judge" / "adapter", tmp_path / name / "adapter", change)
         with pytest.raises(ValueError, match=f"preference: .*{message}"):
             load_preference_model(tmp_path / name)

@@ -1,4 +1,4 @@
-"""A training of a preference model that was cut off: going on gives what never stopping gives, to the last bit."""
+"""Interrupted training of a preference model: resuming gives the uninterrupted result, to the last bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train(path: Path | None, settings: PreferenceTraining = SETTINGS, pairs=PAIR
 
 
 def cut_off(path: Path, monkeypatch, after: int) -> None:
-    """Training that stops in its step number `after`."""
+    """Interrupt training in its step number `after`."""
     calls, step = [], module._backward
 
     def stop(*arguments):

@@ -1,4 +1,4 @@
-"""Judges: any callable will do, and whatever it does wrong is said with its name, its values and the pair."""
+"""Judges: any callable is accepted, and errors name the judge, its values and the pair."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_antisymmetry_is_checked_on_request() -> None:
 
 @pytest.mark.parametrize("code", [0, 1, "out of quota"])
 def test_a_judge_that_calls_exit_ends_nothing(code) -> None:
-    """SystemExit is no Exception: a run would end as if it had finished, with exit code 0."""
+    """SystemExit, which is not an Exception and could end a run with exit code 0, becomes an error."""
 
     def leaving(prompts, first, second):
         raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""Saved models: the same probabilities to the last bit, and never half a model."""
+"""Saved models: loading gives the same probabilities to the last bit, and a failed save leaves no partial model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_loaded_models_are_the_saved_ones(architecture, tmp_path) -> None:
 
 def test_kind_and_dtype_are_kept(tmp_path) -> None:
     model = comparison_model(RewardModel)
-    for weight in model.parameters():  # as `from_pretrained(dtype=...)` does it; .to() would round rotary tables too
+    for weight in model.parameters():  # as `from_pretrained(dtype=...)` does; .to() would round rotary tables too
         weight.data = weight.data.to(torch.bfloat16)
     save_preference_model(model, tmp_path / "model")
     loaded_model = load_preference_model(tmp_path / "model")
@@ -112,7 +112,7 @@ def test_what_is_not_a_whole_model_is_refused(tmp_path) -> None:
     save_preference_model(comparison_model(), tmp_path / "model")
 
     def broken(name: str):
-        """A copy without the manifest, which would find it damaged."""
+        """Make a copy without the manifest, which would detect the damage."""
         return shutil.copytree(tmp_path / "model", tmp_path / name, ignore=shutil.ignore_patterns(manifest.NAME))
 
     for change, message in (

@@ -1,4 +1,4 @@
-"""What preference models learn: a rule, a cycle that no reward can hold; and how the training goes about it."""
+"""Training of preference models: a rule, a cycle that no reward fits, batches, seeds, schedules, errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_preference_model_learns_a_cycle_and_no_reward_model_can() -> None:
 
 @KINDS
 def test_micro_batches_give_the_gradient_of_the_whole_step(kind) -> None:
-    """Of any size, one that does not divide the step included; averaged over pairs, not over micro-batches."""
+    """Micro-batches of any size, also one that does not divide the step, give the gradient of the mean over pairs."""
     gradients, losses = [], []
     for micro in (None, 1, 3, 7):
         model = comparison_model(kind)
@@ -87,7 +87,7 @@ def test_both_orders_are_seen() -> None:
 
 
 def test_the_seed_decides_all_and_leaves_the_callers_noise_alone() -> None:
-    """Order of the pairs and dropout; the model has some."""
+    """The seed determines the order of the pairs and dropout; the caller's generator is not advanced."""
     settings = PreferenceTraining(steps=3, batch_size=4, learning_rate=1e-3, seed=5)
     runs = []
     for seed in (5, 5, 6):
@@ -188,7 +188,7 @@ def test_a_liking_for_the_first_place_is_not_skill() -> None:
 
 
 def test_calibration_tells_the_honest_from_the_sure() -> None:
-    """Outcomes drawn with the stated probability: an error of a few thousandths. Stated too surely: the excess."""
+    """Outcomes drawn with the predicted probability give an error of a few thousandths; overconfidence, its excess."""
     truth = torch.rand(40_000, dtype=torch.float64)
     won = torch.rand(40_000, dtype=torch.float64) < truth
     honest = reliability(torch.where(won, truth, 1 - truth))

@@ -1,4 +1,4 @@
-"""NashTrainer: every algorithm trains what it should and nothing else; an update is what the mathematics says it is."""
+"""NashTrainer: every algorithm trains only the policy, and an update equals its mathematical definition."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_trainer_and_its_configuration_are_public_names() -> None:
 @pytest.mark.parametrize("given", [False, True], ids=["its-own", "given"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_the_reference_stays_what_it_was(adapters, given, tmp_path) -> None:
-    """After training, its log-probabilities are those of the model before it, or of the model that was given."""
+    """After training, the reference's log-probabilities are those of the initial policy or of the given model."""
     model = tiny_model("llama")
     original = tiny_model("llama", seed=4) if given else copy.deepcopy(model)
     options = {"learning_rate": 5e-2, "peft_config": lora() if adapters else None}
@@ -88,7 +88,7 @@ def test_gradient_accumulation_averages(algorithm, tmp_path) -> None:
 
 
 def test_the_gradient_is_the_policy_gradient(tmp_path) -> None:
-    """Against autograd through plain log-softmax: -log pi(y) (P - 1/2 - tau log(pi / mu)), mean over pairs."""
+    """The gradient equals autograd's through log-softmax: -log pi(y) (P - 1/2 - tau log(pi / mu)), mean over pairs."""
     tau = 0.2
     options = {"max_steps": 1, "tau": tau, "kl": "sequence", "samples_per_prompt": 2, "max_grad_norm": 0.0}
     trainer = make_trainer(tmp_path, reference_model=tiny_model("llama", seed=4), **options)
@@ -113,8 +113,8 @@ def test_the_gradient_is_the_policy_gradient(tmp_path) -> None:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "bloom", "gemma2", "gpt_neox"])
 def test_architectures_are_scored_as_they_were_sampled(architecture, tmp_path) -> None:
-    """With its own copy as reference the first update's log-ratios are 0, dropout in the model or not, so without a
-    preference there is nothing to learn; positions, soft caps and padding are part of it."""
+    """With a copy of the policy as reference the first log-ratios are 0, with model dropout too, and a preference
+    of 1/2 gives no gradient; positions, soft caps and padding are covered."""
     model = tiny_model(architecture)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -159,7 +159,7 @@ def test_bfloat16_stays_near_float32(adapters, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["beta", "tau"])
 def test_schedules_by_epoch_and_by_step(name, tmp_path) -> None:
-    """16 prompts, 4 an update: a new epoch every 4 updates."""
+    """With 16 prompts and 4 per update, a schedule's epoch changes every 4 updates."""
     by_epoch = make_trainer(tmp_path / "epoch", **{name: [0.5, 0.25]}, max_steps=6)
     by_epoch.train()
     assert [row[0] for row in history(by_epoch, name)] == [0.5] * 4 + [0.25] * 2
@@ -173,7 +173,7 @@ def test_schedules_by_epoch_and_by_step(name, tmp_path) -> None:
 
 
 def test_conversations_take_the_chat_template(tmp_path) -> None:
-    """The judge sees the prompt as the policy does, and answers without special tokens."""
+    """The judge receives the prompt as the policy does, and answers without special tokens."""
     records = []
 
     def judge(prompts, first, second):
@@ -191,7 +191,7 @@ def test_conversations_take_the_chat_template(tmp_path) -> None:
 
 
 def test_dropout_of_adapters_is_taken_off_aloud(tmp_path, caplog) -> None:
-    """The caller's configuration stays as it was; another kind of adapter calls its rates otherwise."""
+    """Adapters' dropout is removed with a warning; the caller's configuration is unchanged."""
     from peft import LoHaConfig
 
     config = lora(lora_dropout=0.5)
@@ -207,7 +207,7 @@ def test_dropout_of_adapters_is_taken_off_aloud(tmp_path, caplog) -> None:
 
 
 def test_the_backend_is_that_of_every_kernel(tmp_path, monkeypatch) -> None:
-    """Attention of rollouts included, which has no argument of its own."""
+    """The configured backend reaches all kernels, and the rollouts' attention, which has no argument for it."""
     records = []
     inside = trainer_module.RolloutEngine.rollout
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The runner of the training benchmark: runs tiny, gates on gradients, writes rows of the shared schema."""
+"""The training benchmark: a tiny run, the gate on gradients, rows of the shared schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be trained is refused before training starts, with the argument, the expectation and what came."""
+"""Inputs that cannot be trained are refused before training, with the argument, the expectation and the value."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_bad_input_is_refused(given, message, tmp_path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_training_weights_of_few_bits_is_warned_of(dtype, tmp_path) -> None:
-    """Steps smaller than their rounding vanish, and training looks as if it had converged."""
+    """Training weights in 16 bits is warned of: updates below their rounding are lost, which looks like convergence."""
     with pytest.warns(
         UserWarning, match=r"NashTrainer: model: expected float32 weights, since steps smaller than 1/\d+ "
     ):
@@ -218,7 +218,7 @@ def _grows(step: int) -> float:
 
 
 def test_every_option_is_looked_at() -> None:
-    """Options of TrainingArguments keep their meaning or are refused; FIXED names no option that does not exist."""
+    """Options of TrainingArguments keep their meaning or are refused; FIXED names only existing options."""
     values = {field.name for field in dataclasses.fields(TrainingArguments)}
     newest = {"use_cache", "parallelism_config", "average_tokens_across_devices"}  # not in every version
     assert set(FIXED) - values <= newest

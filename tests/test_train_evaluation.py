@@ -1,4 +1,4 @@
-"""What is seen of a run: evaluations, logs, sample tables, the bar, and what happens to steps that are not finite."""
+"""Reports of a run: evaluations, logs, sample tables, the progress bar, and steps that are not finite."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_the_bar_shows_the_speed(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_reporting_gets_the_numbers(tmp_path) -> None:
-    """Through transformers' callbacks, as tensorboard and wandb do."""
+    """Metrics arrive through transformers' callbacks, which tensorboard and wandb use."""
     rows = []
 
     class Writer(TrainerCallback):
@@ -160,7 +160,7 @@ def test_samples_are_shown_and_cannot_drive_the_terminal(tmp_path, capsys) -> No
 
 
 def test_samples_go_where_numbers_go() -> None:
-    """With the writers that tensorboard and wandb would have experience."""
+    """Samples are written to tensorboard and wandb; fake writers record them."""
     sent = []
     board, wandb = TensorBoardCallback.__new__(TensorBoardCallback), WandbCallback.__new__(WandbCallback)
     board.tb_writer = SimpleNamespace(add_text=lambda *arguments: sent.append(arguments))
@@ -176,7 +176,7 @@ def test_samples_go_where_numbers_go() -> None:
 
 
 def _broken(model, when):
-    """NaN in the gradient of the updates in `when`."""
+    """Put NaN into the gradient of the updates in `when`."""
     count = [0]
 
     def hook(gradient):

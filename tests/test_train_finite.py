@@ -1,4 +1,4 @@
-"""Nothing broken is believed: weights and settings that are not finite end a run, and are never saved or scored."""
+"""Weights and settings that are not finite end a run; such models are never saved or scored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def broken(architecture: str = "llama", seed: int = 0) -> torch.nn.Module:
 
 
 class Break(transformers.TrainerCallback):
-    """A weight becomes infinite after an update: what a learning rate that is far too large does."""
+    """Make a weight infinite after an update, as a far too large learning rate does."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -71,7 +71,7 @@ def test_an_adapters_settings_too(tmp_path) -> None:
 
 
 def test_weights_that_break_end_the_run(tmp_path, caplog) -> None:
-    """Not skipped for ever: no later update could be another. The checkpoint before it stays."""
+    """Infinite weights end the run, as no later update could repair them; the checkpoint before stays."""
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(tmp_path, callbacks=[Break(after=3)], **options)
     with (
@@ -90,7 +90,7 @@ def test_weights_that_break_at_the_end_are_not_saved(tmp_path) -> None:
 
 
 def test_a_policy_without_a_distribution_is_not_evaluated(tmp_path) -> None:
-    """Finite weights, and logits that overflow all the same: the judge would see text."""
+    """A policy with finite weights whose logits overflow is not passed to the judge."""
     trainer = make_trainer(tmp_path, eval_dataset=PROMPTS[:4])
     assert trainer.evaluate()["eval_win_rate_reference"] >= 0
     trainer.model.lm_head.weight.data.sign_().mul_(torch.finfo(torch.float32).max)
@@ -99,7 +99,7 @@ def test_a_policy_without_a_distribution_is_not_evaluated(tmp_path) -> None:
 
 
 def test_the_command_ends_in_an_error(tmp_path, monkeypatch, capsys) -> None:
-    """Not with "Saved" and exit code 0; settings before anything is loaded, under --check too."""
+    """The command ends without "Saved" and with an error code; bad settings are refused first, under --check too."""
     monkeypatch.chdir(tmp_path)
     for part in (tiny_model("llama"), tiny_tokenizer()):
         part.save_pretrained(tmp_path / "model")

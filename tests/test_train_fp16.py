@@ -1,6 +1,6 @@
 """fp16 with a gradient scaler: steps that it skips are counted, NaN is still NaN, and a resumed run is the same run.
 
-accelerate makes a scaler on GPUs alone; here it gets PyTorch's for the CPU, and everything around it is what a GPU has.
+accelerate makes a scaler on GPUs only; these tests give it PyTorch's CPU scaler, and run the rest as on a GPU.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_steps_that_the_scaler_skips_are_counted_and_change_nothing(optim, tmp_p
 @pytest.mark.parametrize("nonfinite", ["skip", "stop"])
 def test_a_gradient_that_no_scale_explains_is_an_error(nonfinite, tmp_path) -> None:
     class Poison(transformers.TrainerCallback):
-        """The gradients of every update are NaN, as a bug in a model's backward pass would make them."""
+        """Make the gradients of every update NaN, as a bug in a model's backward pass would."""
 
         def on_step_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
             self.hook = next(model.parameters()).register_hook(lambda grad: grad * torch.nan)
@@ -102,7 +102,7 @@ def test_a_gradient_that_no_scale_explains_is_an_error(nonfinite, tmp_path) -> N
 
 def test_weights_that_break_end_the_run(tmp_path) -> None:
     trainer = fp16_trainer(tmp_path, max_steps=3)
-    trainer.model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan  # what rollouts play is float16's copy
+    trainer.model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan  # rollouts use the float16 copy
     trainer.rollout_policy.refresh = lambda: False
     with pytest.raises(FloatingPointError, match=r"update 0: expected finite weights; .*up_proj"):
         trainer.train()
@@ -139,14 +139,14 @@ def test_what_fp16_cannot_be_used_with_is_refused(tmp_path) -> None:
     half = pytest.raises(ValueError, match="fp16: expected float32 weights to train; got torch.float16 in")
     with half, pytest.warns(UserWarning, match="expected float32 weights"):
         fp16_trainer(tmp_path, model=tiny_model("llama").half())
-    with pytest.raises(ValueError, match="fp16"):  # transformers' own words
+    with pytest.raises(ValueError, match="fp16"):  # transformers' own message
         make_trainer(tmp_path, fp16=True, bf16=True)
 
 
 def test_deepspeed_is_refused_with_the_way_to_shard(tmp_path) -> None:
     with pytest.raises(ValueError, match="deepspeed: expected None, as models are sharded by FSDP2 here, not by Deep"):
         make_trainer(tmp_path, deepspeed={"zero_optimization": {"stage": 3}})
-    args = SimpleNamespace(n_gpu=1)  # what `accelerate launch --use_deepspeed` makes of a trainer without the option
+    args = SimpleNamespace(n_gpu=1)  # as under `accelerate launch --use_deepspeed` without the option
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="DEEPSPEED"), num_processes=2)
     with pytest.raises(ValueError, match="sharded by FSDP2 here, not by DeepSpeed; got a DeepSpeed launch"):
         check_processes(args, accelerator, SimpleNamespace(groups=2, name="processes"), {})

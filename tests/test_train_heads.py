@@ -1,4 +1,4 @@
-"""Hidden states and the output layer give the logits that a model gives, whatever it does to them afterwards."""
+"""Hidden states and the output layer reproduce a model's logits, including its scaling and caps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ SCALED = {  # architecture -> its configuration, and the scale of its logits
 
 @pytest.mark.parametrize("architecture", SCALED)
 def test_the_head_gives_the_models_log_probabilities(architecture) -> None:
-    """MiniCPM3 scales the states in front of its head, Granite and Cohere the logits behind it, Gemma 2 caps them."""
+    """Log-probabilities equal the model's: MiniCPM3 scales the states before its head, Granite and Cohere scale the
+    logits, Gemma 2 caps them."""
     config, scale = SCALED[architecture]
     model = random_model(config(), 0)
     assert check_head(model, "model") == VOCABULARY

@@ -1,4 +1,4 @@
-"""The trainer learns: through the real loop, on a game of one-token answers, each algorithm ends where theory says."""
+"""Learning by the real training loop, on a game of one-token answers: each algorithm reaches its theoretical limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN = {
 
 
 def final(algorithm: str, tmp_path, **options) -> tuple[LetterGame, torch.Tensor, torch.Tensor]:
-    """The game, and log-probabilities of reference and trained policy."""
+    """Train; return the game, and the log-probabilities of reference and trained policy."""
     game = LetterGame()
     model = game.model()
     reference = game.log_probabilities(model)
@@ -42,7 +42,7 @@ def expected(game: LetterGame, reference: torch.Tensor, tau: float) -> torch.Ten
 
 @pytest.mark.parametrize("algorithm", ["nash-md", "ipo-md"])
 def test_the_mixture_reaches_the_equilibrium_of_the_larger_tau(algorithm, tmp_path) -> None:
-    """Where updates stop, log pi = log mu + P(. > mix) / tau, so the mixture is the equilibrium at tau / (1 - beta)."""
+    """At a fixed point log pi = log mu + P(. > mix) / tau, so the mixture is the equilibrium at tau / (1 - beta)."""
     game, reference, policy = final(algorithm, tmp_path, beta=BETA)
     mixture = ((1 - BETA) * policy + BETA * reference).log_softmax(-1)
     goal = expected(game, reference, TAU / (1 - BETA))
@@ -84,7 +84,7 @@ def test_fused_and_reference_kernels_learn_the_same(tmp_path) -> None:
         torch.manual_seed(0)
         trainer = make_trainer(
             tmp_path / str(backend), backend=backend, max_steps=8, learning_rate=1e-3, tau=0.1,
-            adam_epsilon=1e-3,  # else the optimizer blows up gradients that are nothing but rounding
+            adam_epsilon=1e-3,  # else Adam amplifies gradients that are only rounding
         )  # fmt: skip
         trainer.train()
         curves.append(torch.tensor(history(trainer, "loss", "grad_norm", "kl", "preference")))

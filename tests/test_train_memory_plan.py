@@ -1,5 +1,4 @@
-"""The memory plan of a training run: against what a run allocates, against the shares of every layout, on the command
-line."""
+"""The memory plan of a training run: against measured allocations, against every layout's shares, and as a command."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ RUN = {
     ids=["plain", "bf16-average", "adapters", "snapshots-recomputed", "ipo"],
 )
 def test_a_run_allocates_what_was_planned(changes, tmp_path) -> None:
-    """The most bytes of tensors that are alive at once in two updates, within 10 % of the plan."""
+    """The peak bytes of live tensors in two updates are within 10 % of the plan."""
     options = {**RUN, **changes}
     adapters = options.pop("peft_config", None)
     if adapters is not None:

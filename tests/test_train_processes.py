@@ -21,8 +21,8 @@ HALF = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp
 
 
 def test_two_processes_are_one(tmp_path) -> None:
-    """The same 8 prompts an update: 8 in one process, or 2 processes with 2 micro-batches of 2 each. The baseline is a
-    mean over all of them, the opponent an average that every process keeps."""
+    """One process with 8 prompts an update and 2 processes with 2 micro-batches of 2 learn the same; the baseline is a
+    mean over all prompts, the opponent an average kept by every process."""
     result = train_run.start(tmp_path / "two", processes=2, **RUN, **HALF)
     assert result.returncode == 0, result.stderr
     trainer = make_trainer(tmp_path / "one", **RUN, per_device_train_batch_size=8)
@@ -49,8 +49,8 @@ def test_two_processes_are_one(tmp_path) -> None:
     ids=["adapters", "models"],
 )
 def test_all_processes_play_the_same(algorithm, options, tmp_path) -> None:
-    """Processes whose generators differ, and even their models: policy, opponent and reference are the same everywhere,
-    when the trainer is made and after training; first adapters are a function of args.seed, which one process shows."""
+    """Policy, opponent and reference agree across processes before and after training, even from different generators
+    and models; the first adapters depend on args.seed alone, as one process shows."""
     run = {"algorithm": algorithm, "max_steps": 1, "learning_rate": 1e-2, "seed": 11, **options}
     result = train_run.start(tmp_path, processes=2, per_device_train_batch_size=2, ddp_backend="gloo", **run)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,5 @@
-"""A run that was stopped goes on as if it had not been: after kill -9, after a failing judge, within an epoch; and a
-checkpoint is complete or absent."""
+"""A resumed run equals an uninterrupted one: after kill -9, after a failing judge, within an epoch; checkpoints are
+complete or absent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def same(first: list, second: list) -> bool:
 
 
 def test_after_kill_9_the_losses_are_those_of_an_uninterrupted_run(tmp_path) -> None:
-    """Killed while it makes the second checkpoint: the first is whole, the second does not exist."""
+    """The run is killed while it writes the second checkpoint: the first is whole, the second does not exist."""
     options = {**RUN, "beta": 0.25}  # JSON has no integer keys
     killed = train_run.start(tmp_path / "killed", die_while_saving=True, **options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -69,7 +69,7 @@ def test_a_resumed_run_is_the_same_run(options, tmp_path) -> None:
 
 
 def test_a_failing_judge_costs_no_update(tmp_path) -> None:
-    """It fails in the third update; both updates before it are saved although no checkpoint was due."""
+    """The judge fails in the third update; the two updates before it are saved although no checkpoint was due."""
     requests = [0]
 
     def judge(prompts, first, second):

@@ -1,5 +1,5 @@
-"""Models split over processes learn what whole ones learn: tensor parallelism, FSDP2, both, and adapters over FSDP2;
-checkpoints of every process, resumed by as many and by others. Two launches over gloo, of many small runs each."""
+"""Sharded models learn as whole ones do: tensor parallelism, FSDP2, both, and adapters over FSDP2; checkpoints of all
+processes resume on the same or another number. Two launches over gloo, of many small runs each."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def four(models, tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def alone(models, tmp_path_factory):
-    """What one process learns, run by run."""
+    """A function that returns what one process learns, run by run."""
     known: dict[str, dict[str, Any]] = {}
 
     def learn(options: dict[str, Any], model: str = "llama") -> dict[str, Any]:
@@ -128,8 +128,8 @@ def assert_same(result: dict[str, Any], expected: dict[str, Any], rtol: float = 
 
 @pytest.mark.parametrize("name", ["tp", "fsdp", "ddp"])
 def test_two_processes_learn_what_one_does(name, two, alone) -> None:
-    """In any layout; with an average as the opponent, a baseline over the batch, evaluations of an odd number of
-    prompts, accumulated gradients."""
+    """Any layout learns the same, with an averaged opponent, a baseline over the batch, evaluations of an odd number of
+    prompts, and accumulated gradients."""
     assert_same(two.results[name], alone({**EMA, **EVALUATED}))
 
 
@@ -138,19 +138,19 @@ def test_snapshots_act_on_parts(two, alone) -> None:
 
 
 def test_adapters_over_a_split_base(two, alone) -> None:
-    """With the exact KL, for which the base is the reference."""
+    """Adapters over a sharded base learn the same, with the exact KL from the base."""
     assert_same(two.results["adapters"], alone(ADAPTERS))
 
 
 def test_rollouts_in_bfloat16(two) -> None:
-    """FSDP2's mixed precision is not autocast's, so the curve is not one process's; it is one of a run that learns."""
+    """The losses are finite and the policy moves; FSDP2's mixed precision is not autocast's, so curves differ."""
     losses = torch.tensor(two.results["half"]["history"])
     assert losses.isfinite().all() and losses[-1, 2] != 0
 
 
 @pytest.mark.parametrize("name", ["both", "replicas"])
 def test_four_processes_learn_what_one_does(name, four, alone) -> None:
-    """Tensor parallelism within, FSDP2 or replicas across."""
+    """Tensor parallelism with FSDP2 or replicas across it learns the same."""
     assert_same(four.results[name], alone({**EMA, **EVALUATED} if name == "both" else EMA))
 
 
@@ -159,7 +159,7 @@ def test_a_tied_head(four, alone) -> None:
 
 
 def test_a_judge_is_asked_once_per_group(two, four) -> None:
-    """By the first process of each; of pairs that one process would ask about, none twice."""
+    """The first process of each group asks the judge; every pair that one process would ask about is asked once."""
     calls = {path.name: path.read_text().split() for path in two.folder.glob("*.calls")}
     assert calls["snapshots-0.calls"] == calls["snapshots-1.calls"] == ["8"] * 3
     assert len(calls["tp-0.calls"]) >= 3 and "tp-1.calls" not in calls
@@ -168,7 +168,7 @@ def test_a_judge_is_asked_once_per_group(two, four) -> None:
 
 @pytest.mark.parametrize("launched", ["two", "four"])
 def test_a_resumed_run_is_the_same_run(launched, request, alone) -> None:
-    """With as many processes as before, to the last bit of what is logged and of sums of weights."""
+    """With the same number of processes, logs and sums of weights are equal to the last bit."""
     results = request.getfixturevalue(launched).results
     assert results["resumed"]["history"][:2] == results["begun"]["history"]
     assert_same(results["resumed"], alone(EMA))
@@ -177,7 +177,7 @@ def test_a_resumed_run_is_the_same_run(launched, request, alone) -> None:
 
 
 def test_another_layout_goes_on(two, models, alone, tmp_path) -> None:
-    """FSDP2 wrote it: tensor parallelism goes on, and so does one process with the whole model."""
+    """A checkpoint of FSDP2 is resumed by tensor parallelism, and by one process with the whole model."""
     assert_same(two.results["other"], alone(EMA))
     whole = transformers.AutoModelForCausalLM.from_pretrained(models / "llama")
     checkpoint = str(two.folder / "begun" / "checkpoint-2")

@@ -1,5 +1,5 @@
-"""Layouts that cannot be: one sentence before a model is loaded, on the first process; and a run file's whole way to a
-policy by `torchrun -m nlhf_kernels train`."""
+"""Bad layouts are refused in one sentence by the first process, before a model is loaded; and a run file is trained
+to a policy by `torchrun -m nlhf_kernels train`."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def root(tmp_path_factory) -> Path:
 
 @needs_splitting
 def test_a_run_file_and_torchrun_are_all_it_takes(root) -> None:
-    """Tensor parallelism, with a reference of its own and a preference model as the judge, both split too. The policy
-    is ordinary safetensors."""
+    """Tensor parallelism trains with a sharded reference and preference model as the judge, and saves ordinary
+    safetensors."""
     finished = torchrun(root, "training.tp_size=2")
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "eval_win_rate_reference" in finished.stdout and finished.stdout.count("Saved: ") == 1
@@ -72,7 +72,7 @@ def test_a_run_file_and_torchrun_are_all_it_takes(root) -> None:
 
 @needs_splitting
 def test_killed_processes_lose_nothing(root) -> None:
-    """kill -9 of one process, then of all: every checkpoint is whole, and the next launch goes on from the last."""
+    """After kill -9 of one process, then of all, every checkpoint is whole, and the next launch resumes the last."""
     assert len(kill(root, 2, 1, "fsdp_size=2")) == 2
 
 
@@ -147,7 +147,7 @@ def test_models_of_two_layouts() -> None:
 
 
 def test_accelerates_plugin_is_refused(tmp_path, monkeypatch) -> None:
-    """Which accelerate would leave out on a CPU, without a word."""
+    """accelerate's FSDP plugin, which accelerate ignores silently on a CPU, is refused."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="expected FSDP2 by fsdp_size"):
         make_trainer(tmp_path)

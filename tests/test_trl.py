@@ -1,4 +1,4 @@
-"""NashMDConfig and NashMDTrainer by TRL's names: what they mean, what they refuse, and that nothing is ignored."""
+"""NashMDConfig and NashMDTrainer by TRL's names: meanings, refusals, and no ignored option."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_options_of_transformers_are_checked_as_everywhere(tmp_path) -> None:
 
 
 def test_training_is_that_of_nash_trainer(tmp_path) -> None:
-    """The same gradients from the same seed, by the one's names and by the other's."""
+    """The same seed gives the same gradients under TRL's names as under NashTrainer's."""
     common = {"temperature": 0.9, "max_steps": 1, "max_grad_norm": 0.0, "per_device_train_batch_size": 16}
     reference = {"reference_model": tiny_model("llama", seed=4)}
     ours = make_nash_trainer(tmp_path / "ours", beta=0.5, tau=0.3, max_prompt_length=58, **reference, **common)
@@ -138,7 +138,7 @@ def test_training_is_that_of_nash_trainer(tmp_path) -> None:
 
 
 def test_lists_go_by_epoch(tmp_path) -> None:
-    """16 prompts, 4 an update: a new epoch every 4 updates, fractions of one in between."""
+    """With 16 prompts and 4 per update, a list's epoch changes every 4 updates, and epochs are fractional between."""
     trainer = make_trainer(tmp_path, judge=likes_e, mixture_coef=[0.5, 0.25], beta=[0.1, 0.2], max_steps=6)
     trainer.train()
     assert history(trainer, "mixture_coef", "beta") == [(0.5, 0.1)] * 4 + [(0.25, 0.2)] * 2
@@ -147,7 +147,7 @@ def test_lists_go_by_epoch(tmp_path) -> None:
 
 
 def test_min_p_reaches_the_sampler(tmp_path) -> None:
-    """Of min_p = 1 only the likeliest token is left: two runs of different seeds answer alike."""
+    """min_p = 1 leaves only the likeliest token: two runs of different seeds answer alike."""
     answers = []
     for seed in (1, 2):
         trainer = make_trainer(
@@ -170,7 +170,7 @@ def test_models_given_by_name(tmp_path) -> None:
 
 
 def test_the_reference_of_an_adapted_model_is_a_copy_of_it(tmp_path) -> None:
-    """As in TRL, where a model comes with its adapters; where `peft_config` puts them on, the base is the reference."""
+    """As in TRL, the reference of a model that comes with adapters is its copy; with `peft_config` it is the base."""
     from peft import get_peft_model
 
     def last_kl(trainer) -> float:
@@ -208,7 +208,7 @@ def test_what_was_given_is_found_under_trls_names(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "dataset", "dataset_dict", "dict", "list"])
 def test_evaluation_data_of_every_kind(kind, tmp_path) -> None:
-    """`eval_dataset` stays the object that was given, as callbacks expect; setting it reads the new one."""
+    """`eval_dataset` keeps the given object, as callbacks expect; setting it reads the new one."""
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list(PROMPTS[:3])
     given = {
@@ -228,7 +228,7 @@ def test_evaluation_data_of_every_kind(kind, tmp_path) -> None:
 
 @pytest.mark.parametrize("chat", [False, True], ids=["texts", "messages"])
 def test_rows_of_datasets_train(chat, tmp_path) -> None:
-    """A reward model, a reference in another dtype, a learning rate beyond reason; as TRL's own tests have them."""
+    """As in TRL's own tests: a reward model, a reference in another dtype, an extreme learning rate."""
     datasets = pytest.importorskip("datasets")
     prompts = [row["prompt"] for row in PROMPTS]
     rows = [{"prompt": [{"role": "user", "content": text}] if chat else text} for text in prompts]
@@ -244,7 +244,7 @@ def test_rows_of_datasets_train(chat, tmp_path) -> None:
 
 @pytest.mark.parametrize("reference", [None, "other"])
 def test_adapters_with_dropout_train(reference, tmp_path, caplog) -> None:
-    """TRL takes it off without a word (`disable_dropout`)."""
+    """Adapters' dropout is removed with a warning; TRL removes it silently (`disable_dropout`)."""
     other = None if reference is None else tiny_model("llama", seed=4)
     trainer = make_trainer(
         tmp_path, ref_model=other, reward_funcs=reward_model(), peft_config=lora(lora_dropout=0.05, bias="none")
@@ -287,7 +287,7 @@ def test_model_cards_take_trls_names(tmp_path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 def test_what_trls_script_does_with_its_trainer(tmp_path) -> None:
-    """Its command line parser, options set after that, its callback that shows answers to the evaluation's prompts."""
+    """TRL's script works: its parser, options set afterwards, its callback that shows answers to evaluation prompts."""
     from datasets import Dataset
     from trl import LogCompletionsCallback, ModelConfig, ScriptArguments, TrlParser
 
@@ -311,7 +311,7 @@ def test_what_trls_script_does_with_its_trainer(tmp_path) -> None:
 
 
 def test_a_run_goes_on_where_it_was(tmp_path) -> None:
-    """And evaluates on its way: what NashTrainer does with checkpoints holds under TRL's names."""
+    """A run resumes and evaluates under TRL's names as with NashTrainer."""
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "eval_steps": 2}
     options |= {"eval_strategy": "steps", "eval_dataset": PROMPTS[:4], "missing_eos_penalty": 1.0}
     options |= {"reward_funcs": lambda prompts, completions: [float(len(text)) for text in completions]}

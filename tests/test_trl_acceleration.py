@@ -1,4 +1,4 @@
-"""accelerate_trl: which TRL it takes; where one is installed, that its trainer learns by these rollouts and losses."""
+"""accelerate_trl: the TRL versions that it accepts; with one installed, training by these rollouts and losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MISSING = r"accelerate_trl: TRL 1\.\S+ imports requests for .* does not bring it
 
 
 def fake_trl(monkeypatch, version: str) -> type:
-    """An installed TRL, as far as is looked at before anything is changed."""
+    """Install a fake TRL with the methods that are checked before anything is changed."""
 
     class NashMDTrainer:
         def _generate_completions(self, model, prompts): ...
@@ -100,7 +100,7 @@ def test_twice_is_once(monkeypatch) -> None:
 
 
 class Absent(importlib.abc.MetaPathFinder):
-    """A package that is not installed."""
+    """A finder for which a package is not installed."""
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -112,7 +112,7 @@ class Absent(importlib.abc.MetaPathFinder):
 
 @pytest.fixture
 def no_imports_yet(monkeypatch) -> Iterator[None]:
-    """Of TRL and what it needs, so that they are looked for again; what was imported before comes back."""
+    """Remove TRL and its dependencies from sys.modules, so that they are imported anew; restore them afterwards."""
     modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ("trl", "requests")}
     for name in modules:
         del sys.modules[name]
@@ -153,7 +153,7 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
 
 
 def row_logprobs(model, data) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p (B, T) of the answers, one forward pass with positions, and which tokens count."""
+    """Return log p (B, T) of the answers by one forward pass with positions, and the mask of tokens that count."""
     width = data["attention_mask"].shape[1] - 1
     positions = (data["attention_mask"].cumsum(1) - 1).clamp(min=0)
     logits = model(data["input_ids"], attention_mask=data["attention_mask"], position_ids=positions).logits
@@ -164,7 +164,7 @@ def row_logprobs(model, data) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def likeliest(model, data, width: int) -> float:
-    """The share of the answers' tokens that are this model's likeliest."""
+    """Return the share of the answers' tokens that are this model's likeliest."""
     ids, mask = data["input_ids"], data["attention_mask"]
     logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     same = (logits[:, :-1].argmax(-1) == ids[:, 1:])[:, -width:]
@@ -195,7 +195,7 @@ def test_the_options_listed_are_those_of_trl() -> None:
 @installed
 @pytest.mark.parametrize("kl", ["sequence", "token"])
 def test_the_gradient_is_that_of_the_loss(kl, tmp_path) -> None:
-    """Against autograd through plain log-softmax with position ids, on prompts padded on the left (GPT-2)."""
+    """The gradient equals autograd's through log-softmax with position ids, on left-padded prompts (GPT-2)."""
     reference = tiny_model("gpt2", seed=4)
     with accelerate_trl(kl=kl):
         trainer = trl_trainer(tmp_path, ref_model=reference, beta=0.3, per_device_train_batch_size=8)
@@ -219,7 +219,7 @@ def test_the_gradient_is_that_of_the_loss(kl, tmp_path) -> None:
 
 @installed
 def test_gradient_accumulation_averages(tmp_path) -> None:
-    """top_k=1 leaves nothing to chance. TRL's own sums, so there the gradient of two is twice that of one."""
+    """With top_k=1, free of noise, accumulation averages; TRL sums: its gradient of two is twice that of one."""
 
     def found(name, count):
         trainer = trl_trainer(
@@ -266,7 +266,7 @@ def test_trainers_of_every_kind_train(given, tmp_path) -> None:
 @installed
 @pytest.mark.parametrize("kind", ["texts", "messages", "peft", "adapted"])
 def test_what_trls_own_tests_train(kind, tmp_path) -> None:
-    """References in another dtype, conversations, adapters that come with the model; dropout that TRL takes away."""
+    """References in another dtype, conversations, and models with adapters are trained; TRL removes dropout."""
     from peft import get_peft_model
 
     adapters, reference = lora(lora_dropout=0.1), tiny_model("llama", seed=4).to(torch.bfloat16)
@@ -288,7 +288,7 @@ def test_what_trls_own_tests_train(kind, tmp_path) -> None:
 
 @installed
 def test_with_adapters_the_mixture_holds_the_base(tmp_path) -> None:
-    """mixture_coef = 1 and top_k = 1: the second answer is the base's likeliest one, however far the adapter is."""
+    """With mixture_coef = 1 and top_k = 1 the second answer is the base's likeliest one, however large the adapter."""
     with accelerate_trl():
         trainer = trl_trainer(tmp_path, model=tiny_model("llama"), peft_config=lora(), mixture_coef=1.0, top_k=1)
         for name, value in trainer.model.named_parameters():

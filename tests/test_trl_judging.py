@@ -1,4 +1,4 @@
-"""Rewards and judges of TRL's kinds: what they are called with, what their answers become, which are refused."""
+"""Rewards and judges of TRL's kinds: their arguments, the conversion of their results, refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def length(prompts, completions, **columns):
 
 
 def expected(trainer, score) -> torch.Tensor:
-    """sigmoid of the difference of scores, of the micro-batch that was made last."""
+    """Return sigmoid of the difference of scores of the last micro-batch."""
     experience = trainer.experiences[0]
     return torch.tensor([score(a) - score(b) for a, b in zip(*experience.answers, strict=True)]).double().sigmoid()
 
@@ -45,7 +45,7 @@ def test_rewards_are_summed_by_their_weights(tmp_path) -> None:
 
 
 def test_a_missing_end_costs_reward_on_both_sides(tmp_path) -> None:
-    """Rows are many, so that some answers end and some do not."""
+    """The penalty applies to both answers; enough rows are sampled that some end and some do not."""
     rows = [{"prompt": f"say {index}"} for index in range(32)]
     trainer = make_trainer(
         tmp_path, reward_funcs=length, missing_eos_penalty=3.0, train_dataset=rows, per_device_train_batch_size=32
@@ -85,7 +85,7 @@ def test_functions_get_the_rows_own_prompts_and_columns(tmp_path) -> None:
 
 
 def test_reward_models_score_the_end_of_the_whole_text(tmp_path) -> None:
-    """Against the model's own forward pass, row by row; prompts of different lengths in one batch."""
+    """Scores equal the model's own forward pass, row by row, for prompts of different lengths in one batch."""
     model, tokenizer = reward_model(), tiny_tokenizer()
     rows = [{"prompt": "a"}, {"prompt": "a longer one"}, {"prompt": "b"}, {"prompt": "two"}]
     trainer = make_trainer(tmp_path, reward_funcs=model, train_dataset=rows)
@@ -257,7 +257,7 @@ def test_columns_are_found_by_the_prompt_or_refused() -> None:
 
 
 def test_scores_far_apart_stay_numbers() -> None:
-    """The penalty is taken off before the sigmoid, which would round to 1."""
+    """The penalty is subtracted before the sigmoid, which would round to 1."""
     judge = RewardDifference((lambda prompts, answers: [float(text) for text in answers],), (1.0,), penalty=150.0)
     ended = judge(["p"], ["100"], ["0"])
     missing = RewardDifference(judge.rewards, judge.weights, 150.0, torch.tensor([[True, False]]))(

@@ -1,4 +1,4 @@
-"""What is asked of an installed TRL beyond its documented interface: a contract test for every name."""
+"""Contract tests for every undocumented name of an installed TRL that is used."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_attribute(name, tmp_path) -> None:
 
 
 def test_wrapped_forward(tmp_path) -> None:
-    """A model that accelerate has prepared for bfloat16: without both names in its own __dict__ it is what it was."""
+    """A model that accelerate prepares for bfloat16 is restored once both names in its __dict__ are removed."""
     trainer = trl_trainer(tmp_path, bf16=True)
     model, before = tiny_model("gpt2"), tiny_model("gpt2").forward
     trainer.accelerator.prepare_model(model)

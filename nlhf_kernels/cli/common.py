@@ -1,4 +1,4 @@
-"""What subcommands share: help that fits the terminal, devices and functions by name, hints of the next command."""
+"""Helpers of the subcommands: help text filled to the terminal, devices and functions by name, next commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Read = TypeVar("Read")
 
 
 class Help(argparse.HelpFormatter):
-    """Fills every paragraph of a description to the terminal's width; a line that is indented stays a line."""
+    """Fill every paragraph of a description to the terminal's width; keep indented lines as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = []
@@ -53,12 +53,12 @@ def find_device(command: str, name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, dtype=torch.uint8, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build of PyTorch that is asked for CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: CUDA on a CPU build of PyTorch
         raise BadInput(f"{command}: --device: expected a device PyTorch can use here; got {name!r}") from error
 
 
 def read_data(place: str, load: Callable[..., Read], source: Any, *args: Any, **options: Any) -> Read:
-    """Return `load(source, ...)` of `nlhf_kernels.data`; `place` precedes its errors, which name file and line."""
+    """Return `load(source, ...)`, a reader of `nlhf_kernels.data`; prefix its errors with `place`."""
     try:
         return load(source, *args, **options)
     except (TypeError, ValueError) as error:
@@ -70,7 +70,7 @@ def read_data(place: str, load: Callable[..., Read], source: Any, *args: Any, **
 
 
 def show_next(*commands: Sequence[str]) -> None:
-    """Print the next commands on stderr, whole, to be copied."""
+    """Print the commands to run next on stderr, each complete, ready to be copied."""
     console = new_console(stderr=True)
     for number, words in enumerate(commands):
         line = " ".join(word if word in (">", "...") else shlex.quote(word) for word in words)
@@ -83,7 +83,7 @@ def is_function(name: str) -> bool:
 
 
 def load_function(place: str, name: str) -> Any:
-    """Return the function named by module:name or file.py:name; modules are searched in the working folder, too."""
+    """Return the function named by module:name or file.py:name; search modules in the working folder, too."""
     module, _, function = name.rpartition(":")
     if not module or not function:
         raise BadInput(f"{place}: expected module:name or file.py:name; got {name!r}")
@@ -91,7 +91,7 @@ def load_function(place: str, name: str) -> Any:
         value = getattr(_file(Path(module)) if module.endswith(".py") else _module(module), function)
     except Stopped:
         raise
-    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # importing a module can raise anything
         raise BadInput(f"{place}: cannot load {name!r}: {type(error).__name__}: {error}") from error
     if not callable(value):
         raise BadInput(f"{place}: expected a function; got {type(value).__name__} as {name!r}")

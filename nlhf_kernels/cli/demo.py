@@ -138,7 +138,7 @@ def _show_texts(results: dict[str, Any]) -> None:
 
 
 def _matrix(judge: str, labels: list[str], matrix: list[list[dict[str, float] | None]]) -> Table:
-    """Means only, to fit a terminal: the report has the intervals."""
+    """Build a table of the means alone, which fits a terminal; the intervals are in the report."""
     title = f"Win rate of row against column, judged by {judge} (*: the 95 % interval leaves out 1/2)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
     table.add_column("")

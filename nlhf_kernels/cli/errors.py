@@ -1,4 +1,4 @@
-"""The end of a command: its exit code, and the line on stderr that explains it.
+"""Exit codes of commands, and the line on stderr that explains a failure.
 
 The library's errors begin with an operation and an argument, "prefer: max_length: expected ..."; here the argument is
 replaced by the command's option, "--max-length".
@@ -29,12 +29,12 @@ CODES = {
     CLOSED: "the reader of the output closed it, as `| head` does",
     STOPPED: "SIGTERM: the update is finished or abandoned and a checkpoint written; one line says what is left",
 }
-LONGEST = 1500  # characters of an error's line
+LONGEST = 1500  # characters of an error line
 _FULL = re.compile(r"No space left|StorageFull|Disk quota|PytorchStreamWriter failed writing", re.I)
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.I)
-_DAMAGED = {"EOFError", "UnpicklingError", "SafetensorError", "BadZipFile"}  # by name: some packages may be missing
+_DAMAGED = {"EOFError", "UnpicklingError", "SafetensorError", "BadZipFile"}  # by name: packages may be missing
 _CALL = re.compile(r"\btrain\((\w+=True)\)")
-_ARGUMENT = re.compile(r"(?<![\w.-])(?P<name>[a-z_]+)=(?P<value>'[^' ]*'|True\b|\d+\b)")  # as Python says it
+_ARGUMENT = re.compile(r"(?<![\w.-])(?P<name>[a-z_]+)=(?P<value>'[^' ]*'|True\b|\d+\b)")  # Python's notation
 _SUBJECT = re.compile(r"(?P<operation>\w+(?: \w+)?): (?P<name>\w+)(?P<rest>\b.*)", re.S)
 
 
@@ -43,7 +43,7 @@ class BadInput(Exception):
 
 
 class SaidByFirst(BadInput):
-    """All of several processes have found the same; the first one says it."""
+    """An error that every process finds; the first process reports it, the others exit silently."""
 
 
 def finish(
@@ -52,18 +52,18 @@ def finish(
     resume_hint: Callable[[argparse.Namespace], str],
     names: Mapping[str, str],
 ) -> int:
-    """Run `work`; return its exit code, or that of what stopped it, with an explanation on stderr.
+    """Run `work`; return its exit code, or that of the exception that ended it, and explain the latter on stderr.
 
     Args:
         work: the command.
         arguments: its options.
-        resume_hint: says how an interrupted command can go on.
+        resume_hint: returns how to resume an interrupted command.
         names: argument of the library -> option of the command.
     """
     try:
         with stoppable():
             code = work()
-        sys.stdout.flush()  # here, where a closed pipe is an exception like any other
+        sys.stdout.flush()  # so that a closed pipe raises inside this try block
         return code
     except BrokenPipeError:
         _give_up_output()
@@ -74,7 +74,7 @@ def finish(
         return _end(STOPPED, f"stopped by SIGTERM: {resume_hint(arguments)}")
     except SaidByFirst:
         return REFUSED
-    except SystemExit as stop:  # a judge's or a model's own code; exit code 0 would pass for a finished command
+    except SystemExit as stop:  # from a judge's or a model's code; its exit code 0 would report success
         return _end(FAILED, f"error: sys.exit({stop.code!r}) was called during the work, which is not finished")
     except BaseException as error:
         if arguments.traceback:
@@ -87,7 +87,7 @@ def finish(
 
 
 def _give_up_output() -> None:
-    """Redirect stdout to nowhere: the interpreter flushes it once more at its end, and would report the closed pipe."""
+    """Redirect stdout to /dev/null, so that the interpreter's last flush does not report the closed pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -99,14 +99,14 @@ def _end(code: int, text: str) -> int:
 def describe(
     error: BaseException, command: str, names: Mapping[str, str], traceback_printed: bool = False
 ) -> tuple[int, str]:
-    """Return exit code and line for an exception; print the traceback of an unforeseen kind, unless it was printed."""
+    """Return exit code and line for an exception; print the traceback of an unexpected one, unless already printed."""
     line = first_line(error)
     if isinstance(error, WriteError):
         return FAILED, f"error: {command}: {line}"
     line = line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(line):
         return FAILED, f"error: {command}: the disk is full: {line}: make room there and run the same command again"
-    if isinstance(error, MemoryError) and str(error):  # the engine's own, which says what to change
+    if isinstance(error, MemoryError) and str(error):  # raised by the engine, with the settings to change
         return FAILED, f"error: {command}: out of memory: {' '.join(str(error).split())}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(line):
         return FAILED, f"error: {command}: out of memory: {line}: smaller batches or shorter texts need less"
@@ -142,6 +142,6 @@ def _as_option(match: re.Match[str], names: Mapping[str, str]) -> str:
 
 
 def option_names(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the library's argument that each option is named after -> the option."""
+    """Map arguments of the library to the options named after them."""
     actions = parser._actions
     return {action.dest: action.option_strings[-1] for action in actions if action.option_strings}

@@ -1,10 +1,10 @@
-"""`nlhf-kernels evaluate`: win rates between saved policies, each against each.
+"""`nlhf-kernels evaluate`: win rates between all pairs of saved policies.
 
-Every policy answers the prompts; a judge says which answer is preferred: a preference or reward model that
+Every policy answers the prompts; a judge compares the answers: a preference or reward model that
 `prefer train` made, or a function (prompts, first, second) -> probabilities. Each cell has its 95 % confidence interval
 over the prompts. Two answers or more (--samples) narrow it: the policies then share their noise, and all pairs of
-answers are compared. With --reference also how far each policy is from it (KL); an adapter is measured from its base
-where no other reference is named.
+answers are compared. --reference adds each policy's KL divergence from a reference model; without it, an adapter's
+reference is its base.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _policies(entries: list[str]) -> dict[str, str]:
-    """Name -> model, of the entries of --policy."""
+    """Map names to models, from the entries of --policy."""
     named = [entry.partition("=")[::2] if "=" in entry else ("", entry) for entry in entries]
     paths = [model for name, model in named if not name]
     policies: dict[str, str] = {}
@@ -104,7 +104,7 @@ def _policies(entries: list[str]) -> dict[str, str]:
 
 
 def _short_name(model: str, others: list[str]) -> str:
-    """The path's last parts, as many as tell it from all others: a/policy and b/policy, not twice policy."""
+    """Return the shortest end of the path that no other path shares: a/policy and b/policy, not policy twice."""
     parts, *rest = (Path(path).expanduser().absolute().parts for path in (model, *others))
     count = next((n for n in range(1, len(parts)) if all(parts[-n:] != other[-n:] for other in rest)), len(parts))
     return "/".join(parts[-count:])
@@ -113,7 +113,7 @@ def _short_name(model: str, others: list[str]) -> str:
 def _evaluate(
     arguments: argparse.Namespace, policies: dict[str, str], sampling: Sampling, reporter: Reporter
 ) -> tuple[dict[str, list[Answers]], Tournament]:
-    """Sample each policy's answers, with the tokenizer that was saved with it; then the judge compares them."""
+    """Sample every policy's answers with its own tokenizer; compare them by the judge."""
     import dataclasses
 
     from ..evaluation import play_tournament, sample_answers
@@ -122,7 +122,7 @@ def _evaluate(
     trust: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     options = {"device": find_device("evaluate", arguments.device), **trust}
     models = [("--policy", name) for name in policies.values()] + [("--reference", arguments.reference)]
-    for option, name in models:  # before the first policy is sampled, which takes long
+    for option, name in models:  # fail before the first policy is sampled
         if name is not None:
             locate(f"evaluate: {option}", name)
     first_tokenizer = load_generation_tokenizer("evaluate: --policy", next(iter(policies.values())), **trust)
@@ -139,7 +139,7 @@ def _evaluate(
     answers: dict[str, list[Answers]] = {}
     for place, (name, model) in enumerate(policies.items()):
         own = sampling
-        if sampling.samples == 1:  # a single answer of each has no pair that shared noise leaves independent
+        if sampling.samples == 1:  # one answer each: with shared noise no pair of answers would be independent
             own = dataclasses.replace(sampling, seed=sampling.seed * len(policies) + place)
         with reporter.bar(f"answers of {name}", len(prompts)) as advance:
             policy = load_model("evaluate: --policy", model, **options)
@@ -181,7 +181,7 @@ def _document(
 
 
 def _table(document: dict[str, Any]) -> str:
-    """Columns go by numbers, so that five policies fit 80 columns."""
+    """Number the columns instead of naming them, so that five policies fit 80 columns."""
     console = new_console()
     names = [policy["name"] for policy in document["policies"]]
     table = Table(title="P(row preferred to column) ± 95 %", title_justify="left", box=box.SIMPLE, padding=(0, 1))

@@ -1,4 +1,4 @@
-"""`nlhf-kernels info`: what is installed, what can run here, and why the rest cannot.
+"""`nlhf-kernels info`: installed versions, the backends that can run here, and why the others cannot.
 
 Paste its output into a bug report.
 """
@@ -103,7 +103,7 @@ def _devices_here() -> list[torch.device]:
 
 
 def _backends() -> Table:
-    """Return why backends cannot run on this machine; `nlhf_kernels.explain` adds the limits of a single call."""
+    """List why backends cannot run on this machine; `nlhf_kernels.explain` adds the limits of a single call."""
     table = _table("Backends on this machine", "backend", *map(str, _devices_here()))
     table.show_header = True
     for backend in settings.BACKENDS:
@@ -116,7 +116,7 @@ def _backends() -> Table:
 
 
 def _ops() -> Table:
-    """Return, per op, the order of `auto` on each device; backends that cannot run here are in brackets."""
+    """List, per op, the order of `auto` on each device, with backends that cannot run here in brackets."""
     devices = _devices_here()
     table = _table("Ops: the order of auto", "op", *map(str, devices), "no such backend")
     for op in ops():
@@ -134,7 +134,7 @@ def _marked(order: tuple[str, ...], device: torch.device) -> str:
 
 
 def _plans() -> Table:
-    """The launch plans in force: the tuned ones of this GPU, or why there are none."""
+    """List the launch plans in force: those tuned on this GPU, or why there are none."""
     table = _table("Tuned launch plans", "where", "what")
     path = tuning.plans_file()
     table.add_row("file", "none: NLHF_KERNELS_TUNING is off" if path is None else str(path))
@@ -159,7 +159,7 @@ def _settings() -> Table:
 
 def ops_table() -> str:
     """Return the registry's table of ops and backends, which the README contains (a test compares them)."""
-    notes: list[str] = []  # each reason once, however many rooms share it
+    notes: list[str] = []  # each reason once, however many cells share it
 
     def cell(op: Op, backend: str) -> str:
         reason = op.absent.get(backend)

@@ -1,7 +1,7 @@
-"""`nlhf-kernels`: one subcommand a file, each with `add_arguments(parser)` and `run(arguments) -> exit code`.
+"""`nlhf-kernels`: one subcommand per file, each with `add_arguments(parser)` and `run(arguments) -> exit code`.
 
-A subcommand raises what goes wrong; `errors.finish` turns it into a line and an exit code. After an interruption the
-file's `resume_hint(arguments)` says how to go on. `NAMES` maps arguments of the library to options of another name.
+A subcommand raises exceptions; `errors.finish` turns them into a line and an exit code. The optional
+`resume_hint(arguments)` returns how to resume. `NAMES` maps arguments of the library to options of another name.
 """
 
 from __future__ import annotations

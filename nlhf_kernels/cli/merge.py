@@ -1,7 +1,7 @@
 """`nlhf-kernels merge`: add an adapter to its base, and save the whole model and its tokenizer as one folder.
 
 The result needs no peft and loads wherever its base does. The sum is rounded once to the weights' dtype: --dtype
-float32 keeps more of a small adapter than a bfloat16 base has room for.
+float32 keeps updates that are too small for a bfloat16 base.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`nlhf-kernels plan`: what a training run allocates on every GPU, by layout, before anything is loaded.
+"""`nlhf-kernels plan`: the memory that a training run allocates on every GPU, by layout, without loading a model.
 
 Reads the run file and the models' configurations. The verdict is for the run's own tp_size, fsdp_size and
-dp_replicate_size; where it does not fit, it names the settings that would make it fit.
+dp_replicate_size; if the run does not fit, the verdict names settings with which it fits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.option_names.update(option_names())
     if arguments.gpus < 1 or arguments.gpu_memory <= 0:
         raise BadInput("plan: --gpus, --gpu-memory: expected numbers above 0")
-    run_file = read_run_file(arguments.config, [*arguments.set, "training.use_cpu=true"])  # whatever is here
+    run_file = read_run_file(arguments.config, [*arguments.set, "training.use_cpu=true"])  # plan without a GPU too
     args = run_file.config()
     layout = layout_of("train", args.tp_size, args.fsdp_size, args.dp_replicate_size, arguments.gpus)
     models = _models(run_file)
@@ -93,7 +93,7 @@ def _models(run_file: RunFile) -> Models:
 
 
 def _shapes(place: str, name: str, run_file: RunFile) -> ModelShapes:
-    """The model that `name` stands for, without its weights; of the policy with the adapters it will have."""
+    """Return the shapes of the model named `name`, without loading weights; the policy's include its adapters."""
     from ..train.memory_plan import ModelShapes
 
     config = load_configuration(f"train: {place}", name, trust_remote_code=run_file.trust_remote_code)
@@ -116,7 +116,7 @@ def _bytes_of_weights(folder: Path) -> int:
 
 
 def _layouts(gpus: int, models: Models) -> Iterator[Layout]:
-    """All that the processes and the policy's heads and vocabulary allow."""
+    """Yield the layouts that the number of processes and the policy's heads and vocabulary allow."""
     from ..train.layout import Layout, check_divides
 
     divisors = [size for size in range(1, gpus + 1) if gpus % size == 0]
@@ -145,7 +145,7 @@ def _verdict(models: Models, args: NashConfig, plan: RankPlan, limit: int, devic
 def _remedies(
     models: Models, args: NashConfig, layout: Layout, limit: int, device: str
 ) -> Iterator[tuple[list[str], int]]:
-    """Changes that make the run fit, those first that cost the least: a layout, then one setting after another."""
+    """Yield changes that make the run fit, cheapest first: a layout, then single settings."""
     from ..train.memory_plan import plan_rank
 
     changed = copy.copy(args)

@@ -1,6 +1,6 @@
-"""`nlhf-kernels prefer`: train a model of human preferences, and ask it which of two responses is better.
+"""`nlhf-kernels prefer`: train a model of human preferences, evaluate it, and score pairs of responses with it.
 
-`train` makes one from preference pairs and a base model; `evaluate` measures it on pairs that people have judged;
+`train` makes a model from preference pairs and a base model; `evaluate` measures it on pairs that people have judged;
 `score` prints P(first > second | prompt) for new pairs.
 """
 
@@ -138,7 +138,7 @@ def _train(arguments: argparse.Namespace) -> str:
         check_folder(arguments.output, KIND, overwrite=arguments.overwrite)
     except OSError as error:
         raise BadInput(f"prefer: --output: {error}") from error
-    with ExitStack() as locks:  # before models are loaded
+    with ExitStack() as locks:  # taken before models are loaded
         for place in (arguments.output, arguments.checkpoint):
             if place is not None and place.absolute().parent.is_dir():
                 locks.enter_context(lock_place(place))
@@ -202,7 +202,7 @@ def _new_model(arguments: argparse.Namespace, tokenizer: Any) -> ComparisonModel
 
 
 def _adapter(arguments: argparse.Namespace) -> Any:
-    """Return peft's configuration of the adapter; None: all weights are trained."""
+    """Return peft's configuration of the adapter, or None where all weights are trained."""
     rank, alpha, targets = arguments.lora_rank, arguments.lora_alpha, arguments.lora_targets
     if rank is None:
         for option, value in (("--lora-alpha", alpha), ("--lora-targets", targets)):
@@ -267,7 +267,7 @@ def _described(evaluation: Evaluation) -> str:
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's score interval of a share of `count`, which has a width even where the share is 0 or 1."""
+    """Return Wilson's score interval of a share of `count`; its width is positive even for a share of 0 or 1."""
     centre, scale = share + z**2 / (2 * count), 1 + z**2 / count
     half = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

@@ -1,7 +1,7 @@
 """`nlhf-kernels sample`: text from the mixture of a policy and a reference, token by token.
 
 Prints every token's log-probability under the policy, the reference and the mixture it was drawn from; green tokens
-are likelier under the policy, red ones under the reference. `--policy` alone samples plainly.
+are likelier under the policy, red ones under the reference. `--policy` alone samples from the policy.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from ..engine import Responses
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ROWS = (".jsonl", ".json", ".csv")  # files of rows; any other is a prompt a line
-LARGE_RATIO = 2.0  # nats between policy and reference at which a token's colour is full
+ROWS = (".jsonl", ".json", ".csv")  # files of rows; any other file has one prompt per line
+LARGE_RATIO = 2.0  # nats between policy and reference at which a token has the full colour
 
 
 @dataclass(frozen=True)
 class Token:
     id: int
     text: str
-    policy: float | None  # log-probabilities; None where there is none, or it is not finite
+    policy: float | None  # log-probabilities; None where there is no model, or the value is not finite
     reference: float | None
     mixture: float | None
 
@@ -50,7 +50,7 @@ class Token:
 @dataclass(frozen=True)
 class Sample:
     prompt: str
-    index: int  # of the prompt's samples
+    index: int  # among the prompt's samples
     text: str
     tokens: list[Token]
 
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     require("nlhf-kernels sample", ("transformers",), "transformers")
     _check(arguments)
     if arguments.stream:
-        arguments.batch_size = 1  # one response after another
+        arguments.batch_size = 1  # responses are streamed one at a time
     samples = _generate(arguments)
     console = new_console()
     if arguments.json:
@@ -120,7 +120,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: Any) -> list[tuple[str, str]]:
-    """(as it is shown, as the models read it) of every prompt."""
+    """Return (text to show, text that the models read) of every prompt."""
     texts, path = list(arguments.prompt), arguments.prompts_file
     prompts = []
     if path is not None and path.suffix.lower() in ROWS:
@@ -147,13 +147,13 @@ def _generate(arguments: argparse.Namespace) -> list[Sample]:
 
     device = find_device("sample", arguments.device)
     tokenizer = load_tokenizer("sample: --policy", arguments.policy, trust_remote_code=arguments.trust_remote_code)
-    prompts = _prompts(arguments, tokenizer)  # before models, which take their time
+    prompts = _prompts(arguments, tokenizer)  # fail before models are loaded
     policy, reference, width = _load(arguments, tokenizer, device)
     encoded = encode_prompts(tokenizer, [text for _, text in prompts])
     rows = [ids for ids in encoded for _ in range(arguments.num_samples)]
     _check_room((policy, reference), max(map(len, rows)) + arguments.max_new_tokens)
     end_ids = end_token_ids(policy, tokenizer)
-    pad = next(iter(end_ids), 0)  # padding is masked: any id of the vocabulary will do
+    pad = next(iter(end_ids), 0)  # any id of the vocabulary: padding is masked
     cached = all(has_key_value_cache(model) for model in (policy, reference) if model is not None)
     engine = RolloutEngine(policy, reference, vocab_size=width, use_cache=cached, op="sample")
     settings = RolloutSettings(
@@ -172,7 +172,7 @@ def _generate(arguments: argparse.Namespace) -> list[Sample]:
     with display as streamer:
         for start in range(0, len(rows), arguments.batch_size):
             batch = rows[start : start + arguments.batch_size]
-            # Numbered through all prompts, so that the responses do not depend on the batch size.
+            # Row ids count through all batches, so that responses do not depend on the batch size.
             ids = torch.arange(start, start + len(batch), dtype=torch.int64, device=device)
             player = Player(0.0 if arguments.beta is None else arguments.beta, row_ids=ids)
             padded = pad_left(batch, pad, device)
@@ -187,7 +187,7 @@ def _generate(arguments: argparse.Namespace) -> list[Sample]:
 
 
 class _Bar:
-    """A progress bar on stderr that is a streamer: every step of a batch puts a column of tokens."""
+    """A streamer that advances a progress bar on stderr by every step of a batch."""
 
     def __init__(self, batches: int, steps: int) -> None:
         self.progress = new_progress(new_console(stderr=True))
@@ -205,13 +205,13 @@ class _Bar:
         self.progress.advance(self.task)
 
     def end(self) -> None:
-        """The steps that a batch did not need count as done."""
+        """Count the steps that the batch did not need as done."""
         self.batches_done += 1
         self.progress.update(self.task, completed=self.batches_done * self.steps)
 
 
 class _Stream:
-    """Prints the one response of a batch while it is sampled: whole characters, as they are complete."""
+    """A streamer that prints a batch of one response while it is sampled, in complete characters only."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.terminal = tokenizer, new_console().is_terminal
@@ -240,7 +240,7 @@ class _Stream:
 
 
 def _load(arguments: argparse.Namespace, tokenizer: Any, device: torch.device) -> tuple[Any, Any, int | None]:
-    """Both models, and how many columns of their heads count (None: all)."""
+    """Load both models; return them and the number of logits that both heads have in common (None: all)."""
     trust = {"trust_remote_code": arguments.trust_remote_code}
     models: list[Any] = [
         None if name is None else load_model(f"sample: {option}", name, device=device, dtype=arguments.dtype, **trust)
@@ -252,17 +252,17 @@ def _load(arguments: argparse.Namespace, tokenizer: Any, device: torch.device) -
     try:
         reference_tokenizer = load_tokenizer("sample: --reference", arguments.reference, **trust)
     except ValueError:
-        reference_tokenizer = None  # a folder of weights alone: then only the sizes can be compared
+        reference_tokenizer = None  # a folder of weights alone: only the sizes can be compared
     if reference_tokenizer is not None:
         _check_same_tokens(tokenizer, reference_tokenizer)
     widths = [model.get_output_embeddings().weight.shape[0] for model in models]
     if reference_tokenizer is not None and len(tokenizer) <= min(widths) < max(widths):
-        return policy, reference, min(widths)  # one vocabulary, heads padded to different sizes
+        return policy, reference, min(widths)  # the same vocabulary, heads padded to different sizes
     return policy, reference, None
 
 
 def _check_same_tokens(tokenizer: Any, reference_tokenizer: Any) -> None:
-    """What both know must be the same; one may have more, a padding token say."""
+    """Check that ids known to both tokenizers mean the same tokens; either may have more, such as a padding token."""
     policy_tokens, reference_tokens = (
         {id: token for token, id in one.get_vocab().items()} for one in (tokenizer, reference_tokenizer)
     )
@@ -276,7 +276,7 @@ def _check_same_tokens(tokenizer: Any, reference_tokenizer: Any) -> None:
 
 
 def _check_room(models: Sequence[Any], length: int) -> None:
-    """A table of positions ends with an IndexError, rotary positions with nonsense."""
+    """Refuse texts longer than the models' position limits, where lookups fail and rotary positions are untrained."""
     for model in models:
         room = model and getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if room and length > room:
@@ -333,7 +333,7 @@ def _ratio(token: Token) -> float | None:
 
 
 def _style(token: Token) -> str:
-    """From grey to green where the policy likes the token better, to red where the reference does."""
+    """Return the colour: from grey to green the likelier the token is under the policy, to red under the reference."""
     ratio = _ratio(token)
     if ratio is None:
         return ""

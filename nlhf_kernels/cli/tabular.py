@@ -1,7 +1,7 @@
 """`nlhf-kernels tabular`: solve a preference game and show which algorithms converge.
 
-Prints how far from the regularised Nash equilibrium each algorithm ends, and plots its convergence. The game is one of
-the built-in ones or a preference matrix from a CSV, JSON or npy file.
+Prints each algorithm's final distance from the regularised Nash equilibrium, and plots its convergence. The game is
+built in, or a preference matrix from a CSV, JSON or npy file.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ GAMES = {
     "diversity": lambda seed: tabular.diversity_game(0.1)[0],
     "random": lambda seed: tabular.random_games(1, 10, seed=seed)[0],
 }
-DEFAULT_ALGORITHMS = "nash-md,nash-mp,omd@2,ema"  # on the default game two converge and two circle
+DEFAULT_ALGORITHMS = "nash-md,nash-mp,omd@2,ema"  # on the default game two converge and two cycle
 CONVERGED = 1e-6  # KL from the equilibrium below which a policy counts as converged
-MARKS = 200  # numbers of steps at which policies are recorded, evenly spaced on a logarithmic axis
-FIRST = 200  # first steps that are recorded each, for a smooth trajectory on the simplex
+MARKS = 200  # policies recorded at steps evenly spaced on a logarithmic axis
+FIRST = 200  # steps at the start that are all recorded, for a smooth trajectory on the simplex
 
 
 class Outcome(NamedTuple):
@@ -105,7 +105,7 @@ def _probabilities(option: str, text: str | None, actions: int) -> torch.Tensor 
 
 
 def _algorithms(text: str) -> dict[str, tuple[str, dict[str, float]]]:
-    """Entry of --algorithms -> the algorithm and its options."""
+    """Map each entry of --algorithms to the algorithm and its options."""
     algorithms: dict[str, tuple[str, dict[str, float]]] = {}
     for entry in (part.strip() for part in text.split(",") if part.strip()):
         name, at, size = entry.partition("@")
@@ -183,7 +183,7 @@ def _print(console: Any, names: list[str], star: torch.Tensor, outcomes: dict[st
 
 
 def _policy(names: list[str], log_policy: torch.Tensor) -> str:
-    """The probabilities of all actions, of more than five the likeliest five."""
+    """Format the probabilities of all actions, or of the likeliest five where there are more."""
     probabilities = list(zip(log_policy.exp().tolist(), names, strict=True))
     shown = probabilities if len(names) <= 5 else sorted(probabilities, reverse=True)[:5]
     return "  ".join(f"{name} {probability:.3f}" for probability, name in shown) + (" ..." if len(names) > 5 else "")

@@ -1,7 +1,7 @@
-"""`nlhf-kernels train`: train a policy that no other policy is preferred to, as a YAML file says.
+"""`nlhf-kernels train`: train a policy that no other policy is preferred to, as described by a YAML run file.
 
-The trained policy lies in `policy/` under output_dir, beside its checkpoints. --example prints a file to begin with,
---keys every key there is.
+The trained policy is saved in `policy/` under output_dir, beside its checkpoints. --example prints a run file to start
+from, --keys prints all keys.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..train import NashConfig, NashTrainer
     from ..train.run_file import JudgeSpec, RewardSpec, RunFile
 
-POLICY = KIND = "policy"  # the folder's name, and what its manifest says it is
+POLICY = KIND = "policy"  # the folder's name, and the kind in its manifest
 JUDGES = ("preference_model", "reward_model")
 EXAMPLE = Path(__file__).parent.parent / "train" / "example.yaml"
 
@@ -70,15 +70,15 @@ def run(arguments: argparse.Namespace) -> int:
         code = _train(arguments, run_file, args, split, place)
     else:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with lock_folder(place.parent):  # before models are loaded
+        with lock_folder(place.parent):  # taken before models are loaded
             code = _train(arguments, run_file, args, split, place)
     leave_process_group()
     return code
 
 
 def _split(run_file: RunFile, args: NashConfig) -> Any:
-    """Return the DistributedConfig that the run's models are loaded with, or None: all that can be wrong with a layout
-    is found before a model is loaded."""
+    """Return the DistributedConfig that the run's models are loaded with, or None; refuse a bad layout before any model
+    is loaded."""
     from ..core.upstream import distributed_config_class
     from ..train.layout import check_divides, layout_of
 
@@ -121,7 +121,7 @@ def _train(arguments: argparse.Namespace, run_file: RunFile, args: NashConfig, s
         with quiet(), atomic_folder(place, KIND, overwrite=True) as work:
             trainer.model.save_pretrained(work)
             trainer.processing_class.save_pretrained(work)
-    elif trainer.layout.sharded:  # all processes gather weights, the first one writes
+    elif trainer.layout.sharded:  # a collective: all processes gather weights, the first one writes
         trainer.model.save_pretrained(place.parent, is_main_process=False)
     if trainer.eval_dataset is not None:
         metrics = {name: value for name, value in trainer.evaluate().items() if name != "epoch"}
@@ -169,7 +169,7 @@ def _say(trainer: NashTrainer, text: str) -> None:
 
 
 def _check_policy(run_file: RunFile, place: Path, replaces: bool) -> None:
-    """Check, before hours of work, that the policy's place is free or may be replaced, and that no model is read from
+    """Check, before training, that the policy's folder is absent or may be replaced, and that no model is read from
     it."""
     from ..train.checkpoints import list_checkpoints
 
@@ -199,12 +199,12 @@ def _base_of(adapters: Path) -> list[Path]:
 
 
 def build(run_file: RunFile, args: NashConfig, split: Any = None) -> NashTrainer:
-    """Load everything that a run file names; return its trainer.
+    """Load the models, judges and data of a run file; return its trainer.
 
     Args:
         run_file: the run.
         args: its NashConfig.
-        split: transformers' DistributedConfig of the models; None: every process has all of them.
+        split: transformers' DistributedConfig of the models; None: every process holds whole models.
     """
     from ..train import NashTrainer
 
@@ -234,7 +234,7 @@ def build(run_file: RunFile, args: NashConfig, split: Any = None) -> NashTrainer
 
 
 def _prompts(place: str, source: str, split: str | None, tokenizer: Any) -> list[dict[str, str]]:
-    """Return rows of prompts, read here so that an error names the file and the line."""
+    """Return rows of prompts; errors name the file and the line."""
     texts = read_data(f"train: {place}", load_prompts, source, tokenizer, split=split)
     return [{"prompt": text} for text in texts]
 

@@ -1,7 +1,7 @@
 """`nlhf-kernels tune`: measure the launch plans of the GPU kernels on this GPU and remember the fastest.
 
-Sizes come from a model's configuration (--model) or from --vocabulary. Later processes on a GPU of this name take the
-remembered plans; `nlhf-kernels info` shows them. NLHF_KERNELS_TUNING names another file for them, or switches them off.
+Sizes come from a model's configuration (--model) or from --vocabulary. Later processes on a GPU of this name use the
+stored plans; `nlhf-kernels info` shows them. NLHF_KERNELS_TUNING names another file for them, or switches them off.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..core.terminal import new_console, new_progress
 from .errors import BadInput
 
 DTYPES = ("bfloat16", "float16", "float32")
-TOKENS = 2048  # rows of logits that a loss holds at a time
+TOKENS = 2048  # rows of logits per chunk of a loss
 STEPS = 20  # of mirror_descent
 POSITIONS = 1024  # of the caches that decode_attention reads
 
 
 class Operation(NamedTuple):
-    """A call of a public function; `gradient_of`: the tensor whose gradient is computed too."""
+    """A call of a public function; with `gradient_of`, the gradient of that tensor is computed too."""
 
     op: str
     arguments: tuple[Any, ...]
@@ -37,7 +37,7 @@ class Operation(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What the calls of a model are made of; no heads: attention is left out."""
+    """A model's sizes; without heads, attention is not tuned."""
 
     vocabulary: int
     heads: int = 0
@@ -117,7 +117,7 @@ def model_sizes(name: str) -> Sizes:
 
 
 def find_launches(operations: Iterable[Operation]) -> dict[tuning.Launch, list[Callable[[], Any]]]:
-    """Find the launches of kernels with plans that operations make, and the calls that make them."""
+    """Map the launches of tunable kernels in `operations` to the calls that make them."""
     calls: dict[tuning.Launch, list[Callable[[], Any]]] = {}
     for op, arguments, options, gradient_of in operations:
         reasons = explain(op, *arguments, **options).reasons
@@ -136,7 +136,7 @@ def find_launches(operations: Iterable[Operation]) -> dict[tuning.Launch, list[C
 def operations(
     sizes: Sizes, rows: list[int], games: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Operation]:
-    """Yield what training, decoding and solving games call."""
+    """Yield the operations of training, decoding and solving games."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
