@@ -1,7 +1,6 @@
-"""peft's adapters: put on a model, loaded onto their base, merged into it, told apart from it.
+"""Create, load and merge peft's adapters, and extract their base's weights.
 
-peft draws weights that a folder lacks, and drops those that find no place, with a warning at most; here both are
-errors.
+peft initialises missing weights at random and drops unexpected ones, with a warning at most; here both are errors.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from .optional import need
 
 CONFIG = "adapter_config.json"
-NAME = "default"  # of the one adapter
+NAME = "default"  # of a model's only adapter
 
 
 def is_adapter(name: str, where: Mapping[str, Any] = MappingProxyType({})) -> bool:
@@ -28,16 +27,16 @@ def is_adapter(name: str, where: Mapping[str, Any] = MappingProxyType({})) -> bo
     try:
         return bool(find(name, **where))
     except (OSError, ValueError):
-        return False  # loading it says what is wrong with the name
+        return False  # loading it raises with the reason
 
 
 def base_of(name: str, where: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """Return the base's folder or name on the hub, as the adapter's configuration has it."""
+    """Return the base's folder or name on the hub, from the adapter's configuration."""
     return str(_configuration(name, where).base_model_name_or_path or "")
 
 
 def new_adapter(model: Any, peft_config: Any, seed: int) -> Any:
-    """Return `model` with a new adapter, whose first values are a function of the seed alone."""
+    """Return `model` with a new adapter, whose initial weights depend on the seed alone."""
     peft = need("peft", "peft_config")
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -25,7 +25,7 @@ from pathlib import Path
 from . import manifest
 from .lock import lock_place
 
-OWN = ".nlhf-"  # in the names of what is no output: leftovers, locks
+OWN = ".nlhf-"  # in the names of files that are no output: leftovers, locks
 UNFINISHED, REPLACED, REMOVED = ".nlhf-unfinished", ".nlhf-replaced", ".nlhf-removed"
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<kind>\.nlhf-(unfinished|replaced|removed))")
 _STREAM = re.compile(r"/dev/fd/(\d+)|/proc/self/fd/(\d+)")
@@ -35,12 +35,12 @@ _NO_ROOM = {
     errno.EFBIG: "the limit on a file's size is reached (ulimit -f)",
 }
 _EXCHANGE, _NO_REPLACE = 2, 1  # flags of renameat2(2)
-_NOT_THERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # what renameat2 says where it cannot
+_NOT_THERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # renameat2's errors where it is not supported
 _log = logging.getLogger(__name__)
 
 
 class WriteError(OSError):
-    """Nothing was published, with the reason and what helps."""
+    """Nothing was published; the message gives the reason and a remedy."""
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -48,16 +48,16 @@ class WriteError(OSError):
 
 @contextmanager
 def atomic_folder(folder: str | Path, kind: str, *, overwrite: bool = False) -> Iterator[Path]:
-    """An empty folder to fill; becomes `folder` when the block ends well, and is gone when it does not.
+    """Yield an empty folder to fill; rename it to `folder` when the block succeeds, remove it when the block raises.
 
-    `kind` says in its manifest what it is (a policy, a preference model). `overwrite` replaces a folder of that kind.
+    The manifest records `kind` (a policy, a preference model). `overwrite` replaces a folder of that kind.
     """
     check_folder(folder, kind, overwrite=overwrite)
     place = Path(folder).resolve()  # a link stays one
     place.parent.mkdir(parents=True, exist_ok=True)
     with lock_place(place), explaining(place):
         remove_leftovers(place.parent, place.name)
-        check_folder(folder, kind, overwrite=overwrite)  # as the lock's holder: another run may just have ended
+        check_folder(folder, kind, overwrite=overwrite)  # again, under the lock: another run may have written it
         work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=UNFINISHED, dir=place.parent))
         try:
             yield work
@@ -68,7 +68,7 @@ def atomic_folder(folder: str | Path, kind: str, *, overwrite: bool = False) -> 
 
 
 def check_folder(folder: str | Path, kind: str, *, overwrite: bool) -> None:
-    """Raise where `atomic_folder` would be refused: to be asked before hours of work."""
+    """Raise if `atomic_folder` would fail; to be called before hours of work."""
     place = Path(folder).resolve()
     if not place.exists():
         _check_writable(folder, place.parent, "folder")
@@ -84,11 +84,11 @@ def check_folder(folder: str | Path, kind: str, *, overwrite: bool) -> None:
 
 
 def publish(work: Path, place: Path, kind: str) -> None:
-    """Bring a finished folder to disk and give it its name. One of that name is exchanged for it and removed."""
+    """Flush a finished folder to disk and rename it to `place`; a folder there is exchanged for it and removed."""
     mask = _umask()
     for path in work.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)  # safetensors' own is for one user
-    work.chmod(0o777 & ~mask)  # mkdtemp's, too
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)  # safetensors makes files readable by one user only
+    work.chmod(0o777 & ~mask)  # and so does mkdtemp
     if place.exists():
         _like(work, place.stat())
     manifest.write_manifest(work, kind)
@@ -99,19 +99,19 @@ def publish(work: Path, place: Path, kind: str) -> None:
     _exchange(work, place)
     _to_disk(place.parent)
     if work.exists():
-        shutil.rmtree(work)  # the one that was replaced
+        shutil.rmtree(work)  # now the replaced folder
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder; by its new name first, so that no half of it is ever left under the old one."""
+    """Remove a folder. It is renamed first, so that a partial one never has its name."""
     gone = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=REMOVED, dir=folder.parent))
-    folder.rename(gone)  # over the empty one
+    folder.rename(gone)  # replaces the empty folder
     _to_disk(gone.parent)
     shutil.rmtree(gone)
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed writers left in `folder`, of all names or of one; to be called by the lock's holder."""
+    """Remove what killed writers left in `folder`, for all names or for `name`. The caller must hold the lock."""
     found = [(match, path) for path in folder.iterdir() if (match := _LEFTOVER.fullmatch(path.name))]
     mine = [(match, path) for match, path in found if name in (None, match["name"])]
     for match, path in sorted(mine, key=lambda item: item[0]["kind"] != REPLACED):
@@ -144,7 +144,7 @@ def _exchange(work: Path, place: Path) -> None:
 
 
 def _renameat2(source: Path, target: Path, flag: int) -> bool:
-    """False where the kernel, the C library or the file system has no such call."""
+    """Call renameat2; return False where the kernel, the C library or the file system lacks it."""
     call = getattr(_libc, "renameat2", None)
     if call is None:
         return False
@@ -165,7 +165,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A file to write; takes the place of a regular file that is there, with its mode and owner, or of none."""
+    """Yield a file to write; rename it to `path` afterwards, with mode and owner of the file that it replaces."""
     check_file(path)
     place = Path(path).resolve()
     with explaining(place):
@@ -173,8 +173,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         descriptor, name = tempfile.mkstemp(prefix=f".{place.name}.", suffix=UNFINISHED, dir=place.parent)
         work = Path(name)
         try:
-            with suppress(OSError):  # a file system without locks: leftovers stay there
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that this is none
+            with suppress(OSError):  # a file system without locks, where leftovers are not removed
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # marks the file as in use
             yield work
             work.chmod(0o666 & ~_umask())
             if place.exists():
@@ -190,7 +190,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Write a text to a file, or to what is no file: - and /dev/stdout, other devices that take texts, pipes."""
+    """Write a text to a file atomically, or directly to standard output (-, /dev/stdout), a device or a pipe."""
     if is_stdout(path):
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -208,7 +208,7 @@ def write_atomic(path: str | Path, text: str) -> None:
 
 
 def check_file(path: str | Path) -> None:
-    """Raise where `write_atomic` would be refused: to be asked before hours of work."""
+    """Raise if `write_atomic` would fail; to be called before hours of work."""
     place = Path(path).resolve()
     if is_stdout(path) or _STREAM.fullmatch(os.path.abspath(path)) or _is_stream(Path(path)):
         return
@@ -230,7 +230,7 @@ def is_stdout(path: str | Path) -> bool:
 
 
 def _is_stream(path: Path) -> bool:
-    """A pipe or a device that takes texts; renaming over it would make it a file."""
+    """Return whether `path` is a pipe or a character device, which a rename would replace by a file."""
     with suppress(OSError):
         mode = path.stat().st_mode
         return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
@@ -249,7 +249,7 @@ def _check_writable(asked: str | Path, parent: Path, what: str) -> None:
 
 
 def _like(path: Path, old: os.stat_result) -> None:
-    """Mode and owner of what is replaced."""
+    """Copy mode and owner of what is replaced."""
     mine = path.stat()
     if (mine.st_uid, mine.st_gid) != (old.st_uid, old.st_gid):
         with suppress(PermissionError):  # a group that this user is not in
@@ -262,14 +262,14 @@ def _to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not (path.is_dir() and error.errno == errno.EINVAL):  # a file system that does not know it of folders
+        if not (path.is_dir() and error.errno == errno.EINVAL):  # the file system has no fsync for folders
             raise
     finally:
         os.close(descriptor)
 
 
 def _in_use(path: Path) -> bool:
-    """Whether a file's writer is alive, or that cannot be known."""
+    """Return whether a file's writer is alive; True if that cannot be determined."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -280,7 +280,7 @@ def _in_use(path: Path) -> bool:
 
 @contextmanager
 def explaining(place: Path) -> Iterator[None]:
-    """A failure for want of room becomes one sentence; other errors stay what they are."""
+    """Turn an error for lack of disk space into a `WriteError`; leave other errors as they are."""
     try:
         yield
     except Exception as error:
@@ -294,7 +294,7 @@ def explaining(place: Path) -> Iterator[None]:
 
 
 def _no_room(error: Exception) -> str | None:
-    """The reason, of Python's errors, of safetensors' ("os error 28") and of PyTorch's, which has no number."""
+    """Return why there was no room, from an error of Python, safetensors ("os error 28") or PyTorch (no number)."""
     numbered = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(numbered[1]) if numbered else None
     if number in _NO_ROOM:

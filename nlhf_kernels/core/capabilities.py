@@ -20,13 +20,13 @@ log = logging.getLogger("nlhf_kernels")
 PACKAGE = Path(__file__).resolve().parent.parent
 BUILD_FACTS = PACKAGE / "_native_build.json"  # written by setup.py: what was built, what was left out and why
 
-#: Checks that could not be made -> the error. `nlhf-kernels info` prints them.
+#: Checks that raised -> the error. `nlhf-kernels info` prints them.
 failed_checks: dict[str, str] = {}
 
 
 def _check(what: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
-    """Cache a check's answers. A check that raises, for an unforeseen reason, is noted and counts as passed: an op that
-    can run must not fail because a check did."""
+    """Cache a check's results. A check that raises unexpectedly is recorded and counts as passed: an op that can run
+    must not fail because a check did."""
 
     def decorate(check: Callable[..., str]) -> Callable[..., str]:
         @cache
@@ -102,7 +102,7 @@ def _cuda_module_misfit(index: int) -> str:
     """Return why the compiled `_cuda` does not fit GPU `index`: too old a driver, or no code for its architecture."""
     module = native("_cuda")
     info = module.build_info()
-    driver = module.driver_version()  # 1000 * major + 10 * minor of the newest CUDA that it serves; 0: there is none
+    driver = module.driver_version()  # 1000 * major + 10 * minor of the newest CUDA that it supports; 0: no driver
     if driver // 1000 < _version(info["cuda_version"])[0]:
         serves = f"the driver serves CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "there is no driver"
         return f"_cuda was built with CUDA {info['cuda_version']}, {serves}: update it or rebuild"

@@ -1,11 +1,11 @@
-"""Argument checks: each error names the op and the argument, what was expected, and what came.
+"""Argument checks: each error names the op and the argument, what was expected, and what was passed.
 
-They run on every call, so they look at shapes, dtypes and devices only: reading a tensor's values would stop the GPU.
+They run on every call, so they check shapes, dtypes and devices only: reading a tensor's values would wait for the GPU.
 `sizes` carries the sizes of symbolic dimensions from one argument to the next.
 
 Operators, `torch.ops.nlhf_kernels.<op>`, can be called without the public function, and their kernels read memory by
-address. So an operator checks its arguments itself. Where the public function's arguments are other ones (flattened,
-or under other names), both check, the operator then by `check_memory`, which is cheaper.
+address. So an operator checks its arguments itself. Where the public function's arguments differ from
+the operator's (in shape or name), both are checked, the operator's by `check_memory`, which is cheaper.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def check_memory(
 
 
 def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two matrices, each of rows of neighbouring elements, share memory. Rows that interleave do not."""
+    """Return whether two matrices with contiguous rows share memory. Interleaved rows do not."""
     if one.device != other.device or not one.numel() or not other.numel():
         return False
     if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
@@ -93,9 +93,9 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     if distance >= (len(one) - 1) * stride + length or -distance >= (len(other) - 1) * other_stride + other_length:
         return False
     if stride == other_stride and stride > 0:
-        offset = distance % stride  # of a row of the other in a row of the one
+        offset = distance % stride  # of a row of `other` in a row of `one`
         return offset < length or offset + other_length > stride
-    return True  # intervals meet; rows of different strides may still miss each other, which is not looked into
+    return True  # intervals overlap; rows of different strides may still be disjoint, which is not checked
 
 
 def _row_bytes(matrix: torch.Tensor) -> tuple[int, int]:
@@ -105,7 +105,7 @@ def _row_bytes(matrix: torch.Tensor) -> tuple[int, int]:
 def check_counter(
     op: str, seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, sizes: Sizes, device: torch.device
 ) -> None:
-    """Check what random numbers are a function of: row_ids (rows,); seed and step () or (rows,); int64."""
+    """Check the counter of random numbers: row_ids (rows,); seed and step () or (rows,); int64."""
     shape = row_ids.shape
     if (
         len(shape) == 1
@@ -116,14 +116,14 @@ def check_counter(
         and (not step.ndim or step.shape == shape)
     ):
         return
-    # One of these says what is wrong.
+    # One of these raises with the reason.
     check_tensor(op, "row_ids", row_ids, ("rows",), INTEGERS, sizes, device)
     check_tensor(op, "seed", seed, ("rows",) if seed.ndim else (), INTEGERS, sizes, device)
     check_tensor(op, "step", step, ("rows",) if step.ndim else (), INTEGERS, sizes, device)
 
 
 def check_is_tensor(op: str, name: str, value: object) -> None:
-    """Check as little as an operator's call needs: without a dense tensor PyTorch would raise in words of its own."""
+    """Check that `value` is a dense tensor; for others PyTorch's own error would not name the argument."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor; got {type(value).__name__}")
     if value.layout is not torch.strided:

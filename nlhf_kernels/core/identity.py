@@ -1,4 +1,4 @@
-"""What something is, as a short text that can be compared: weights by checksum, functions by name and source."""
+"""Short texts that identify objects for comparison: weights by checksum, functions by name and source."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _NOT_OF_ADAPTERS = (
 
 
 def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return a digest of all names, shapes, dtypes and bytes, on whatever device and however split.
+    """Return a digest of all names, shapes, dtypes and bytes, whatever the device and the sharding.
 
-    Of split weights all processes must ask.
+    For sharded weights it is collective: all processes must call it.
     """
     named = [(name, _Digested(value, _checksum(value)) if is_dtensor(value) else value) for name, value in weights]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -37,15 +37,15 @@ def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 class _Digested:
-    """What is left of a split weight, which is gathered by itself: the processes take one after another."""
+    """The shape, dtype and checksum of a sharded weight. Such weights are gathered one at a time."""
 
     def __init__(self, value: torch.Tensor, checksum: int) -> None:
         self.shape, self.dtype, self.checksum = value.shape, value.dtype, checksum
 
 
 def start_digest(model: torch.nn.Module, adapted: bool) -> str:
-    """Return the digest of the weights that a training starts from; under adapters the base's, as a checkpoint holds
-    the adapters."""
+    """Return the digest of a training's initial weights; with adapters only the base's, as a checkpoint holds the
+    adapters."""
     named = model.named_parameters()
     return weights_digest((name, value) for name, value in named if not (adapted and value.requires_grad))
 
@@ -68,7 +68,7 @@ def as_json(identity: dict[str, Any]) -> dict[str, Any]:
 def describe(value: Any) -> str:
     """Describe a function, a model or an object that is called. An attribute `identity` replaces what is derived.
 
-    What a function closes over, and what other functions it calls, does not show.
+    The closure of a function and the functions it calls are not included.
     """
     known = getattr(value, "identity", None)
     if isinstance(known, str):

@@ -1,7 +1,7 @@
-"""Models and tokenizers by name, from a folder or the hub: whole and finite, or one line that says why not.
+"""Load models and tokenizers from a folder or the hub: complete and finite, or with a one-line error.
 
-All that the package loads comes through here, since transformers makes up weights that a folder lacks and only logs
-it. `place` begins every error: who asks, and the argument that named the model.
+The package loads everything through this module, since transformers initialises missing weights at random and only logs
+it. `place` begins every error: the caller, and the argument that named the model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def load_model(
     merge: bool = False,  # an adapter with its base: one whole model
     **options: Any,
 ) -> Any:
-    """A model in evaluation mode. A folder of peft's is its adapter around its base, which is loaded likewise.
+    """Load a model in evaluation mode. For an adapter's folder, load its base likewise and attach the adapter.
 
     `options` go to transformers' `from_pretrained`; pickled weights are read only with use_safetensors=False.
     """
@@ -48,7 +48,7 @@ def load_model(
         return _load_whole(kind, located, options)
 
     model = loading(place, name, load)
-    model = (model if options.get("distributed_config") else model.to(device)).eval()  # a split one is where it belongs
+    model = (model if options.get("distributed_config") else model.to(device)).eval()  # a sharded one is on its devices
     check_finite(place, model, f" in {name}")
     return model
 
@@ -71,9 +71,9 @@ def load_configuration(place: str, name: str | Path, **options: Any) -> Any:
 
 
 def load_tokenizer(place: str, name: str | Path, **options: Any) -> Any:
-    """An adapter's is its base's, unless it has one of its own.
+    """Load a tokenizer; for an adapter without tokenizer files, its base's.
 
-    transformers makes an empty tokenizer for some folders that have none; so the files are looked for first.
+    transformers creates an empty tokenizer for some folders that have none, so the files are looked for first.
     """
     transformers = need("transformers", place)
     where = _where(options)
@@ -89,7 +89,7 @@ def load_tokenizer(place: str, name: str | Path, **options: Any) -> Any:
 
 
 def load_generation_tokenizer(place: str, name: str | Path, **options: Any) -> Any:
-    """A tokenizer with an end token and one for padding: where it has none, the end token, as padding is masked."""
+    """Load a tokenizer with an end token and a padding token, by default the end token, as padding is masked."""
     tokenizer = load_tokenizer(place, name, **options)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{place}: expected a tokenizer with an end token; got one without, {str(name)!r}")
@@ -99,25 +99,25 @@ def load_generation_tokenizer(place: str, name: str | Path, **options: Any) -> A
 
 
 def loading(place: str, name: str | Path, load: Callable[[str], Loaded], what: str = "model") -> Loaded:
-    """`load(folder or hub name)`; whatever it raises becomes one line about `name`."""
+    """Return `load(folder or hub name)`; turn any error into a one-line ValueError about `name`."""
     located = locate(place, str(name))
     try:
         with quiet():
             return load(located)
-    except Exception as error:  # of many kinds, from many files; the first line of each says what is wrong
+    except Exception as error:  # of many kinds; the first line of each gives the reason
         reason = _bad_file(located) or first_line(error)
         raise ValueError(f"{place}: cannot load a {what} from {str(name)!r}: {reason}") from error
 
 
 def check_finite(place: str, model: torch.nn.Module, where: str = "") -> None:
-    """A model whose weights are not finite answers with nonsense that looks like text."""
+    """Raise for weights that are not finite: such a model generates nonsense that looks like text."""
     if (name := not_finite(model)) is not None:
         raise ValueError(f"{place}: expected finite weights; got NaN or infinity in {name}{where}")
 
 
 @torch.no_grad()
 def not_finite(model: torch.nn.Module) -> str | None:
-    """The first weight with a NaN or an infinity. Of a split model all processes must ask; all get the same answer."""
+    """Return the first weight with a NaN or an infinity. For a sharded model it is collective, with equal results."""
     weights = [(name, value) for name, value in model.named_parameters() if value.is_floating_point()]
     if not any(is_dtensor(value) for _, value in weights):
         return next((name for name, value in weights if not bool(value.isfinite().all())), None)
@@ -129,7 +129,7 @@ def not_finite(model: torch.nn.Module) -> str | None:
 
 
 def _bad_file(folder: str) -> str:
-    """What is wrong with a file of a folder that cannot be loaded; transformers' errors leave its name out."""
+    """Return what is wrong with a file of a folder that cannot be loaded; transformers' errors omit its name."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     for path in files:
         try:
@@ -147,7 +147,7 @@ def _bad_file(folder: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What is wrong, in one line: the next one too where the first only announces it."""
+    """Return an error's first line, and the second where the first only announces it."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if len(lines) > 1 and lines[0].endswith(":"):
         return f"{lines[0]} {lines[1]}"
@@ -156,7 +156,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and notes of transformers' own, which would cross ours; its errors stay."""
+    """Suppress transformers' progress bars and warnings, which would disturb the package's; keep its errors."""
     log: Any = need("transformers", "a model").utils.logging
     bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
     log.disable_progress_bar()
@@ -175,7 +175,7 @@ def _load_whole(kind: str, name: str, options: dict[str, Any]) -> Any:
     model, loading_info = load(name, output_loading_info=True, **options)
     adapters.check_keys(type(model).__name__, loading_info["missing_keys"], loading_info["mismatched_keys"])
     classifiers = [each for each in model.config.architectures or () if each.endswith("ForSequenceClassification")]
-    if classifiers and kind == "AutoModelForCausalLM":  # a tied head would hide that there is none
+    if classifiers and kind == "AutoModelForCausalLM":  # with a tied head no key is missing
         raise ValueError(f"expected a causal language model; got a {classifiers[0]}")
     return model
 
@@ -195,7 +195,7 @@ def _load_adapted(kind: str, name: str, trainable: bool, merge: bool, options: d
 
 
 def _check_undamaged(name: str) -> None:
-    """That the files of a folder that this library wrote are what it wrote."""
+    """Verify the files of a folder that this library wrote."""
     if has_manifest(Path(name)):
         verify(Path(name))
 

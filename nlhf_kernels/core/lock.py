@@ -1,8 +1,8 @@
 """One writer at a time: a lock file that the operating system guards and people can read.
 
-The file has an flock, which ends with the process that holds it, and says which process on which machine that is. A
+The file has an flock, which ends with the process that holds it, and names that process and its machine. A
 killed run leaves the file without the flock, and the next run takes it over with a warning. Some network file systems
-keep flocks to one machine, so a file that another machine left counts as held while its holder renews its time stamp.
+keep flocks to one machine, so a file from another machine counts as held while its holder renews its time stamp.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 NAME = ".nlhf-lock"
 RENEWAL = 10.0  # seconds between two renewals of the time stamp
-PATIENCE = 60.0  # seconds without a renewal after which another machine's lock is left over
+PATIENCE = 60.0  # seconds without a renewal after which another machine's lock is stale
 _log = logging.getLogger(__name__)
 _held: set[Path] = set()  # by this process
 
@@ -40,7 +40,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def lock_place(place: str | Path) -> Iterator[None]:
-    """Lock the name of a file or folder that may not exist yet. The lock of a folder above serves for all in it."""
+    """Lock the name of a file or folder that may not exist yet. A lock held on a parent folder covers all in it."""
     resolved = Path(place).resolve()
     if any(parent / NAME in _held for parent in resolved.parents):
         yield
@@ -111,7 +111,7 @@ def _is_there(descriptor: int, path: Path) -> bool:
 
 
 def _take_over(path: Path, what: str, left: dict[str, Any]) -> None:
-    """Warn of a lock whose holder is gone; raise where it is not."""
+    """Warn of a lock whose holder is gone; raise if it is alive."""
     if left.get("boot") != _myself()["boot"] and _renewed(path):
         raise InUseError(_described(path, what, left))
     _log.warning(
@@ -121,7 +121,7 @@ def _take_over(path: Path, what: str, left: dict[str, Any]) -> None:
 
 
 def _renewed(path: Path) -> bool:
-    """Return whether a holder on another machine is alive. Opening makes a network file system ask its server."""
+    """Return whether a holder on another machine is alive. Opening makes a network file system query its server."""
     modification_times: set[int] = set()
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:

@@ -1,7 +1,7 @@
-"""What a folder should hold, to the bit: `nlhf_manifest.json` lists size and checksum of every file, written last.
+"""A folder's manifest: `nlhf_manifest.json`, written last, lists size and checksum of every file.
 
-It shows that this library wrote a folder, and which of its files are no longer what was written. CRC-32 finds every
-flipped bit, and is the fastest checksum of Python's.
+It marks a folder as written by this library, and shows which files have changed since. CRC-32 detects every flipped
+bit, and is the fastest checksum in Python's standard library.
 """
 
 from __future__ import annotations

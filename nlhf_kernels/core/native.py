@@ -1,4 +1,4 @@
-"""What calls into `_cpu` and `_cuda` need: numbers of dtypes, the current stream and device, counters at 0."""
+"""What calls into `_cpu` and `_cuda` need: dtype codes, the current stream and device, zeroed counters."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def cuda_stream(device: torch.device) -> int:
 
 
 class Counters:
-    """Device integers that kernels find at 0 and leave at 0, so that no call has to zero them.
+    """Device integers that are 0 before and after each kernel, so that no call has to zero them.
 
-    Calls on one stream share a set. A captured call has one of its own, for as long as the process lives: its graph may
-    be replayed beside anything. Those come from one reserve a device, made by the first call outside a capture; without
-    a reserve, or beyond its end, a call has no counters and zeroes some of its own.
+    Calls on one stream share a set. A captured call gets a set of its own for the life of the process, since its graph
+    may be replayed concurrently with any other work. Such sets come from one reserve per device, allocated by the first
+    call outside a capture. Without a reserve, or when it is used up, a call gets no set and zeroes counters of its own.
     """
 
-    RESERVE = 2**20  # bytes a device: 16 a row of the sampler and captured call
+    RESERVE = 2**20  # bytes per device; the sampler takes 16 per row and captured call
 
     def __init__(self) -> None:
         self._by_stream: dict[tuple[torch.device, int], torch.Tensor] = {}
-        self._reserves: dict[torch.device, list[torch.Tensor]] = {}  # what is left, in one piece
+        self._reserves: dict[torch.device, list[torch.Tensor]] = {}  # the unused rest, in one piece
         self._lock = Lock()
 
     def address(self, device: torch.device, stream: int, size: int) -> int:
@@ -50,7 +50,7 @@ class Counters:
 
 
 def zeroed_bytes(size: int, device: torch.device) -> torch.Tensor:
-    """Return zeros that every stream sees as such from now on."""
+    """Return zeros that are visible to every stream on return."""
     zeros = torch.zeros(size, dtype=torch.uint8, device=device)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
@@ -58,7 +58,7 @@ def zeroed_bytes(size: int, device: torch.device) -> torch.Tensor:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU: the driver's, and what PyTorch's allocator holds in reserve."""
+    """Return the free memory of a GPU: the driver's, and what PyTorch's allocator has cached."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -69,7 +69,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make `device` current inside the block; costs nothing where it is already."""
+    """Make `device` current inside the block; does nothing where it already is."""
     if device.index is None or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

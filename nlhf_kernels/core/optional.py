@@ -1,4 +1,4 @@
-"""Packages that not everybody has installed: imported where they are used, and named with what brings them."""
+"""Optional dependencies: imported where they are used; errors name the extra that installs them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-#: Package -> the extra of this library that brings it, and pip's name for it where that is another one.
+#: Package -> the extra of this library that installs it, and pip's name for it where that differs.
 EXTRAS = {
     "transformers": "transformers",
     "tokenizers": "transformers",
@@ -28,13 +28,13 @@ def need(package: str, who: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-        if missing not in EXTRAS:  # there, but broken: installing it again is not what helps
+        if missing not in EXTRAS:  # installed, but broken: installing it again does not help
             raise ImportError(f"{who} needs {package}, which cannot be imported: {error}") from error
         raise ImportError(_missing(who, [missing], EXTRAS[missing])) from error
 
 
 def require(who: str, packages: Sequence[str], extra: str) -> None:
-    """Raise one ImportError for all of `packages` that are not installed; `extra` is what brings all of them."""
+    """Raise one ImportError for all of `packages` that are not installed; `extra` installs all of them."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(_missing(who, missing, extra))

@@ -1,8 +1,8 @@
 """Where a model or a data set is: a folder on this machine, or OWNER/NAME on the Hugging Face hub.
 
 A name means the hub only if it has exactly one slash and its first part is no folder here; anything else is a path,
-so that a mistyped folder is an error at once. The hub is asked once, with a timeout, before transformers or datasets
-ask it many times; where it cannot be reached (or HF_HUB_OFFLINE says not to), what was downloaded before is used.
+so that a mistyped folder is an error at once. The hub is queried once, with a timeout, before transformers or datasets
+query it many times; where it cannot be reached (or HF_HUB_OFFLINE is set), the local cache is used.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _nearest(path: Path) -> str:
 
 def _check_hub(what: str, name: str, kind: str) -> None:
     if importlib.util.find_spec("huggingface_hub") is None:
-        return  # what loads the model says that it is missing
+        return  # loading raises for the missing package
     from huggingface_hub import HfApi, constants, errors
 
     nowhere = f"{what}: there is no such folder: {name!r}, and no {kind} of that name"
@@ -68,7 +68,7 @@ def _check_hub(what: str, name: str, kind: str) -> None:
     except errors.HFValidationError:
         raise ValueError(f"{what}: there is no such folder: {name!r}, which is no name on the hub either") from None
     except errors.GatedRepoError:
-        return  # it exists, but behind a form: loading fails with the form's address
+        return  # it exists; loading raises with the address of its access form
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{nowhere} on the hub (a private one needs `hf auth login`)") from None
     except Exception as error:  # of the HTTP client's kinds: no network, a proxy, a hub that is down

@@ -1,4 +1,4 @@
-"""Figures: how they are made without a screen, their colours and line styles, and the formats they are saved in."""
+"""Figures: created without a display, with common colours, line styles and file formats."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .atomic import atomic_file
 from .optional import need
 
 FORMATS = (".png", ".svg", ".pdf")
-#: Okabe and Ito's colours, less their yellow (too light for a line): told apart with every kind of colour vision.
+#: Okabe and Ito's colours, without the yellow (too light for a line): distinguishable with every kind of colour vision.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure without a screen.
+    """Return a matplotlib figure without a display.
 
     Args:
         width, height (float): in inches.
@@ -27,10 +27,10 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def check_path(op: str, path: Path) -> None:
-    """Raise what would keep `save` from writing a figure there: to be asked before hours of work.
+    """Raise if `save` could not write a figure there; to be called before hours of work.
 
     Args:
-        op (str): who asks, the beginning of an error.
+        op (str): the caller, which begins an error.
         path (Path): the figure's file.
     """
     need("matplotlib.figure", "a figure")
@@ -54,7 +54,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def as_svg(figure: Any) -> bytes:
-    """The figure as SVG: the same bytes for the same figure; text stays text.
+    """Return the figure as SVG: the same bytes for the same figure, text as text.
 
     Args:
         figure (matplotlib Figure): of `new_figure`.

@@ -1,7 +1,7 @@
-"""Which backend runs an op: every backend says why it cannot, `auto` takes the first that can.
+"""Choose the backend of an op: each backend gives reasons why it cannot run a call, `auto` takes the first that can.
 
-A room describes itself once, as an `Op`: its backends, their limits, the order in which `auto` tries them. A call is
-described by the room's `Problem`, a NamedTuple of what decides (device, dtypes, sizes); decisions are kept per problem.
+A room registers one `Op`: its backends, their limits, the order in which `auto` tries them. A call is described by the
+room's `Problem`, a NamedTuple of what the choice depends on (device, dtypes, sizes); choices are cached per problem.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .checks import check_option
 
 log = logging.getLogger("nlhf_kernels")
 
-_MAX_DECISIONS = 4096  # per op; ever-changing shapes must not grow the table without end
+_MAX_DECISIONS = 4096  # per op; bounds the cache where shapes keep changing
 
 
 class Problem(Protocol):
-    """What of a call decides which backend can run it. Every room has a NamedTuple of its own, with a device."""
+    """The properties of a call that decide which backend can run it: a NamedTuple per room, with a device."""
 
     @property
     def device(self) -> torch.device: ...
@@ -36,7 +36,7 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op: where it is found and what it cannot do."""
+    """One implementation of an op: its import path and its limits."""
 
     name: str
     path: str  # "module:function", imported at first use: importing the package needs neither triton nor a compiler
@@ -75,14 +75,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a call would run where it would; `print` it.
+    """Which backend a call would run on, and why; `print` it.
 
     Args:
         op: the op's name.
-        problem: what of the call decides.
+        problem: the properties of the call that decide.
         reasons: backend -> reasons why not; an empty list where it can run.
         chosen: the backend that would run; None where the requested one cannot.
-        request: the backend asked for, and by whom.
+        request: the requested backend, and where the request comes from.
         order: in which auto tries backends, and why.
     """
 
@@ -109,10 +109,10 @@ class Op:
 
     name: str
     backends: tuple[Backend, ...]
-    order: dict[str, tuple[str, ...]]  # device type -> backends, the fastest first, where `measured` says no other
+    order: dict[str, tuple[str, ...]]  # device type -> backends, the fastest first; `measured` takes precedence
     describe: Callable[..., Problem]  # the public function's arguments -> the problem
     absent: dict[str, str] = field(default_factory=dict)  # backend -> why this room has none
-    measured: tuple[Measured, ...] = ()  # the first that applies counts
+    measured: tuple[Measured, ...] = ()  # the first that applies is used
     built_on: str = ""  # the room whose kernels this one calls; "": its own
     _decisions: dict[Any, Backend] = field(default_factory=dict, repr=False, compare=False)
 

@@ -1,4 +1,4 @@
-"""The randomness contract: Philox4x32-10, and what its counter holds. This is the oracle of every other copy.
+"""The randomness contract: Philox4x32-10 and its counter's layout. This is the oracle of every other copy.
 
     key      seed                                      64 bits
     counter  row id                                    64 bits
@@ -54,7 +54,7 @@ def random_block(
     seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, stream: int, block: torch.Tensor | int = 0
 ) -> tuple[torch.Tensor, ...]:
     """Return the block of words of every row; the arguments broadcast."""
-    last = torch.full_like(step, stream << 24) | block  # filled: a captured graph refuses a copy from the host
+    last = torch.full_like(step, stream << 24) | block  # filled: a captured graph permits no copy from the host
     counter = (row_ids & WORD, (row_ids >> 32) & WORD, step & WORD, last)
     return philox_4x32(counter, (seed & WORD, (seed >> 32) & WORD))
 
@@ -66,5 +66,5 @@ def random_bits(seed: torch.Tensor, row_ids: torch.Tensor, step: torch.Tensor, s
 
 
 def open_unit(bits: torch.Tensor) -> torch.Tensor:
-    """(k + 1/2) / 2^52 for the upper 52 bits k: exact in float64, never 0, never 1."""
+    """Return (k + 1/2) / 2^52 for the upper 52 bits k: exact in float64, never 0, never 1."""
     return (((bits >> 12) & ((1 << 52) - 1)).to(torch.float64) + 0.5) * 2.0**-52

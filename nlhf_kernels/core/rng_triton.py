@@ -37,7 +37,7 @@ def random_block(seed, row_id, step, stream, block):
 
 @triton.jit
 def random_bits(seed, row_id, step, stream):
-    """64 random bits, as uint64."""
+    """Return 64 random bits as uint64."""
     low, high, _, _ = random_block(seed, row_id, step, stream, tl.zeros_like(row_id))
     return (high << 32) | low
 

@@ -1,6 +1,6 @@
-"""The user's choices: the backend, the SIMD level, and the environment variables they start from.
+"""The user's settings: the backend, the SIMD level, and the environment variables with their defaults.
 
-This is the only file of the package that reads the environment (a test holds it to that), once, at import.
+This is the only file of the package that reads the environment (a test asserts it), once, at import.
 """
 
 from __future__ import annotations

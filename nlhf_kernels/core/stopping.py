@@ -1,7 +1,7 @@
-"""SIGTERM, which schedulers send before they kill: an exception where work can be abandoned, a request where it cannot.
+"""Handle SIGTERM, which schedulers send before SIGKILL: raise where work can be abandoned, record a request elsewhere.
 
-A training finishes or abandons its update, writes a checkpoint and raises `Stopped`, which ends a program with the exit
-code 143, as the signal itself would.
+A training run finishes or abandons its update, writes a checkpoint and raises `Stopped`, which ends a program with the
+exit code 143, as the signal itself would.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Make SIGTERM raise `Stopped` in the block. A handler that is installed already stays; other threads have none."""
+    """Make SIGTERM raise `Stopped` in the block. An installed handler stays; other threads get none."""
     global _requested
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -42,7 +42,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Keep SIGTERM from ending the block, which looks at `requested` where it can stop."""
+    """Keep SIGTERM from ending the block, which polls `requested` where it can stop."""
     global _deferred
     _deferred += 1
     try:
@@ -53,7 +53,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def abandonable() -> Iterator[None]:
-    """Mark work within a deferred block that SIGTERM, before it or during it, ends with `Stopped`."""
+    """Let SIGTERM, before or during this part of a deferred block, end it with `Stopped`."""
     global _deferred
     before, _deferred = _deferred, 0
     try:

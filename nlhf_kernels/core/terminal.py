@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # a dependency that importing the library does not load
+if TYPE_CHECKING:  # importing the library does not import rich
     from rich.console import Console
     from rich.progress import Progress
 
@@ -93,7 +93,7 @@ SILENT = Reporter(None)
 
 
 def cut_lines(text: str, width: int, count: int, *, end: bool = False) -> str:
-    """Return at most `count` lines of `width` columns: the first, or with `end` the last; dots where text is gone."""
+    """Return at most `count` lines of `width` columns: the first, or with `end` the last; dots mark omitted text."""
     lines = [line[start : start + width] for line in text.split("\n") for start in range(0, max(len(line), 1), width)]
     if len(lines) <= count:
         return text

@@ -16,13 +16,13 @@ _repr.maxstring = _repr.maxother = _repr.maxlong = 4 * EXCERPT
 
 
 def excerpt(value: object, limit: int = EXCERPT) -> str:
-    """repr(value), cut after `limit` characters; a large or self-containing value is never written out whole."""
+    """Return repr(value), cut after `limit` characters; a large or recursive value is never formatted in full."""
     text = _repr.repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without the byte-order mark that spreadsheets put before it."""
+    """Return the text of a UTF-8 file, without the byte-order mark that spreadsheets write."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -35,7 +35,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """JSON; a key that is there twice is an error, where the json module would keep the last in silence."""
+    """Parse JSON; raise for a duplicate key, of which the json module would silently keep the last."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
@@ -51,7 +51,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
-    """A Markdown table; bars and line breaks inside a cell do not end it.
+    """Return a Markdown table; bars and line breaks inside cells are escaped.
 
     Args:
         head (sequence of str): the column titles.

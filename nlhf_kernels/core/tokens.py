@@ -17,7 +17,7 @@ def count_positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 def flatten_ids(ids: Any) -> tuple[int, ...]:
-    """Return token ids as a tuple, from what transformers and callers give for them.
+    """Return token ids as a tuple, from the forms that transformers and callers use.
 
     Args:
         ids: None (no id), a number, a sequence of numbers or a tensor.

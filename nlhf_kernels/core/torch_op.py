@@ -6,7 +6,7 @@ of the forward are among those of a backward operator; the schema then has its f
 
 `define` registers schema, implementation and fake with `torch.library.Library`, which is cheaper to call than
 `torch.library.custom_op`; `benchmarks/cases/row_uniforms.py` measures what a call costs. The backend is chosen inside
-the operator, so a compiled graph holds no choice and a `use_backend` around it still counts.
+the operator, so a compiled graph does not fix it and a `use_backend` around the graph applies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 Inputs = TypeVar("Inputs", bound=NamedTuple)
 Result = TypeVar("Result")
 
-#: The implementation behind each operator, for tests that run it: PyTorch's modes see an operator's call only.
+#: The implementation behind each operator, for tests that run it: PyTorch's dispatch modes see only the operator.
 IMPLEMENTATIONS: dict[object, Callable[..., Any]] = {}
 
 _SCHEMA_TYPES: dict[object, str] = {
@@ -77,7 +77,7 @@ def define(
 
 
 def asks_for_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Return whether a result of these tensors would have a gradient: without one, an autograd Function is left out."""
+    """Return whether a result of these tensors requires a gradient; if not, no autograd Function is needed."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -123,7 +123,7 @@ def _builder(inputs: type[Inputs]) -> Callable[[Sequence[Any]], Inputs]:
             start = pieces.pop()[0]
         pieces.append((start, stop, None if kind is None else _builder(kind)))
     if len(pieces) == 1:
-        return partial(tuple.__new__, inputs)  # half of what inputs(*operands) costs
+        return partial(tuple.__new__, inputs)  # at half the cost of inputs(*operands)
 
     def build(operands: Sequence[Any]) -> Inputs:
         values: list[Any] = []

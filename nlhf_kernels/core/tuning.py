@@ -1,8 +1,8 @@
-"""Launch plans: the few integers that shape a kernel's launch. Defaults, or what was fastest on this GPU.
+"""Launch plans: the integers that configure a kernel's launch, by default or as tuned for this GPU.
 
-A room makes one `Tunable` for each kernel and backend, and asks it for the plan of every launch. `nlhf-kernels tune`
-measures the candidates and keeps the fastest in a file, by GPU, kernel sources and workload. A plan changes the time of
-a result, not the result. The file is read at a process's first launch on a GPU, and never for a CPU.
+A room makes one `Tunable` for each kernel and backend, which chooses the plan of every launch. `nlhf-kernels tune`
+measures the candidates and keeps the fastest in a file, by GPU, kernel sources and workload. A plan changes the speed,
+not the result. The file is read at a process's first launch on a GPU, and never for a CPU.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Tunable(Generic[Plan]):
 
 
 class Launch(NamedTuple):
-    """A launch as `record_launches` saw it."""
+    """A launch that `record_launches` recorded."""
 
     tunable: Tunable[Any]
     workload: Workload
@@ -110,7 +110,7 @@ def use_plan(tunable: Tunable[Plan], plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Yield a list that every launch of a tunable kernel joins while the block runs."""
+    """Yield a list to which every launch of a tunable kernel inside the block is appended."""
     global _launches
     before, _launches = _launches, []
     try:
@@ -150,8 +150,8 @@ def sweep(
     """Measure the candidates of a launch until the time is up, the default first.
 
     Args:
-        calls (callables): each makes the launch, with other numbers of rows, say; the sum of their times counts. They
-            return tensors, by which a plan that changes a result is found.
+        calls (callables): each makes the launch, for example with different numbers of rows; times are summed. Their
+            tensors are compared with those of the default plan, to reject a plan that changes a result.
         launch (Launch): of `record_launches`.
         seconds (float): for all candidates together.
         median_us (callable): (call, seconds) -> microseconds.
@@ -183,7 +183,7 @@ def sweep(
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
-    """The tensors of a call's result: of a tensor, a tuple, or an object that lists its fields."""
+    """Return the tensors of a call's result: a tensor, a tuple, or an object that lists its fields."""
     if isinstance(result, torch.Tensor):
         return [result]
     parts = vars(result).values() if hasattr(result, "__dict__") else result or ()
@@ -191,7 +191,7 @@ def tensors_of(result: Any) -> list[torch.Tensor]:
 
 
 def _agree(result: list[torch.Tensor], truth: list[torch.Tensor]) -> bool:
-    """Whether a plan's result is the default's, up to rounding."""
+    """Return whether a plan's result equals the default's, up to rounding."""
     for ours, expected in zip(result, truth, strict=True):
         if expected.is_floating_point():
             roundings = 64 * torch.finfo(expected.dtype).eps
@@ -236,7 +236,7 @@ def median_on(device: torch.device) -> Callable[[Callable[[], Any], float], floa
 
 
 def plans_file() -> Path | None:
-    """The file of tuned plans; None where NLHF_KERNELS_TUNING is off."""
+    """Return the file of tuned plans; None where NLHF_KERNELS_TUNING is off."""
     if settings.tuning == "off":
         return None
     return Path(settings.tuning) if settings.tuning else Path.home() / ".cache" / "nlhf_kernels" / "plans.json"
@@ -249,7 +249,7 @@ def card_name(device: torch.device) -> str:
 
 @cache
 def sources_digest(op: str, backend: str) -> str:
-    """A digest of what a backend's kernels are compiled from: plans of other sources are not used."""
+    """Return a digest of the sources of a backend's kernels: plans for other sources are not used."""
     digest = hashlib.sha256()
     if backend == "cuda":
         digest.update(Path(str(capabilities.native("_cuda").__file__)).read_bytes())
@@ -264,7 +264,7 @@ Tuned = dict[tuple[str, str, Workload], Numbers]
 
 @cache
 def tuned_plans(card: str) -> Tuned:
-    """The tuned plans of a GPU for the kernels as they are. A file that cannot be read is ignored with one warning."""
+    """Return a GPU's tuned plans for the current kernels. A file that cannot be read is ignored with one warning."""
     path = plans_file()
     if path is None or not path.exists():
         return {}
@@ -308,7 +308,7 @@ def _numbers(entry: dict[str, Any]) -> Numbers:
 
 
 def keep(card: str, sweeps: Iterable[Sweep]) -> Path | None:
-    """Write what `sweeps` found into the file, beside what it holds of other GPUs, ops and workloads.
+    """Write the best plans of `sweeps` to the file; keep its entries for other GPUs, ops and workloads.
 
     Returns the file, or None where NLHF_KERNELS_TUNING is off.
     """

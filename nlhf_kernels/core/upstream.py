@@ -1,7 +1,7 @@
-"""What is asked of other libraries beyond their documented interface, and what is worked around in torch.
+"""Uses of other libraries beyond their documented interfaces, and workarounds for torch.
 
-As it is in torch 2.6 to 2.13, transformers 5.17 to 5.24, peft 0.14 to 0.21 and TRL 1.0 to 1.13, unless said otherwise.
-Each entry has a contract test in tests/test_upstream.py (TRL's: tests/test_trl_upstream.py), which fails by its name.
+Valid for torch 2.6 to 2.13, transformers 5.17 to 5.24, peft 0.14 to 0.21 and TRL 1.0 to 1.13, unless noted otherwise.
+Each entry has a contract test that names it, in tests/test_upstream.py (TRL's: tests/test_trl_upstream.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 
 def viewed(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor whose memory a view shows, and any other tensor itself."""
+    """Return the base tensor of a view, and any other tensor itself."""
     return tensor if tensor._base is None else tensor._base
 
 
@@ -51,9 +51,9 @@ def finite_attention_gradients() -> Iterator[None]:
 
 @contextmanager
 def keep_unsharded(module: Any) -> Iterator[None]:
-    """Keep an FSDP2 module's parameters gathered after its forward pass, and give it its own way back afterwards.
+    """Keep an FSDP2 module's parameters gathered after its forward pass, and restore its setting afterwards.
 
-    PyTorch has a method that sets this, and none that says what it was. torch 2.6 to 2.12: one group of parameters a
+    PyTorch has a method that sets this, and none that reads it. torch 2.6 to 2.12: one group of parameters a
     module; 2.13: several.
     """
     state = module._get_fsdp_state()
@@ -73,8 +73,8 @@ def keep_unsharded(module: Any) -> Iterator[None]:
 
 # ---- transformers: models --------------------------------------------------------------------------------------------
 
-#: What a model's forward and generate() call a Cache. transformers 5.17 to 5.23: the first, and the second in recurrent
-#: models; 5.24: the third, in all of them.
+#: The names of a Cache in a model's forward and generate(). transformers 5.17 to 5.23: the first, and the second in
+#: recurrent models; 5.24: the third, in all of them.
 CACHES = ("past_key_values", "cache_params", "cache")
 
 
@@ -95,12 +95,12 @@ def attention_name(config: Any) -> str | None:
 
 
 def names_attention(config: Any) -> bool:
-    """Return whether a configuration can name one; that of a part that never attends may name none."""
+    """Return whether a configuration can name one; that of a submodel without attention may name none."""
     return hasattr(config, "_attn_implementation")
 
 
 def set_attention_name(config: Any, name: str | None) -> None:
-    """Name another, without the checks of `set_attn_implementation`, which a name that was there before has passed."""
+    """Set another, without the checks of `set_attn_implementation`, which an earlier name has passed."""
     config._attn_implementation = name
 
 
@@ -111,17 +111,17 @@ def experts_name(config: Any) -> str | None:
 
 
 def hands_attention_over(model: Any) -> bool:
-    """Return whether a model says that its layers attend through AttentionInterface."""
+    """Return whether a model declares that its layers attend through AttentionInterface."""
     return bool(getattr(model, "_supports_attention_backend", False))
 
 
 def keeps_recurrent_state(model: Any) -> bool:
-    """Return whether a model says that its past is more than keys and values."""
+    """Return whether a model declares that its cache holds more than keys and values."""
     return bool(getattr(model, "_is_stateful", False))
 
 
 def is_mask_within_window(mask_function: Callable[..., Any]) -> bool:
-    """Return whether a mask function is one of which several must hold, as those of sliding windows are."""
+    """Return whether a mask function is a conjunction of others, as those of sliding windows are."""
     return mask_function.__name__ == "and_mask"
 
 
@@ -144,7 +144,7 @@ def distributed_config_class() -> Any:
 
 
 def plain_class(module: Any) -> Any:
-    """Return the class of a module as it was written; FSDP2 puts one of its own in front.
+    """Return the class of a module as it was written; FSDP2 derives one of its own from it.
 
     Args:
         module: a torch.nn.Module.
@@ -176,7 +176,7 @@ def skeleton(model: Any) -> Any:
     manager = getattr(model, "_mesh_manager", None)
     if split is not None and manager is not None and split.tp_size > 1:
         head = result.get_output_embeddings() if hasattr(result, "get_output_embeddings") else None
-        if head is not None:  # a tied one has no name of its own, by which plans call it; it is tied again below
+        if head is not None:  # plans address parameters by name, and a tied head has none; it is tied again below
             head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
         alone = distributed_config_class()(tp_size=split.tp_size, tp_plan=split.tp_plan)
         result = kind.maybe_distribute_model(result, alone, manager)
@@ -186,10 +186,10 @@ def skeleton(model: Any) -> Any:
 
 @contextmanager
 def accepting_split_models(args: Any) -> Iterator[None]:
-    """Let Trainer's constructor accept a split model, where it and accelerate refuse what works.
+    """Let Trainer's constructor accept a split model, which it and accelerate refuse although it works.
 
     transformers 5.23 and 5.24 refuse a save_strategy, as their own checkpoints of such models cannot be resumed.
-    accelerate 1.15 refuses tensor parallelism on a CPU, of which it only tells data loaders.
+    accelerate 1.15 refuses tensor parallelism on a CPU, though it only informs data loaders of it.
 
     Args:
         args: TrainingArguments.
@@ -211,7 +211,7 @@ def accepting_split_models(args: Any) -> Iterator[None]:
 
 
 def dropped_by_generate(caller: FrameType | None) -> dict[str, Any]:
-    """Return, by a look at generate()'s frame, what it hands to no custom function; nothing for another caller."""
+    """Return, from generate()'s frame, the arguments that it passes to no custom function; none for other callers."""
     given = caller.f_locals if caller is not None and caller.f_code.co_name == "generate" else {}
     return {name: given[name] for name in ("streamer", "assistant_model") if given.get(name) is not None}
 
@@ -244,7 +244,7 @@ def plain_lora_layers() -> tuple[type, ...]:
     return tuple(getattr(lora, name) for name in names if hasattr(lora, name))
 
 
-#: peft's kinds of adapters that act within layers, on every token by itself . X-LoRA, Poly, Shadow and
+#: peft's kinds of adapters that act within layers, on every token independently. X-LoRA, Poly, Shadow and
 #: adaption prompts do something in between layers; Lily takes a mean over all tokens of a batch.
 ADAPTERS_PER_TOKEN = {
     "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",

@@ -1,7 +1,7 @@
 """A head that several processes share: each holds the rows of some tokens, a slice of the vocabulary.
 
 transformers loads heads this way (`DistributedConfig(tp_size=...)`): the weight is a DTensor with placement Shard(0) on
-the mesh of the tensor-parallel processes, which read the same texts and compute the same loss.
+the mesh of the tensor-parallel processes, which read the same batches and compute the same loss.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 
 TENSOR_PARALLEL = "tp"  # the name of a mesh's dimension in transformers and torchtitan
-DATA_PARALLEL = ("fsdp", "dp_shard", "dp_replicate", "dp")  # those of processes that read different texts
+DATA_PARALLEL = ("fsdp", "dp_shard", "dp_replicate", "dp")  # dimensions of processes that read different batches
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class VocabularySlice:
         return self.stop - self.first
 
     def owners(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the rank that holds each token; what is no token of the vocabulary has no owner, -1.
+        """Return the rank that holds each token; -1 for ids outside the vocabulary.
 
         Args:
             tokens (int64): token ids.
@@ -61,7 +61,7 @@ class VocabularySlice:
         return torch.where(inside, tokens // self.widest, -1)
 
     def gathered(self, part: torch.Tensor) -> torch.Tensor:  # (...) -> (processes, ...)
-        """Return what every process gave, in the order of their ranks: one collective.
+        """Return `part` of every process, in the order of their ranks: one collective.
 
         Args:
             part (tensor): this process's, of one shape everywhere.
@@ -80,7 +80,7 @@ class VocabularySlice:
 
 
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
-    """Return whether `tensor` is a DTensor. Nobody has one where nobody imported its module.
+    """Return whether `tensor` is a DTensor. None exists unless its module has been imported.
 
     Args:
         tensor: anything.
@@ -93,7 +93,7 @@ def slice_of(tensor: Any, dim: int = 0) -> VocabularySlice | None:
     """Return this process's slice of a DTensor that tensor-parallel processes share; None of any other layout.
 
     Shard(dim) says only how a tensor is stored. FSDP stores its parameters the same way, on processes that read
-    different texts. So the mesh's dimension must bear the name that transformers and torchtitan give it.
+    different batches. So the mesh's dimension must have the name that transformers and torchtitan give it.
 
     Args:
         tensor (DTensor): a head's weight or bias, or logits.
@@ -113,7 +113,7 @@ def slice_of(tensor: Any, dim: int = 0) -> VocabularySlice | None:
 
 
 def same_slice(one: VocabularySlice | None, other: VocabularySlice | None) -> bool:
-    """Return whether both are the same tokens, shared by the same processes; meshes make groups of their own.
+    """Return whether both are the same tokens, shared by the same processes; each mesh has its own groups.
 
     Args:
         one, other (VocabularySlice): of this process, or None.
@@ -126,7 +126,7 @@ def same_slice(one: VocabularySlice | None, other: VocabularySlice | None) -> bo
 
 
 def trained_apart(tensor: Any) -> bool:
-    """Return whether processes that read different texts share a DTensor: its gradient is theirs together.
+    """Return whether processes that read different batches share a DTensor, whose gradient is summed over them.
 
     Args:
         tensor (DTensor): a parameter.

@@ -26,7 +26,7 @@ def decode_attention(inputs: DecodeAttentionInputs) -> torch.Tensor:  # (R, Hq, 
     slot = torch.arange(positions, dtype=torch.int64, device=query.device)
     live = ((slot >= first[:, None]) & (slot < last[:, None]))[:, None, None, :]  # (R, 1, 1, L)
     grouped = query.to(real).view(rows, kv_heads, heads // kv_heads, dim)
-    # What is not live may be NaN, and 0 * NaN is NaN: it is replaced, not weighted.
+    # Slots outside the range may hold NaN, and 0 * NaN is NaN: they are replaced, not weighted.
     k, v = (torch.where(live.mT, cache.to(real), 0) for cache in (keys, values))
     scores = grouped @ k.mT * scale  # (R, Hkv, G, L)
     if softcap:

@@ -16,18 +16,18 @@ from ...core import settings, tuning
 from ...core.native import on_device
 from .op import DecodeAttentionInputs, empty_result
 
-_TILE_BYTES = 8192  # of keys, and as much of values: small, so that a short range is several, all of them in flight
-#: A split costs a second launch and a pass over partial results, so short caches have one. How many there are follows
-#: from the cache's length alone: a row's result must not depend on the batch.
+_TILE_BYTES = 8192  # of keys, and as many of values: small, so that a short range has several tiles in flight
+#: Positions per split. Splitting costs a second launch and a pass over partial results, so a short cache has one split.
+#: The number of splits depends on the cache's length alone: a row's result must not depend on the batch.
 _SPLIT = 256
 _MAX_SPLITS = 64
-_HEADS = 16  # query heads a program takes: what a tensor core multiplies at once, padded where there are fewer
+_HEADS = 16  # query heads per program: the rows of a tensor-core product, padded where there are fewer
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Plan(NamedTuple):
     tile: int  # positions read at a time, a power of two
-    split: int  # positions a program takes
+    split: int  # positions per program
     warps: int
     stages: int
 
@@ -51,13 +51,13 @@ def _exp(x):
 
 @triton.jit
 def _finite(top):
-    """What a maximum is taken off as: -inf - -inf would be NaN."""
+    """Return the maximum to subtract: 0 in place of -inf, since -inf - -inf is NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def _tanh(x):
-    """Near 0 by a polynomial (Cephes), so that the error stays relative; elsewhere exactly +-1 in the end."""
+    """Compute tanh: near 0 by a polynomial (Cephes), for a small relative error; it saturates at exactly +-1."""
     z = x * x
     p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
     near = (p * z - 3.33332819422e-1) * z * x + x
@@ -67,7 +67,7 @@ def _tanh(x):
 
 @triton.jit
 def _live_range(starts, ends, row, positions, window, HAS_STARTS: tl.constexpr):
-    """(2)"""
+    """Return the slots [begin, end) that a row reads: (2)."""
     end = tl.maximum(tl.load(ends + row), 0)
     first = tl.maximum(end - window, 0)
     if HAS_STARTS:
@@ -78,7 +78,7 @@ def _live_range(starts, ends, row, positions, window, HAS_STARTS: tl.constexpr):
 
 @triton.jit
 def _with_sink(top, total, acc, sinks, head, here):
-    """The sink joins the softmax with a weight and no value."""
+    """Add the sink to the softmax: it has a weight and no value."""
     sink = tl.load(sinks + head, mask=here, other=0.0).to(tl.float32)
     base = _finite(tl.maximum(top, sink))
     factor = _exp(top - base)
@@ -96,11 +96,11 @@ def _dot(a, b, WIDE: tl.constexpr):
 def _scores(
     q, query, k, first_head, heads, dim, DIM: tl.constexpr, HEADS: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """(HEADS, TILE) float32."""
+    """Return q k^T (HEADS, TILE) in float32."""
     if DOT:
         scores = _dot(q, tl.trans(k), WIDE)
     else:
-        # Head by head: the products of float32 stay float32, and one head alone fills no tensor core.
+        # Head by head: float32 products stay float32, and a single head does not fill a tensor core.
         scores = tl.zeros((HEADS, k.shape[0]), tl.float32)
         wide = k.to(tl.float32)
         for h in tl.static_range(HEADS):
@@ -112,7 +112,7 @@ def _scores(
 
 @triton.jit
 def _weighted(weights, v, HEADS: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr):
-    """(HEADS, VALUE_BLOCK) float32."""
+    """Return weights v (HEADS, VALUE_BLOCK) in float32."""
     if DOT:
         out = _dot(weights.to(v.dtype), v, WIDE)
     else:
@@ -142,13 +142,13 @@ def attend_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     split = program % SPLITS
-    parts: tl.constexpr = (GROUP + HEADS - 1) // HEADS  # of a group too large for one program
+    parts: tl.constexpr = (GROUP + HEADS - 1) // HEADS  # programs per group of query heads
     first_head = program // SPLITS % parts * HEADS
     pair = program // (SPLITS * parts)
     row, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     head = first_head + tl.arange(0, HEADS)
     here = head < GROUP
-    first = (row * kv_heads + kv_head) * GROUP + first_head  # of the (rows * heads) the program's first
+    first = (row * kv_heads + kv_head) * GROUP + first_head  # the program's first head, among rows * heads
     lane = tl.arange(0, HEADS)
     dim, value_dim, slot = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK), tl.arange(0, TILE)
     query += first * DIM
@@ -192,7 +192,7 @@ def attend_kernel(
     else:
         tl.store(tops + (first + lane) * SPLITS + split, top, mask=here)
         tl.store(sums + (first + lane) * SPLITS + split, total, mask=here)
-        inside = inside & (total != 0)[:, None]  # an empty split is left unwritten, and not read
+        inside = inside & (total != 0)[:, None]  # the result of an empty split is neither written nor read
     target = ((first + lane) * SPLITS + split) * VALUE_DIM
     tl.store(out + target[:, None] + value_dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
@@ -207,7 +207,7 @@ def merge_kernel(
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """(3), for one query head of one row."""
+    """Merge the splits of one query head of one row: (3)."""
     program = tl.program_id(0).to(tl.int64)
     split, value_dim = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
     top = tl.load(tops + program * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
@@ -256,7 +256,7 @@ def decode_attention(inputs: DecodeAttentionInputs) -> torch.Tensor:
             GROUP=group, HEADS=at_once, DIM=dim, BLOCK=block, VALUE_DIM=value_dim, VALUE_BLOCK=value_block,
             TILE=plan.tile, SPLITS=splits, HAS_STARTS=starts is not None, HAS_SOFTCAP=softcap != 0,
             HAS_SINKS=sinks is not None, DOT=dot,
-            WIDE=settings.triton_interpret,  # the interpreter multiplies bfloat16 by its bits
+            WIDE=settings.triton_interpret,  # the interpreter multiplies the bit patterns of bfloat16
             num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
         if splits > 1:

@@ -1,7 +1,7 @@
 """The range of cache slots that each row of a decoding step reads, beside a model's forward pass.
 
-A model of transformers hands its attention a query, the cache, and a mask where there is one, but no ranges. Decoding
-code opens a `decode_window` around the forward passes, and the attention function asks for it.
+A model of transformers passes its attention function a query, the cache, and a mask if there is one, but no ranges.
+Decoding code opens a `decode_window` around the forward passes, and the attention function reads it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class DecodeWindow(NamedTuple):
     ends: torch.Tensor
 
 
-# Plain variables: torch.compile guards on the window, where it cannot trace a ContextVar and takes what a
-# threading.local held for a constant. So one thread at a time has a window, and the others are not shown it.
+# Global variables: torch.compile guards on them, but cannot trace a ContextVar and treats the value of a
+# threading.local as a constant. So one thread at a time has a window, and the others get None.
 _window: DecodeWindow | None = None
 _owner = 0  # the thread that opened it
 _turn = RLock()
 
 
 def current_decode_window() -> DecodeWindow | None:
-    """Return this thread's window. Traced code cannot ask for its thread: it runs in the one that holds the window."""
+    """Return this thread's window. Traced code cannot query its thread; it runs in the one that opened the window."""
     mine = torch.compiler.is_compiling() or _owner == get_ident()
     return _window if mine else None
 

@@ -1,8 +1,8 @@
 """From hidden states to log-probabilities and back, a chunk of rows at a time: the logits are never stored whole.
 
-One buffer of logits serves all chunks and both models: the reference is scored first and leaves only its
-log-probabilities behind, unless an output compares the two models token by token of the vocabulary (KL, mixture); then
-a chunk holds both. The gradient is written over the policy's logits and multiplied from there (README.md, section 2).
+One buffer of logits serves all chunks and both models: the reference is scored first and only its log-probabilities are
+kept, unless an output compares the models over the vocabulary (KL, mixture); then a chunk holds the logits of both. The
+gradient is written over the policy's logits and multiplied from there (README.md, section 2).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _FREE_SHARE = 8  # a chunk takes no more than this part of the free memory
 def choose_chunk_bytes(device: torch.device, hidden_size: int) -> int:
     """Return the bytes of logits to hold at a time: more than the default on a GPU that has memory to spare.
 
-    It is a power of two, so that the sums of a gradient are rounded alike from call to call unless memory runs short. A
-    graph that is being captured gets the default: its memory is its own.
+    It is a power of two, so that the sums of a gradient are rounded alike from call to call unless memory runs short.
+    During a graph capture it is the default, since a graph keeps its memory.
     """
     least = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     if device.type != "cuda" or is_capturing(device):
@@ -118,25 +118,25 @@ class ScoredRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunked:
-    """A call of a linear op, to be computed chunk by chunk. Its N rows are the caller's that are scored."""
+    """A call of a linear op, to be computed chunk by chunk. Its N rows are the caller's scored rows."""
 
     policy: Side
     reference: Side | None
     targets: torch.Tensor  # (N,)
     beta: torch.Tensor | None  # () or (N,)
     settings: Settings
-    backend: Backend  # of the room logprobs: what it does to rows of logits
+    backend: Backend  # of the room logprobs; runs on rows of logits
     chunk_bytes: int
     scored: ScoredRows
 
     @property
     def compares(self) -> bool:
-        """Whether both models' logits are needed at once."""
+        """Return whether both models' logits are needed at once."""
         return bool(self.settings.extras & (Extra.KL | Extra.MIXTURE))
 
     @property
     def columns(self) -> int:
-        """Of a row of logits, as chunks are planned."""
+        """Return the columns of a row of logits by which chunks are sized."""
         return self.policy.weight.shape[0]
 
     @property
@@ -185,7 +185,7 @@ class Chunked:
         return _logits(self.policy, rows, buffer), _logits(self.reference, rows, buffer[count:])
 
     def score(self, rows: slice, logits: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score the columns at hand; `merged` makes the vocabulary's of them."""
+        """Score the local columns; `merged` combines them to results over the vocabulary."""
         return self.score_rows(*logits, rows, self.settings)
 
     def score_rows(
@@ -199,7 +199,7 @@ class Chunked:
     def merged(
         self, values: torch.Tensor, normalizers: torch.Tensor, rows: slice, settings: Settings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the whole vocabulary's, from what `score` gave for all `rows`: the same, where its columns are all."""
+        """Combine the results of `score` for `rows` over the vocabulary; unchanged where all columns are local."""
         return values, normalizers
 
     def logits_gradient(
@@ -222,7 +222,7 @@ class Chunked:
         return self.targets[rows]
 
     def gradient_tensors(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what all chunks have added, as an operator's result."""
+        """Return the sums over all chunks, as an operator's result."""
         return gradients.tensors(self.scored)
 
     def beta_of(self, rows: slice) -> torch.Tensor | None:
@@ -234,7 +234,7 @@ def _logits(side: Side, rows: slice, buffer: torch.Tensor) -> torch.Tensor:
 
 
 class Needs(NamedTuple):
-    """Which inputs ask for a gradient; the others' is not computed."""
+    """Which inputs require a gradient; no other gradients are computed."""
 
     hidden: bool
     weight: bool
@@ -268,7 +268,7 @@ class Gradients:
                 part.mul_(ratio)
 
     def tensors(self, scored: ScoredRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the gradients as an operator's result: what was not asked for is empty."""
+        """Return the gradients as an operator's result: those not needed are empty."""
         if self.empty and self.weight is not None:
             self.weight.zero_()
         spread = None if self.hidden is None else scored.spread(self.hidden, 0)

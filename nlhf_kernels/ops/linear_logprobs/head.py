@@ -1,4 +1,4 @@
-"""The output layer of a language model, as much of it as its logits need."""
+"""The output layer of a language model: what its logits are computed with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""linear_logprobs: what logprobs gives, from hidden states and output heads, without ever storing the logits whole."""
+"""linear_logprobs: the outputs of logprobs, from hidden states and output heads, without storing the logits whole."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LinearLogprobsInputs(NamedTuple):
     targets: torch.Tensor  # (N,) int64
     beta: torch.Tensor | None  # () or (N,), in the dtype of the outputs
     settings: Settings
-    chunk_bytes: int  # of logits held at a time; 0: what `choose_chunk_bytes` says
+    chunk_bytes: int  # of logits held at a time; 0: chosen by `choose_chunk_bytes`
     compute: torch.dtype  # of the products
     backend: str
 
@@ -80,7 +80,7 @@ def chunked(inputs: LinearLogprobsInputs, op: Op = OP, part: VocabularySlice | N
     if inputs.reference_hidden is not None and inputs.reference_weight is not None:
         hidden = scored.pick(inputs.reference_hidden, 0)
         reference = Side(hidden, inputs.reference_weight, inputs.reference_bias)
-    shared = reference is not None and policy.shares_head_with(reference)  # asked before a cast makes two of one
+    shared = reference is not None and policy.shares_head_with(reference)  # before a cast, which would copy it twice
     policy = policy.to(inputs.compute)
     if reference is not None:
         reference = (
@@ -101,7 +101,7 @@ def chunked(inputs: LinearLogprobsInputs, op: Op = OP, part: VocabularySlice | N
 
 
 def _default_chunk_bytes(inputs: LinearLogprobsInputs, part: VocabularySlice | None) -> int:
-    """Processes that share a head have the same chunks, whatever memory each has left."""
+    """Return the default size of a chunk: equal in all processes that share a head, whatever memory each has free."""
     device = inputs.hidden.device
     if part is None:
         return choose_chunk_bytes(device, inputs.hidden.shape[1])
@@ -152,7 +152,7 @@ def _fake(inputs: LinearLogprobsInputs) -> tuple[torch.Tensor, torch.Tensor]:
 def _run_backward(
     inputs: LinearLogprobsBackwardInputs, part: VocabularySlice | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the logits again, and the gradients from them."""
+    """Recompute the logits, and compute the gradients from them."""
     values, normalizers, upstream, needs, forward = inputs
     with torch.autocast(values.device.type, enabled=False):
         call = chunked(forward, part=part)
@@ -188,12 +188,12 @@ _backward = torch_op.define(
 
 
 def _score(inputs: LinearLogprobsInputs, part: VocabularySlice | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """With collectives in it a call is no operator: torch.compile would have to know the group by name."""
+    """Call the operator; for a shared head call `_run`: torch.compile would need the process group by name."""
     return _operator(inputs) if part is None else _run(inputs, part)
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """`_score` with its gradients in hidden states, weight and bias, which autograd sees."""
+    """`_score` with its gradients with respect to hidden states, weight and bias."""
 
     @staticmethod
     def forward(
@@ -231,7 +231,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class Models(NamedTuple):
-    """The arguments about models that all linear ops share, checked and flat."""
+    """The arguments about models that all linear ops share, checked and flattened."""
 
     policy: Side
     reference: Side | None  # detached
@@ -315,8 +315,8 @@ def linear_logprobs(
 ) -> Logprobs:
     """`logprobs(hidden @ weight^T + bias, ...)` with memory for a chunk of logits only; backward computes them again.
 
-    Differentiable in the policy's hidden states and head; what asks for no gradient costs none. The head's gradient is
-    summed in float32. Under autocast the products are made in its dtype. A head may be a DTensor that tensor-parallel
+    Differentiable in the policy's hidden states and head; gradients that are not required cost nothing. The head's is
+    summed in float32. Under autocast the products have its dtype. A head may be a DTensor that tensor-parallel
     processes share: each then computes with its own slice of the vocabulary (README.md, section 4), and all get the
     same result.
 

@@ -6,8 +6,8 @@ from functools import cache
 
 import torch
 
-_BLOCK_BYTES = 64 << 20  # what a temporary of the weight's gradient may take
-_CACHED_BYTES = 256 << 10  # what stays in a core's cache while it is written and read again
+_BLOCK_BYTES = 64 << 20  # limit of a temporary in the weight's gradient
+_CACHED_BYTES = 256 << 10  # stays in a core's cache between the write and the read
 
 
 def logits_into(
@@ -27,11 +27,11 @@ def add_weight_gradient(
     hidden: torch.Tensor,  # (C, D)
     first: bool,
 ) -> None:
-    """total += logits_gradient^T hidden, accumulated in the precision of `total`; the first is written, not added.
+    """total += logits_gradient^T hidden, accumulated in the precision of `total`; `first` overwrites it.
 
     Where PyTorch cannot multiply half precision into float32 the product of one chunk is rounded once, block by block
-    of the vocabulary; the sum over chunks is exact to float32 all the same. Float16 is multiplied as float32 there: a
-    token that is often the target has a sum that float16 cannot hold.
+    of the vocabulary; the sum over chunks is still accumulated in float32. Float16 is multiplied as float32
+    there: the sum of a frequent target can overflow float16.
     """
     keep = 0 if first else 1
     if logits_gradient.dtype == total.dtype:
@@ -56,7 +56,7 @@ def scaled(part: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch
         return torch.mul(part, scale, out=out)
     rows = max(
         1, _CACHED_BYTES // (part.shape[1] * part.element_size())
-    )  # PyTorch's CPU makes that copy: keep it small
+    )  # on a CPU PyTorch makes that copy: keep it small
     for start in range(0, part.shape[0], rows):
         torch.mul(part[start : start + rows], scale, out=out[start : start + rows])
     return out
@@ -64,7 +64,7 @@ def scaled(part: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch
 
 @cache
 def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether PyTorch can: the CPU cannot, and on CUDA it depends on the version. Tried once."""
+    """Return whether PyTorch multiplies `dtype` into float32: not on a CPU; on CUDA in some versions. Tried once."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     total = torch.ones(16, 16, dtype=torch.float32, device=device)
     try:

@@ -1,8 +1,8 @@
-"""A head that several processes share: each scores its slice of the vocabulary; a few numbers a row are exchanged.
+"""A head that several processes share: each scores its slice of the vocabulary; a few numbers per row are exchanged.
 
-Every process runs the kernels of `logprobs` on its own columns, as if they were all there are. From what those kernels
-give, a slice's largest score, the logarithm of its sum, its entropy and so on, follows the same of the whole vocabulary
-(README.md, section 4); and those numbers are all that backward needs of the other slices.
+Every process runs the kernels of `logprobs` on its own columns, as if they were the whole vocabulary. The slices'
+results (largest score, logarithm of the sum, entropy and so on) are merged to those of the whole vocabulary (README.md,
+section 4), which are all that backward needs of the other slices.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _whole(op: str, name: str, head: Any) -> Any:
 
 
 def _own_rows(op: str, name: str, tensor: Any, part: VocabularySlice) -> Any:
-    """Of a constant tensor, in any layout, the rows of this process's slice."""
+    """Return the rows of this process's slice of a constant tensor in any layout."""
     if tensor is None or not isinstance(tensor, torch.Tensor):
         return tensor
     if not tensor.ndim or tensor.shape[0] != part.total:
@@ -83,13 +83,13 @@ class ChunkedSlice(Chunked):
 
     @property
     def columns(self) -> int:
-        """Of the widest slice: all processes walk the same chunks."""
+        """Return the columns of the widest slice, so that all processes have the same chunks."""
         return self.part.widest
 
     def score_rows(
         self, policy: torch.Tensor, reference: torch.Tensor | None, rows: slice, settings: Settings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of this slice alone. Where a row's target is another slice's, the first token stands in its place."""
+        """Score this slice alone. A target in another slice is replaced by this slice's first token."""
         if not self.part.width:
             values, normalizers = (part[:, rows].clone() for part in self.outputs())
             for top, _, _ in _DISTRIBUTIONS:
@@ -106,7 +106,7 @@ class ChunkedSlice(Chunked):
     def merged(
         self, values: torch.Tensor, normalizers: torch.Tensor, rows: slice, settings: Settings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the whole vocabulary: one collective."""
+        """Merge the results of all slices: one collective."""
         if not values.shape[1]:
             return values, normalizers
         parts = self.part.gathered(torch.cat([values, normalizers]))  # (processes, 5 + 6, C)
@@ -123,13 +123,13 @@ class ChunkedSlice(Chunked):
         return self._columns_of(rows, ELSEWHERE)
 
     def gradient_tensors(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A head's rows have their own gradients; a hidden state's is the sum over all slices: one collective."""
+        """Return the gradients: the head's of this slice, the hidden states' summed over slices by one collective."""
         if gradients.hidden is not None and gradients.hidden.numel():
             self.part.add_up(gradients.hidden)
         return super().gradient_tensors(gradients)
 
     def _columns_of(self, rows: slice, elsewhere: int) -> torch.Tensor:
-        """Targets as columns of this slice: `elsewhere` where another has it, beyond the last where none has."""
+        """Return targets as columns of this slice: `elsewhere` in another slice, one past the last for unknown ids."""
         targets, part = self.targets[rows], self.part
         known = (targets >= 0) & (targets < part.total)
         own = (targets >= part.first) & (targets < part.stop)
@@ -138,7 +138,7 @@ class ChunkedSlice(Chunked):
 
 
 def _find_empty(normalizers: torch.Tensor, inputs: LogprobsInputs) -> None:
-    """Of rows that are NaN to the C++ kernel, tell those of -inf alone: no distribution, but a slice without mass."""
+    """Set the maximum of rows of -inf alone to -inf: the C++ kernel gives NaN, but such a slice only has no mass."""
     policy, reference, _, beta, settings, _ = inputs
     rows = normalizers.isnan().any(0).nonzero().squeeze(1)
     scores = [transformed(policy[rows].to(normalizers.dtype), settings.policy)]
@@ -165,10 +165,10 @@ def merge(
     """Return values (5, N) and normalizers (6, N) of the whole vocabulary from those of its slices (README.md, 4).
 
     Args:
-        values (S, 5, N): what `logprobs` says of each slice alone.
-        normalizers (S, 6, N): likewise; a maximum of -inf where a slice holds no token that could be.
+        values (S, 5, N): the outputs of `logprobs` for each slice alone.
+        normalizers (S, 6, N): likewise; a maximum of -inf where a slice has no mass.
         owners (N,): the slice of each row's target; -1 where there is none: NaN.
-        settings (Settings): temperature, and what was asked for.
+        settings (Settings): temperature and requested outputs.
     """
     real, temperature = values.dtype, settings.temperature
     values, normalizers = values.double(), normalizers.double()
@@ -199,5 +199,5 @@ def merge(
 
 
 def _expected(share: torch.Tensor, of: torch.Tensor) -> torch.Tensor:  # (S, N), (S, N) -> (N,)
-    """A slice without mass counts nothing, whatever `of` says there."""
+    """Return the sum of share * of; a slice without mass contributes 0, whatever its `of`."""
     return torch.where(share == 0, 0, share * of).sum(0)

@@ -1,4 +1,4 @@
-"""What the backends of logprobs agree on: inputs, the order of the outputs, how both are allocated."""
+"""What the backends of logprobs share: inputs, the order of the outputs, how both are allocated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ELSEWHERE = -(2**31)  # in backward, over a slice of the vocabulary: a target th
 
 
 class Output(IntEnum):
-    """Rows of `values` (5, N): what the caller sees. What was not asked for is 0."""
+    """Rows of `values` (5, N): the caller's outputs, 0 where not requested."""
 
     POLICY = 0
     REFERENCE = 1
@@ -22,7 +22,7 @@ class Output(IntEnum):
 
 
 class Normalizer(IntEnum):
-    """Rows of `normalizers` (6, N): what backward needs to know a probability again from its logit.
+    """Rows of `normalizers` (6, N): what backward needs to recompute a probability from its logit.
 
     Maximum and logarithm of the sum stay apart: their sum, log-sum-exp, loses the digits of a probability where all
     logits carry a large common offset.
@@ -37,7 +37,7 @@ class Normalizer(IntEnum):
 
 
 class Extra(IntFlag):
-    """Outputs beside the log-probabilities, computed where asked for."""
+    """Outputs beside the log-probabilities, computed on request."""
 
     ENTROPY = 1
     KL = 2
@@ -52,7 +52,7 @@ class Transform(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The numbers of a call."""
+    """The scalar settings of a call."""
 
     temperature: float = 1.0
     policy: Transform = Transform()

@@ -16,7 +16,7 @@ def _model(logits: torch.Tensor | None, transform: Transform) -> tuple[float, ..
 
 
 def _arguments(inputs: LogprobsInputs, values: torch.Tensor, normalizers: torch.Tensor) -> tuple[object, ...]:
-    """The positional arguments of logprobs_binding.h."""
+    """Return the positional arguments of logprobs_binding.h."""
     beta, settings = inputs.beta, inputs.settings
     return (
         _model(inputs.policy, settings.policy),

@@ -29,7 +29,7 @@ DTYPES = (*FLOATS, torch.float64)
 
 
 class Logprobs(NamedTuple):
-    """Float32 (float64 for float64 logits), None where not asked for, 0 at targets that are not scored.
+    """Float32 (float64 for float64 logits), None where not requested, 0 at targets that are not scored.
 
     Args:
         policy (as targets): log-probability of the token under the policy.
@@ -178,7 +178,7 @@ _backward_in_place = torch_op.define(
 
 
 class _Logprobs(torch.autograd.Function):
-    """The operator with its gradient in `inputs.policy`, the one argument that autograd sees."""
+    """The operator with its gradient with respect to `inputs.policy`, its only differentiable argument."""
 
     @staticmethod
     def forward(ctx: Any, policy: torch.Tensor, inputs: LogprobsInputs, overwrite: bool) -> Any:
@@ -214,7 +214,7 @@ def logprobs(
 ) -> Logprobs:
     """Score `targets` under the policy and, where its logits are given, under the reference.
 
-    Everything is of softmax(logits / temperature) and differentiable in the policy's logits. Shift the targets, not the
+    Outputs are of softmax(logits / temperature) and differentiable in the policy's logits. Shift the targets, not the
     logits: `logits[:, :-1]` would be copied. On a GPU a target outside [0, V) gives NaN in its row; on a CPU it raises.
 
     Args:
@@ -245,8 +245,8 @@ def logprobs(
     rows, reference = _rows(policy_logits), None if reference_logits is None else _rows(reference_logits)
     if overwrite_logits:
         _check_may_be_overwritten(op, policy_logits)
-        overwrite_logits = rows_apart(rows)  # others keep their logits
-        if not torch.compiler.is_compiling():  # which knows no addresses; backward looks too
+        overwrite_logits = rows_apart(rows)  # rows that share memory are not overwritten
+        if not torch.compiler.is_compiling():  # which has no addresses; backward checks too
             _check_not_the_reference(op, rows, reference)
     extras = Extra.ENTROPY * entropy | Extra.KL * kl | Extra.MIXTURE * (beta is not None)
     inputs = LogprobsInputs(
@@ -304,7 +304,7 @@ def rows_apart(rows: torch.Tensor) -> bool:
 
 
 def _check_not_the_reference(op: str, policy: torch.Tensor, reference: torch.Tensor | None) -> None:
-    """Refuse shared memory: a row of the reference that a gradient was written over would give a wrong gradient."""
+    """Refuse shared memory: a row of the reference overwritten by a gradient would make the next ones wrong."""
     if reference is not None and overlap(policy, reference):
         raise ValueError(
             f"{op}: overwrite_logits: expected reference logits in memory of their own; got some that share it with "
@@ -321,7 +321,7 @@ def _check_may_be_overwritten(op: str, logits: torch.Tensor) -> None:
 
 
 def check_targets(op: str, targets: torch.Tensor, vocabulary: int) -> None:
-    """Check on the CPU, where reading values waits for nothing; inside the operator, so in compiled graphs too."""
+    """Check on the CPU, where reading values needs no synchronisation; in the operator, so also when compiled."""
     if targets.device.type == "cpu" and targets.numel():
         wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= vocabulary)
         if bool(wrong.any()):

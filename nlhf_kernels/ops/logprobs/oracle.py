@@ -83,19 +83,19 @@ def logprobs_backward(inputs: LogprobsBackwardInputs, out: torch.Tensor) -> None
 
 
 def transformed(logits: torch.Tensor, transform: Transform) -> torch.Tensor:
-    """What the model makes of its head's products (equation 1)."""
+    """Apply the model's scale and softcap to its head's products (equation 1)."""
     logits = logits if transform.scale == 1 else logits * transform.scale
     return logits if transform.softcap == 0 else torch.tanh(logits / transform.softcap) * transform.softcap
 
 
 def slope(scores: torch.Tensor, transform: Transform) -> torch.Tensor:
-    """The derivative of `transformed`, from its result."""
+    """Return the derivative of `transformed`, from its result."""
     saturation = 0 if transform.softcap == 0 else (scores / transform.softcap) ** 2
     return torch.full_like(scores, transform.scale) * (1 - saturation)
 
 
 def mixed(scores: torch.Tensor, reference_scores: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
-    """(1 - beta) u + beta v; an end of the interval must not touch the other side: 0 * -inf is NaN."""
+    """Return (1 - beta) u + beta v; a term of weight 0 is left out, since 0 * -inf is NaN."""
     weight = _column(beta)
     both = (1 - weight) * scores + weight * reference_scores
     return torch.where(weight == 0, scores, torch.where(weight == 1, reference_scores, both))
@@ -107,7 +107,7 @@ def _column(beta: torch.Tensor | None) -> torch.Tensor:
 
 
 def _log_softmax(scores: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log_softmax(scores / temperature), the largest score, the logarithm of the sum relative to it."""
+    """Return log_softmax(scores / temperature), the largest score, the logarithm of the sum relative to it."""
     top = scores.amax(dim=1)
     shifted = (scores - top.unsqueeze(1)) / temperature
     log_sum = torch.logsumexp(shifted, dim=1)
@@ -121,11 +121,11 @@ def _from_normalizers(scores: torch.Tensor, normalizers: torch.Tensor, temperatu
 
 
 def _expectation(log_p: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    """sum_i p_i of_i; a token of probability 0 counts nothing, whatever `of` says there."""
+    """Return sum_i p_i of_i; a token of probability 0 contributes 0, whatever its `of`."""
     p = log_p.exp()
     return torch.where(p == 0, 0, p * of).sum(dim=1)
 
 
 def _scaled(factor: torch.Tensor, p: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-    """factor * p * of, and 0 where the factor or the probability is."""
+    """Return factor * p * of; 0 where factor or p is 0."""
     return torch.where((factor == 0) | (p == 0), 0, factor * p * of)

@@ -1,10 +1,11 @@
 """logprobs in Triton: forward reads each row once, with one program; backward is elementwise over chunks of rows.
 
-Equation numbers are those of README.md. Forward splits a row among lanes; each keeps its own maximum and the sums
-relative to it, and they are combined when the row has been read: no tile waits for another thread. A tile is (DEPTH,
-LANES) elements with a lane's DEPTH in one thread, so that sums move to a new maximum once in DEPTH elements. Maxima
-begin at the lowest finite number: -inf minus that is -inf, where -inf minus -inf would be NaN. Multiply-add fusion is
-off: a score must round the same as a term of the sums, as the target's and in backward. `tl.fma` stands where it may.
+Equation numbers are those of README.md. Forward distributes a row over lanes. Each lane keeps its own maximum and the
+sums relative to it; lanes are reduced once, after the last tile, so that no tile synchronises threads. A tile is
+(DEPTH, LANES) elements, a lane's DEPTH in one thread: sums are rescaled to a new maximum once in DEPTH elements.
+Maxima start at the lowest finite number: -inf minus that is -inf, where -inf minus -inf would be NaN. Multiply-add
+fusion is off: a score must round alike as a term of the sums, as the target's score and in backward. `tl.fma` is used
+where rounding may differ.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ LOG2_E = 1.4426950408889634
 _IGNORED, _ELSEWHERE = tl.constexpr(IGNORED), tl.constexpr(ELSEWHERE)
 _OUTPUTS, _NORMALIZERS = tl.constexpr(len(Output)), tl.constexpr(len(Normalizer))
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
-#: The furthest a maximum is taken to rise: times a lane's sum it stays finite, and its exponential is 0 all the same.
+#: Lower bound of (old maximum - new maximum): its product with a lane's sum is finite, its exponential is still 0.
 _FAR = tl.constexpr(-1e35)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
-_TILE = 4096  # of forward; 16 elements a thread and model: few registers, hence warps enough to wait for memory
-_CHUNK = 8192  # of backward, 32 elements a thread; half of it where an element takes more
+_TILE = 4096  # of forward; 16 elements per thread and model: few registers, hence enough warps to hide memory latency
+_CHUNK = 8192  # of backward, 32 elements per thread; half of it where an element takes more work
 _ELEMENTS_PER_WARP = 512  # up to 8 warps
-#: Limits for ptxas with which nothing spills: 80, three blocks a multiprocessor, where a thread's work is light.
-#: Without one it saves registers by issuing a load just before its use, and a thread then waits for each in turn.
+#: Register limits without spills; 80, three blocks per multiprocessor, where an element takes little work. Without a
+#: limit ptxas saves registers by issuing each load just before its use, which serialises the loads' latencies.
 _MAX_REGISTERS, _MAX_REGISTERS_LIGHT = 168, 80
 
 
 class Plan(NamedTuple):
-    elements: int  # a program takes at a time, a power of two
+    elements: int  # per program and iteration, a power of two
     warps: int
 
 
@@ -63,7 +64,7 @@ _TUNABLE = tuning.Tunable("logprobs", "triton", Plan, _candidates)
 
 
 def _plan(policy: torch.Tensor, reference: torch.Tensor, default: int, settings: Settings, variant: str) -> Plan:
-    """Choose a program's elements and warps: by everything but the number of rows."""
+    """Choose a program's elements and warps, independently of the number of rows."""
     vocabulary = policy.shape[1]
     elements = min(default, max(64, triton.next_power_of_2(vocabulary)))
     workload = tuning.make_workload(0, (vocabulary,), (policy, reference), f"{variant} {settings.extras}")
@@ -73,13 +74,13 @@ def _plan(policy: torch.Tensor, reference: torch.Tensor, default: int, settings:
 
 @triton.jit
 def _load(logits, column, inside):
-    """Each logit is read once: it need not stay in the cache."""
+    """Load logits, -inf outside. Each is read once and need not stay in the cache."""
     return tl.load(logits + column, mask=inside, other=float("-inf"), eviction_policy="evict_first")
 
 
 @triton.jit
 def _transformed(x, scale, softcap, FORM: tl.constexpr):
-    """Equation 1, in float32. FORM as in `_form`."""
+    """Apply equation 1 in float32. FORM as in `_form`."""
     x = x.to(tl.float32)
     if FORM & 1:
         x = x * scale
@@ -92,7 +93,7 @@ def _transformed(x, scale, softcap, FORM: tl.constexpr):
 
 @triton.jit
 def _scores(x, inside, scale, softcap, FORM: tl.constexpr):
-    """What _load gave, transformed; beyond the vocabulary -inf again."""
+    """Transform the logits of `_load`; keep -inf beyond the vocabulary."""
     x = _transformed(x, scale, softcap, FORM)
     if FORM:
         x = tl.where(inside, x, float("-inf"))
@@ -111,26 +112,26 @@ def _mixed(u, v, b):
 
 @triton.jit
 def _exp(difference, to_log2):
-    """exp(difference / temperature). The difference of two scores is exact under a large common offset."""
+    """Return exp(difference / temperature). The difference of two scores is exact under a large common offset."""
     return tl.exp2(difference * to_log2)
 
 
 @triton.jit
 def _raised(top, new_top, to_log2):
-    """How far a maximum rises (<= 0), and the factor from sums relative to the old one to sums relative to the new."""
+    """Return top - new_top (<= 0), and the factor that rescales sums from the old maximum to the new."""
     rise = tl.maximum(top - new_top, _FAR)
     return rise, _exp(rise, to_log2)
 
 
 @triton.jit
 def _moved(moment, total, rise, factor):
-    """sum e (x - top) after the maximum rose; `total` is sum e. An infinite moment of no weight is nothing."""
+    """Rescale sum e (x - top) to the new maximum; `total` is sum e. With factor 0 an infinite moment gives 0."""
     return tl.where(factor == 0, 0.0, factor * tl.fma(total, rise, moment))
 
 
 @triton.jit
 def _accumulated(x, top, total, to_log2):
-    """A tile x (DEPTH, LANES) more: the new maximum and sum per lane; the rise, the factor; x - top, its exp."""
+    """Add a tile x (DEPTH, LANES). Return each lane's maximum, sum, rise and factor; x - maximum; its exp."""
     new_top = tl.maximum(top, tl.max(x, axis=0))
     rise, factor = _raised(top, new_top, to_log2)
     difference = x - new_top[None, :]
@@ -140,7 +141,7 @@ def _accumulated(x, top, total, to_log2):
 
 @triton.jit
 def _reduced(top, total, to_log2):
-    """Over lanes: the row's maximum and sum; per lane the rise and the factor."""
+    """Reduce over lanes. Return the row's maximum and sum, and each lane's rise and factor."""
     new_top = tl.max(top, axis=0)
     rise, factor = _raised(top, new_top, to_log2)
     return new_top, tl.sum(total * factor, axis=0), rise, factor
@@ -175,7 +176,7 @@ def logprobs_kernel(
         b = tl.load(beta + row * beta_stride)
 
     depth, lane = tl.arange(0, DEPTH)[:, None], tl.arange(0, LANES)[None, :]
-    # A lane's elements fill a load of 16 bytes; unaligned, where loads are of one element, neighbours go to neighbours.
+    # Aligned, a lane's elements are one load of 16 bytes; unaligned, loads of one element coalesce over lanes.
     column = lane * DEPTH + depth if ALIGNED else depth * LANES + lane
     u_top = tl.full((LANES,), _LOWEST, tl.float32)
     v_top, y_top = u_top, u_top
@@ -184,7 +185,7 @@ def logprobs_kernel(
     u_moment, ratio = u_sum, u_sum  # sum e (u - top), sum e ((u - top) - (v - top)) with e = exp(u - top)
     for start in range(0, vocabulary, DEPTH * LANES):
         inside = column < vocabulary - start
-        u = _load(policy + start, column, inside)  # both models' loads stand before the first use: under way together
+        u = _load(policy + start, column, inside)  # both models' loads precede the first use: their latencies overlap
         if HAS_REFERENCE:
             v = _load(reference + start, column, inside)
         u = _scores(u, inside, policy_scale, policy_softcap, POLICY_FORM)
@@ -243,14 +244,14 @@ def logprobs_kernel(
 
 @triton.jit
 def _log2_probability(scores, normalizers, rows, to_log2):
-    """log2 of softmax(scores / temperature), from the maximum and the logarithm of the sum."""
+    """Return log2 of softmax(scores / temperature), from the maximum and the logarithm of the sum."""
     log_sum = tl.load(normalizers + rows) * 1.4426950408889634
     return tl.fma(scores - tl.load(normalizers), to_log2, -log_sum)
 
 
 @triton.jit
 def _scaled(factor, p, of):
-    """factor * p * of, and 0 where the factor or the probability is."""
+    """Return factor * p * of; 0 where factor * p is 0."""
     share = factor * p
     return tl.where(share == 0, 0.0, share * of)
 
@@ -287,7 +288,7 @@ def logprobs_backward_kernel(
         v = _load(reference + row * reference_stride + start, lane, inside)
         v = _transformed(v, reference_scale, reference_softcap, REFERENCE_FORM)
     u = _transformed(u, policy_scale, policy_softcap, POLICY_FORM)
-    unit = 1 / temperature  # what all elements of a gradient share goes to the row's few factors
+    unit = 1 / temperature  # factors common to a row's gradient are applied to its upstream values
     if POLICY_FORM & 1:
         unit *= policy_scale
     scored = (target >= 0) & (target < vocabulary) | (target == _ELSEWHERE)
@@ -320,18 +321,18 @@ def logprobs_backward_kernel(
 
 
 def _form(transform: Transform) -> int:
-    """What of equation 1 is there to do: 1 for the scale, 2 for the softcap."""
+    """Return which steps of equation 1 are needed, as flags: 1 the scale, 2 the softcap."""
     return (transform.scale != 1) * 1 | (transform.softcap != 0) * 2
 
 
 def _numbers(settings: Settings) -> tuple[float, ...]:
-    """temperature to reference_softcap, as the kernels take them."""
+    """Return the kernels' arguments from temperature to reference_softcap."""
     to_log2 = min(LOG2_E / settings.temperature, 3e38)  # finite in float32: infinity times 0 is NaN
     return settings.temperature, to_log2, *settings.policy, *settings.reference
 
 
 def _light(settings: Settings) -> bool:
-    """Whether an element takes little work: no mixture, no transform."""
+    """Return whether an element takes little work: no mixture, no transform."""
     return not (settings.computes(Extra.MIXTURE) or _form(settings.policy) or _form(settings.reference))
 
 
@@ -355,7 +356,7 @@ def logprobs(inputs: LogprobsInputs) -> tuple[torch.Tensor, torch.Tensor]:  # va
     rows, vocabulary = policy.shape
     if not rows:
         return values, normalizers
-    other = policy if reference is None else reference  # what is absent is not read
+    other = policy if reference is None else reference  # a placeholder that is not read
     models = (policy, other)
     depth = 16 // min(model.element_size() for model in models)
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 for x in models) and vocabulary % 16 == 0

@@ -15,7 +15,7 @@ _OPPONENTS = ("policy", "mixture", "fixed")  # enum class Opponent of mirror_des
 
 
 def _arguments(inputs: MirrorDescentInputs, out: torch.Tensor) -> tuple[int | bool, ...]:
-    """The positional arguments that both bindings of mirror_descent share."""
+    """Return the positional arguments that both bindings of mirror_descent share."""
     log_policy, preference, log_reference, tau, step_sizes, opponent, log_opponent, _ = inputs
     games, actions = log_policy.shape
     return (
@@ -42,7 +42,7 @@ def mirror_descent_cpu(inputs: MirrorDescentInputs) -> torch.Tensor:
 
 
 class Plan(NamedTuple):
-    parts: int  # blocks a game; beyond 1 every iteration is a launch of its own
+    parts: int  # blocks per game; with more than 1 every iteration is a separate launch
     threads: int  # of a block, for games of more than 128 actions or several parts
 
 

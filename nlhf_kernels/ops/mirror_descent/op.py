@@ -20,7 +20,7 @@ from ...core.registry import Backend, Op, register
 
 _HERE = "nlhf_kernels.ops.mirror_descent"
 OPPONENTS = ("mixture", "policy")
-_FIXED = "fixed"  # in the operator's words: the opponent is log_opponent, the same in every step
+_FIXED = "fixed"  # the operator's name for log_opponent as the opponent in every step
 
 
 class MirrorDescentInputs(NamedTuple):
@@ -126,22 +126,22 @@ def mirror_descent(
     opponent: str | torch.Tensor = "mixture",
     backend: str | None = None,
 ) -> torch.Tensor:  # (G, A)
-    """Play K steps of mirror descent in G preference games of A actions; return the last log-policies.
+    """Run K steps of mirror descent in G preference games of A actions; return the last log-policies.
 
-    One step of size eta moves the policy towards the reference and then along its chances of winning:
+    One step of size eta moves the policy towards the reference and then along its win probabilities:
 
         log pi <- (1 - eta tau) log pi + eta tau log mu + eta P(. > opponent) + const
 
     Not differentiable; gradients are not recorded.
 
     Args:
-        log_policy ((G, A) float32 or float64): where to start; unnormalised is fine.
+        log_policy ((G, A) float32 or float64): the initial policy; need not be normalised.
         preference ((G, A, A)): [g, a, b] is P(a > b).
         log_reference ((G, A)): log mu.
         tau (number or (G,)): strength of the regularisation.
         step_sizes ((K,)): eta of every step.
         opponent (str or (G, A)): "mixture" is the policy's geometric mixture with the reference (Nash-MD), "policy" the
-            policy itself (online mirror descent), a tensor the log-probabilities that are played in every step.
+            policy itself (online mirror descent), a tensor the log-probabilities of the opponent in every step.
         backend: see `use_backend`; None leaves the choice to it.
     """
     op = OP.name

@@ -9,7 +9,7 @@ import triton.language as tl
 from ...core.native import on_device
 from .op import MirrorDescentInputs
 
-_MATRIX_BYTES_PER_THREAD = 256  # 64 registers: the largest matrix served, 64 KiB, takes 8 warps and spills nothing
+_MATRIX_BYTES_PER_THREAD = 256  # 64 registers: the largest supported matrix, 64 KiB, takes 8 warps without spills
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def mirror_descent_kernel(
     for k in range(iterations):
         step = tl.load(step_sizes + k)
         b = step * game_tau
-        # An end of the interval must not touch the other side: 0 * -inf is NaN.
+        # At b = 0 or b = 1 the term of weight 0 is left out: 0 * -inf is NaN.
         own = tl.where(b == 1, tl.where(inside, 0.0, float("-inf")), (1 - b) * log_pi)
         pulled = tl.where(b == 0, 0.0, b * log_mu)
         mixture = tl.where(inside, own + pulled, float("-inf"))
@@ -57,7 +57,7 @@ def mirror_descent_kernel(
         top = tl.max(played, axis=0)
         weights = tl.exp(played - top)
         rival = weights / tl.sum(weights, axis=0)
-        # Without `- top` a constant builds up over the steps, towards 1 / (2 tau), and costs float32 its last digits.
+        # Without `- top` a constant accumulates, towards 1 / (2 tau), and float32 loses the last digits.
         log_pi = (mixture - top) + step * tl.sum(wins * rival[None, :], axis=1)
     tl.store(out + game * actions + action, _log_softmax(log_pi), mask=inside)
 

@@ -1,4 +1,4 @@
-"""What the backends of mixture_sample agree on: inputs, and how the result is allocated."""
+"""What the backends of mixture_sample share: inputs, and how the result is allocated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class MixtureSampleInputs(NamedTuple):
     settings: torch.Tensor  # (R or 1, 4 + models) float32, see `mixture_settings`
     filtered: bool  # whether any row has a filter
     bias: torch.Tensor | None  # (V,) or (R, V) float32
-    uniforms: torch.Tensor | None  # (R,) float64; without them the next three decide
+    uniforms: torch.Tensor | None  # (R,) float64; None: drawn from the next three
     seed: torch.Tensor | None  # () or (R,) int64
     row_ids: torch.Tensor | None  # (R,) int64
     step: torch.Tensor | None  # () or (R,) int64

@@ -19,7 +19,7 @@ Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, logprobs, ok
 
 
 def binding_arguments(inputs: MixtureSampleInputs, sample: Sample) -> tuple[object, ...]:
-    """The positional arguments of mixture_sample_binding.h."""
+    """Return the positional arguments of mixture_sample_binding.h."""
     logits, settings, filtered, bias, uniforms, seed, row_ids, step, stream, logprob_mask, _ = inputs
     tokens, logprobs, ok = sample
     rows, vocabulary = logits[0].shape
@@ -54,7 +54,7 @@ def mixture_sample_cpu(inputs: MixtureSampleInputs) -> Sample:
 
 class Plan(NamedTuple):
     tile_steps: int  # of 512 elements, 1 to 4
-    part_tiles: int  # tiles a block
+    part_tiles: int  # tiles per block
 
 
 def _candidates(default: Plan) -> Iterator[Plan]:
@@ -68,7 +68,7 @@ _TUNABLE = tuning.Tunable("mixture_sample", "cuda", Plan, _candidates)
 
 @lru_cache(maxsize=4096)
 def _default_plan(device: torch.device, rows: int, vocabulary: int) -> Plan:
-    """The plan of the current device's kernels; `device` tells devices apart."""
+    """Return the plan of the current device's kernels; `device` is part of the cache key."""
     return Plan(*capabilities.native("_cuda").mixture_sample_plan(rows, vocabulary))
 
 

@@ -32,13 +32,13 @@ Integer = int | torch.Tensor  # () or (R,) int64
 
 
 class MixtureSample(NamedTuple):
-    """A token per row; log-probabilities are None where they were not asked for.
+    """A token per row; log-probabilities are None where not requested.
 
     Args:
         tokens ((R,) int64): the sample.
         policy_logprob ((R,) float32): at temperature 1, unfiltered.
         reference_logprob ((R,) float32): likewise.
-        mixture_logprob ((R,) float32): under what was sampled from, after temperature and filters.
+        mixture_logprob ((R,) float32): under the sampled distribution, after temperature and filters.
         ok ((R,) bool): False where the row's logits are no distribution; its token is 0.
     """
 
@@ -50,12 +50,12 @@ class MixtureSample(NamedTuple):
 
 
 class LogLinearSample(NamedTuple):
-    """A token per row; log-probabilities are None where they were not asked for.
+    """A token per row; log-probabilities are None where not requested.
 
     Args:
         tokens ((R,) int64): the sample.
         logprobs (of (R,) float32): one per model, at temperature 1, unfiltered.
-        mixture_logprob ((R,) float32): under what was sampled from, after temperature and filters.
+        mixture_logprob ((R,) float32): under the sampled distribution, after temperature and filters.
         ok ((R,) bool): False where the row's logits are no distribution; its token is 0.
     """
 
@@ -103,7 +103,7 @@ def _describe(
 #:  16 x 128256 bf16   22.9  16.5    69   74         24 x  49155 bf16  32.7 16.4     93   81  (rows not aligned)
 #:  64 x 128256 bf16   33.7  28.0    89  169         64 x 262144 bf16  47.8 43.2    120  307
 #:  64 x 151936 fp32   46.7  37.3   121  238         32 x 151936 bf16  28.0 21.8     77  119
-#: The number of rows does not decide, although triton wins with filters where there is one: a row's token must not
+#: The choice ignores the number of rows, although triton is faster with filters for one row: a row's token must not
 #: depend on the batch, and two backends may round differently.
 _MEASURED = "medians of captured graphs on one H200, torch 2.11, triton 3.6, 2026-11-26, kernels of 765053e"
 
@@ -199,16 +199,16 @@ def mixture_sample(
         policy_logits ((R, V) float32, bfloat16 or float16): z_policy; rows may lie further apart than V.
         reference_logits ((R, V), its dtype its own): z_reference; None samples from the policy alone.
         beta (number or (R,)): weight of the reference; needed with reference_logits, unless `settings` are given. 0
-            never looks at the reference's values, 1 never at the policy's; outside [0, 1] it is contrastive decoding.
+            never reads the reference's values, 1 never the policy's; outside [0, 1] it is contrastive decoding.
         temperature (number or (R,)): 0 takes the likeliest token.
         top_k (number or (R,)): 0 keeps all tokens.
         top_p (number or (R,)): 1 keeps all tokens.
         min_p (number or (R,)): 0 keeps all tokens.
         settings: beta, temperature and filters, packed once by `mixture_settings([1 - beta, beta], ...)`.
         seed (number, () or (R,) int64): of all rows, or of each.
-        row_ids ((R,) int64): what tells the rows apart.
+        row_ids ((R,) int64): identifies the rows.
         step (number, () or (R,) int64): the decoding step.
-        stream: tells independent draws for one row apart, 0 to 255.
+        stream: distinguishes independent draws for one row, 0 to 255.
         uniforms ((R,) float64 in [0, 1]): instead of seed, row_ids and step.
         bias ((V,) or (R, V) float32): added before the temperature; -inf forbids a token.
         vocab_size: columns that count; those beyond it, of padded heads, are left out of everything.
@@ -263,7 +263,7 @@ def log_linear_sample(
     Args:
         logits (of (R, V) float32, bfloat16 or float16): z_m of one to four models, each of its own dtype.
         weights (numbers or (R,)): one per model, of any sum; needed unless `settings` are given. A model of weight 0 is
-            not looked at.
+            not read.
         temperature, top_k, top_p, min_p (number or (R,)): as for `mixture_sample`.
         settings: weights, temperature and filters packed once by `mixture_settings`, instead of them.
         seed, row_ids, step, stream, uniforms: what the draw is a function of, as for `mixture_sample`.
@@ -292,7 +292,7 @@ def log_linear_sample(
 
 
 def _logprob_mask(op: str, names: Sequence[int | str], logprobs: Sequence[int | str] | None) -> int:
-    """Bit i: the log-probability of names[i]."""
+    """Return the mask whose bit i requests the log-probability of names[i]."""
     if logprobs is None:
         return (1 << len(names)) - 1
     mask = 0
@@ -320,7 +320,7 @@ def _settings(
     top_p: Number,
     min_p: Number,
 ) -> MixtureSettings:
-    """Packed for the rows and the device of `first`, whose own check comes later."""
+    """Pack settings for the rows and the device of `first`, which is checked later."""
     known = isinstance(first, torch.Tensor) and first.ndim > 0
     device, rows = (first.device, first.shape[0]) if known else (torch.device("cpu"), None)
     return mixture_settings(
@@ -342,7 +342,7 @@ def _sample(
     logprob_mask: int,
     backend: str | None,
 ) -> PackedSample:
-    """Check in the caller's words what the operator would name otherwise, lay tensors out as it takes them, sample."""
+    """Check the arguments under the caller's names, bring tensors into the operator's layout, sample."""
     named_logits, bias, part = local_logits(op, named_logits, bias, vocab_size)
     if part is not None:
         vocab_size = None  # the columns beyond are left out already
@@ -379,7 +379,7 @@ def _sample(
 
 
 def _columns(op: str, model: torch.Tensor, vocab_size: int | None) -> torch.Tensor:
-    """The columns that count, as rows of contiguous elements; the rows may lie further apart."""
+    """Return the first `vocab_size` columns with contiguous elements in each row; rows may lie further apart."""
     model = model.detach() if model.requires_grad else model
     if vocab_size is not None:
         check_integer(op, "vocab_size", vocab_size, 1, model.shape[1])

@@ -60,7 +60,7 @@ def mixture_sample(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, torch.Ten
 def mixed_logits(
     logits: Sequence[torch.Tensor], weights: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:  # (R, V)
-    """sum_m w_m z_m + bias. A model of weight 0 is not touched: 0 * -inf is NaN."""
+    """Return sum_m w_m z_m + bias. A model of weight 0 is left out: 0 * -inf is NaN."""
     double = any(model.dtype == torch.float64 for model in logits)
     dtype = torch.float64 if double else torch.float32
     weights = weights.to(dtype)
@@ -72,7 +72,7 @@ def mixed_logits(
 
 
 def support(scaled: torch.Tensor, settings: torch.Tensor) -> torch.Tensor:  # (R, V) bool
-    """What the filters keep, in transformers' order: top-k, then top-p of what is left, then min-p. (3)-(5)
+    """Return what the filters keep, in transformers' order: top-k, then top-p of what is left, then min-p. (3)-(5)
 
     Each is a threshold; values equal to the threshold are all kept, so no filter depends on the order of ties.
     """

@@ -38,7 +38,7 @@ def mixture_settings(
 ) -> MixtureSettings:
     """Check and pack the settings of `mixture_sample` and `log_linear_sample`.
 
-    Values inside tensors are not looked at: that would stop the GPU. Tensors for the filters count as filtering.
+    Values inside tensors are not checked: reading them would wait for the GPU. Tensors for filters count as filtering.
 
     Args:
         weights (numbers or (R,)): one per model: (1 - beta, beta) for the policy and the reference of Nash-MD.
@@ -69,7 +69,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.in
 
 
 def has_filter(top_k: Number, top_p: Number, min_p: Number) -> bool:
-    """Return whether any of the three filters; a tensor counts as filtering, its values are not looked at."""
+    """Return whether any of the three filters; a tensor counts as filtering, its values are not read."""
     return any(isinstance(value, torch.Tensor) or value != off for value, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
 
 
@@ -88,7 +88,7 @@ def _check_value(op: str, name: str, value: object) -> None:
 
 
 def _pack_columns(columns: Sequence[Number], rows: int, device: torch.device) -> torch.Tensor:
-    """(rows, columns), without a copy from the host: a number becomes a column by filling."""
+    """Pack (rows, columns) without a copy from the host: a number fills its column."""
     packed = torch.empty((rows, len(columns)), dtype=torch.float32, device=device)
     for index, column in enumerate(columns):
         if isinstance(column, torch.Tensor):
@@ -104,8 +104,8 @@ def _pack_cached(numbers: tuple[float, ...], device: torch.device, stream: int) 
 
 
 def _pack_numbers(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Pack, or return what an earlier call packed on this stream: another could read before this one has written.
-    Never cached while a graph is recorded: the graph owns that memory."""
+    """Return the packed numbers, cached per stream: another stream could read them before they are written.
+    Nothing is cached during a graph capture: the graph owns that memory."""
     if torch.compiler.is_compiling():
         return _pack_columns(numbers, 1, device)
     if device.type != "cuda":

@@ -1,7 +1,7 @@
-"""A draw from logits that several processes share: each holds its slice of the vocabulary and never sees the others'.
+"""Sample from logits that several processes share: each holds a slice of the vocabulary and reads no other.
 
-In three parts with a collective between them (README.md, "Slices of the vocabulary"): `sums` of each slice, the token
-that each slice proposes (`candidates`), and the `sample` of the slice in which the row's uniform falls.
+Three steps with a collective between them (README.md, "Slices of the vocabulary"): the `sums` of each slice, one
+candidate token per slice (`candidates`), and the choice of the slice in which the row's uniform falls (`sample`).
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ class SliceOfDraw:
         return result
 
     def candidates(self, sums: torch.Tensor) -> torch.Tensor:  # (S, 2 + models, R) -> (2 + models, R) float64
-        """The token of this slice that is the row's, should the slice be; its z; its logit of each model."""
+        """Return this slice's candidate token for each row, its z, and its logit under each model."""
         rows = len(self.uniforms)
         if not self.inputs.logits[0].shape[1]:
             return torch.zeros(2 + len(self.inputs.logits), rows, dtype=torch.float64, device=self.uniforms.device)
         shares = _shares(sums)
         before, share = shares[: self.part.rank].sum(0), shares[self.part.rank]
-        inside = (self.uniforms * shares.sum(0) - before) / share  # what is left of the uniform, as one of this slice
+        inside = (self.uniforms * shares.sum(0) - before) / share  # the uniform, rescaled to this slice
         tokens = self.draw(inside.nan_to_num(0.0, 0.0, 0.0).clamp(0, _LARGEST))
         at = tokens[:, None]
         of_token = [model.gather(1, at) for model in self.inputs.logits]
@@ -106,7 +106,7 @@ class SliceOfDraw:
         return torch.stack([part.double() for part in parts])
 
     def sample(self, sums: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The slice's proposal in which the uniform falls. All processes find the same, from the same numbers."""
+        """Return the candidate of the slice in which the uniform falls: equal inputs, so equal in all processes."""
         shares, tops = _shares(sums), sums[:, _TOP]
         cumulative = shares.cumsum(0)
         total, top = cumulative[-1], tops.amax(0)
@@ -133,13 +133,13 @@ class SliceOfDraw:
         return torch.where(ok, tokens, 0).long(), logprobs.float(), ~broken
 
     def _scaled(self, logits: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
-        """z of equation 1."""
+        """Return z of equation 1."""
         temperature = self.inputs.settings[:, TEMPERATURE, None]
         mixed = mixed_logits(logits, self.inputs.settings[:, WEIGHTS:], bias)
         return mixed / torch.where(temperature <= 0, 1, temperature)
 
 
 def _shares(sums: torch.Tensor) -> torch.Tensor:  # (S, 2 + models, R) -> (S, R)
-    """Each slice's mass, relative to the largest z of all."""
+    """Return each slice's mass, relative to the largest z of all slices."""
     tops, totals = sums[:, _TOP], sums[:, _TOTAL]
     return torch.where(tops == -torch.inf, 0, totals * torch.exp(tops - tops.amax(0)))

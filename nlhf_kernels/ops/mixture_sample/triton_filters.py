@@ -1,16 +1,16 @@
 # mypy: ignore-errors
-"""The filters of mixture_sample in Triton: one threshold a row, below which y is left out. (3)-(5) of README.md.
+"""The filters of mixture_sample in Triton: one threshold per row; smaller y are masked out. (3)-(5) of README.md.
 
 Top-k asks for the largest x with  #{y >= x} >= k,  top-p for the largest x with  mass{y >= x} >= p mass{y >= top-k's x}
-(strictly larger values then have less than p: the same set). Both functions fall in x, so a search finds x:
+(strictly larger values then have less than p: the same set). Both functions decrease in x, so x is found by search:
 
-    count    a program per chunk of a row: count and mass at or above each of eight pivots, whose sums over the row say
-             between which two x lies; done twice, the second time with pivots between these two
-    gather   a program per chunk: the values between the last two, packed one after the other
-    search   a program per row: the 2^32 bit patterns of a float, in the float's order, split in sixteen in every pass
+    count    a program per chunk of a row: count and mass at or above each of eight pivots, whose sums over the row
+             bracket x between two pivots; done twice, the second time with pivots inside the bracket
+    gather   a program per chunk: the values inside the last bracket, compacted
+    search   a program per row: the 2^32 bit patterns of a float, in the floats' order, narrowed to a sixteenth per pass
 
-The first pivots are guessed from the tiles' sums. A bad guess costs time, as more values are gathered (all of them at
-worst), and never the result. The search ends after eight passes on any input. Rows without top-k and top-p skip it all.
+The first pivots are guessed from the tiles' sums. A bad guess costs time, as more values are gathered (at worst all),
+and does not change the result. The search ends after eight passes on any input. Rows without top-k and top-p skip it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import triton.language as tl
 from .layout import MixtureSampleInputs
 from .triton_tiles import A_PROGRAM_PER_ROW, combine_tiles, exp_of, kernel_arguments, load_tile, sum_of, temperature_of
 
-_ROUNDS = tl.constexpr(2)  # of counting: Gaussian logits of any scale leave a tenth to the search, or far less
+_ROUNDS = tl.constexpr(2)  # of counting: of Gaussian logits at any scale a tenth or far less is left to the search
 _PIVOTS = tl.constexpr(8)
 _SPLITS = tl.constexpr(16)
-_COLUMNS = tl.constexpr(8)  # floor, upper, spacing, where upper's counts lie, values within, count and mass above, all
+_COLUMNS = tl.constexpr(8)  # floor, upper, spacing, upper's index, values inside, count and mass above, row's mass
 _CHUNK = 4096  # with 4 warps 32 elements a thread: a pivot's reductions cost less than its comparisons
-_MAX_CHUNKS = 256  # what one program sums up; beyond a million tokens the chunks grow instead
+_MAX_CHUNKS = 256  # per row, which one program sums; beyond a million tokens the chunks grow instead
 _BLOCK = 1024  # gathered values by 16 splits: 64 elements a thread with 8 warps
 
 
 @triton.jit
 def _task(tops, sums, settings, row, settings_stride, vocabulary, tiles, SLOTS: tl.constexpr, TILES: tl.constexpr):
-    """A row's task: the row's maximum, top-k's k or 0, top-p's p or 1, the spacing of the first pivots.
+    """Return a row's maximum, top-k's k or 0, top-p's p or 1, and the spacing of the first pivots.
 
-    Greedy rows and those that are no distribution have no task.
+    Greedy rows and rows without a valid distribution have k = 0 and p = 1.
     """
     temperature, to_log2, greedy = temperature_of(settings, row, settings_stride)
     tile = tl.arange(0, TILES)
@@ -47,8 +47,8 @@ def _task(tops, sums, settings, row, settings_stride, vocabulary, tiles, SLOTS: 
     k = tl.where(searched & (k > 0) & (k < vocabulary), k, 0.0)
     p = tl.load(settings + row * settings_stride + 2)
     p = tl.where(searched & (p < 1), p, 1.0)
-    # Tokens lighter than (1 - p) / V of the mass have less than 1 - p together: the nucleus ends above. And the k-th
-    # largest value is no less than the least of the tiles' maxima, if there are k tiles; with fewer, go deeper.
+    # Tokens with less than (1 - p) / V of the mass each have less than 1 - p together: the nucleus ends above them. The
+    # k-th largest value is at least the smallest of the tiles' maxima if there are k tiles; with fewer, guess deeper.
     nucleus = -temperature * tl.log(((1 - p) * total / vocabulary).to(tl.float32))
     deepest = top - tl.min(tl.where(tile_tops > float("-inf"), tile_tops, float("inf")), axis=0)
     depth = tl.where(k > 0, tl.where(k <= tiles, deepest, 4 * deepest), nucleus)
@@ -57,16 +57,16 @@ def _task(tops, sums, settings, row, settings_stride, vocabulary, tiles, SLOTS: 
 
 @triton.jit
 def _pivot(upper, floor, spacing, j):
-    """Falls in j, and ends at the floor."""
+    """Return pivot j. Pivots decrease with j and end at the floor."""
     return tl.where(j == _PIVOTS - 1, floor, tl.maximum(upper - (j + 1.0) * spacing, floor))
 
 
 @triton.jit
 def _narrow(counts, masses, chunks, k, p, count_above, mass_above, whole, CHUNKS: tl.constexpr):
-    """The pivots between which all x asked for lie, low <= x < high; high = -1: the bracket's old upper end stands.
+    """Return the pivots that bracket every requested x, low <= x < high; high = -1 keeps the bracket's upper end.
 
-    From one round's counts and masses, (_PIVOTS, chunks), and what lies at or above the old upper end. Returns also how
-    many values reach `low`, and the count and mass that reach `high`.
+    The inputs are one round's counts and masses, (_PIVOTS, chunks), and the count and mass at or above the old upper
+    end. Also returned: the count at or above `low`, the count and mass at or above `high`, and the row's mass.
     """
     pivot = tl.arange(0, _PIVOTS)
     chunk = tl.arange(0, CHUNKS)
@@ -75,8 +75,8 @@ def _narrow(counts, masses, chunks, k, p, count_above, mass_above, whole, CHUNKS
     count = tl.sum(tl.load(counts + slot, mask=here, other=0), axis=1)
     mass = tl.sum(tl.load(masses + slot, mask=here, other=0.0), axis=1)
     whole = tl.where(whole >= 0, whole, tl.sum(tl.where(pivot == _PIVOTS - 1, mass, 0.0), axis=0))
-    # Top-k's x lies from the first pivot with k values to the pivot above that. So between `least` and `most` is left
-    # to top-p, and its x is bracketed with these; without top-k, all is left.
+    # Top-k's x lies between the first pivot with k values and the pivot above it. So top-k leaves top-p a mass between
+    # `least` and `most`, which bracket top-p's x; without top-k, the whole mass is left.
     low_k = tl.min(tl.where(count >= k, pivot, _PIVOTS - 1), axis=0)
     above_k = tl.where(low_k > 0, tl.sum(tl.where(pivot == low_k - 1, mass, 0.0), axis=0), mass_above)
     most = tl.where(k > 0, tl.sum(tl.where(pivot == low_k, mass, 0.0), axis=0), whole)
@@ -96,11 +96,11 @@ def _narrow(counts, masses, chunks, k, p, count_above, mass_above, whole, CHUNKS
 def _bracket(
     counts, masses, brackets, chunks, row, chunk, top, k, p, spacing, ROUND: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """After ROUND rounds: floor <= x < upper for every x asked for, the next pivots' spacing, and where the counts at
-    floor and upper lie (-1: upper is +inf).
+    """Return the bracket after ROUND rounds: floor <= x < upper for every requested x, the next pivots' spacing, and
+    the indices of the counts at floor and upper (-1: upper is +inf).
 
-    The launch that first computes a bracket writes it down for the next ones: two kernels that add the same numbers in
-    another order may disagree in the last bit, and then on which pivots they mean.
+    The launch that first computes a bracket stores it for later launches: kernels that sum the same numbers in
+    different orders may differ in the last bit, and so choose different pivots.
     """
     floor = tl.minimum(top, float("-inf"))
     upper = tl.maximum(top, float("inf"))
@@ -177,7 +177,7 @@ def count_kernel(
     )  # fmt: skip
     e = exp_of(y, top, to_log2)
     inside = tl.arange(0, CHUNK) < vocabulary - chunk * CHUNK
-    y = tl.where(inside, y, float("nan"))  # reaches no pivot, where -inf would reach -inf
+    y = tl.where(inside, y, float("nan"))  # NaN reaches no pivot; -inf would reach a pivot of -inf
     for j in tl.static_range(_PIVOTS):
         reached = y >= _pivot(tl.minimum(upper, top), floor, spacing, j)
         slot = ((row * _ROUNDS + ROUND) * _PIVOTS + j) * chunks + chunk
@@ -205,7 +205,7 @@ def gather_kernel(
     floor, upper, _, floor_at, upper_at = _bracket(
         counts, masses, brackets, chunks, row, own, top, k, p, spacing, _ROUNDS, CHUNKS
     )
-    # Where this chunk's values go is known from the counts: the order is the vocabulary's in every run.
+    # The chunk's offset follows from the counts: values are gathered in the vocabulary's order in every run.
     chunk = tl.arange(0, CHUNKS)
     of_row = counts + row * _ROUNDS * _PIVOTS * chunks + chunk
     before = tl.load(of_row + floor_at * chunks, mask=chunk < own, other=0)
@@ -223,7 +223,7 @@ def gather_kernel(
 
 @triton.jit
 def _key(y):
-    """A float's bits as an int32 in the float's order (-0 just below 0), and back: the map is its own inverse."""
+    """Map a float to an int32 in the floats' order (-0 just below 0); on the bits the map is its own inverse."""
     bits = y.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -236,7 +236,7 @@ def _value(key):
 
 @triton.jit
 def _reach(values, n, x, top, to_log2, by_mass, BLOCK: tl.constexpr):
-    """For each of x (_SPLITS,): how many of the n gathered values reach it, or their mass. float64 over blocks."""
+    """Return for each of x (_SPLITS,) the count or mass of the n gathered values >= x; float64 over blocks."""
     reached = tl.zeros((_SPLITS,), tl.float64)
     lane = tl.arange(0, BLOCK)
     for first in range(0, n, BLOCK):
@@ -248,10 +248,10 @@ def _reach(values, n, x, top, to_log2, by_mass, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(values, n, low, high, above, target, top, to_log2, by_mass, BLOCK: tl.constexpr):
-    """The largest key in [low, high) at or above which `above` and the gathered values make `target`; else low."""
+    """Return the largest key in [low, high) with `above` plus the gathered values from it on >= `target`; else low."""
     split = tl.arange(0, _SPLITS).to(tl.int64)
     while high - low > 1:
-        keys = low + (((high - low) * split) >> 4)  # the first is `low`; all there are once high - low <= 16
+        keys = low + (((high - low) * split) >> 4)  # the first is `low`; every key once high - low <= 16
         enough = above + _reach(values, n, _value(keys), top, to_log2, by_mass, BLOCK) >= target
         next_high = tl.min(tl.where(enough | (keys == low), high, keys), axis=0)
         low = tl.max(tl.where(enough, keys, low), axis=0)
@@ -261,7 +261,7 @@ def _search(values, n, low, high, above, target, top, to_log2, by_mass, BLOCK: t
 
 @triton.jit
 def _extent(values, n, BLOCK: tl.constexpr):
-    """The least and the largest of the n gathered values."""
+    """Return the least and the largest of the n gathered values."""
     lane = tl.arange(0, BLOCK)
     least = tl.full((BLOCK,), float("inf"), tl.float32)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -278,7 +278,7 @@ def search_kernel(
     settings_stride,
     vocabulary,
     tasks, brackets, gathered,  # as in gather_kernel
-    thresholds,  # (rows,) float32: what is less is left out
+    thresholds,  # (rows,) float32: smaller values are masked out
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -294,7 +294,7 @@ def search_kernel(
         least, largest = _extent(values, n, BLOCK)
         low = _key(least).to(tl.int64)
         end = _key(largest).to(tl.int64) + 1
-        for phase in range(2):  # top-k, then top-p; one body, so that its registers are spent once
+        for phase in range(2):  # top-k, then top-p; one loop body, so that its registers are allocated once
             by_mass = phase == 1
             x = tl.zeros((_SPLITS,), tl.float32) + _value(low)
             counted = tl.where(by_mass & (k > 0), n, 0)
@@ -308,7 +308,7 @@ def search_kernel(
 
 
 def find_thresholds(inputs: MixtureSampleInputs, tops: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """(rows,) float32, from the sums of the unfiltered tiles."""
+    """Return thresholds (rows,) float32, from the sums of the unfiltered tiles."""
     device, rows, vocabulary, tiles = tops.device, inputs.rows, inputs.vocabulary, tops.shape[1]
     arguments = kernel_arguments(inputs)
     width = max(256, min(_CHUNK, triton.next_power_of_2(vocabulary)))

@@ -1,6 +1,6 @@
-"""mixture_sample in Triton: one launch sums every tile of every row, a second chooses a tile and walks it.
+"""mixture_sample in Triton: one launch sums every tile of every row, a second draws a tile and a token in it.
 
-Equation numbers are those of README.md. Filters put a third stage between, see triton_filters.py.
+Equation numbers are those of README.md. Filters add a stage between the two, see triton_filters.py.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .triton_tiles import (
     temperature_of,
 )
 
-#: Elements a program: a row of 151,936 makes 75 programs, and 4 warps of 16 elements a thread and model take two loads
-#: of 16 bytes and few enough registers for several blocks a multiprocessor. The vocabulary alone decides, never the
-#: number of rows: a token must not depend on the batch.
+#: Elements per program: a row of 151,936 has 75 programs. With 4 warps a thread has 16 elements per model, two loads of
+#: 16 bytes, and few enough registers for several blocks per multiprocessor. The tile depends on the vocabulary alone,
+#: never on the number of rows: a token must not depend on the batch.
 _TILE = 2048
-_MAX_TILES = 1024  # what one program combines; beyond 2 million tokens the tiles grow instead
+_MAX_TILES = 1024  # per row, which one program combines; beyond 2 million tokens the tiles grow instead
 
 
 class Plan(NamedTuple):
-    tile: int  # elements a program, a power of two
+    tile: int  # elements per program, a power of two
     warps: int  # of the programs that sum tiles
     draw_warps: int  # of those that choose a token
 
@@ -77,7 +77,7 @@ def tile_sums_kernel(
     if FILTERED:
         threshold = tl.load(thresholds + row)
         if threshold == float("-inf"):
-            return  # the unfiltered sums stand
+            return  # nothing is filtered: keep the sums
     y, m0, m1, m2, m3 = load_tile(
         z0, z1, z2, z3, bias, settings, stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary,
         row, program % tiles * TILE, MODELS, HAS_BIAS, WANTED, TILE,
@@ -98,9 +98,9 @@ def tile_sums_kernel(
 
 @triton.jit
 def _first_beyond(mass, target, N: tl.constexpr):
-    """(2): the first index whose cumulative mass exceeds target; where rounding leaves none, the last with mass.
+    """Return the first index whose cumulative mass exceeds target, (2); if rounding leaves none, the last with mass.
 
-    A parallel scan may step up by a rounding where nothing was added, hence the condition mass > 0.
+    A parallel scan may rise by a rounding error where the mass is 0, hence the condition mass > 0.
     """
     index = tl.arange(0, N)
     first = tl.min(tl.where((tl.cumsum(mass, axis=0) > target) & (mass > 0), index, N), axis=0)
@@ -110,7 +110,7 @@ def _first_beyond(mass, target, N: tl.constexpr):
 
 @triton.jit
 def _logprob(m, picked, tops, sums, slot, here):
-    """log softmax of one model at the token."""
+    """Return one model's log-probability of the token."""
     _, top, _, masses = combine_tiles(tops, sums, slot, here, LOG2_E)
     return tl.sum(tl.where(picked, m, 0.0), axis=0) - top - tl.log(tl.sum(masses, axis=0).to(tl.float32))
 
@@ -196,10 +196,10 @@ def mixture_sample(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, torch.Ten
     tiles = triton.cdiv(vocabulary, width)
     tops = torch.empty((rows, tiles, 1 + models), dtype=torch.float32, device=device)
     sums = torch.empty((rows, tiles, 1 + models), dtype=torch.float64, device=device)
-    model_mask = inputs.logprob_mask & ((1 << models) - 1)  # the mixture's costs nothing more
+    model_mask = inputs.logprob_mask & ((1 << models) - 1)  # the mixture's log-probability needs no further sums
     arguments = kernel_arguments(inputs)
     flags = {**arguments.flags, "TILE": width}
-    thresholds = tops  # unless filtered: not looked at
+    thresholds = tops  # a placeholder that is not read, unless filtered
     with on_device(device):
 
         def sum_tiles(**options: object) -> None:
@@ -223,7 +223,7 @@ def mixture_sample(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, torch.Ten
 
 
 def _draw_arguments(inputs: MixtureSampleInputs) -> tuple[torch.Tensor | int, ...]:
-    """uniforms to step_stride, as the kernel takes them; in place of what is absent a tensor that is not read."""
+    """Return the kernel's arguments from uniforms to step_stride; for absent ones a tensor that is not read."""
     unread = inputs.settings
     seed, row_ids, step = (unread if x is None else x for x in (inputs.seed, inputs.row_ids, inputs.step))
     uniforms = unread if inputs.uniforms is None else inputs.uniforms

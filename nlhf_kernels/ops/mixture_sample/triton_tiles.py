@@ -2,8 +2,8 @@
 """What the Triton kernels of mixture_sample share: a tile of the mixture, its exponentials, a row's (max, sum).
 
 Kernels work on y = sum_m w_m z_m + bias, before the temperature: (y - max y) / t rounds once less than y / t - max.
-A sum must mean the same in the kernel that made it and in the one that walks it again, so y and exp are computed by the
-functions here alone, and every launch switches multiply-add fusion off, which could be placed differently in each.
+The kernel that sums a tile and the one that draws from it must compute bitwise equal values. So y and exp are computed
+by these functions only, and every launch disables multiply-add fusion, which could be placed differently in each.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import triton.language as tl
 from .layout import MixtureSampleInputs
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-#: Launches with one program per row wait for memory, so they get many warps; and their programs are too few to have to
-#: share a multiprocessor, but left to itself ptxas saves registers for that, and spills.
+#: Launches with one program per row are bound by memory latency, so they get many warps. Their programs are too few to
+#: share a multiprocessor, but without a limit ptxas saves registers for that, and spills.
 A_PROGRAM_PER_ROW = {"num_warps": 8, "maxnreg": 168}
-_LANES = tl.constexpr(8)  # elements added in float32, before float64: a head token absorbs 7 others at most
+_LANES = tl.constexpr(8)  # elements summed in float32 before float64: a dominant token absorbs 7 others at most
 
 
 class KernelArguments(NamedTuple):
-    """What every kernel takes of a call's inputs, in the kernels' order."""
+    """The arguments that all kernels share, in the kernels' order."""
 
     tensors: tuple[torch.Tensor, ...]  # four models, of which the absent ones repeat the first; bias; settings
     sizes: tuple[int, ...]  # the row strides of all these; vocabulary
@@ -70,7 +70,7 @@ def load_tile(
     m1 = m0
     m2 = m0
     m3 = m0
-    # All loads stand before the first use of any, so that they are under way together.
+    # All loads precede the first use, so that their latencies overlap.
     if MODELS > 1:
         w1 = tl.load(weights + 1)
         m1 = _load(z1 + row * stride1 + start, lane, length, w1, WANTED & 2)
@@ -105,19 +105,19 @@ def temperature_of(settings, row, settings_stride):
 
 @triton.jit
 def exp_of(y, top, to_log2):
-    """exp((y - top) / temperature). The difference first: under a large common offset it is exact."""
+    """Return exp((y - top) / temperature). The difference first: it is exact under a large common offset."""
     return tl.exp2((y - top) * to_log2)
 
 
 @triton.jit
 def sum_of(e, TILE: tl.constexpr):
-    """float64 sum of e (TILE,)."""
+    """Return the float64 sum of e (TILE,)."""
     return tl.sum(tl.sum(tl.reshape(e, (TILE // _LANES, _LANES)), axis=1).to(tl.float64), axis=0)
 
 
 @triton.jit
 def combine_tiles(tops, sums, slot, here, to_log2):
-    """Combine one row's tiles: their maxima; the row's; the factors from a tile's sum to the row's; the scaled sums.
+    """Return the tiles' maxima, the row's maximum, the factors that rescale tiles' sums to it, and the scaled sums.
 
     A row with +inf or NaN, or -inf everywhere, has sums of NaN.
     """

@@ -1,8 +1,8 @@
-"""linear_nash_pg_loss: the same loss from hidden states and heads, its gradient taken while the logits are at hand.
+"""linear_nash_pg_loss: the same loss from hidden states and heads, its gradient computed while the logits exist.
 
-A token's weight needs its whole sequence. So a chunk holds whole sequences where it can: scored, weighted and turned
-into gradients, its logits are never computed again. A sequence that no chunk can hold is computed twice (README.md,
-section 3). Backward only scales the gradients that forward computed.
+A token's weight depends on its whole sequence. So a chunk holds whole sequences where it can, and its logits are
+computed once, for scores, weights and gradients. The logits of a sequence longer than a chunk are computed twice
+(README.md, section 3). Backward only scales the gradients that forward computed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .sequences import Sequences, check_offset_values, layout_symbols
 from .weights import KL_MODES, surrogate, token_weights
 
 _OP = "linear_nash_pg_loss"
-#: Gradients of logits are made without the normalizer: p * weight / sequences would fall below what float16 can hold.
-#: And in float16 they are scaled by a power of two, so that the largest factor of any p so far is between half of this
-#: and this: small weights do not vanish, large ones do not overflow.
+#: Gradients of logits are computed without the normalizer: p * weight / sequences would underflow in float16. There
+#: they are also scaled by a power of two, so that the largest factor of any p so far is between half of this and this:
+#: small weights do not underflow, large ones do not overflow.
 _FLOAT16_LARGEST = 16.0
 
 
@@ -45,14 +45,14 @@ def whole_sequences(offsets: list[int], rows: int) -> Iterator[tuple[int, int]]:
 
 
 class _Scaling:
-    """The common factor of the gradients summed so far. It shrinks, and they with it, for larger weights later."""
+    """The common factor of the accumulated gradients; larger weights later reduce it and rescale them."""
 
     def __init__(self, compute: torch.dtype, device: torch.device) -> None:
         self.active = compute == torch.float16
         self.factor = torch.ones((), dtype=torch.float32, device=device)
 
     def admit(self, upstream: torch.Tensor, values: torch.Tensor, gradients: Gradients) -> torch.Tensor:  # (5, C)
-        """Return `upstream` of a run of rows, scaled; bring `gradients` of the runs before to the same factor."""
+        """Return `upstream` of a run of rows, scaled; rescale `gradients` of earlier runs to the same factor."""
         if not self.active or not upstream.numel():
             return upstream
         kl = upstream[Output.KL].abs() * (2 * values[Output.KL] + 1)  # bounds p |log p - log q - KL| times upstream
@@ -114,7 +114,7 @@ def _run(inputs: LinearNashInputs, part: VocabularySlice | None = None) -> tuple
 
 
 def _check_operands(inputs: LinearNashInputs, call: Chunked) -> None:
-    """Check those that linear_logprobs has not checked."""
+    """Check the operands that `chunked` has not checked."""
     check_option(_OP, "mode", inputs.mode, KL_MODES)
     device, tokens = call.targets.device, call.scored.total
     check_tensor(_OP, "offsets", inputs.offsets, ("sequences + 1",), INTEGERS, {}, torch.device("cpu"))
@@ -133,7 +133,7 @@ def _score(
     values: torch.Tensor,  # (5, N)
     normalizers: torch.Tensor,  # (6, N)
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Fill in values and normalizers of a run. Return the logits of its chunks; the last are still in `buffer`."""
+    """Fill in a run's values and normalizers. Return its chunks' logits; only the last are still in `buffer`."""
     reference_logprobs = values[Output.REFERENCE, run].clone()
     logits = []
     for rows in chunks:
@@ -181,14 +181,14 @@ _scaled = torch_op.define(
 
 
 def _loss(inputs: LinearNashInputs, part: VocabularySlice | None) -> tuple[torch.Tensor, ...]:
-    """With collectives in it a call is no operator, as in linear_logprobs."""
+    """Call the operator; for a shared head call `_run`, as in linear_logprobs."""
     return _operator(inputs) if part is None else _run(inputs, part)
 
 
 class _LinearNash(torch.autograd.Function):
-    """`_loss`, whose last results are the gradients in hidden states, weight and bias, which autograd sees.
+    """`_loss`, whose last results are the gradients with respect to hidden states, weight and bias.
 
-    They are saved here and not returned: autograd would make zeros of their size in backward for each.
+    They are saved and not returned: for each output autograd would allocate zeros of its size in backward.
     """
 
     @staticmethod
@@ -240,7 +240,7 @@ def linear_nash_pg_loss(
 ) -> NashPGLoss:
     """`nash_pg_loss` of hidden @ weight^T + bias, with memory for a chunk of logits and the gradients only.
 
-    The gradients are computed in the forward pass, for those of hidden states, weight and bias that ask for one, and
+    The gradients are computed in the forward pass, for those of hidden states, weight and bias that need one, and
     scaled in the backward pass. Heads may be DTensors that tensor-parallel processes share, as in `linear_logprobs`.
 
     Args:
@@ -256,7 +256,7 @@ def linear_nash_pg_loss(
         reference_logprobs (as targets): instead of reference_hidden.
         mask (as targets): 0 is not part of the response.
         cu_seqlens ((B + 1,)): offsets of packed sequences, from 0 to N; on the CPU they cost no synchronisation.
-        baseline (number, () or (B,)): what is taken off the preference; None is 1/2.
+        baseline (number, () or (B,)): subtracted from the preference; None is 1/2.
         normalizer (number or ()): what the sum is divided by; None is the number of sequences.
         temperature: of the log-probabilities trained on.
         entropy: asks for the policy's entropy.

@@ -25,7 +25,7 @@ class NashPGLoss(NamedTuple):
         loss (()): to minimise.
         policy_logprobs (as targets): log pi of every token.
         reference_logprobs (as targets): log mu of every token.
-        weights (as targets): what each log pi was multiplied with.
+        weights (as targets): the factor of each log pi.
         kl (as targets): over the vocabulary, with kl="exact"; else None.
         entropy (as targets): of the policy, where asked for; else None.
     """
@@ -73,14 +73,14 @@ def nash_pg_loss(
 ) -> NashPGLoss:
     """Return -sum over sequences and tokens of log pi(y_n) (advantage - tau * price_n), over the normalizer.
 
-    The advantage is given, or a preference is, which stands for P(y > y') - baseline.
+    Pass either the advantage, or a preference, whose advantage is P(y > y') - baseline.
 
     kl says what price_n is: "sequence" the whole sequence's log(pi / mu), as in the paper; "to_go" that of this token
     and later ones; "exact" the exact KL at later tokens, with tau times the exact KL of every token added to the loss;
     all three are unbiased, in this order of variance. "token", the same token's log(pi / mu), is biased and there to
     reproduce runs of TRL up to 1.13.
 
-    With gradient accumulation give every micro-batch the same normalizer, the sequences of the whole batch: the
+    With gradient accumulation pass every micro-batch the same normalizer, the sequences of the whole batch: the
     gradients then add up to that batch's.
 
     Args:
@@ -94,7 +94,7 @@ def nash_pg_loss(
         reference_logprobs (as targets): instead of reference_logits.
         mask (as targets): 0 is not part of the response.
         cu_seqlens ((B + 1,)): offsets of packed sequences, from 0 to N.
-        baseline (number, () or (B,)): what is taken off the preference; None is 1/2.
+        baseline (number, () or (B,)): subtracted from the preference; None is 1/2.
         normalizer (number or ()): what the sum is divided by; None is the number of sequences.
         temperature: of the log-probabilities trained on.
         entropy: asks for the policy's entropy.
@@ -147,7 +147,7 @@ def nash_pg_loss(
 
 
 class Terms(NamedTuple):
-    """The checked arguments beside the models."""
+    """The checked arguments other than the models'."""
 
     layout: Layout
     advantage: torch.Tensor  # (B,) float64; NaN where a preference is outside [0, 1]
@@ -225,8 +225,8 @@ def check_normalizer(op: str, normalizer: Scalar | None, count: int, device: tor
 
 
 def check_probabilities(op: str, name: str, value: torch.Tensor) -> None:
-    """Refuse others on the CPU, where reading them waits for nothing; elsewhere, and in a compiled graph, the caller
-    turns them into NaN."""
+    """Raise for values outside [0, 1] on the CPU, where reading them needs no synchronisation; elsewhere, and in a
+    compiled graph, the caller turns them into NaN."""
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ~((value >= 0) & (value <= 1))
         if bool(wrong.any()):

@@ -1,4 +1,4 @@
-"""The oracle: the Nash-MD policy-gradient loss sequence by sequence, as its equations say (README.md, section 1)."""
+"""The oracle: the Nash-MD policy-gradient loss sequence by sequence, from its equations (README.md, section 1)."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Sequences(NamedTuple):
 
 
 def _between(values: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Sum values[first:last]. What is not finite makes the sums over it NaN and leaves the others alone."""
+    """Sum values[first:last]. A value that is not finite makes the sums over it NaN, and no others."""
     finite = values.isfinite()
     running = _running(torch.where(finite, values, 0))
     broken = _running(~finite)
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
     targets: torch.Tensor  # (N,), -100 where masked
     sequences: int  # B
-    symbols: tuple[str, ...]  # of the shape of what has an entry per token
+    symbols: tuple[str, ...]  # symbolic shape of per-token tensors
     cu_seqlens: torch.Tensor | None  # (B + 1,); None: sequences of equal length
 
     def offsets(self, device: torch.device) -> torch.Tensor:  # (B + 1,) int64

@@ -67,7 +67,7 @@ def preference_loss(
         dpo   -p log sigmoid(tau h) - (1 - p) log sigmoid(-tau h)
 
     A fixed data set and p = 1 are IPO and DPO as published. Online IPO is "ipo" with y, y' drawn from the policy and
-    judged; IPO-MD the same with y, y' drawn from its mixture with the reference: they differ in who samples, not here.
+    judged; IPO-MD the same with y, y' drawn from its mixture with the reference: only the sampler differs.
     Differentiable in the log-ratios.
 
     Args:

@@ -1,4 +1,4 @@
-"""The oracle: each loss of the family as its equation says, pair by pair (README.md, section 1)."""
+"""The oracle: each loss of the family from its equation, pair by pair (README.md, section 1)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from .op import RowUniformsInputs
 
 
 def _arguments(inputs: RowUniformsInputs, out: torch.Tensor) -> tuple[int, ...]:
-    """The positional arguments that both bindings of row_uniforms share."""
+    """Return the positional arguments that both bindings of row_uniforms share."""
     seed, row_ids, step, stream, _ = inputs
     return (
         seed.data_ptr(), seed.ndim, row_ids.data_ptr(), step.data_ptr(), step.ndim, stream, row_ids.numel(),

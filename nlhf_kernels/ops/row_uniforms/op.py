@@ -1,4 +1,4 @@
-"""row_uniforms: the uniform that decides a row's sample, as every sampler of the library draws it."""
+"""row_uniforms: the uniform number that determines a row's sample in every sampler of the library."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def row_uniforms(
 
     Args:
         seed (() or (R,) int64): of all rows, or of each.
-        row_ids ((R,) int64): what tells the rows apart.
+        row_ids ((R,) int64): identifies the rows.
         step (() or (R,) int64): the decoding step; its low 32 bits count.
-        stream: tells independent draws for one row apart: 0 the policy's response, 1 the opponent's
+        stream: distinguishes independent draws for one row: 0 the policy's response, 1 the opponent's
             (`core.rng.Stream`), 128 to 255 are free for the caller.
         backend: see `use_backend`; None leaves the choice to it.
     """
