@@ -1,4 +1,4 @@
-"""Preference pairs and prompts: read, checked, split and tokenised. No models here, and no transformers to import."""
+"""Reading, checking, splitting and tokenising preference pairs and prompts; transformers is not imported."""
 
 from .pairs import Comparison, Pair, load_comparisons, load_pairs, load_prompts
 from .rows import Source, read_rows

@@ -2,8 +2,8 @@
 
 Standard rows hold strings; conversational rows hold lists of {"role", "content"} messages. A conversation becomes text
 here, once: its prompt ends where the assistant's turn begins, and a response is the text that the template adds for
-it, without the special token that ends the turn. A policy's responses, decoded without special tokens, look the same,
-so a preference model is trained on texts like those that it will compare. All other rooms work on strings.
+it, without the special token that ends the turn. A policy's responses, decoded without special tokens, have the same
+form, so a preference model is trained on texts like those that it will compare. All other packages work on strings.
 
 The prompt of a conversational row is found in one of three layouts:
 
@@ -11,7 +11,7 @@ The prompt of a conversational row is found in one of three layouts:
     prompt is a string                      the user's message of that content, which the responses may repeat first
     no prompt                               the messages that both conversations begin with
 
-`load_prompts` reads the same prompts from such rows as `load_pairs` does: one file trains judge and policy.
+`load_prompts` reads the same prompts from such rows as `load_pairs` does, so one file serves judge and policy.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two responses that are to be compared.
+    """Two responses to compare.
 
     Args:
         prompt: the text that both responses answer.

@@ -121,7 +121,7 @@ def _through_datasets(path: Path, name: str, split: str | None) -> Iterable[Row]
             rows = datasets.load_from_disk(str(path))
         else:
             rows = datasets.load_dataset("parquet", data_files=str(path))
-    except Exception as error:  # of many kinds; the first line of each says what is wrong
+    except Exception as error:  # `datasets` raises many types; the first line has the cause
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"data: {name}: datasets cannot load it: {reason}") from error
     return _part(rows, name, split)

@@ -13,7 +13,7 @@ T = TypeVar("T", Pair, Comparison, str)
 
 
 def split_by_prompt(rows: Sequence[T], fraction: float = 0.1, seed: int = 0) -> tuple[list[T], list[T]]:
-    """Return (train, test), each in the order of the rows.
+    """Split rows into (train, test), each in the order of the rows.
 
     The choice depends on `seed` and the prompts alone, not on the order of the rows.
 

@@ -1,4 +1,4 @@
-"""From text to token ids: prompts truncated on the left to a maximal length, and padded on the left for decoding."""
+"""Token ids of texts: prompts are truncated on the left to a maximal length, and padded on the left for decoding."""
 
 from __future__ import annotations
 
@@ -88,6 +88,6 @@ def prompt_batch(
     """
     if not prompts:
         raise ValueError("prompt_batch: prompts: expected at least one; got none")
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # padding is masked: any token will do
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # padding is masked, so any token serves
     pad_id = next(id for id in ids if id is not None)
     return pad_left(encode_prompts(tokenizer, prompts, max_length), pad_id, device)

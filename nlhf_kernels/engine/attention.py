@@ -1,9 +1,8 @@
 """`decode_attention` as an attention implementation of transformers: `model.set_attn_implementation("nlhf_decode")`.
 
 Registered through transformers' public AttentionInterface and AttentionMaskInterface. Inside a `decode_window`, and
-without gradients, a step of one token takes the kernel: no mask is made, no key or value is copied. Everything else,
-prefill and training above all, takes transformers' sdpa, or a plain softmax here where sdpa cannot serve (soft caps,
-sinks).
+without gradients, a step of one token takes the kernel: no mask is made, no key or value is copied. Everything else
+(prefill, training) takes transformers' sdpa, or the plain softmax below where sdpa lacks a feature (soft caps, sinks).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ except ImportError as error:
 
 NAME = "nlhf_decode"
 _PROBE = "nlhf_decode_probe"
-REPLACED = ("sdpa", "eager")  # models' defaults; another attention was chosen on purpose
+REPLACED = ("sdpa", "eager")  # models' defaults; any other attention was set by the user and stays
 
 
 def _is_decoding(query_length: int) -> bool:
@@ -42,7 +41,7 @@ def _is_decoding(query_length: int) -> bool:
 
 def _is_range(mask_function: Callable[..., Any], local_size: int | None, use_vmap: bool, config: Any, **_: Any) -> bool:
     """Whether the mask is causal, or causal within the model's sliding window, and nothing else (chunks, blocks, masks
-    of a model's own). A name that transformers changes costs a mask, not a wrong result."""
+    of a model's own). If transformers renames its functions, a mask is built, and the result is still right."""
     if use_vmap:
         return False
     if local_size is None:
@@ -151,7 +150,7 @@ def _plain_attention(
     scores = scores.view(batch, heads, length, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and length > 1:  # as sdpa_mask means it: causal from the first slot on
+    if mask is None and length > 1:  # no mask from sdpa_mask: causal from the first slot on
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         # The lowest number, not -inf: a row of padding alone must not become NaN.
@@ -184,9 +183,9 @@ def use_attention(models: Sequence[Any], name: str = NAME) -> Iterator[None]:
 
 
 def _configs(model: Any) -> list[Any]:
-    """Configurations of a model and its parts, each of which may name an attention of its own.
+    """Return the configurations of a model and its parts, each of which may name an attention of its own.
 
-    A whole comes before its parts, as setting its attention sets theirs.
+    A configuration precedes those of its parts, because setting its attention sets theirs.
     """
     configs: dict[int, Any] = {}
     stack = [module.config for module in model.modules() if hasattr(module, "config")][::-1]
@@ -207,12 +206,12 @@ class _Call(NamedTuple):
 
 
 def takes_decode_attention(model: Any, step: Callable[[], tuple[int, int, int]]) -> bool:
-    """Whether this model decodes right under NAME, as far as masks tell.
+    """Whether the masks of this model allow it to decode under NAME.
 
     `step` takes one step of one token past every window, and returns how many layers stored keys, and the range of
     slots that may be seen. Each of those layers must call the attention function, without a mask of the model's own,
-    and take the kernel there: a layer that attends by itself, or in both directions, would miss the mask that is not
-    made. And the masks that the model makes under sdpa must be the ranges that the kernel reads.
+    and take the kernel there: a layer with its own attention, or with a bidirectional one, would need the mask that is
+    not made. The masks that the model makes under sdpa must be the ranges that the kernel reads.
     """
     if not hands_attention_over(model) or model.dtype not in FLOATS:
         return False
@@ -237,7 +236,7 @@ def takes_decode_attention(model: Any, step: Callable[[], tuple[int, int, int]])
 
 
 def _explicit_mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
-    """The mask that sdpa takes, also where sdpa could do without."""
+    """Return the mask that sdpa takes, even where sdpa would run without one."""
     mask: torch.Tensor | None = sdpa_mask(
         *arguments, **{**options, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     )

@@ -1,4 +1,4 @@
-"""The batch that is decoded: which rows belong to which player, and which leave when they have ended.
+"""The batch that is decoded: the rows of each player, and the removal of rows that have ended.
 
 The rows of players that use the policy's parameters come first, then those of the opponent's, so that each model reads
 one contiguous span. Tensors keep their storage when rows leave, as captured graphs need it.
@@ -21,10 +21,10 @@ MIN_SHARE_TO_COMPACT = 8  # compact once an eighth of the batch has ended: it co
 
 @dataclass(frozen=True)
 class PlayerRows:
-    """One player's rows [start, stop) of the batch."""
+    """The rows [start, stop) of one player in the batch."""
 
     player: int  # its index in the request
-    source: str  # whose parameters: policy or opponent
+    source: str  # of the parameters: policy or opponent
     stream: int
     start: int
     stop: int
@@ -99,7 +99,7 @@ class Batch:
 
     @property
     def spans(self) -> dict[str, Span]:
-        """Each model's rows; (0, 0) for a model that no row needs any more."""
+        """Return the rows of each model; (0, 0) for a model that no row needs any more."""
         spans: dict[str, Span] = {"reference": (0, self.rows)}
         for source in ("policy", "opponent"):
             players = [player for player in self.players if player.source == source and player.size]

@@ -60,7 +60,7 @@ class ProbeLayer(_Layer):  # type: ignore[no-untyped-call]
 
 
 class FarLayer(ProbeLayer):  # type: ignore[no-untyped-call]
-    """Pretends to hold `length` tokens, all of them copies of the new one."""
+    """Reports `length` filled slots; keys and values are the new token's, repeated."""
 
     def __init__(self, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -98,7 +98,7 @@ class StaticRowsLayer(_Layer):
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
-        """Tells transformers' masks not to read values, which a captured graph could not."""
+        """True keeps transformers' masks from reading tensor values on the host, which graph capture forbids."""
         return self.state.static
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:

@@ -27,9 +27,9 @@ def no_autocast(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode, and give every submodule its own flag back: some may be frozen in it.
+    """Put models into evaluation mode, and restore the flag of every submodule afterwards.
 
-    That switches dropout off, and gradient checkpointing, under which models do not use their caches.
+    Evaluation mode switches off dropout, and gradient checkpointing, under which models do not use their caches.
     """
     flags = {module: module.training for model in models for module in model.modules()}
     try:
@@ -43,7 +43,7 @@ def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def locked(*models: torch.nn.Module) -> Iterator[None]:
-    """Keep other threads from these models, whose forwards and attention are changed for a while."""
+    """Lock these models against other threads while their forwards and attention are replaced."""
     with _locks_lock:
         locks = [_locks.setdefault(model, RLock()) for model in sorted(set(models), key=id)]
     with ExitStack() as stack:
@@ -54,7 +54,7 @@ def locked(*models: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Compute float32 products in float32: the rounding of TF32 would hide small differences."""
+    """Compute float32 products without TF32, whose rounding would hide small differences."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

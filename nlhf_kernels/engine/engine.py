@@ -43,8 +43,8 @@ _log = logging.getLogger(__name__)
 class RolloutEngine:
     """Decodes with a policy and a reference in lockstep.
 
-    The models stay yours: trained between rollouts, they decode with their new weights. What is allocated for one
-    rollout serves the next of the same size or smaller; `release` frees it.
+    The models are used in place: after a training step, they decode with their new weights. The buffers of one rollout
+    are reused by the next of the same size or smaller; `release` frees them.
 
     Args:
         policy: a causal language model of transformers, or a peft model around one.
@@ -116,13 +116,13 @@ class RolloutEngine:
     ) -> RolloutResult:
         """Sample every player's responses to every prompt.
 
-        Dropout is off meanwhile; training flags come back as they were. Models decode in their own dtype, under
+        Dropout is off; training flags are restored afterwards. Models decode in their own dtype, under
         autocast too.
 
         Args:
             input_ids ((P, S) int64): prompts, padded on the left.
             attention_mask ((P, S) integers or bool): 0 at padding; None: nothing is padded.
-            players (sequence of Player): who answers; the result is in their order.
+            players (sequence of Player): the distributions to sample from; the result is in their order.
             settings (RolloutSettings): how tokens are sampled and when a response ends.
             hooks (Hooks): logits processors, stopping criteria and a streamer, for one player.
         """
@@ -143,7 +143,7 @@ class RolloutEngine:
         Args:
             prompts (int): prompts of a call.
             prompt_length (int): tokens of the longest.
-            players (sequence of Player): who answers.
+            players (sequence of Player): the distributions to sample from.
             settings (RolloutSettings): of the rollout.
         """
         check_settings(self.op, settings)
@@ -183,7 +183,7 @@ class RolloutEngine:
         settings: RolloutSettings,
         hooks: Hooks,
     ) -> Request:
-        """Check a request and resolve its defaults. Everything that can be wrong with it raises here."""
+        """Check a request and resolve its defaults; all errors of a request are raised here."""
         check_settings(self.op, settings)
         check_players(self.op, players, self.has_reference, "opponent" in self.models.info)
         if hooks and len(players) > 1:
@@ -223,12 +223,12 @@ class RolloutEngine:
         )
 
     def _part(self, settings: RolloutSettings) -> VocabularySlice | None:
-        """The slice in which logits stay. A filter's threshold needs the values of the whole vocabulary."""
+        """Return the vocabulary slice that logits stay in; None with filters, whose thresholds need all logits."""
         filtered = settings.top_k != 0 or settings.top_p != 1 or settings.min_p != 0
         return None if filtered else self.models.sharding.part
 
     def _may_gather(self, prompts: Prompts, players: Sequence[Player], settings: RolloutSettings) -> bool:
-        """Whether FSDP's parameters are gathered once for the rollout: where that fits in all processes."""
+        """Whether to gather FSDP's parameters once for the rollout, which must fit in all processes."""
         sharding = self.models.sharding
         if sharding.fsdp_group is None:
             return False
@@ -237,7 +237,7 @@ class RolloutEngine:
         return agreed(has_room(plan, self.memory_limit, self.device), sharding.fsdp_group, self.device)
 
     def _logprobs(self, settings: RolloutSettings) -> tuple[str, ...]:
-        """Without a reference its log-probabilities are none by default, and an error where they are named."""
+        """Resolve the kinds of log-probabilities: by default all but a missing reference's, which cannot be named."""
         available = LOGPROBS if self.has_reference else ("policy", "mixture")
         names = available if settings.logprobs is None else settings.logprobs
         return tuple(check_option(self.op, "logprobs", name, available) for name in names)
@@ -260,7 +260,7 @@ class RolloutEngine:
             return Rollout(request, space, graphs, None if graphs is None else self.models.recorded_state).run()
 
     def _workspace(self, request: Request) -> Workspace:
-        """Return the workspace at hand where it is large enough, else allocate one."""
+        """Return the current workspace if it is large enough, else allocate one."""
         rows = rows_by_model(len(request.prompts.ids), request.players, self.has_reference)
         length, steps = self._length(request.prompts.width, request.settings), request.settings.max_new_tokens
         if self._space is not None and self._capacity is not None:
@@ -271,7 +271,7 @@ class RolloutEngine:
                 and (slots >= length and step_capacity >= steps and logprobs == request.logprobs)
             ):
                 return self._space
-        self.release()  # before the next is allocated: both would not fit where memory is tight
+        self.release()  # before the next allocation: memory may not hold both
         size = (len(request.prompts.ids), request.prompts.width, request.players, request.settings)
         plan = self.memory_plan(*size)
         copies = self.models.joint_products.bytes

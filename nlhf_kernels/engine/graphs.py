@@ -1,6 +1,6 @@
 """CUDA graphs of a decode step, recorded once per (rows of every player, cache bucket) and replayed from then on.
 
-`Graphs` keeps what was recorded and knows nothing of CUDA; `CudaRecorder` records. A recorder gets a step and the small
+`Graphs` stores recorded steps and is independent of CUDA; `CudaRecorder` records. A recorder gets a step and the small
 tensors that the step advances, and returns a function that replays it; recording must leave those tensors unchanged.
 """
 
@@ -37,13 +37,13 @@ class Graphs:
 
     def run(self, key: Hashable, step: Run, state: Sequence[torch.Tensor]) -> None:
         replay = self.recorded.get(key) or self.recorder.record(step, state)
-        if replay is not step:  # a step that was not recorded belongs to its rollout: the next must not run it
+        if replay is not step:  # an unrecorded step is bound to its rollout and must not be stored for the next
             self.recorded[key] = replay
         replay()
 
 
 class EagerRecorder:
-    """Records nothing: for compiled models without graphs, which want static shapes all the same."""
+    """Records nothing: for compiled models without graphs, which need static shapes too."""
 
     def record(self, step: Run, state: Sequence[torch.Tensor]) -> Run:
         return step
@@ -97,6 +97,6 @@ class CudaRecorder:
 
 
 def capture_error_mode() -> str:
-    """Return whose forbidden calls end a capture: among processes this thread's only, as NCCL has one that polls."""
+    """Return the capture's error mode: with several processes "thread_local", because an NCCL thread polls events."""
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     return "thread_local" if shared else "global"

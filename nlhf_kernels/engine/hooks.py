@@ -1,6 +1,7 @@
 """Hooks of the decoding loop: logits processors, stopping criteria and a streamer, as in transformers' generate().
 
-They see every token on the host, so a rollout with hooks checks for ends after every step and never compacts its batch.
+Hooks run on the host at every token, so a rollout with hooks checks for ends after every step and never compacts its
+batch.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Linear layers of one input as one product: query, key and value, and the gate and up projections of an MLP.
 
-A step of a few rows is bound by launches and by reading weights, and three narrow products read no fewer weights than
-one wide one. Each group's weights are copied side by side at the start of every rollout, which costs about as much as
-a token step, and is right whatever has changed the weights meanwhile.
+A step of a few rows is bound by launches and by reading weights, and one wide product reads the same weights as three
+narrow ones in one launch. Each group's weights are copied side by side at the start of every rollout, which costs about
+as much as a token step and picks up every change of the weights.
 
-The first layer of a group that is called computes the product for all; the others return their columns of it, where
-they get the same tensor. So the model's own code runs, and a group whose layers get different inputs, or are not all
-called, goes back to separate products. Groups are joined where the code that calls them is what transformers writes
-for Llama and its many relatives: it takes columns of a wider matrix without a copy.
+The first layer of a group that is called computes the product for all; the others return their columns of it if they
+get the same tensor. The model's own code runs unchanged, and a group whose layers get different inputs, or are not all
+called, goes back to separate products. Groups are joined only where the calling code is that of transformers' Llama
+and its derivatives, which takes columns of a wider matrix without a copy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _sources: WeakKeyDictionary[type[torch.nn.Module], str] = WeakKeyDictionary()
 
 
 class JointProducts:
-    """The groups of some models. Their joint weights are allocated by the first rollout and kept until `release`."""
+    """The groups of several models. Their joint weights are allocated by the first rollout and kept until `release`."""
 
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
         distinct = {id(model): model for model in models}.values()
@@ -43,13 +43,13 @@ class JointProducts:
 
     @property
     def bytes(self) -> int:
-        """What `applied` allocates."""
+        """Bytes that `applied` allocates."""
         return sum(
             layer.weight.numel() * layer.weight.element_size() for group in self._joinable().values() for layer in group
         )
 
     def why_separate(self) -> list[str]:
-        """Why groups that were found are not joined."""
+        """Reasons why groups that were found are not joined."""
         if not self.enabled:
             return (
                 ["weights side by side would take more than a twentieth of the memory, or do not fit"]
@@ -60,7 +60,7 @@ class JointProducts:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Copy the weights side by side, and let the groups' layers take one product."""
+        """Copy the weights side by side, and compute each group of layers by one product."""
         products = {}
         for index, group in self._joinable().items():
             product = self._products.get(index)
@@ -81,22 +81,22 @@ class JointProducts:
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Where the joint weights lie, which a recorded step assumes."""
+        """Addresses of the joint weights, which a recorded step assumes."""
         return tuple(product.weight.data_ptr() for product in self._products.values())
 
     def release(self) -> None:
-        """Free the joint weights. The next rollout sees anew whether there is memory for them."""
+        """Free the joint weights; the next rollout decides again whether they fit in memory."""
         self._products, self.enabled = {}, True
 
     def _joinable(self) -> dict[int, Group]:
-        """Found anew for every rollout: hooks of other libraries and shards of weights come and go."""
+        """Return the groups to join, checked at every rollout: hooks of other libraries and sharding may change."""
         if not self.enabled:
             return {}
         return {index: group for index, group in enumerate(self.groups) if _why_not_joined(group) is None}
 
 
 def find_groups(model: torch.nn.Module) -> list[Group]:
-    """Find the groups of a model. One with adapters has none: its layers add their updates."""
+    """Find the groups of a model; a model with adapters has none, because its layers add low-rank updates."""
     if adapted_layers(model):
         return []
     groups = []
@@ -111,7 +111,7 @@ def find_groups(model: torch.nn.Module) -> list[Group]:
 
 
 def _forward_source(module: torch.nn.Module) -> str:
-    """The source of the module's forward; empty where there is none: compiled, or typed into a shell."""
+    """Return the source of the module's forward; "" if there is none (compiled, or defined in a shell)."""
     module_class = type(module)
     if module_class not in _sources:
         try:
@@ -156,7 +156,7 @@ class JointProduct:
         return (weight.dtype, weight.device) == (self.weight.dtype, self.weight.device)
 
     def load(self) -> None:
-        """Copy the layers' weights. A group that went back to separate products is joined again."""
+        """Copy the layers' weights; a group that went back to separate products is joined again."""
         self.joined = True
         for layer, columns in zip(self.layers, self.columns, strict=True):
             self.weight[columns].copy_(layer.weight)
@@ -194,5 +194,5 @@ class JointProduct:
 
 
 def _writes(x: torch.Tensor) -> int:
-    """How often a tensor has been written to in place. torch.compile, which cannot ask, traces the model's own code."""
+    """Return the number of in-place writes to a tensor; under torch.compile, which cannot trace the counter, 0."""
     return 0 if torch.compiler.is_compiling() else version_of(x)

@@ -1,6 +1,6 @@
 """The decoding loop: prefill, then a step per token: decode, sample, write; every few steps, check which rows ended.
 
-`Workspace` is the storage that rollouts share; `Rollout` is one request in it.
+`Workspace` is the storage that rollouts share; `Rollout` serves one request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHECK_EVERY = 8  # steps between checks for ends; a row decodes up to so many to
 
 @dataclass(frozen=True)
 class Workspace:
-    """Everything that is allocated for rollouts. Addresses stay the same from rollout to rollout."""
+    """All buffers of rollouts; their addresses stay the same from rollout to rollout."""
 
     state: DecodeState
     outputs: TokenBuffers
@@ -86,7 +86,7 @@ class Rollout:
         self._count()
 
     def _step_on_device(self) -> None:
-        """The device's part of a step, which a graph may record."""
+        """Run the device's part of a step, which a graph may record."""
         space = self.space
         space.state.open_slot()
         spans = space.batch.spans
@@ -142,7 +142,7 @@ class Rollout:
     # ---- ends --------------------------------------------------------------------------------------------------------
 
     def _any_open(self) -> bool:
-        """Whether any row goes on. Checks for ends when it is time to, and compacts the batch."""
+        """Whether any row is open; every CHECK_EVERY steps, look for ends and compact the batch."""
         if self.request.hooks:
             return self._any_open_with_hooks()
         if self.steps - self.checked < CHECK_EVERY or not self.request.end_ids:
@@ -159,7 +159,7 @@ class Rollout:
         return self._anywhere(any(is_open))
 
     def _anywhere(self, is_open: bool) -> bool:
-        """Processes in step stop together: a process without open rows goes on, for the others' sake."""
+        """Whether a row is open in any process: processes in step stop together, after the last row of all of them."""
         return is_open if self.request.any_open is None else self.request.any_open(is_open)
 
     def _compact(self, is_open: Sequence[bool]) -> None:
@@ -176,7 +176,7 @@ class Rollout:
             runner.compact(rows, batch.spans)
 
     def _any_open_with_hooks(self) -> bool:
-        """Check every token; rows that have ended go on with pad tokens, as in transformers."""
+        """Whether any row is open, checked at every token; ended rows go on with pad tokens, as in transformers."""
         outputs, batch, step = self.space.outputs, self.space.batch, self.steps - 1
         tokens = batch.tokens[: batch.rows]
         tokens.masked_fill_(~outputs.is_open, self.request.pad_id)

@@ -1,12 +1,12 @@
 """LoRA: runners of a policy and of its base, which is the reference, in one forward pass or in two.
 
 In one pass the batch holds the policy's rows, then the reference's. Each adapted layer adds its low-rank update to the
-first rows only; the reference's rows pass the base layer alone, so their log-probabilities are the base's to the last
-bit of that batch. peft's own mixed batches (`adapter_names`) do the same by index lists made anew in every layer, which
-costs the host more than the update and cannot be captured in a graph.
+first rows only; the reference's rows pass the base layer alone, so their log-probabilities equal, bit for bit, those of
+the base in that batch. peft's own mixed batches (`adapter_names`) do the same by index lists built in every layer,
+which costs the host more than the update and cannot be captured in a graph.
 
-One pass serves layers of plain LoRA around a linear layer. What a model makes of its rows on the way to them (flattened
-with the tokens, sorted by expert) shows in a comparison with two forward passes.
+One pass serves layers of plain LoRA around a linear layer. A model may reorder its rows before them (flattened with the
+tokens, sorted by expert); a comparison with two forward passes detects that.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class OnePassRunner:
 
 
 class BaseRunner:
-    """The base of an adapted model, where one pass cannot serve both: another runner of the model, adapters off."""
+    """The base of an adapted model, where one pass cannot serve both: a second runner of the model, adapters off."""
 
     def __init__(self, adapted_model: Any, runner: Runner) -> None:
         self.adapted_model, self.runner, self.roles = adapted_model, runner, runner.roles
@@ -117,7 +117,7 @@ class RowsMixedError(RuntimeError):
 
 @contextmanager
 def adapters_on_first_rows(layers: list[Any], rows: int, batch: int) -> Iterator[None]:
-    """Let plain LoRA layers act on the first `rows` of a batch of `batch` rows only."""
+    """Apply plain LoRA layers to the first `rows` of a batch of `batch` rows only."""
     for layer in layers:
         layer.forward = _forward_on_first_rows(layer, rows, batch)
     try:
@@ -232,7 +232,7 @@ def _layer_inputs(info: ModelInfo, layers: list[Any], texts: dict[str, torch.Ten
 
 @contextmanager
 def _random_adapters(layers: list[Any]) -> Iterator[None]:
-    """Give the adapters random weights for a while: those of a new run are zero, and would hide a mistake."""
+    """Set the adapters to random weights for the comparison: a new run's are zero and would hide an error."""
     generator = torch.Generator("cpu").manual_seed(0)  # its own: torch's default one is the caller's
     parts = [part for layer in layers for adapters in (layer.lora_A, layer.lora_B) for part in adapters.values()]
     weights = {parameter: parameter.data for part in parts for parameter in part.parameters()}

@@ -1,4 +1,4 @@
-"""What a rollout allocates, by part, before the first token; and an error that helps where it will not fit."""
+"""The memory that a rollout allocates, by part, before the first token, and the error where it does not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COPIES_SHARE = 0.05  # two models of 0.5B on a GPU of 40 GB or more; larger ones
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a rollout allocates. Caches grow with rows x length, logits with rows x vocabulary; activations come on top.
+    """The allocations of a rollout: caches grow with rows x length, logits with rows x vocabulary; activations add.
 
     Args:
         parts (mapping of str to int): bytes by part.
@@ -41,7 +41,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class RequestSize:
-    """The numbers of a request that its memory depends on and its owner can lower."""
+    """The numbers of a request that its memory depends on and the caller can lower."""
 
     prompts: int
     samples: int  # of all players, to each prompt
@@ -51,11 +51,11 @@ class RequestSize:
 
 
 def rows_by_model(prompts: int, players: Sequence[Player], mixes: bool) -> dict[str, int]:
-    """Return how many rows each model reads in a rollout: of policy, opponent and reference those that are needed.
+    """Return the number of rows that each model (policy, opponent, reference) reads in a rollout.
 
     Args:
         prompts: of the rollout.
-        players: who answer them.
+        players: the distributions to sample from.
         mixes: whether there is a reference, which reads all rows.
     """
     rows = {
@@ -103,9 +103,9 @@ def has_room(plan: MemoryPlan, limit: int | None, device: torch.device) -> bool:
 
 
 def may_copy(size: int, limit: int | None, device: torch.device) -> bool:
-    """Whether copies of weights are small enough to be made unasked: COPIES_SHARE of a GPU's memory, or of the limit.
+    """Whether copies of weights are small enough to be the default: COPIES_SHARE of a GPU's memory, or of the limit.
 
-    Copies stay between rollouts, when a training step needs memory that nobody has allocated before the first one.
+    Copies stay allocated between rollouts, while a training step needs memory that the first rollout cannot foresee.
     """
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     available = total if limit is None else limit
@@ -120,7 +120,7 @@ def check_fits(
     size: RequestSize,
     total: Callable[[RequestSize], int],
 ) -> None:
-    """Raise where the plan does not fit, with what would.
+    """Raise an error if the plan does not fit, with sizes that would.
 
     Args:
         op: the name that opens the error.
@@ -128,16 +128,16 @@ def check_fits(
         limit: in bytes; None: what the device has free.
         device: where the plan is allocated.
         size: of the request.
-        total: returns the bytes of another size. Advice is found by asking it, as not every part shrinks with every
-            number.
+        total: returns the bytes of another size; the advice is found by calls of it, as not every part shrinks with
+            every number.
     """
     available = limit if limit is not None else _free(device)
     if available is None or plan.total <= available:
         return
-    room = available if limit is not None else int(0.95 * available)  # what is free changes meanwhile
+    room = available if limit is not None else int(0.95 * available)  # free memory may change meanwhile
 
     def largest(name: str, least: int) -> int | None:
-        """The largest value of one number with which the request fits, the others unchanged."""
+        """Return the largest value of one number with which the request fits, the others unchanged."""
         low, high = least - 1, getattr(size, name)  # fits (if it is allowed), does not
         while high - low > 1:
             middle = (low + high) // 2

@@ -1,7 +1,7 @@
-"""What the engine must know of a model before the first token, found by a forward pass of one token.
+"""Properties of a model that the engine needs before the first token, found by a forward pass of one token.
 
 The pass shows what every layer stores, so that memory is planned exactly for any architecture, and the width of the
-head. A model that keeps its past elsewhere than in keys and values is refused.
+head. A model whose state is not in keys and values is refused.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ModelInfo:
 
 
 def inspect_model(role: str, model: Any, use_cache: bool, op: str = OP) -> ModelInfo:
-    """Check that a model can be decoded with and describe it."""
+    """Check that the engine can decode with a model, and return its description."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{op}: {role}: expected a causal language model; got {type(model).__name__}")
     inner = _without_peft(model)
@@ -131,7 +131,7 @@ def _read_one_token(
 
 
 def _check_logits(role: str, model: Any, logits: Any, op: str) -> None:
-    """Check the logits of one row and one token. A classifier of tokens gives logits, too, but has no such head."""
+    """Check the logits of one row and one token; a token classifier returns logits too, but has no such head."""
     shape = None if logits is None else tuple(logits.shape)
     if shape is None:
         got = "has no head that gives logits"
@@ -147,7 +147,7 @@ def _check_logits(role: str, model: Any, logits: Any, op: str) -> None:
 
 
 def _max_positions(config: Any) -> int | None:
-    """The bound of a table of positions, or of what a model was trained for. XLNet says -1 for no bound."""
+    """Return the length of a position table, or that of training; XLNet's -1 stands for no bound."""
     bounds = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     return next((bound for bound in bounds if isinstance(bound, int) and bound > 0), None)
 
@@ -168,7 +168,7 @@ def rotations(config: Any) -> list[Any]:
 
 
 def _counted_slots(config: Any) -> int | None:
-    """Llama 4 scales queries by how many slots its cache has filled, padding among them, in steps of `floor_scale`."""
+    """Return Llama 4's `floor_scale`: queries are scaled by filled cache slots, padding included, in such steps."""
     without_rotation = not all(getattr(config, "no_rope_layers", None) or (0,))
     scales = getattr(config, "attn_temperature_tuning", False) and without_rotation
     return getattr(config, "floor_scale", None) if scales else None

@@ -28,14 +28,14 @@ from .sharded import Sharding, check_not_shared
 
 _log = logging.getLogger(__name__)
 
-CAPTURED_ATTENTION = (*REPLACED, NAME)  # those whose masks and kernels need nothing of the host
+CAPTURED_ATTENTION = (*REPLACED, NAME)  # their masks and kernels do not synchronise with the host
 CAPTURED_EXPERTS = ("batched_mm", "grouped_mm")
 
 
 class ModelSet:
     """Policy, reference and opponent of one engine.
 
-    `has_reference`: whether there is one. `notes`: what cannot be done the fast way, and why.
+    `has_reference`: whether there is one. `notes`: fast paths that are not taken, and why.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ModelSet:
         return reason
 
     def _compile(self) -> dict[str, Forward]:
-        """Compiled forwards for steps of static shapes. Prompts have lengths of their own and are read uncompiled."""
+        """Return compiled forwards for steps of static shapes; prompts vary in length and are read uncompiled."""
         forwards: dict[str, Forward] = {}
         for role, info in self.info.items():
             if self.sharding.in_step:
@@ -153,7 +153,7 @@ class ModelSet:
         _log.info("%s: %s", self.op, text)
 
     def check_static_shapes(self, slots: int) -> None:
-        """Find out whether steps may have static shapes, over caches whose length is a multiple of `slots`."""
+        """Determine whether steps may have static shapes, over caches whose length is a multiple of `slots`."""
         for role, info in self.info.items():
             if (reason := why_not_static(info, slots)) is not None:
                 self.not_static[role] = reason
@@ -191,7 +191,7 @@ class ModelSet:
                 )
 
     def check_ids(self, ids: torch.Tensor) -> None:
-        """Check ids, those of padding too: on a GPU an id without an embedding would abort the process."""
+        """Check ids, padding included: on a GPU an id without an embedding would abort the process."""
         lowest, highest = (int(value) for value in torch.aminmax(ids))
         for role, info in self.info.items():
             count = getattr(info.model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
@@ -202,18 +202,18 @@ class ModelSet:
                 )
 
     def check_adapters(self) -> None:
-        """Repeat the checks of construction: adapters come, go and are merged between rollouts."""
+        """Repeat the checks of construction: adapters may be added, removed or merged between rollouts."""
         if not self.shares_base:
             return
         check_base(self.policy, self.op)
         if self.one_pass and (reason := self._why_two_passes()) is not None:
             raise ValueError(f"{self.op}: policy: expected adapters as when the engine was made; now {reason}")
 
-    # ---- what a rollout takes ----------------------------------------------------------------------------------------
+    # ---- contexts and runners of a rollout ---------------------------------------------------------------------------
 
     @contextmanager
     def fused(self) -> Iterator[None]:
-        """Let layers take joint products and fused kernels, for the models as they are now."""
+        """Apply joint products and fused kernels to the models in their current state."""
         with self.joint_products.applied(), self.fused_layers.applied() if self.fused_layers else nullcontext():
             yield
 
@@ -254,7 +254,7 @@ class ModelSet:
         return BaseRunner(self.policy, runner) if from_base else runner
 
     def cache_bytes(self, rows: Mapping[str, int], length: int) -> dict[str, int]:
-        """What `runners` allocates, model by model."""
+        """Return the bytes that `runners` allocates, by model."""
         parts = {}
         for role, count in rows.items():
             info = self.info["policy" if role == "reference" and self.shares_base else role]
@@ -265,13 +265,13 @@ class ModelSet:
 
     @property
     def recorded_state(self) -> tuple[Any, ...]:
-        """What a recorded step assumes of the models and their owner may change: addresses, attention, adapters."""
+        """State of the models that a recorded step assumes and callers may change: addresses, attention, adapters."""
         models = [info.model for info in self.info.values()]
         addresses = tuple(parameter.data_ptr() for model in models for parameter in model.parameters())
         return addresses, self.joint_products.addresses, *((attention_name(m.config), adapter_state(m)) for m in models)
 
     def why_not_recorded(self) -> list[str]:
-        """Why a step of these models cannot be captured in a graph."""
+        """Return the reasons why a step of these models cannot be captured in a graph."""
         reasons = []
         for role, info in self.info.items():
             if not info.cached:
@@ -298,13 +298,13 @@ def _rotates_on_host(model: Any) -> bool:
 
 
 def _routes_on_host(model: Any) -> bool:
-    """Mixtures of experts count their tokens on the host, unless the implementation is a batched one."""
+    """Whether a mixture of experts counts its tokens on the host, as all but batched implementations do."""
     config = model.config.get_text_config(decoder=True)
     experts = any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
     return experts and experts_name(config) not in CAPTURED_EXPERTS
 
 
 def _indexes_from_host(config: Any) -> bool:
-    """Falcon takes the shared keys and values of its heads as [..., [-2], :], which copies the list to the device."""
+    """Whether a model indexes by a list, which is copied to the device: Falcon takes keys as [..., [-2], :]."""
     shared = getattr(config, "multi_query", False) or getattr(config, "new_decoder_architecture", False)
     return getattr(config, "model_type", None) == "falcon" and shared

@@ -76,8 +76,8 @@ class TokenBuffers:
 class OpenRowsReader:
     """Copies `TokenBuffers.is_open` to the host without stalling the device.
 
-    On a GPU the copy runs beside the next steps, so an answer may be a few steps old. Rows never reopen: an old answer
-    only keeps rows in the batch a little longer.
+    On a GPU the copy overlaps the next steps, so the flags may be a few steps old. Rows never reopen: stale flags only
+    keep rows in the batch a little longer.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class OpenRowsReader:
             self._pending = (host, event)
 
     def read(self, wait: bool = False) -> list[bool] | None:
-        """Return the latest answer, once; None while there is no new one, or never with `wait`."""
+        """Return the latest flags, once; None while there are no new ones, which `wait` waits for."""
         if self._pending is not None and wait:
             self._pending[1].synchronize()
         if self._pending is not None and self._pending[1].query():

@@ -1,4 +1,4 @@
-"""peft models: which are served, which of their layers hold adapters, and their base, adapters switched off."""
+"""peft models: which are supported, which of their layers hold adapters, and their base, adapters switched off."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_base(model: Any, op: str) -> None:
 
 
 def adapter_state(model: torch.nn.Module) -> tuple[Any, ...]:
-    """What a recorded step assumes of the adapters, beside their weights: which act, and how strongly."""
+    """Return the state of the adapters that a recorded step assumes beside their weights: active ones and scales."""
     layers = adapted_layers(model)
     return tuple(
         (layer.disable_adapters, tuple(layer.active_adapters), tuple(getattr(layer, "scaling", {}).items()))

@@ -1,9 +1,9 @@
 """Compare short texts, read in every way the engine reads them, with the model's own forward pass over the whole text.
 
-Whether a model attends to padding, counts slots instead of tokens, takes a mask from the length of its cache or looks
-ahead is not declared anywhere. Logits tell: in a causal model one forward pass gives the logits of every prefix of a
-text, so a few rows of padded prefixes, decoded a few tokens on, are compared with those. Findings hold for a model's
-code and configuration, and are cached per model.
+No configuration declares whether a model attends to padding, counts slots instead of tokens, takes a mask from the
+length of its cache or attends to later tokens. The logits show it: in a causal model one forward pass gives the logits
+of every prefix of a text, and those of a few padded prefixes, decoded a few tokens on, must equal them. Findings hold
+for a model's code and configuration, and are cached per model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Findings:
 
 
 def examine(info: ModelInfo, may_replace_attention: bool, op: str) -> ModelInfo:
-    """Complete `info` by what comparisons find. A model that is wrong without padding, too, is refused."""
+    """Complete `info` with the findings of comparisons; refuse a model that is wrong even without padding."""
     if _is_meta(info.model):
         return info
     question = "examined", may_replace_attention
@@ -65,7 +65,7 @@ def why_not_static(info: ModelInfo, slots: int) -> str | None:
 
 
 def _cached(info: ModelInfo, question: tuple[Any, ...], answer: Callable[[], Any]) -> Any:
-    """The answer to a question about a model, computed once per state of its configuration."""
+    """Return a property of a model, computed once per state of its configuration."""
     with locked(info.model):
         config = info.model.config
         implementations = (attention_name(config), experts_name(config))
@@ -82,7 +82,7 @@ def _is_meta(model: torch.nn.Module) -> bool:
     return next(model.parameters()).device.type == "meta"
 
 
-# ---- questions -------------------------------------------------------------------------------------------------------
+# ---- properties of a model -------------------------------------------------------------------------------------------
 
 
 def _examine(info: ModelInfo, may_replace_attention: bool) -> Findings:
@@ -102,7 +102,7 @@ def _examine(info: ModelInfo, may_replace_attention: bool) -> Findings:
 
 
 def _read_whole(info: ModelInfo) -> _Text | str:
-    """The text with its logits, or why this model's logits can be compared with nothing."""
+    """Return the text with its logits, or why this model's logits cannot be compared."""
     ids = plain_ids(info)
     half = len(ids) // 2
     changed = torch.cat([ids[:half], torch.full_like(ids[half:], _pad_id(info))])
@@ -136,8 +136,8 @@ def _fault_without_padding(info: ModelInfo, text: _Text, by_kernel: bool) -> str
 
 
 def _fault_of_padding(info: ModelInfo, text: _Text, by_kernel: bool) -> str | None:
-    """Try several amounts of padding, most of it before a text too short for a recurrent model to forget it, and there
-    two kinds of it."""
+    """Compare several amounts of padding, and two pad tokens before a text too short for a recurrent model to forget
+    them."""
     prompt = len(text.ids) - STEPS
     try:
         rows = _DecodedRows(info, text, (0, 1, prompt // 2, prompt - 2, prompt - 2), by_kernel)
@@ -162,7 +162,7 @@ def _why_not_static(info: ModelInfo, slots: int) -> str | None:
 
 
 def _failure(error: Exception) -> str:
-    """A model's error as the reason. Too little memory is no property of the model, and is raised."""
+    """Return a model's error as the reason; an error of too little memory is no property of the model and is raised."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         raise error
     return f"{type(error).__name__}: {error}"
@@ -181,7 +181,7 @@ class _Text:
         """Whether two computations of n logits differ by more than rounding. `one_shape`: of batches of one shape."""
         spread = (expected - expected.mean(-1, keepdim=True)).abs().mean(-1)
         error = (logits.float() - expected).abs().mean(-1) / spread.clamp(min=torch.finfo(torch.float32).tiny)
-        error = error.nan_to_num(nan=torch.inf)[expected.isfinite().all(-1)]  # a NaN of the model's own says nothing
+        error = error.nan_to_num(nan=torch.inf)[expected.isfinite().all(-1)]  # the model's own NaNs are not compared
         if not len(error):
             return False
         if self.in_16_bits:
@@ -190,7 +190,7 @@ class _Text:
 
 
 def plain_ids(info: ModelInfo) -> torch.Tensor:
-    """A text without tokens that the configuration names: images, ends and the like are treated differently."""
+    """Return a text without the tokens that the configuration names (images, ends), which models treat specially."""
     config: Any = info.model.config
     values = {**config.to_dict(), **config.get_text_config(decoder=True).to_dict()}
     special = {value for name, value in values.items() if re.search("token|_id$|_index$", name) and type(value) is int}
@@ -219,7 +219,7 @@ def _embeddings(info: ModelInfo) -> int | None:
 
 
 def _pad_id(info: ModelInfo) -> int:
-    """The id that a model may take for padding by itself, whatever the mask says."""
+    """Return the id that a model may treat as padding whatever the mask."""
     config: Any = info.model.config
     id = getattr(config.get_text_config(decoder=True), "pad_token_id", None)
     return id if isinstance(id, int) and 0 <= id < (_embeddings(info) or info.vocabulary) else 0

@@ -1,6 +1,6 @@
-"""A rollout's request and its result: prompts, players and settings going in, tokens and log-probabilities coming out.
+"""A rollout's request and its result: prompts, players and settings; tokens and log-probabilities.
 
-A player is a distribution that answers every prompt: y ~ pi is `Player()`, y' ~ pi^beta is `Player(beta, OPPONENT)`.
+A player is a distribution over responses to a prompt: y ~ pi is `Player()`, y' ~ pi^beta is `Player(beta, OPPONENT)`.
 All checks of a request are made here, before any forward pass.
 """
 
@@ -24,23 +24,23 @@ PARAMETERS = ("policy", "opponent")
 _MASKS = (torch.int64, torch.int32, torch.bool)
 
 
-# ---- what a caller asks for ------------------------------------------------------------------------------------------
+# ---- the request -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Player:
-    """A distribution that answers every prompt: p^(1 - beta) mu^beta, sampled token by token.
+    """A distribution over responses: p^(1 - beta) mu^beta, sampled token by token.
 
-    p is the policy, or the engine's opponent where `parameters` says so; mu is the reference. The noise of sample j of
+    p is the policy or the engine's opponent, as set by `parameters`; mu is the reference. The noise of sample j of
     a prompt is a function of (seed, its row id * samples + j, the token's index, stream): two players of one stream
     that answer the same prompts share their noise.
 
     Args:
         beta (number, (P,) or (P * samples,)): the reference's weight: one, one per prompt, or one per response.
-        stream (int in [0, 255]): which noise the player draws from; see `nlhf_kernels.core.rng.Stream`.
+        stream (int in [0, 255]): stream of the noise; see `nlhf_kernels.core.rng.Stream`.
         samples (int): responses to each prompt.
         row_ids ((P,) or (P * samples,) int64): ids that the noise depends on; None numbers the prompts.
-        parameters ("policy" or "opponent"): whose parameters p has.
+        parameters ("policy" or "opponent"): source of p's parameters.
     """
 
     beta: float | torch.Tensor = 0.0
@@ -105,7 +105,7 @@ class RolloutSettings:
     backend: str | None = None
 
 
-# ---- what comes back -------------------------------------------------------------------------------------------------
+# ---- the result ------------------------------------------------------------------------------------------------------
 
 
 class Finish(IntEnum):
@@ -125,7 +125,7 @@ class Responses:
         mask ((R, T) bool): True at a row's tokens, its end token included.
         lengths ((R,) int64): tokens of each row, its end token included.
         finish ((R,) int8): values of `Finish`.
-        policy_logprobs ((R, T) float32): under the parameters that played, at temperature 1, unfiltered.
+        policy_logprobs ((R, T) float32): under the player's parameters p, at temperature 1, unfiltered.
         reference_logprobs ((R, T) float32): likewise under the reference; None without one.
         mixture_logprobs ((R, T) float32): under the distribution that was sampled: after temperature and filters.
         ok ((R,) bool): False where at some step the logits were no distribution (a NaN); the token there is 0.
@@ -164,11 +164,11 @@ class RolloutResult:
 
     Args:
         responses (tuple of Responses): one per player.
-        seed (int): gives the same responses again.
+        seed (int): reproduces the responses.
         end_ids (tuple of ints): tokens that ended a response.
         steps (int): tokens sampled per row, at most.
         row_steps (int): rows decoded, summed over steps; less than rows * steps where rows ended early.
-        notes (tuple of str): what could not be done the fast way, and why.
+        notes (tuple of str): fast paths that were not taken, and why.
     """
 
     responses: tuple[Responses, ...]
@@ -220,7 +220,7 @@ class Request:
 
     @property
     def columns(self) -> slice:
-        """Of the whole vocabulary, the tokens whose logits are here."""
+        """The slice of the vocabulary whose logits are in this process."""
         if self.part is None:
             return slice(0, self.vocabulary)
         return slice(min(self.part.first, self.vocabulary), min(self.part.stop, self.vocabulary))

@@ -1,7 +1,7 @@
 """Runners: one model's forward passes over its rows, the prompts once and then a token per row and step.
 
-A runner owns its cache. `roles` says whose logits it returns: its model's own, or with shared weights the policy's and
-the reference's at once (lora.py).
+A runner owns its cache. `roles` names the models whose logits it returns: one, or with shared weights the policy and
+the reference at once (lora.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def last_logits(
 ) -> torch.Tensor:  # (rows, V)
     """Run a forward pass and return the logits at the last position.
 
-    `forward` is called in the model's place; `inputs` that the model does not take are left out.
+    `forward` replaces the model's own; `inputs` that the model does not take are left out.
     """
     if cache is not None:
         assert info.cache_argument is not None
@@ -58,13 +58,13 @@ def last_logits(
 
 
 def rows_within(rows: torch.Tensor, span: Span) -> torch.Tensor:
-    """Of these rows of the batch, those inside the span, counted from its start."""
+    """Return those rows of the batch that are inside the span, counted from its start."""
     start, stop = span
     return rows[(rows >= start) & (rows < stop)] - start
 
 
 class CachedRunner:
-    """A model with key/value caches. `static_forward` is called in its place where steps have static shapes."""
+    """A model with key/value caches; `static_forward` replaces its forward in steps of static shapes."""
 
     def __init__(
         self, info: ModelInfo, rows: int, length: int, state: DecodeState, static_forward: Forward | None = None
@@ -107,7 +107,7 @@ class CachedRunner:
 
 
 class WholeTextRunner:
-    """A model without a cache, or told not to use it: reads the whole text again for every token."""
+    """A model whose cache is missing or disabled: it reads the whole text again for every token."""
 
     def __init__(self, info: ModelInfo, rows: int, length: int, state: DecodeState) -> None:
         self.info, self.roles, self.span = info, (info.role,), (0, 0)

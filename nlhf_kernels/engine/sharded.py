@@ -1,9 +1,9 @@
 """Models that several processes share, decoded by all of them in step.
 
-Tensor parallelism splits every layer: the processes read the same texts, and each layer adds up what they computed.
-FSDP stores every parameter in parts: the processes read different texts, and gather a layer's parameters to use it.
-Both are transformers' and PyTorch's own. Decoding adds logits that stay in slices of the vocabulary, parameters that
-are gathered once a rollout, and the few agreements without which one process would wait for another for ever.
+Tensor parallelism splits every layer: the processes read the same texts, and each layer sums their partial results.
+FSDP shards every parameter: the processes read different texts, and gather a layer's parameters to use it. Both are
+transformers' and PyTorch's own. Decoding adds logits that stay in slices of the vocabulary, parameters that are
+gathered once per rollout, and the collectives without which one process would wait for another for ever.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Sharding:
 
     Attributes:
         tensor_parallel: the process group that splits layers; None: none does.
-        fsdp: models whose parameters are stored in parts.
+        fsdp: models whose parameters are sharded.
         fsdp_group: the process group that stores them; None: there are none.
         part: this process's slice of the vocabulary, where all heads are split alike; None: logits are whole.
-        notes: what cannot be done the fast way, and why.
+        notes: fast paths that are not taken, and why.
     """
 
     def __init__(self, op: str, infos: Mapping[str, ModelInfo]) -> None:
@@ -48,10 +48,10 @@ class Sharding:
         self.part: VocabularySlice | None = None
         if self.tensor_parallel is not None:
             self.part = self._common_slice(infos)
-        self._captured: bool | str | None = False  # not asked yet
+        self._captured: bool | str | None = False  # not determined yet
 
     def _common(self, what: str, groups: Mapping[str, Any]) -> Any:
-        """One process group for all models, or none for all."""
+        """Return the one process group of all models, or None; raise where they differ."""
         first = next(iter(groups.values()))
         for role, group in groups.items():
             if _ranks(group) != _ranks(first):
@@ -81,9 +81,9 @@ class Sharding:
         return self.tensor_parallel is not None or self.fsdp_group is not None
 
     def agree(self, seed: int | None, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> int | None:
-        """Return one seed for all processes, and check that they are asked for the same.
+        """Return one seed for all processes, and check that their requests agree.
 
-        Those that split layers must have the same prompts, or they would compute neither one's answers.
+        Processes that split layers must have the same prompts: their layers sum partial results.
 
         Args:
             seed: of this process; None where the caller gave none.
@@ -115,7 +115,7 @@ class Sharding:
         return proposed
 
     def any_open(self, gather: bool) -> Callable[[bool], bool] | None:
-        """Return how processes whose steps wait for each other learn whether a row is open in any; None: none waits.
+        """Return the reduction of "a row is open" over processes whose steps wait for each other; None: none wait.
 
         Processes that split layers have the same rows. Those that store parameters have rows of their own, and wait for
         each other unless the parameters are gathered.
@@ -150,7 +150,7 @@ class Sharding:
             yield
 
     def why_not_captured(self, device: torch.device) -> str | None:
-        """Return why a step with collectives cannot be recorded; None where it can. Found out once, by recording one.
+        """Return why a step with collectives cannot be recorded, or None; determined once, by recording one.
 
         Args:
             device (torch.device): the models'.
@@ -180,10 +180,10 @@ def check_not_shared(op: str, policy: Any) -> None:
 
 
 def agreed(yes: bool, group: Any, device: torch.device | None = None) -> bool:
-    """Return whether all processes of the group say yes: one collective.
+    """Return whether `yes` is true in all processes of the group: one collective.
 
     Args:
-        yes (bool): what this process says.
+        yes (bool): the value of this process.
         group (ProcessGroup): the processes.
         device (torch.device): of the tensor that is sent; None: the CPU, or the current GPU under NCCL.
     """
@@ -197,7 +197,7 @@ def fsdp_modules(model: torch.nn.Module) -> Iterator[Any]:
         model (torch.nn.Module): any model.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:  # else nobody has such a module
+    if fsdp is not None:  # else no model has such modules
         yield from (module for module in model.modules() if isinstance(module, fsdp.FSDPModule))
 
 
@@ -206,7 +206,7 @@ def fsdp_modules(model: torch.nn.Module) -> Iterator[Any]:
 
 @contextmanager
 def _head_forward(info: ModelInfo, product: Callable[[Any, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Have `product(head, hidden states)` in place of the head's forward."""
+    """Replace the head's forward by `product(head, hidden states)`."""
     head: Any = info.model.get_output_embeddings()  # type: ignore[operator]
     before = vars(head).get("forward")
     head.forward = lambda hidden: product(head, hidden)
@@ -219,13 +219,13 @@ def _head_forward(info: ModelInfo, product: Callable[[Any, torch.Tensor], torch.
 
 
 def _local_product(head: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of this process's slice, where transformers would gather all."""
+    """Return the logits of this process's slice; transformers would gather all."""
     bias = head.bias.to_local() if is_dtensor(head.bias) else head.bias
     return torch.nn.functional.linear(hidden, head.weight.to_local(), bias)
 
 
 def _slice_of_logits(info: ModelInfo) -> tuple[VocabularySlice | None, str | None]:
-    """The slice that a model's head gives here, or why logits cannot stay in slices: seen in two forward passes."""
+    """Return this process's slice of the head, or why logits cannot stay in slices, by two forward passes."""
     head: Any = info.model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, torch.nn.Linear):
         return None, f"head is a {type(head).__name__}"
@@ -310,7 +310,7 @@ def _device_of(group: Any) -> torch.device:
 
 
 def _gathered(numbers: list[int], group: Any, device: torch.device) -> list[list[int]]:
-    """What every process of the group says, in the order of their ranks."""
+    """Return the numbers of every process of the group, in the order of their ranks."""
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     everyone = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(everyone, own, group=group)
@@ -324,7 +324,7 @@ def _why_not_captured(group: Any, device: torch.device) -> str | None:
     processes, reason = torch.distributed.get_world_size(group), None
     try:
         total = torch.ones(8, dtype=torch.float32, device=device)
-        torch.distributed.all_reduce(total, group=group)  # makes the communicator
+        torch.distributed.all_reduce(total, group=group)  # initialises the communicator
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode=capture_error_mode()):

@@ -1,4 +1,4 @@
-"""Answers of policies to prompts, sampled by the rollout engine; with a reference, how far they are from it."""
+"""Answers of policies to prompts, sampled by the rollout engine, and with a reference their KL from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sampling:
 
     Args:
         answer_tokens (int): tokens of an answer, at most.
-        prompt_tokens (int): tokens of a prompt, at most; of a longer one the last tokens stay.
+        prompt_tokens (int): tokens of a prompt, at most; longer ones are truncated on the left.
         samples (int): answers to each prompt, K.
         temperature (float): of the policy; 0 takes the likeliest token.
         seed (int): of the noise. Policies sampled with one seed share it: answer k to a prompt uses the same uniforms.
@@ -51,7 +51,8 @@ class Answers:
         ended (tensor (P, K), bool): whether the policy ended the answer itself.
         kl (tensor (P, K) or None): log policy - log reference of the whole answer; its mean estimates the KL
             divergence in nats per answer. None without a reference.
-        seed (int or None): of the noise; answers of policies with one seed are not independent. None: of no other.
+        seed (int or None): of the noise; answers of policies with one seed are not independent. None: noise that no
+            other answers share.
     """
 
     texts: list[list[str]]
@@ -111,7 +112,7 @@ def sample_answers(
 
 
 def kl_values(runs: Sequence[Answers]) -> torch.Tensor:
-    """The KL from the reference that each prompt's answers estimate, (S, P) float64, in nats per answer.
+    """Estimate the KL from the reference at each prompt, (S, P) float64, in nats per answer.
 
     Args:
         runs (sequence of S Answers): of one policy's training runs, sampled with a reference.
@@ -123,8 +124,8 @@ def kl_values(runs: Sequence[Answers]) -> torch.Tensor:
 
 
 def answer_measures(runs: Sequence[Answers]) -> dict[str, float]:
-    """Means over runs, prompts and answers: `length`, `end_rate` and, with a reference, `kl`; `kl_error`, its standard
-    error over prompts.
+    """Return means over runs, prompts and answers: `length`, `end_rate` and, with a reference, `kl` and `kl_error`,
+    its standard error over prompts.
 
     Args:
         runs (sequence of S Answers): of one policy's training runs.
@@ -153,7 +154,7 @@ def response_texts(tokenizer: Any, responses: Responses) -> list[str]:
 
 
 def response_kl(responses: Responses) -> torch.Tensor:  # (R,)
-    """log policy - log reference of each response, summed over its tokens: its mean estimates the KL divergence.
+    """Sum log policy - log reference over the tokens of each response; the mean estimates the KL divergence.
 
     Args:
         responses (Responses): sampled from the policy with both log-probabilities.

@@ -1,4 +1,4 @@
-"""How often a preference is cyclic: y over y', y' over y'', y'' over y."""
+"""Counts of cyclic preferences: y over y', y' over y'', y'' over y."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Cycles:
 
 
 def preference_table(judge: Judge, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> torch.Tensor:
-    """P(response i > response j) for each prompt: (P, K, K) float64, 1/2 on the diagonal; one call of the judge.
+    """Return P(response i > response j) for each prompt, (P, K, K) float64, 1/2 on the diagonal, by one judge call.
 
     Args:
-        judge (Judge): asked for each pair i < j once; P(j > i) is the complement.
+        judge (Judge): called with each pair i < j once; P(j > i) is the complement.
         prompts (sequence of P texts): the prompts.
         responses (sequence of P sequences of K texts): the responses to each.
     """

@@ -1,4 +1,4 @@
-"""Win rates at equal KL: a method's policies over several tau, and what it reaches at a KL between theirs.
+"""Win rates at equal KL: a method's policies over several tau, interpolated to a KL between theirs.
 
 Between two policies the win rate is interpolated linearly in sqrt(KL). KL and win rates are means of the same runs and
 prompts and are resampled together.
@@ -85,7 +85,7 @@ class Frontier:
 
 
 def shared_range(frontiers: Sequence[Frontier]) -> tuple[float, float]:
-    """(lowest, highest) KL that the policies of every frontier span.
+    """Return the (lowest, highest) KL that the policies of every frontier span.
 
     Args:
         frontiers (sequence of Frontier): one or more.
@@ -94,7 +94,7 @@ def shared_range(frontiers: Sequence[Frontier]) -> tuple[float, float]:
 
 
 def difference_at(first: Frontier, second: Frontier, kl: float, comparisons: int = 1) -> Estimate:
-    """How much higher the win rate of `first` is than that of `second` at a KL, against the same opponent.
+    """Return the win rate of `first` less that of `second` at a KL, against the same opponent.
 
     Args:
         first, second (Frontier): of the same runs and prompts.
@@ -145,7 +145,7 @@ def rate_at_equal_kl(
 
 
 def interpolation(kl: torch.Tensor, at: float) -> torch.Tensor:
-    """Weights (B, N) of the two policies around a KL, linear in sqrt(KL); beyond the last one, that one's is 1.
+    """Return weights (B, N) of the two policies around a KL, linear in sqrt(KL); beyond the last policy, 1 for it.
 
     Args:
         kl (tensor (B, N)): of N policies, in any order; estimates below 0 count as 0.

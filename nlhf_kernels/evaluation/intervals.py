@@ -52,7 +52,7 @@ class Estimate:
 
 
 def plus_minus(mean: float, half: float, digits: int = 3) -> str:
-    """ "mean ± half" with no-break spaces, so that no line breaks inside; what rounds to zero has no sign.
+    """Format "mean ± half" with no-break spaces; a mean that rounds to zero has no sign.
 
     Args:
         mean, half (float): the two numbers.
@@ -62,11 +62,11 @@ def plus_minus(mean: float, half: float, digits: int = 3) -> str:
 
 
 def estimate_mean(values: torch.Tensor, comparisons: int = 1) -> Estimate:
-    """The mean over runs and prompts with its interval, as both are samples of more.
+    """Return the mean over runs and prompts with its interval; both are samples of larger populations.
 
     e_p is the deviation of the prompts' means over the runs / sqrt P, e_s that of the runs' means over the prompts /
-    sqrt S: what `bootstrap` converges to. With one run there is no e_s: the interval speaks of these trained policies
-    on other prompts, not of other training runs.
+    sqrt S: the limits of `bootstrap`. With one run there is no e_s: the interval covers these trained policies on
+    other prompts, not other training runs.
 
     Args:
         values (tensor (seeds, prompts)): one value for each run and prompt.
@@ -114,14 +114,14 @@ def bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """Any statistic of runs and prompts with its interval, by resampling one of them at a time.
+    """Return any statistic of runs and prompts with its interval, by resampling one of them at a time.
 
     n - 1 are drawn of n with replacement, which makes the resampled variance of a mean unbiased (Rao and Wu, 1988). All
-    that a statistic is made of sees the same resamples, so errors that its parts share cancel as they do in the data.
+    parts of a statistic are computed from the same resamples, so their common errors cancel as they do in the data.
 
     Args:
         statistic (callable): Weights of B resamples -> tensor (B,), through `Weights.mean`.
-        runs (int): training runs, S; with one the interval speaks of these trained policies alone.
+        runs (int): training runs, S; with one the interval covers these trained policies alone.
         prompts (int): P, at least 2.
         comparisons (int): number of estimates from which the best is picked, for which the interval is widened.
         resamples (int): of prompts and of runs, each.
@@ -149,7 +149,7 @@ def _equal(count: int) -> torch.Tensor:  # (1, count)
 
 
 def _resample(count: int, resamples: int, generator: torch.Generator) -> torch.Tensor:  # (resamples, count)
-    """How often each of `count` is drawn in count - 1 draws, as a share."""
+    """Return the share of each of `count` items in count - 1 draws."""
     draws = torch.randint(count, (resamples, count - 1), generator=generator, dtype=torch.int64, device="cpu")
     ones = torch.ones(draws.shape, dtype=torch.float64, device="cpu")
     counts = torch.zeros(resamples, count, dtype=torch.float64, device="cpu").scatter_add_(1, draws, ones)

@@ -1,7 +1,7 @@
 """Figures of win rates, from numbers alone: the matrix, estimates against a quantity, win rate against KL.
 
-All are as wide as WIDTH inches, so that at 400 pixels the smallest letters are 9 pixels high. Series differ by colour,
-marker and line style, so that they are told apart in print and with every kind of colour vision.
+All are WIDTH inches wide, so that at 400 pixels the smallest letters are 9 pixels high. Series differ by colour, marker
+and line style, so that they can be distinguished in print and with every kind of colour vision.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Cell = Mapping[str, Any] | Estimate | None
 
 
 def plot_win_rates(labels: Sequence[str], matrix: Sequence[Sequence[Cell]], title: str = "") -> Any:
-    """A matplotlib figure of win rates, row against column: blue above 1/2, red below, the numbers in the cells.
+    """Plot win rates, row against column, as a matplotlib figure: blue above 1/2, red below, numbers in the cells.
 
     Args:
         labels (sequence of N texts): the policies.
@@ -59,7 +59,7 @@ def plot_estimates(
     *,
     level: float | None = None,
 ) -> Any:
-    """A matplotlib figure of estimates with their intervals against a quantity, a line for each series.
+    """Plot estimates with their intervals against a quantity as a matplotlib figure, a line for each series.
 
     Args:
         series (mapping label -> sequence of (x, Estimate)): the points, in any order.
@@ -75,11 +75,11 @@ def plot_estimates(
 def plot_frontiers(
     frontiers: Mapping[str, Sequence[FrontierPoint]], opponent: str = "the reference", title: str = ""
 ) -> Any:
-    """A matplotlib figure of win rate against KL, a line for each method, with the intervals of both.
+    """Plot win rate against KL as a matplotlib figure, a line for each method, with the intervals of both.
 
     Args:
         frontiers (mapping label -> sequence of FrontierPoint): of `Frontier.points`.
-        opponent (str): whom the win rates are against.
+        opponent (str): name of the opponent of the win rates.
         title (str): above.
     """
     points = {

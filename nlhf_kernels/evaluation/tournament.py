@@ -1,7 +1,7 @@
 """Win rates between policies, each against each, with confidence intervals, for one judge.
 
 Value [s, p] of a match is the judge's mean P(y > y') over the answers of run s of both sides to prompt p. A policy
-without runs (a supervised one) plays the same answers in all of them.
+without runs (a supervised one) has the same answers in all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Tournament:
     values: dict[Match, torch.Tensor]
 
     def match(self, first: str, second: str) -> torch.Tensor:
-        """P(first > second), (runs, prompts).
+        """Return the values of P(first > second), (runs, prompts).
 
         Args:
             first, second (str): names of policies; 1/2 where they are the same.
@@ -67,7 +67,7 @@ class Tournament:
         ]  # fmt: skip
 
     def cycles(self) -> list[list[str]]:
-        """Triples of policies of which each beats the next: mean win rates above 1/2 by more than the margin."""
+        """Return triples of policies of which each beats the next: mean win rates above 1/2 by more than MARGIN."""
         cycles = []
         for a, b, c in combinations(self.names, 3):
             for way in ((a, b, c), (a, c, b)):
@@ -83,7 +83,7 @@ def play_tournament(
     answers: Mapping[str, Sequence[Answers]],
     advance: Callable[[int], None] = lambda done: None,
 ) -> Tournament:
-    """Ask the judge for every match; run s of one side meets run s of the other.
+    """Evaluate every match by the judge, run s of one policy against run s of the other.
 
     The value of a prompt is the mean over all pairs of answers (README, eq. 2), or where both sides share their noise
     over all pairs of answers of different number (eq. 1).
@@ -129,7 +129,7 @@ def _share_noise(first: Answers, second: Answers) -> bool:
 
 
 def _win_rates(judge: Judge, prompts: Sequence[str], first: Answers, second: Answers) -> torch.Tensor:
-    """(P,) float64: the mean of each prompt's pairs. The judge is asked once for pairs of the same texts."""
+    """Return the mean over each prompt's pairs, (P,) float64; pairs of the same texts are judged once."""
     shared = _share_noise(first, second)
     questions: dict[tuple[str, str, str], int] = {}
     pair_indices = [

@@ -1,12 +1,12 @@
-"""Three annotators with different tastes, and the vote of their majority.
+"""Three simulated annotators with different criteria, and their majority vote.
 
 coverage   the share of the true first line's character trigrams that the response has
 brevity    fewer words, down to four
 fluency    mean log-probability per word under a trigram model of the true first lines
 
 An annotator with score s votes for y over y' with probability sigmoid((s(y) - s(y')) / scale), its scale being a share
-of the usual difference of its scores. A majority of transitive tastes need not be transitive: hence cycles. A response
-without a word loses to one with words, for every taste.
+of the usual difference of its scores. A majority of transitive preferences need not be transitive: hence cycles. A
+response without a word loses to one with words, by every criterion.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Annotators:
     Args:
         truths (mapping prompt -> text): the true first line of each prompt.
         language (Trigrams): of the true first lines.
-        scales (sequence of 3 floats): one for each taste, above 0: the smaller, the surer the vote.
+        scales (sequence of 3 floats): one for each criterion, above 0; smaller scales give probabilities nearer 0 or 1.
         name (str): of the judge in errors.
     """
 
@@ -53,7 +53,7 @@ class Annotators:
             check_number("annotators", "scales", scale, 0.0, open_low=True)
 
     def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
-        """Each annotator's score of each response, (N, 3) float64.
+        """Score each response by each annotator, (N, 3) float64.
 
         Args:
             prompts, responses (sequences of N texts): the pairs to score.
@@ -62,7 +62,7 @@ class Annotators:
         return torch.tensor(scores, dtype=torch.float64, device="cpu")
 
     def votes(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
-        """Each annotator's P(first > second), (N, 3) float64.
+        """Return each annotator's P(first > second), (N, 3) float64.
 
         Args:
             prompts, first, second (sequences of N texts): prompts and two responses to each.
@@ -76,7 +76,7 @@ class Annotators:
     def sample_votes(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], seed: int
     ) -> torch.Tensor:
-        """Whether the majority of three sampled votes is for the first, (N,) bool.
+        """Sample three votes per pair; return whether the majority is for the first, (N,) bool.
 
         Args:
             prompts, first, second (sequences of N texts): prompts and two responses to each.
@@ -106,7 +106,7 @@ class Annotators:
 
 
 def majority(votes: torch.Tensor) -> torch.Tensor:  # (..., 3) -> (...)
-    """P(at least two of three independent votes are for the first)."""
+    """Return P(at least two of three independent votes are for the first)."""
     a, b, c = votes.unbind(-1)
     return (a * b + a * c + b * c - 2 * a * b * c).clamp(0, 1)  # rounding may leave the interval
 
@@ -123,7 +123,7 @@ def _trigrams(text: str) -> Counter[str]:
 
 
 def common_scales(scores: torch.Tensor, share: float) -> list[float]:  # (prompts, responses, 3)
-    """Of each taste `share` times the root mean square difference of two responses' scores."""
+    """Return, for each criterion, `share` times the root mean square difference of two responses' scores."""
     scores = scores.masked_fill(scores <= _NOTHING, torch.nan)
     pairs = [scores[:, i] - scores[:, j] for i, j in combinations(range(scores.shape[1]), 2)]
     differences = torch.stack(pairs).flatten(0, 1)
@@ -132,7 +132,7 @@ def common_scales(scores: torch.Tensor, share: float) -> list[float]:  # (prompt
 
 
 def words(text: str) -> list[str]:
-    """Words and punctuation marks, in lower case."""
+    """Split a text into words and punctuation marks, in lower case."""
     return TOKEN.findall(text.lower())
 
 

@@ -1,7 +1,7 @@
-"""Exploitability of policies whose answers are texts: a best response is trained against each, and what it wins counts.
+"""Exploitability of policies whose answers are texts: the win rate of a best response that is trained against each.
 
-The true exploitability is a maximum over all policies, so a trained response gives a lower bound of it. With answers
-out of a few candidates the bound and the truth are compared (`candidates/`).
+The true exploitability is a maximum over all policies, so a trained response gives a lower bound of it. The bound is
+compared with the exact value where answers come from a few candidates (`candidates/`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class OpponentReward:
 
     Args:
         opponent (causal language model): fixed.
-        judge (Judge): who compares.
+        judge (Judge): compares the answers.
         setting (Setting): tokenizer and lengths.
         seed (int): of the opponent's answers.
     """
@@ -55,15 +55,15 @@ class OpponentReward:
 
 
 def make_best_response(work: Path, opponent: Path, start: str, judge: Judge, setting: Setting) -> None:
-    """Train against a fixed policy, with a contestant's budget: RLHF whose reward is `OpponentReward`, at the preset's
-    tau; leave the policy.
+    """Train against a fixed policy, with a contestant's budget (RLHF whose reward is `OpponentReward`, at the preset's
+    tau), and save the policy.
 
     Args:
         work (Path): the stage's folder.
-        opponent (Path): folder of the policy that is to be beaten.
-        start (str): of STARTS: from whose weights.
-        judge (Judge): who compares.
-        setting (Setting): what all stages work with.
+        opponent (Path): folder of the fixed policy.
+        start (str): of STARTS: the initial weights.
+        judge (Judge): compares the answers.
+        setting (Setting): shared by all stages.
     """
     preset, device = setting.preset, setting.device
     opponent_model = load_model("experiment: opponent", opponent, device=device, dtype=torch.float32)
@@ -83,14 +83,14 @@ def make_best_response(work: Path, opponent: Path, start: str, judge: Judge, set
 def measure_exploitability(
     work: Path, opponents: dict[str, Path], responses: dict[str, list[Path]], judge: Judge, setting: Setting
 ) -> None:
-    """The best of every policy's responses on the test prompts, with an interval that is widened for the choice.
+    """Measure the best of every policy's responses on the test prompts, its interval widened for the choice.
 
     Args:
         work (Path): the stage's folder.
         opponents (dict): contestant -> folder of its policy.
         responses (dict): contestant -> folders of its best responses, in the order of STARTS.
-        judge (Judge): who compares.
-        setting (Setting): what all stages work with.
+        judge (Judge): compares the answers.
+        setting (Setting): shared by all stages.
     """
     preset, tokenizer = setting.preset, setting.corpus.tokenizer
     prompts = [row.prompt for row in setting.corpus.test[: preset.test_prompts]]

@@ -23,19 +23,19 @@ MIN_RUNS, MIN_PROMPTS = 3, 100
 
 
 def evidence(claim: Mapping[str, Any]) -> tuple[int, int]:
-    """Training runs of each contestant and prompts behind a claim; no runs where no match was played."""
+    """Return the numbers of training runs and of prompts behind a claim; no runs if there were no matches."""
     matches = claim["matches"]
     return (matches[0]["seeds"], matches[0]["prompts"]) if matches else (0, claim["prompts"])
 
 
 def verdict(claim: Mapping[str, Any]) -> str:
-    """A claim's verdict, TOO_SMALL below the minimum of runs and prompts, of older results too."""
+    """Return a claim's verdict; TOO_SMALL below the minimum of runs and prompts, in older results too."""
     runs, prompts = evidence(claim)
     return str(claim["verdict"]) if runs >= MIN_RUNS and prompts >= MIN_PROMPTS else TOO_SMALL
 
 
 def interior_beta(tournament: Tournament) -> dict[str, Any] | None:
-    """Claim 1; None where its contestants do not take part."""
+    """Decide claim 1; None if its contestants do not take part."""
     betas = {name: beta for name in tournament.names if (beta := beta_of(name)) is not None}
     ends = [next((name for name, beta in betas.items() if beta == end), None) for end in (0.0, 1.0)]
     inner = [name for name, beta in betas.items() if 0 < beta < 1]
@@ -50,7 +50,7 @@ def interior_beta(tournament: Tournament) -> dict[str, Any] | None:
 
 
 def beats_rewards(tournament: Tournament, where: Sequence[int] | None) -> dict[str, Any] | None:
-    """Claim 2: Nash-MD of every beta below 1, Nash-EMA and IPO-MD against the baseline; `where`: these prompts only."""
+    """Decide claim 2, Nash-MD of all beta < 1, Nash-EMA and IPO-MD against the baseline, on the prompts `where`."""
     rivals = [name for name in tournament.names if name in ("nash-ema", "ipo-md") or (beta_of(name) or 0.0) < 1]
     rivals = [name for name in rivals if name not in (BASELINE, "sft")]
     if BASELINE not in tournament.names or not rivals:
@@ -81,7 +81,7 @@ def _claim(
 
 
 def by_beta(tournament: Tournament) -> list[dict[str, Any]]:
-    """Win rates of Nash-MD against the baseline, or against the supervised policy where there is none."""
+    """Return win rates of Nash-MD against the baseline, or against the supervised policy if there is none."""
     against = BASELINE if BASELINE in tournament.names else "sft"
     points = []
     for name in tournament.names:

@@ -28,7 +28,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Material:
-    """Where texts and model come from.
+    """Sources of the texts and the model.
 
     Args:
         data (str or None): preference pairs: a file, a folder or a hub name; None: docstrings.
@@ -115,7 +115,7 @@ def _pairs(preset: Preset, material: Material, tokenizer: Any) -> tuple[list[Pai
 
 
 def _distinct(rows: list[Example]) -> list[Example]:
-    """The first example of each prompt."""
+    """Return the first example of each prompt."""
     return list({row.prompt: row for row in reversed(rows)}.values())[::-1]
 
 

@@ -59,7 +59,7 @@ def collect(
     folders: Sequence[Path] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[Docstring], list[Docstring]]:
-    """(train, test) docstrings with distinct texts and summaries; an error where there are too few.
+    """Return (train, test) docstrings with distinct texts and summaries; raise if there are too few.
 
     Args:
         settings (Collection): how many, and which.
@@ -92,7 +92,7 @@ def collect(
 
 
 def share(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+    """Return a number in [0, 1) that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") / 2**56
 
 
@@ -102,7 +102,7 @@ def installed_folders() -> list[Path]:
 
 
 def _modules(folders: Iterable[Path]) -> list[tuple[str, Path]]:
-    """(dotted name, file), each once, in the order of the names' hashes."""
+    """Return (dotted name, file), each once, in the order of the names' hashes."""
     modules: dict[str, Path] = {}
     for folder in folders:
         for path in _python_files(folder):
@@ -112,7 +112,7 @@ def _modules(folders: Iterable[Path]) -> list[tuple[str, Path]]:
 
 
 def _python_files(folder: Path) -> Iterator[Path]:
-    """Sorted, so that of two modules of one name the same one wins everywhere."""
+    """Yield the folder's Python files, sorted, so that of two modules of one name the same one is taken everywhere."""
     try:
         entries = sorted(folder.iterdir())
     except OSError:  # a folder without permission to read it
@@ -144,7 +144,7 @@ def _pairs(path: Path, settings: Collection) -> Iterator[tuple[str, str]]:
 def _documented(
     node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
 ) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Modules, classes, functions and methods; what is defined inside functions is left out."""
+    """Yield modules, classes, functions and methods; definitions inside functions are left out."""
     yield node
     if isinstance(node, ast.Module | ast.ClassDef):
         for child in node.body:
@@ -153,7 +153,7 @@ def _documented(
 
 
 def split_docstring(docstring: str, settings: Collection) -> tuple[str, str] | None:
-    """(text, summary), or None where the first line is no summary of a body worth summarising."""
+    """Split into (text, summary); None if the first line is no summary or the body is too short."""
     first, _, rest = docstring.strip().partition("\n")
     second, _, body = rest.partition("\n")
     summary = " ".join(first.split())
@@ -169,7 +169,7 @@ def split_docstring(docstring: str, settings: Collection) -> tuple[str, str] | N
 
 
 def cut(text: str, characters: int) -> str:
-    """The text's beginning, at most so many characters, ending between words."""
+    """Truncate the text to at most so many characters, between words."""
     if len(text) <= characters:
         return text
     whole = text[: characters + 1].rpartition(" ")[0]

@@ -18,20 +18,20 @@ MARKED = 12  # points of a curve up to which each has a marker
 
 
 def judges(results: Results) -> dict[str, Any]:
-    """The tournament's results by judge, the annotators first."""
+    """Return the tournament's results by judge, the annotators first."""
     facts = results["tournament"]["judges"]
     return {name: facts[name] for name in JUDGE_LABELS if name in facts}
 
 
 def heat_map(results: Results, judge: str) -> Any:
-    """Win rates, row against column, the numbers in the cells."""
+    """Plot win rates, row against column, with the numbers in the cells."""
     facts = results["tournament"]
     title = f"P(row preferred to column), judged by {JUDGE_LABELS[judge]}"
     return plot_win_rates(facts["labels"], facts["judges"][judge]["matrix"], title)
 
 
 def win_rate_by_beta(results: Results) -> Any:
-    """Win rates of Nash-MD by beta, against one opponent."""
+    """Plot win rates of Nash-MD by beta, against one opponent."""
     figure, axes = _panel("Nash-MD by beta, 95 % intervals")
     against = ""
     for index, (judge, facts) in enumerate(judges(results).items()):
@@ -51,7 +51,7 @@ def win_rate_by_beta(results: Results) -> Any:
 
 
 def training_curves(results: Results, quantity: str, ylabel: str) -> Any:
-    """A logged quantity against the updates, means over a contestant's runs."""
+    """Plot a logged quantity against the updates, as means over a contestant's runs."""
     figure, axes = _panel("")
     for index, (name, points) in enumerate(curves(results, quantity).items()):
         axes.plot(
@@ -70,8 +70,8 @@ def training_curves(results: Results, quantity: str, ylabel: str) -> Any:
 
 
 def curves(results: Results, quantity: str) -> dict[str, dict[int, float]]:
-    """contestant -> update -> mean over its runs. What training does not log is taken from the evaluations during
-    training: IPO-MD trains on answers of the mixture, not of the policy."""
+    """Return contestant -> update -> mean over its runs. Quantities that training does not log come from the
+    evaluations during training: IPO-MD trains on answers of the mixture, not of the policy."""
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run, history in results["histories"].items():
         name = quantity if any(quantity in entry for entry in history) else f"eval_{quantity}"
@@ -82,7 +82,7 @@ def curves(results: Results, quantity: str) -> dict[str, dict[int, float]]:
 
 
 def distance_and_strength(results: Results, judge: str) -> Any:
-    """Each policy's win rate against the reference, against its KL from it."""
+    """Plot each policy's win rate against the reference over its KL from the reference."""
     facts = results["tournament"]
     figure, axes = _panel(f"judged by {JUDGE_LABELS[judge]}")
     for row, name in zip(facts["judges"][judge]["matrix"], facts["names"], strict=True):
@@ -98,7 +98,7 @@ def distance_and_strength(results: Results, judge: str) -> Any:
 
 
 def all_figures(results: Results) -> Iterable[tuple[str, str, Any]]:
-    """(file name, caption, figure)"""
+    """Yield (file name, caption, figure)."""
     for judge in judges(results):
         yield f"matrix-{judge}", f"Win rates in the eyes of {JUDGE_LABELS[judge]}", heat_map(results, judge)
     if any(facts["by_beta"] for facts in judges(results).values()):
@@ -113,7 +113,7 @@ def all_figures(results: Results) -> Iterable[tuple[str, str, Any]]:
 
 
 def _panel(title: str) -> tuple[Any, Any]:
-    """One panel, narrow enough for its letters to be read on a phone."""
+    """Return a figure with one panel, narrow enough to be legible on a phone."""
     figure = new_figure(5.2, 3.9)
     axes = figure.subplots()
     axes.set_title(title, fontsize=10)
@@ -123,7 +123,7 @@ def _panel(title: str) -> tuple[Any, Any]:
 
 
 def _rates(axes: Any) -> None:
-    """A win rate's whole range, so that a small difference from 1/2 looks small."""
+    """Show a win rate's whole range, so that a small difference from 1/2 looks small."""
     axes.set_ylim(0.0, 1.0)
     axes.axhline(0.5, color="0.5", linewidth=1)
 

@@ -1,4 +1,4 @@
-"""The experiment from its first stage to its last. Each stage reads what the ones before it wrote."""
+"""The stages of the experiment in order; each reads the files that earlier ones have written."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Experiment:
         preset (Preset): all numbers.
         material (Material): where texts and model come from.
         device (torch.device): of all models.
-        reporter (Reporter): lines and bars meanwhile; by default none.
+        reporter (Reporter): progress lines and bars; by default none.
         restart (bool): remove the stages of an experiment that is in the folder.
         folders (sequence of Path or None): of Python sources with docstrings; None: all installed packages.
     """
@@ -135,7 +135,7 @@ class Experiment:
                 self._stage(stage_name(contestant, seed), title, make)
 
     def _exploit(self) -> None:
-        """Best responses to the first run of every contestant, judged by the annotators where there are any."""
+        """Train best responses to the first run of every contestant, judged by the annotators if there are any."""
         judge = self.judges.get("annotators", self.judges["preference-model"])
         opponents: dict[str, Path] = {}
         responses: dict[str, list[Path]] = {}
@@ -182,7 +182,7 @@ class Experiment:
         write_json(work / "tournament.json", facts)
 
     def _answers(self, prompts: list[str]) -> dict[str, list[Answers]]:
-        """Answers of every policy, one `Answers` for each training run, all sampled with the same noise."""
+        """Sample answers of every policy, one `Answers` for each training run, all with the same noise."""
         preset, reference = self.preset, self.setting.fresh_policy()
         folders = {START: [self.policy]}
         for contestant in preset.contestants:
@@ -201,7 +201,7 @@ class Experiment:
         return answers
 
     def results(self) -> dict[str, Any]:
-        """All numbers of the report, as one JSON document."""
+        """Return all numbers of the report, as one JSON document."""
         path = self.workspace.path
         annotators = path("preferences") / "annotators.json"
         runs = [(name, seed) for name in self.preset.contestants for seed in range(self.preset.seeds)]
@@ -227,7 +227,7 @@ class Experiment:
 
 
 def check_fits(preset: Preset, material: Material) -> None:
-    """Raise at once where the experiment would fail after minutes."""
+    """Raise before the first stage if the preset does not fit the material."""
     if material.data is not None and preset.judge == "annotators":
         raise ValueError("experiment: judge: expected preference-model with --data, which has no annotators to ask; "
                          "got 'annotators'")  # fmt: skip
@@ -245,7 +245,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _samples(prompts: list[str], answers: dict[str, list[Answers]], truths: list[str], count: int = 4) -> Any:
-    """The first run's answers to the first prompts."""
+    """Return the first run's answers to the first prompts."""
     samples = []
     for row, (prompt, truth) in enumerate(zip(prompts[:count], truths, strict=False)):
         texts = {name: runs[0].texts[row][0] for name, runs in answers.items()}

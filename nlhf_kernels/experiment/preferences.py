@@ -32,8 +32,7 @@ PAIRINGS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2))
 
 
 def make_preferences(work: Path, setting: Setting) -> None:
-    """Sample pairs of answers of the supervised policy and the annotators' votes on them; the user's pairs stay as they
-    are."""
+    """Sample pairs of answers of the supervised policy and the annotators' votes on them; a user's pairs are copied."""
     corpus, preset, reporter = setting.corpus, setting.preset, setting.reporter
     if corpus.pairs is not None and corpus.test_pairs is not None:
         write_rows(work / "train.jsonl", [pair._asdict() for pair in corpus.pairs])
@@ -62,7 +61,7 @@ def make_preferences(work: Path, setting: Setting) -> None:
 def _compare(
     annotators: Annotators, prompts: list[str], texts: list[list[str]], count: int, seed: int
 ) -> tuple[list[Pair], float]:
-    """At most `count` pairs of different answers with their vote, and the mean probability of the likelier vote."""
+    """Return up to `count` pairs of different answers with their votes, and the likelier vote's mean probability."""
     rows = [
         (prompt, row[i], row[j])
         for i, j in PAIRINGS

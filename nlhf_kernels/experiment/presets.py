@@ -36,7 +36,7 @@ class Contestant:
     averaged: bool = False
 
     def options(self, preset: Any) -> dict[str, Any]:
-        """Its options of `NashConfig`, beside the budget.
+        """Return the contestant's options of `NashConfig`, beside the budget.
 
         Args:
             preset (Preset): with tau and the decay of the average.
@@ -60,12 +60,12 @@ CONTESTANTS: dict[str, Contestant] = {
 
 
 def label(name: str) -> str:
-    """A policy's name in tables and figures."""
+    """Return a policy's name in tables and figures."""
     return "SFT" if name == START else CONTESTANTS[name].label
 
 
 def beta_of(name: str) -> float | None:
-    """The weight of the reference in a Nash-MD contestant's opponent; None for others."""
+    """Return the weight of the reference in a Nash-MD contestant's opponent; None for others."""
     contestant = CONTESTANTS.get(name)
     return contestant.beta if contestant is not None and contestant.algorithm == "nash-md" else None
 
@@ -185,7 +185,7 @@ class Preset:
 
 
 PRESETS = {
-    # seconds: it shows that the pipeline runs, and nothing else
+    # seconds: a smoke test of the pipeline
     "tiny": Preset(
         examples=60, test_fraction=0.3, text_characters=80, summary_characters=60, vocabulary=300, hidden=16, layers=1,
         heads=2, sft_steps=3, sft_batch=4, pairs=24, preference_steps=3, preference_batch=4, cycle_responses=3,
@@ -213,7 +213,7 @@ AnyPreset = TypeVar("AnyPreset", bound="DataclassInstance")
 
 
 def overridden(preset: AnyPreset, settings: Sequence[str]) -> AnyPreset:
-    """The preset with some fields changed.
+    """Return the preset with some fields changed.
 
     Args:
         preset (a frozen dataclass of numbers, texts and tuples): what is changed.
@@ -249,5 +249,5 @@ def _parse(name: str, text: str, kind: Any) -> Any:
 
 
 def as_json(preset: Preset) -> dict[str, Any]:
-    """The preset as JSON writes it."""
+    """Return the preset as a JSON document."""
     return {**asdict(preset), "contestants": list(preset.contestants)}

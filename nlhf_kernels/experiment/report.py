@@ -56,7 +56,7 @@ def write_report(results: Results, folder: Path) -> Path:
 
 
 def page(results: Results, pictures: Sequence[str]) -> str:
-    """The HTML page, with these figures in it."""
+    """Return the HTML page with these figures."""
     facts, corpus = results["tournament"], results["corpus"]
     source = results["material"]["data"] or "Docstrings of the installed Python packages"
     parts = [
@@ -164,7 +164,7 @@ def describe_claim(claim: dict[str, Any]) -> str:
 
 
 def _grounds(claim: dict[str, Any]) -> str:
-    """The evidence of a claim, and where it is too little the minimum."""
+    """Return the evidence of a claim, with the required minimum if it is too little."""
     runs, prompts = evidence(claim)
     counts = f"{_count(runs, 'run')} of each, {_count(prompts, 'prompt')}" if runs else _count(prompts, "prompt")
     if verdict(claim) == TOO_SMALL:
@@ -193,7 +193,7 @@ def _matrix(facts: Results, judge: str) -> str:
 
 
 def _colour(cell: dict[str, Any] | None) -> str:
-    """White at 1/2, green above, red below; pale enough for black letters."""
+    """Return a cell's colour: white at 1/2, green above, red below; pale enough for black letters."""
     if cell is None:
         return ""
     share = abs(cell["mean"] - 0.5) * 1.4
@@ -202,7 +202,7 @@ def _colour(cell: dict[str, Any] | None) -> str:
 
 
 def _exploitability(results: Results) -> list[str]:
-    """What trained best responses win: nothing where none were trained."""
+    """Return the section on trained best responses; empty if none were trained."""
     if not results["exploitability"]:
         return []
     rows = [
@@ -264,7 +264,7 @@ def _making(results: Results) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], colours: Sequence[Sequence[str]] = ()) -> str:
-    """Scrolls sideways where it does not fit; with colours (one for every cell, "" for none) the first column stays."""
+    """Return an HTML table that scrolls sideways; with `colours` (per cell, "" for none) the first column is fixed."""
     cells = "".join(f"<th>{_e(name)}</th>" for name in head)
     lines = ""
     for number, row in enumerate(rows):
@@ -299,7 +299,7 @@ def _e(text: object) -> str:
 
 
 def summary(results: Results) -> str:
-    """The results as Markdown, for documents; speeds are left out, as results do not name their commit."""
+    """Return the results as Markdown, for documents, without speeds, since results do not name their commit."""
     facts = results["tournament"]
     parts = [describe_size(results), describe_intervals(results)]
     for judge, each in judges(results).items():

@@ -27,7 +27,7 @@ def stage_name(contestant: str, seed: int) -> str:
 
 
 def configuration(contestant: str, seed: int, preset: Preset, output: Path, device: torch.device, **more: Any) -> Any:
-    """The NashConfig of a run: equal updates, prompts, answers and learning rate, and the contestant's own options."""
+    """Return a run's NashConfig: common updates, prompts, answers and learning rate, and the contestant's options."""
     options: dict[str, Any] = {
         "max_steps": preset.updates,
         "per_device_train_batch_size": preset.prompts_per_update,
@@ -69,7 +69,7 @@ def make_trainer(
     config: Any, judge: Judge | None, reward: Reward | None, setting: Setting, callbacks: Sequence[Any] = (),
     policy: Any = None,
 ) -> Any:  # fmt: skip
-    """A trainer that starts from `policy`, or from the supervised policy where there is none."""
+    """Return a trainer that starts from `policy`, or from the supervised policy if it is None."""
     import transformers
 
     trainer = NashTrainer(
@@ -99,6 +99,6 @@ def make_run(work: Path, contestant: str, seed: int, judge: Judge, reward: Rewar
 
 
 def _finite(entry: dict[str, Any]) -> dict[str, float]:
-    """The logged numbers that are finite, as JSON has no infinity; five digits are more than a curve shows."""
+    """Return the finite logged numbers (JSON has no infinity), rounded to five digits, enough for a curve."""
     values = {name: entry[name] for name in entry if name in LOGGED or name.startswith("eval_")}
     return {name: float(f"{value:.5g}") for name, value in values.items() if abs(value) < float("inf")}

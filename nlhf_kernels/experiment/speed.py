@@ -1,7 +1,7 @@
-"""How much faster the kernels make this run: the same work with the PyTorch oracle instead of them, in turn.
+"""Speed-up of this run by the kernels: the same work, alternately with them and with the PyTorch oracle.
 
-Two measurements: whole updates of Nash-MD, with the models' forward and backward passes, which are PyTorch's either
-way; and the two operations alone, at the sizes of this run.
+Two measurements: whole updates of Nash-MD, including the models' forward and backward passes, which are PyTorch's in
+both cases; and the two operations alone, at the sizes of this run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def measure(work: Path, judge: Any, reward: Any, setting: Setting) -> None:
 
 
 def _update_seconds(trainer: Any) -> list[float]:
-    """The time of each update but the first, from the end of the one before."""
+    """Return the time of each update but the first, from the end of the previous one."""
     import transformers
 
     ends: list[float] = []
@@ -77,7 +77,7 @@ def _compared(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def _sampling(model: Any, preset: Preset) -> dict[str, Any]:
-    """Sampling of one token of y' for every prompt of an update."""
+    """Time the sampling of one token of y' for every prompt of an update."""
     rows, width = preset.prompts_per_update * preset.samples_per_prompt, model.get_output_embeddings().weight.shape[0]
     generator = torch.Generator(model.device).manual_seed(0)
     logits = [torch.randn(rows, width, generator=generator, dtype=torch.float32, device=model.device) for _ in range(2)]
@@ -92,7 +92,7 @@ def _sampling(model: Any, preset: Preset) -> dict[str, Any]:
 
 
 def _loss(model: Any, preset: Preset) -> dict[str, Any]:
-    """Loss and gradients of an update's answers, from hidden states."""
+    """Time the loss and gradients of an update's answers, from hidden states."""
     weight = model.get_output_embeddings().weight.detach().clone().requires_grad_()
     rows, tokens = preset.prompts_per_update * preset.samples_per_prompt, preset.answer_tokens
     generator = torch.Generator(model.device).manual_seed(0)
@@ -115,7 +115,7 @@ def _loss(model: Any, preset: Preset) -> dict[str, Any]:
 
 
 def _timed(run: Callable[[str], None]) -> dict[str, float]:
-    """Median times of calls that alternate between the backends, after one of each."""
+    """Return median times of calls that alternate between the backends, after a warm-up of each."""
     seconds: dict[str, list[float]] = {TORCH: [], "auto": []}
     for repeat in range(REPEATS + 1):
         for backend, each in seconds.items():

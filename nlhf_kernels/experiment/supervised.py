@@ -26,7 +26,7 @@ from .workspace import write_json
 
 
 def new_model(tokenizer: Any, preset: Preset) -> Any:
-    """A Llama of the preset's size, with random weights."""
+    """Return a Llama of the preset's size, with random weights."""
     import transformers
 
     if preset.hidden % (2 * preset.heads):
@@ -52,7 +52,7 @@ def new_model(tokenizer: Any, preset: Preset) -> Any:
 def encode_examples(
     tokenizer: Any, examples: Sequence[Example], preset: Preset, whole: bool
 ) -> list[dict[str, list[int]]]:
-    """Token ids and labels of each example; with `whole` the prompt's tokens are labels too."""
+    """Return token ids and labels of each example; with `whole` the prompt's tokens are labels too."""
     prompts = encode_prompts(tokenizer, [row.prompt for row in examples], preset.prompt_tokens)
     answers = encode(tokenizer, [row.answer for row in examples])
     rows = []
@@ -150,7 +150,7 @@ def train(
 
 
 def progress_callback(losses: list[float], advance: Any) -> Any:
-    """A callback of transformers' Trainer that records the losses and moves the progress bar."""
+    """Return a callback of transformers' Trainer that records the losses and advances the progress bar."""
     import transformers
 
     class Progress(transformers.TrainerCallback):
@@ -166,7 +166,7 @@ def progress_callback(losses: list[float], advance: Any) -> Any:
 
 @torch.no_grad()
 def answer_loss(model: Any, rows: Sequence[dict[str, list[int]]], pad_id: int, batch: int) -> float:
-    """Nats per token of the answers, the end token included."""
+    """Return the loss of the answers in nats per token, the end token included."""
     padding, total, count = Padding(pad_id), 0.0, 0
     for start in range(0, len(rows), batch):
         columns = {name: value.to(model.device) for name, value in padding(rows[start : start + batch]).items()}
@@ -181,7 +181,7 @@ def answer_loss(model: Any, rows: Sequence[dict[str, list[int]]], pad_id: int, b
 
 @dataclass(frozen=True)
 class Setting:
-    """What every stage after the supervised policy works with."""
+    """The shared inputs of all stages after the supervised policy."""
 
     corpus: Corpus
     policy: Path  # folder of the supervised policy
@@ -190,5 +190,5 @@ class Setting:
     reporter: Reporter
 
     def fresh_policy(self) -> Any:
-        """A copy of the supervised policy, on the device."""
+        """Return a copy of the supervised policy, on the device."""
         return load_model("experiment: policy", self.policy, device=self.device, dtype=torch.float32)

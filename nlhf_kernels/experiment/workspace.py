@@ -76,7 +76,7 @@ class Workspace:
         write_atomic(identity_file, json.dumps(self.identity, indent=2) + "\n")
 
     def _stages(self) -> list[Path]:
-        """Existing paths with the name of a stage."""
+        """Return existing paths with the name of a stage."""
         runs = sorted(self.folder.glob(f"{RUNS}/[!.]*/"))
         return [path for path in [*(self.folder / name for name in STAGES), *runs] if path.exists()]
 
@@ -93,7 +93,7 @@ class Workspace:
         return (self.folder / stage / FACTS).is_file()
 
     def stage(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The stage's folder; where it is missing, `make` fills it first."""
+        """Return the stage's folder; if it is missing, `make` fills it first."""
         if not self.has(name):
             began = time.perf_counter()
             with atomic_folder(self.folder / name, KIND) as work:
@@ -102,7 +102,7 @@ class Workspace:
         return self.path(name)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of every stage, those of earlier starts included."""
+        """Return the seconds of every stage, earlier starts included."""
         paths = [*self.folder.glob(f"*/{FACTS}"), *self.folder.glob(f"{RUNS}/*/{FACTS}")]
         return {str(path.parent.relative_to(self.folder)): float(read_json(path)["seconds"]) for path in sorted(paths)}
 

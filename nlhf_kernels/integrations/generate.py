@@ -1,8 +1,8 @@
 """`policy.generate(..., custom_generate=mixture_generate)`: `generate_mixture` behind transformers' generate().
 
 transformers prepares the configuration, the logits processors and the stopping criteria, then calls `mixture_generate`
-with them; options that the mixture cannot honour are refused by name. README.md beside this file lists what is relied
-on of transformers.
+with them; options that the mixture cannot honour are refused by name. README.md in this folder lists the parts of
+transformers that this module relies on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SAMPLER_WARPERS: dict[type, str] = {
     MinPLogitsWarper: "min_p",
 }
 
-#: Settings of a GenerationConfig that cannot be honoured, and why.
+#: Settings of a GenerationConfig that are not supported, and why.
 _REFUSED = {
     "output_scores": "the mixture's scores are never stored; the output has the tokens' log-probabilities instead",
     "output_logits": "the logits are never stored; the output has the tokens' log-probabilities instead",
@@ -96,7 +96,7 @@ def mixture_generate(
     """Decode from the mixture of the policy and `reference_model`: the `custom_generate` of `policy.generate`.
 
     do_sample, temperature, top_k, top_p, min_p, eos and lengths are generate()'s own. Logits processors that the
-    sampler does not know act on the mixture's logits.
+    sampler does not implement act on the mixture's logits.
 
     Args:
         model: the policy, passed by generate().
@@ -106,7 +106,7 @@ def mixture_generate(
         beta (number, (rows,) or (B,)): the reference's weight: one, one per prompt, or one per returned row.
         seed (int): None draws one from torch's default generator.
         row_ids ((rows,) or (B,) int64): ids that the noise depends on; see `generate_mixture`.
-        stream (int): which noise is drawn from; see `mixture_sample`.
+        stream (int): stream of the noise; see `mixture_sample`.
         vocab_size (int): columns of the heads that count; None: all, which must then be equally many.
         token_streamer: an object with `put(tokens)` and `end()`; generate() hands no `streamer` to a custom function.
         synced_gpus (bool): passed by generate(); refused where True.
@@ -159,10 +159,10 @@ def _check_models(model: torch.nn.Module, reference_model: torch.nn.Module | Non
 
 
 def _refuse_dropped(caller: FrameType | None) -> None:
-    """Refuse what generate() takes and hands to no custom function, as its frame shows.
+    """Refuse arguments that generate() does not pass on to a custom function, as found in generate()'s frame.
 
-    Ignored, a streamer would leave its consumer waiting for ever. For other callers, and should generate()'s names
-    change, nothing is refused.
+    An ignored streamer, for one, would leave its consumer waiting for ever. Nothing is refused for other callers, or if
+    generate()'s local names have changed.
     """
     dropped = dropped_by_generate(caller)
     if "streamer" in dropped:
@@ -197,7 +197,7 @@ def _refuse(
 
 
 def _refuse_inputs(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
-    """Refuse caches and positions of the caller's own: each model gets those that generate() would prepare."""
+    """Refuse caches and positions from the caller: each model gets those that generate() would prepare."""
     positions = model_kwargs.get("position_ids")
     for name in CACHES:
         if _holds_text(model_kwargs.get(name)):
@@ -210,7 +210,7 @@ def _refuse_inputs(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Non
 
 
 def _holds_text(cache: Any) -> bool:
-    """Attention layers count their tokens; recurrent layers only have a flag for their state."""
+    """Whether a cache is filled: attention layers count their tokens, recurrent layers only flag their state."""
     return any(
         (hasattr(layer, "get_seq_length") and layer.get_seq_length() > 0)
         or any(getattr(layer, "has_previous_state", {}).values())
@@ -221,8 +221,8 @@ def _holds_text(cache: Any) -> bool:
 def _split(processors: Sequence[Processor], do_sample: bool) -> tuple[list[Processor], dict[str, Any]]:
     """Split processors into those for the mixture's logits and settings of the sampler, which acts after them.
 
-    The sampler takes the longest tail of the list that is in its own order. A warper before that tail stays a
-    processor, so that each acts once, in its place.
+    The sampler takes the longest tail of the list that is in its own order. A warper before that tail remains a
+    processor, so that each is applied once and in order.
     """
     remaining = list(processors)
     if not do_sample:

@@ -30,7 +30,7 @@ class MixtureGeneration:
         reference_logprobs ((B, T) float32): likewise; None without a reference.
         mixture_logprobs ((B, T) float32): under the distribution that was sampled: after temperature and filters.
         ok ((B,) bool): False where at some step the logits were no distribution (a NaN); the token there is 0.
-        seed (int): gives the same rows again.
+        seed (int): reproduces the rows.
     """
 
     sequences: torch.Tensor
@@ -76,8 +76,8 @@ def generate_mixture(
 ) -> MixtureGeneration:
     """Decode with both models, token by token, from softmax(((1 - beta) z_policy + beta z_reference) / temperature).
 
-    The noise of a row is a function of (seed, its row id, the new token's index, stream): not of the batch. Dropout is
-    off meanwhile; the models' training flags come back as they were.
+    The noise of a row is a function of (seed, its row id, the new token's index, stream), independent of the batch.
+    Dropout is off during decoding; the models' training flags are restored.
 
     Args:
         policy: a causal language model of transformers, or a peft model around one.
@@ -90,7 +90,7 @@ def generate_mixture(
         seed (int): None draws one from torch's default generator.
         row_ids ((B,) or one per returned row, int64): ids that the noise depends on; None numbers the returned rows;
             of (B,) ids, returned sequence j of a prompt takes `row_id * num_return_sequences + j`.
-        stream (int): which noise is drawn from; see `mixture_sample`.
+        stream (int): stream of the noise; see `mixture_sample`.
         num_return_sequences (int): returned rows per prompt.
         eos_token_id (int, sequence or tensor of ints): None: the policy's own; (): none.
         pad_token_id (int): None: the first of the end-of-sequence ids.

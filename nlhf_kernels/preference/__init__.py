@@ -1,6 +1,6 @@
-"""Preference models, reward models and judges: who says which of two responses is better, and how sure.
+"""Preference models, reward models and judges: the probability that one response is preferred to another.
 
-transformers is imported where a model is made or loaded, not with this folder: a judge that is a function needs none.
+transformers is imported when a model is made or loaded, not with this package: a judge that is a function needs none.
 """
 
 from .judges import (

@@ -1,4 +1,4 @@
-"""The checkpoint of a preference model's training: one safetensors file, replaced as a whole every so many steps.
+"""The checkpoint of a preference model's training: one safetensors file, replaced atomically at intervals of steps.
 
 It holds weights, optimiser state, generator states and the losses so far. The order of the pairs follows from the seed
 and the number of steps done. A checkpoint of another training is refused, with what differs.
@@ -32,7 +32,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where and how often the state is written; without a path it is not."""
+    """Path and interval of the checkpoint; without a path no state is written."""
 
     path: Path | None
     every: int  # steps
@@ -62,7 +62,7 @@ class Checkpoint:
     def write(
         self, model: ComparisonModel, optimizer: torch.optim.Optimizer, losses: list[float], now: bool = False
     ) -> None:
-        """Write the file every `every` steps, after the last step and where `now` says so."""
+        """Write the file every `every` steps, after the last step, and if `now` is set."""
         if self.path is None or not (now or len(losses) % self.every == 0 or len(losses) == self.identity["steps"]):
             return
         tensors = {f"noise/{index}": state for index, state in enumerate(_generator_states(model))}

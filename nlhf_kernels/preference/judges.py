@@ -27,11 +27,11 @@ class Judge(Protocol):
 
 
 class JudgeError(RuntimeError):
-    """An error of a judge: what was wrong, and the batch; an exception that the judge raised is the `__cause__`.
+    """An error of a judge, with its batch; an exception that the judge raised is the `__cause__`.
 
     Args:
         judge: the judge's name.
-        problem: what was expected and what came.
+        problem: the expected and the returned value.
         batch: the pairs that the judge was called with.
         returned: its return value, where there was one.
     """
@@ -43,7 +43,7 @@ class JudgeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Batch:
-    """N pairs as a judge gets them."""
+    """The arguments of a judge's call: N pairs."""
 
     prompts: list[str]
     first: list[str]
@@ -90,7 +90,7 @@ class CheckedJudge:
             returned = self.judge(list(prompts), list(first), list(second))
         except (JudgeError, Stopped):
             raise  # a JudgeError of a judge inside this one names that judge
-        except (Exception, SystemExit) as error:  # sys.exit in a judge would pass for the end of a finished run
+        except (Exception, SystemExit) as error:  # sys.exit in a judge would look like a finished run
             problem = f"raised {type(error).__name__}: {error} on {len(batch.prompts)} pairs, the first {batch.show(0)}"
             raise JudgeError(self.name, problem, batch) from error
         return self._check(returned, batch)
@@ -225,7 +225,7 @@ class AverageJudge:
 def check_antisymmetry(
     judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], tolerance: float = 1e-6
 ) -> float:
-    """Return the largest |P(y > y') + P(y' > y) - 1| of these pairs; raise a `JudgeError` where it is too large.
+    """Return the largest |P(y > y') + P(y' > y) - 1| of these pairs; raise a `JudgeError` if it exceeds `tolerance`.
 
     Args:
         judge: any judge.

@@ -11,7 +11,7 @@ from ..core.checks import check_integer
 from ..data import Pair
 from .judges import Judge, checked
 
-SMALLEST = 1e-7  # probabilities below count as this in the log-loss, so that one sure mistake leaves it finite
+SMALLEST = 1e-7  # lower bound of probabilities in the log-loss, which keeps it finite
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Evaluation:
 def evaluate(judge: Judge, pairs: Sequence[Pair], *, bins: int = 10) -> Evaluation:
     """Return the measures of a judge on pairs.
 
-    Every second pair is presented with the rejected response first, so that a preference for the first place does not
+    Every second pair is presented with the rejected response first, so that a bias towards the first position does not
     count as accuracy.
 
     Args:

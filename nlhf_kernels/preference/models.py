@@ -2,7 +2,7 @@
 
 Both are a causal language model's body and a linear head on the last token's hidden state. The head starts at zero, so
 every preference starts at 1/2, no answer word has to exist in the vocabulary, and logits over it are never computed.
-(The alternative, the difference of two answer tokens' logits, starts with the model's biases for words and places.)
+(The alternative, the difference of two answer tokens' logits, starts with the model's biases for words and positions.)
 Both models read two rows per pair. Training and scoring use the same two numbers (a, b):
 
     preference   a reads (prompt, y, y'), b reads (prompt, y', y)    P(y > y') = (sigmoid(a) + 1 - sigmoid(b)) / 2
@@ -66,7 +66,7 @@ class ComparisonModel(torch.nn.Module):
         self.body = _body(model)
         text = self.body.config.get_text_config()
         room = getattr(text, "max_position_embeddings", None)
-        room = None if room is not None and room < 1 else room  # XLNet says -1 for no bound
+        room = None if room is not None and room < 1 else room  # XLNet's -1 stands for no bound
         if max_length is not None and room is not None and max_length > room:
             raise ValueError(
                 f"preference: max_length: expected at most {room}, the model's positions; got {max_length}"
@@ -136,7 +136,7 @@ class ComparisonModel(torch.nn.Module):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
-        """Return the two rows of every pair; raise or warn where one is too long, as `input_format` says.
+        """Return the two rows of every pair; raise an error or warn about overlong rows, as set by `input_format`.
 
         Args:
             prompts, first, second: N texts each.
@@ -205,7 +205,7 @@ class ComparisonModel(torch.nn.Module):
                 indices = by_length[start : start + batch_size]
                 a, b = self([ordered[index] for index in indices])
                 margins[indices] = self.margin(a.double().cpu(), b.double().cpu())
-        # A response against itself is exactly 1/2, wherever its two rows are in the batch; NaN stays NaN.
+        # Equal responses give exactly 1/2, whatever the positions of their rows in the batch; NaN stays NaN.
         margins[[a == b for a, b in pairs]] *= 0.0
         margins = torch.where(torch.tensor(swapped, dtype=torch.bool, device="cpu"), -margins, margins)
         stronger = 0.5 + margins.abs()  # in [1/2, 1], where 1 - x is exact
@@ -261,7 +261,7 @@ class PairwisePreferenceModel(ComparisonModel):
 
 
 class RewardModel(ComparisonModel):
-    """A model that gives one response a reward and compares by differences, so that its preferences have no cycles.
+    """A model that scores single responses by a reward; preferences are sigmoids of differences and have no cycles.
 
     Args:
         model: a causal language model of transformers; its body is used as it is, not copied.
@@ -325,7 +325,7 @@ KINDS: dict[str, type[ComparisonModel]] = {kind.KIND: kind for kind in (Pairwise
 
 @contextmanager
 def without_dropout(module: torch.nn.Module) -> Iterator[None]:
-    """Put `module` into evaluation mode; afterwards each of its parts is in the mode it was in before."""
+    """Put `module` into evaluation mode, and restore the mode of every submodule afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -359,7 +359,7 @@ def _body(model: Any) -> Any:
 def _check_loadable(transformers: Any, body: Any) -> None:
     """Raise where a saved body would not load: `AutoModel` may expect weights that it lacks (BERT's pooler)."""
     if not type(body).__module__.startswith("transformers."):
-        return  # code that came with the model; another instance of it would need the user's trust
+        return  # remote code: loading another instance would need trust_remote_code
     with torch.device("meta"):  # names alone, no memory
         again = transformers.AutoModel.from_config(body.config)
     lacking = sorted({name for name, _ in again.named_parameters()} - {name for name, _ in body.named_parameters()})

@@ -1,4 +1,4 @@
-"""A trained model as a folder: weights as safetensors, tokenizer, template; complete or absent.
+"""A trained model as a folder, complete or absent: weights as safetensors, tokenizer, template.
 
 preference_model.json    kind, template, max_length, overlong
 head.safetensors
@@ -26,7 +26,7 @@ from .models import KINDS, ComparisonModel
 from .template import InputFormat
 
 DESCRIPTION = "preference_model.json"
-FORMAT, ADAPTED = 1, 2  # with an adapter, which a version that knows none of them must not leave out
+FORMAT, ADAPTED = 1, 2  # a second format for adapters, so that versions without them refuse it
 KIND = "preference model"
 
 
@@ -38,7 +38,7 @@ def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwri
 
     Args:
         model: the model.
-        folder: where to.
+        folder: of the saved model.
         overwrite: replace a folder that holds such a model; another folder is never replaced.
     """
     weights = need("safetensors.torch", "save_preference_model")
@@ -58,7 +58,7 @@ def save_preference_model(model: ComparisonModel, folder: str | Path, *, overwri
 def load_preference_model(folder: str | Path, *, device: torch.device | str = "cpu", **options: Any) -> ComparisonModel:
     """Return the model that a folder holds, in evaluation mode.
 
-    Every file is compared with the manifest first: the answers of a model with a damaged weight would not show it.
+    Every file is first compared with the manifest, because a damaged weight raises no error elsewhere.
 
     Args:
         folder: a folder of `save_preference_model`.

@@ -1,7 +1,7 @@
 """The input of a comparison model: a template filled with token ids, truncated to the model's length.
 
-The template's pieces and the texts between them are tokenised separately and joined. So truncation never reaches into
-the template, both orders of a pair contain the same tokens, and no token spans a text and the words around it.
+The template's pieces and the texts between them are tokenised separately and joined. Truncation therefore never affects
+the template, both orders of a pair contain the same tokens, and no token spans a text and the template around it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parse_template(template: str, fields: Sequence[str]) -> list[tuple[str, str 
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How a pair becomes a row of tokens. Saved with the model, whose answers have no meaning under another format.
+    """The conversion of a pair to rows of tokens, saved with the model, which is valid for this format only.
 
     Args:
         template: text around the fields, each `{field}` once.
@@ -122,7 +122,7 @@ class InputFormatter:
 
 
 def _truncate(parts: list[list[int]], room: int) -> list[list[int]]:
-    """Remove the prompt's beginning; with nothing left of it, the longer response's end, until both are as long."""
+    """Truncate the prompt on the left; once it is empty, truncate the longer response on the right, then both."""
     prompt, *responses = parts
     length = sum(map(len, responses))
     if length <= room:

@@ -1,7 +1,7 @@
 """Training a preference or reward model on human pairs: cross-entropy, both orders of every pair in every step.
 
-A loop in plain PyTorch, on the model's device: it fits on a page, averages over a step's pairs whatever the
-micro-batches, and needs no other package.
+A loop in plain PyTorch, on the model's device: it averages over a step's pairs whatever the micro-batches, and needs no
+other package.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class PreferenceTraining:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """The result of a training.
+    """The result of `train_preference_model`.
 
     Args:
         losses: of every step, before it.
@@ -189,7 +189,7 @@ def _training_mode(model: ComparisonModel) -> Iterator[None]:
 
 @contextmanager
 def _seeded(model: ComparisonModel, seed: int) -> Iterator[None]:
-    """Seed dropout; afterwards the caller's generators are in the state they were in before."""
+    """Seed dropout, and restore the state of the caller's generators afterwards."""
     device = model.head.weight.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

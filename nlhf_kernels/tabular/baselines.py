@@ -37,7 +37,7 @@ def bradley_terry_fit(
 
 
 def rlhf(game: PreferenceGame, sampling: torch.Tensor) -> torch.Tensor:
-    """The log-policy (A,) of RLHF: fit rewards, then log pi = log reference + r / tau + const.
+    """Return the log-policy (A,) of RLHF: fit rewards, then log pi = log reference + r / tau + const.
 
     Args:
         game (PreferenceGame): one game, preference (A, A).
@@ -50,7 +50,7 @@ def rlhf(game: PreferenceGame, sampling: torch.Tensor) -> torch.Tensor:
 
 
 def ipo(wins: torch.Tensor, log_reference: torch.Tensor, tau: float) -> torch.Tensor:
-    """The log-policy (A,) that minimises sum wins[a, b] (h(a, b) - 1 / (2 tau))^2, by least squares.
+    """Return the log-policy (A,) that minimises sum wins[a, b] (h(a, b) - 1 / (2 tau))^2, by least squares.
 
     Args:
         wins (tensor (A, A)): [a, b] = number of times a was preferred to b.
@@ -65,7 +65,7 @@ def ipo(wins: torch.Tensor, log_reference: torch.Tensor, tau: float) -> torch.Te
 
 
 def _solve_up_to_a_constant(laplacian: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """x with laplacian x = target. Adding the projector on the null space, the constant vector, makes it regular."""
+    """Solve laplacian x = target; adding the projector on the null space (constant vectors) makes it regular."""
     solution: torch.Tensor = torch.linalg.lstsq(laplacian + 1 / len(target), target.unsqueeze(-1)).solution
     return solution.squeeze(-1)
 
@@ -73,10 +73,10 @@ def _solve_up_to_a_constant(laplacian: torch.Tensor, target: torch.Tensor) -> to
 def dpo(
     wins: torch.Tensor, log_reference: torch.Tensor, tau: float, *, steps: int = 1000, step: float = 1.0
 ) -> torch.Tensor:
-    """The log-policy (A,) after gradient descent on -sum wins[a, b] log sigmoid(tau h(a, b)).
+    """Return the log-policy (A,) after gradient descent on -sum wins[a, b] log sigmoid(tau h(a, b)).
 
-    Where an action always wins there is no minimum: the policy moves towards that action without end, whatever tau,
-    and `steps` says how far.
+    If an action always wins there is no minimum: for every tau the policy diverges towards that action, and `steps`
+    determines how far.
 
     Args:
         wins (tensor (A, A)): [a, b] = number of times a was preferred to b.

@@ -1,7 +1,7 @@
-"""Policies compared at equal distance from the reference: every one, and every opponent, may spend the same KL.
+"""Policies compared at equal distance from the reference: every policy and every opponent has the same KL budget.
 
-A regularised game prices the distance, so that two algorithms at one tau may stop at very different distances from the
-reference, and a win may be nothing but a longer way. Here the distance is fixed, game by game.
+A regularised game penalises the distance, so two algorithms at one tau may end at very different distances from the
+reference, and a higher win rate may be due to the larger distance alone. Here the distance is fixed, game by game.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ HALVINGS = 60  # of an interval: float64 has 52 digits
 
 
 def best_within(values: torch.Tensor, log_reference: torch.Tensor, budget: float) -> torch.Tensor:
-    """The policy of the largest expected value among those with KL(policy, reference) <= budget.
+    """Return the policy of the largest expected value among those with KL(policy, reference) <= budget.
 
     Args:
-        values (..., A): worth of each action.
+        values (..., A): value of each action.
         log_reference (..., A): log-probabilities, finite.
         budget: nats, above 0.
 
     Returns:
-        Log-probabilities (..., A): log reference + values / tau + const, tau such that the budget is spent, or so small
-        that nothing but the best actions is left.
+        Log-probabilities (..., A): log reference + values / tau + const, with tau such that the KL is the budget, or so
+        small that only the best actions have probability.
     """
     _check_budget(budget)
     scale = (values.amax(-1) - values.amin(-1)).clamp_min(1e-12).unsqueeze(-1)
@@ -40,7 +40,7 @@ def best_within(values: torch.Tensor, log_reference: torch.Tensor, budget: float
 def exploitability_within(
     log_policy: torch.Tensor, preference: torch.Tensor, log_reference: torch.Tensor, budget: float
 ) -> torch.Tensor:
-    """max P(p > policy) - 1/2 over the policies p with KL(p, reference) <= budget.
+    """Return max P(p > policy) - 1/2 over the policies p with KL(p, reference) <= budget.
 
     For a policy within the budget this is at least 0, and 0 only at the equilibrium of the game in which both sides
     have that budget.
@@ -59,11 +59,11 @@ def exploitability_within(
 
 
 def at_budget(log_policies: torch.Tensor, log_reference: torch.Tensor, budget: float) -> torch.Tensor:
-    """The policy of a frontier that spends the budget.
+    """Return the policy of a frontier whose KL is the budget.
 
-    The frontier is the way from the reference through the policies in their order, log-probabilities changing linearly
-    in between: between the reference and the first policy, for one, lie their geometric mixtures. Where the way leaves
-    the budget for the first time, there is the policy; a frontier that stays within it ends in its last policy.
+    The frontier is the path from the reference through the policies in their order, linear in log-probabilities (the
+    geometric mixtures of neighbours). The result is its first point at which the KL exceeds the budget, or the last
+    policy if the whole path is within the budget.
 
     Args:
         log_policies (N, ..., A): in the order of a falling tau.
@@ -96,7 +96,7 @@ def _last_within(
     log_reference: torch.Tensor,
     budget: float,
 ) -> torch.Tensor:
-    """Where policy(x) is within the budget, as close to `low` as it gets, by bisection."""
+    """Return the x closest to `low` for which policy(x) is within the budget, by bisection."""
     free = (kl_divergence(policy(low), log_reference) <= budget).unsqueeze(-1)
     bottom = low
     for _ in range(HALVINGS):

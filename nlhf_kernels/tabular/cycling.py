@@ -1,7 +1,7 @@
-"""Preferences with one knob from a reward to circles, and how much of a preference runs in circles, exactly.
+"""Preferences with one parameter from a reward to pure cycles, and exact measures of how cyclic a preference is.
 
 A game without cycles need not have a reward, and one without a reward need not have cycles, so there are two measures:
-the share of triples that are cyclic, which is what people see, and the share of the log-odds that no reward explains.
+the observable share of triples that are cyclic, and the share of the log-odds that no reward explains.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from .games import low_rank_game
 
 
 def taste_game(quality: torch.Tensor, angle: torch.Tensor, cycling: float, strength: float) -> torch.Tensor:
-    """Preferences of an annotator population that weighs a common quality against tastes that go round.
+    """Return the preferences of annotators that weigh a common quality against a cyclic component.
 
         log-odds that a is preferred to b = strength ((1 - cycling) (q_a - q_b) + cycling sin(phi_a - phi_b))
 
-    With cycling 0 this is Bradley-Terry, with the rewards strength * quality. With cycling 1 every response loses to
-    those up to half a turn ahead of it.
+    With cycling 0 this is Bradley-Terry, with the rewards strength * quality. With cycling 1 every response is
+    preferred to those at angles up to half a turn behind its own.
 
     Args:
-        quality (..., A): what all annotators agree on.
-        angle (..., A): place of each response on the circle of tastes, in radians.
-        cycling: weight of the circle, in [0, 1].
-        strength: how sure the annotators are; 0 makes every preference 1/2.
+        quality (..., A): reward of each response, common to all annotators.
+        angle (..., A): phi, angle of each response in the cyclic component, in radians.
+        cycling: weight of the cyclic component, in [0, 1].
+        strength: scale of the log-odds; 0 makes every preference 1/2.
 
     Returns:
         The preference matrices, (..., A, A).
@@ -38,10 +38,10 @@ def taste_game(quality: torch.Tensor, angle: torch.Tensor, cycling: float, stren
 
 
 def cyclic_triple_share(preference: torch.Tensor) -> torch.Tensor:
-    """The share of triples of which nobody wins both matches, among all triples of responses.
+    """Return the share of cyclic triples among all triples of responses.
 
-    Without ties, the triples that are not cyclic have one winner of both matches, so that their number is the sum of
-    w (w - 1) / 2 over the numbers w of matches won (Kendall and Babington Smith, 1940).
+    Without ties, a triple that is not cyclic has one response preferred to both others, so the number of such triples
+    is the sum of w (w - 1) / 2 over the responses, each preferred to w others (Kendall and Babington Smith, 1940).
 
     Args:
         preference (..., A, A): [a, b] = P(a > b), without ties between different responses; A at least 3.
@@ -61,7 +61,7 @@ def cyclic_triple_share(preference: torch.Tensor) -> torch.Tensor:
 
 
 def unrewarded_share(preference: torch.Tensor) -> torch.Tensor:
-    """The share of the squared log-odds that no reward explains: 0 for Bradley-Terry and only there, at most 1.
+    """Return the share of the squared log-odds that no reward explains: 0 for Bradley-Terry and only there, at most 1.
 
     The log-odds are the sum of reward differences, with the row means as rewards, and of a rest that is orthogonal to
     all reward differences (the Helmholtz-Hodge decomposition of a complete graph).

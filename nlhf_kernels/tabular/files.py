@@ -16,7 +16,7 @@ from .game import check_preference
 
 
 def read_preference(path: Path) -> tuple[torch.Tensor, list[str]]:
-    """The matrix (A, A), checked, and the actions' names; errors name the file, the line and the offending pair."""
+    """Read and check a matrix (A, A) and the actions' names; errors name the file, the line and the offending pair."""
     readers = {".csv": _read_csv, ".json": _read_json, ".npy": _read_npy}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(readers)}")

@@ -1,4 +1,4 @@
-"""A regularised preference game: a preference matrix, a reference policy and the strength tau of the pull to it."""
+"""A regularised preference game: a preference matrix, a reference policy and the strength tau of the KL penalty."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PreferenceGame:
     Args:
         preference (tensor (..., A, A), float32 or float64): [a, b] = P(a > b); leading dimensions are games.
         reference (tensor (..., A) or (A,), or None): probabilities of the reference policy; None: uniform.
-        tau (float): strength of the pull to the reference, above 0.
+        tau (float): strength of the KL penalty towards the reference, above 0.
         rho (tensor (X,) or None): probabilities of the contexts, which are the last leading dimension.
     """
 
@@ -49,7 +49,7 @@ class PreferenceGame:
         return self.reference.log()
 
     def expected(self, log_opponent: torch.Tensor) -> torch.Tensor:
-        """P(a > opponent) of each action, (..., A).
+        """Return P(a > opponent) of each action, (..., A).
 
         Args:
             log_opponent (tensor (..., A)): log-probabilities of the opponent.
@@ -57,7 +57,7 @@ class PreferenceGame:
         return (self.preference @ log_opponent.exp().unsqueeze(-1)).squeeze(-1)
 
     def over_contexts(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over contexts, weighted by rho; without rho the values as they are.
+        """Average over contexts, weighted by rho; without rho return the values unchanged.
 
         Args:
             values (tensor (..., X)): one value for each game.
@@ -66,7 +66,7 @@ class PreferenceGame:
 
 
 def check_preference(preference: torch.Tensor, names: list[str] | None = None) -> None:
-    """Raise where a matrix is not a preference, naming the first wrong pair; games with NaN are not looked at."""
+    """Raise if a matrix is not a preference, naming the first wrong pair; games with NaN are skipped."""
     if not isinstance(preference, torch.Tensor) or preference.dtype not in (torch.float32, torch.float64):
         kind = getattr(preference, "dtype", type(preference).__name__)
         raise TypeError(f"PreferenceGame: preference: expected a float32 or float64 tensor; got {kind}")

@@ -6,7 +6,7 @@ import torch
 
 
 def random_games(games: int, actions: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Independent games (G, A, A), the lower triangle uniform in [0, 1].
+    """Sample independent games (G, A, A), the lower triangle uniform in [0, 1].
 
     Args:
         games (int): how many, G.
@@ -21,7 +21,7 @@ def random_games(games: int, actions: int, *, seed: int = 0, dtype: torch.dtype 
 
 
 def bradley_terry_game(rewards: torch.Tensor) -> torch.Tensor:
-    """P(a > b) = sigmoid(r_a - r_b): the preferences that a reward model can express.
+    """Return P(a > b) = sigmoid(r_a - r_b), the preferences that a reward model can express.
 
     Args:
         rewards (tensor (..., A)): one for each action.
@@ -30,7 +30,7 @@ def bradley_terry_game(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def low_rank_game(embeddings: torch.Tensor) -> torch.Tensor:
-    """General preferences of even rank: P(a > b) = sigmoid(x_a^T J x_b), J skew-symmetric.
+    """Return preferences of even rank, P(a > b) = sigmoid(x_a^T J x_b) with J skew-symmetric.
 
     Each pair of coordinates is a plane in which preference is cyclic; in Bradley-Terry preferences all coordinates but
     one are constant.
@@ -46,10 +46,10 @@ def low_rank_game(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def cyclic_game(win: float = 1.0, *, actions: int = 3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Rock, paper, scissors (1, A, A): each action is preferred to the half of the others that comes after it.
+    """Return rock, paper, scissors (1, A, A): each action is preferred to the half of the others that comes after it.
 
     Args:
-        win (float): probability with which it is, in [0.5, 1].
+        win (float): probability of each of these preferences, in [0.5, 1].
         actions (int): odd, at least 3.
         dtype (torch.dtype): of the result.
     """
@@ -64,7 +64,7 @@ def cyclic_game(win: float = 1.0, *, actions: int = 3, dtype: torch.dtype = torc
 
 
 def dice_game(*, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Three fair dice, {2, 4, 9}, {1, 6, 8} and {3, 5, 7}: each beats the next with probability 5/9; (1, 3, 3).
+    """Return the game (1, 3, 3) of the dice {2, 4, 9}, {1, 6, 8}, {3, 5, 7}: each beats the next with probability 5/9.
 
     Args:
         dtype (torch.dtype): of the result.
@@ -73,10 +73,10 @@ def dice_game(*, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 def diversity_game(epsilon: float = 0.0, *, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Three actions whose Nash equilibrium, without regularisation, is (1/3 + e/2, 1/3 + e/2, 1/3 - e).
+    """Return three actions whose Nash equilibrium, without regularisation, is (1/3 + e/2, 1/3 + e/2, 1/3 - e).
 
     The equilibrium is continuous in e, while the best action under a Bradley-Terry fit jumps between the first and the
-    second as e changes sign: a preference keeps a diversity that a reward loses.
+    second as e changes sign: the equilibrium preserves a diversity that a reward model loses.
 
     Args:
         epsilon (float): e, in [-1/3, 1/3].

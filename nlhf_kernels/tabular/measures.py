@@ -10,7 +10,7 @@ from .game import PreferenceGame
 
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p, q) of each game, (...,). An action of probability 0 under p adds nothing.
+    """Return KL(p, q) of each game, (...,); an action of probability 0 under p adds 0.
 
     Args:
         log_p, log_q (tensors (..., A)): log-probabilities.
@@ -20,7 +20,7 @@ def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def best_response(log_policy: torch.Tensor, game: PreferenceGame) -> torch.Tensor:
-    """argmax over p of P_tau(p > policy): log p = log reference + P(. > policy) / tau + const, (..., A).
+    """Return argmax over p of P_tau(p > policy): log p = log reference + P(. > policy) / tau + const, (..., A).
 
     Args:
         log_policy (tensor (..., A)): log-probabilities.
@@ -30,7 +30,7 @@ def best_response(log_policy: torch.Tensor, game: PreferenceGame) -> torch.Tenso
 
 
 def exploitability(log_policy: torch.Tensor, game: PreferenceGame) -> torch.Tensor:
-    """max over p of P_tau(p > policy), minus 1/2: zero at the equilibrium only, (...,).
+    """Return max over p of P_tau(p > policy), minus 1/2, (...,): zero at the equilibrium only.
 
     The best response's value is tau log sum_a reference(a) exp(P(a > policy) / tau).
 
@@ -43,7 +43,7 @@ def exploitability(log_policy: torch.Tensor, game: PreferenceGame) -> torch.Tens
 
 
 def span(log_policy: torch.Tensor) -> torch.Tensor:
-    """Largest minus smallest log-probability, (...,): it bounds the log-ratios in the theorems.
+    """Return the largest minus the smallest log-probability, (...,), which bounds the log-ratios in the theorems.
 
     Args:
         log_policy (tensor (..., A)): log-probabilities.
@@ -52,7 +52,7 @@ def span(log_policy: torch.Tensor) -> torch.Tensor:
 
 
 def win_rates(log_policies: Sequence[torch.Tensor], game: PreferenceGame) -> torch.Tensor:
-    """(N, N, ...): how often policy i is preferred to policy j, without regularisation.
+    """Return the probabilities that policy i is preferred to policy j, (N, N, ...), without regularisation.
 
     Args:
         log_policies (sequence of N tensors (..., A)): log-probabilities.

@@ -9,7 +9,7 @@ import torch
 
 from ..core.plots import STYLES
 
-FLOOR = 1e-16  # what float64 leaves of a divergence that is zero
+FLOOR = 1e-16  # rounding error of a zero divergence in float64
 
 
 def plot_curves(
@@ -18,7 +18,7 @@ def plot_curves(
     ylabel: str,
     bound: tuple[Sequence[int], Sequence[float]] | None = None,
 ) -> None:
-    """A measure of every algorithm's policies against the number of steps, log-log."""
+    """Plot a measure of every algorithm's policies against the number of steps, log-log."""
     for index, (name, (marks, values)) in enumerate(curves.items()):
         axes.loglog(marks, [max(value, FLOOR) for value in values], linestyle=STYLES[index % len(STYLES)], label=name)
     if bound is not None:
@@ -31,7 +31,7 @@ def plot_curves(
 def plot_simplex(
     axes: Any, paths: Mapping[str, torch.Tensor], star: torch.Tensor, names: Sequence[str]
 ) -> None:  # paths (S, 3)
-    """Trajectories of policies over three actions, and the equilibrium."""
+    """Plot trajectories of policies over three actions, and the equilibrium."""
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]], dtype=torch.float64, device="cpu")
     edge = corners[[0, 1, 2, 0]]
     axes.plot(edge[:, 0], edge[:, 1], color="0.7", linewidth=1)

@@ -1,7 +1,7 @@
-"""Algorithms for the regularised Nash equilibrium, each a few lines over one fused step, `mirror_descent`.
+"""Algorithms for the regularised Nash equilibrium, built on one fused step, `mirror_descent`.
 
-An algorithm yields its policies at the marks (numbers of steps) that it is given, so that `solve` can record them and
-show progress; the steps between two marks are one launch wherever the algorithm allows it.
+An algorithm yields its policies at given marks (numbers of steps), so that `solve` can record them and show progress;
+the steps between two marks are one launch wherever the algorithm allows it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Solution(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """A game as the kernels take it, with the numbers of steps at which policies are recorded."""
+    """A game in the kernels' layout, with the numbers of steps at which policies are recorded."""
 
     preference: torch.Tensor  # (G, A, A)
     log_reference: torch.Tensor  # (G, A)
@@ -49,7 +49,7 @@ class _Run(NamedTuple):
         )
 
     def sizes(self, step: float | None) -> torch.Tensor:  # (steps,)
-        """Constant steps, or the theorem's 2 / (tau (t + 2))."""
+        """Return constant step sizes, or the theorem's 2 / (tau (t + 2))."""
         count = torch.arange(self.marks[-1], dtype=self.preference.dtype, device=self.preference.device)
         return torch.full_like(count, step) if step is not None else 2 / (self.tau * (count + 2))
 
@@ -58,14 +58,14 @@ class _Run(NamedTuple):
 
 
 def nash_md(run: _Run, log_policy: torch.Tensor, *, step: float | None = None, samples: int = 0) -> Policies:
-    """Nash-MD: mirror descent against the mixture with the reference. Steps decrease where `step` is None."""
+    """Run Nash-MD: mirror descent against the mixture with the reference; steps decrease if `step` is None."""
     return _descend(run, log_policy, run.sizes(step), "mixture", samples)
 
 
 def online_mirror_descent(
     run: _Run, log_policy: torch.Tensor, *, step: float | None = None, samples: int = 0
 ) -> Policies:
-    """OMD, self-play: the same step against the policy itself. Steps decrease where `step` is None."""
+    """Run OMD, self-play: mirror descent against the policy itself; steps decrease if `step` is None."""
     return _descend(run, log_policy, run.sizes(step), "policy", samples)
 
 
@@ -81,7 +81,7 @@ def _descend(run: _Run, log_policy: torch.Tensor, sizes: torch.Tensor, opponent:
 
 
 def _sampled(run: _Run, log_policy: torch.Tensor, size: torch.Tensor, opponent: str, samples: int) -> torch.Tensor:
-    """The opponent as `samples` of its actions: P(a > opponent) is then their unbiased estimate."""
+    """Replace the opponent by `samples` of its actions, which estimate P(a > opponent) without bias."""
     b = size * run.tau if opponent == "mixture" else 0 * size
     log_opponent = log_policy if b == 0 else ((1 - b) * log_policy + b * run.log_reference)
     actions = torch.multinomial(log_opponent.nan_to_num(nan=0.0).softmax(-1), samples, replacement=True)
@@ -90,7 +90,7 @@ def _sampled(run: _Run, log_policy: torch.Tensor, size: torch.Tensor, opponent: 
 
 
 def nash_ema(run: _Run, log_policy: torch.Tensor, *, step: float = 0.1, decay: float = 0.9) -> Policies:
-    """Nash-EMA: the opponent is the exponential moving average of the policy's log-probabilities."""
+    """Run Nash-EMA: the opponent is the exponential moving average of the policy's log-probabilities."""
     sizes, log_average = run.sizes(step), log_policy
     for first, last in run.spans():
         for t in range(first, last):
@@ -100,7 +100,7 @@ def nash_ema(run: _Run, log_policy: torch.Tensor, *, step: float = 0.1, decay: f
 
 
 def extragradient(run: _Run, log_policy: torch.Tensor, *, step: float | None = None) -> Policies:
-    """EGPO: a half step against the policy itself, then the step, from the old policy, against the half step's."""
+    """Run EGPO: a half step against the policy itself, then a step from the old policy against the half step's."""
     sizes = run.sizes(step if step is not None else 2 / (1 + 2 * run.tau))
     for first, last in run.spans():
         for t in range(first, last):
@@ -110,13 +110,13 @@ def extragradient(run: _Run, log_policy: torch.Tensor, *, step: float | None = N
 
 
 def nash_mp(run: _Run, log_policy: torch.Tensor, *, eta: float | None = None) -> Policies:
-    """Nash-MP, mirror prox: EGPO with step eta / (tau (1 + eta)). With eta = 2 tau, KL <= (1 + 2 tau)^-k KL_0."""
+    """Run Nash-MP, mirror prox: EGPO with step eta / (tau (1 + eta)). With eta = 2 tau, KL <= (1 + 2 tau)^-k KL_0."""
     eta = 2 * run.tau if eta is None else eta
     return extragradient(run, log_policy, step=eta / (run.tau * (1 + eta)))
 
 
 def best_response_to_reference(run: _Run, log_policy: torch.Tensor, *, step: float | None = None) -> Policies:
-    """Steps against the reference alone (beta = 1): they reach the best response to it, not the equilibrium."""
+    """Run steps against the reference alone (beta = 1), which converge to the best response to it."""
     sizes = run.sizes(step)
     for first, last in run.spans():
         log_policy = run.step(log_policy, sizes[first:last], run.log_reference)
@@ -124,7 +124,7 @@ def best_response_to_reference(run: _Run, log_policy: torch.Tensor, *, step: flo
 
 
 def self_play_gradient(run: _Run, log_policy: torch.Tensor, *, step: float = 1.0) -> Policies:
-    """Policy gradient on softmax logits, in self-play; its step is proportional to the action's probability."""
+    """Run policy gradient on softmax logits, in self-play; each step is proportional to the action's probability."""
     logits = log_policy
     for first, last in run.spans():
         for _ in range(first, last):
@@ -161,7 +161,7 @@ def solve(
     Args:
         game (PreferenceGame): one game or many.
         algorithm (str): a key of `ALGORITHMS`.
-        steps (int): where there are no marks.
+        steps (int): number of steps if `marks` is None.
         marks (sequence of int or None): increasing numbers of steps; the last one ends the run.
         start (tensor (..., A) or None): log-probabilities; None: the reference.
         on_mark (callable or None): called with each mark that is reached.
@@ -197,9 +197,9 @@ def _checked_start(start: torch.Tensor, game: PreferenceGame) -> torch.Tensor:
 
 
 def equilibrium(game: PreferenceGame, *, tolerance: float = 1e-13, max_steps: int = 1_000_000) -> torch.Tensor:
-    """The equilibrium pi*_tau as log-probabilities (..., A), by Nash-MP.
+    """Return the equilibrium pi*_tau as log-probabilities (..., A), by Nash-MP.
 
-    Games with NaN give NaN. Where tau is too small for `max_steps`, the error names the last change.
+    Games with NaN give NaN. If tau is too small for `max_steps`, the error names the last change.
 
     Args:
         game (PreferenceGame): one game or many.

@@ -1,6 +1,6 @@
-"""The algorithms: which opponent answers beside the policy, and which loss is taken on whose answers, in one table.
+"""The algorithms in one table: the opponent that y' is sampled from, and the loss with the answers it is taken on.
 
-y ~ policy, y' ~ opponent^(1 - beta) reference^beta, token by token; a judge says P(y > y')
+y ~ policy, y' ~ opponent^(1 - beta) reference^beta, token by token; a judge returns P(y > y')
 
 policy gradient   maximises P(y > y') - tau KL(policy, reference), on y alone
 ipo               regresses log-ratios of y and y' on the preference; both answers are sampled as y' is
@@ -23,7 +23,7 @@ class Algorithm:
         summary: one line for documents.
         loss: "policy-gradient" or "ipo".
         beta: the reference's weight in the opponent's mixture, fixed by the algorithm; None: the configuration's.
-        opponent: whose weights sample y': "policy", "average" (a moving average of them) or "snapshot".
+        opponent: weights that sample y': "policy", "average" (a moving average of the policy's) or "snapshot".
         judged_by: "judge" or "reward".
     """
 

@@ -34,7 +34,7 @@ class OptimizerHooks(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """transformers' bar with the speed beside it; logs are printed in lines as wide as the terminal."""
+    """transformers' progress bar with the speed; logs are printed in lines as wide as the terminal."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.training_bar is None or not logs:  # not training, or not the first process

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent, and that belong to the run that reads them.
 
-transformers writes a checkpoint file by file into its place. Here it writes into a private folder, which gets its name
-once all of it is on disk, with a manifest of every file. So `checkpoint-N` always stands for a complete checkpoint, for
-every other tool as well. `nash_run.json` in it says which run wrote it.
+transformers writes a checkpoint file by file into its final folder. Here it writes into a private folder, which is
+renamed once all of it is on disk, with a manifest of every file. So `checkpoint-N` is always a complete checkpoint, for
+other tools too. `nash_run.json` in it identifies the run that wrote it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KIND = "checkpoint"
 RUN = "nash_run.json"
 OPPONENT = "opponent.safetensors"
 SCALER = "scaler.pt"  # the gradient scaler's state; of runs with fp16
-SHARDED = "sharded/.metadata"  # in place of optimizer.pt: what says that split models are complete
+SHARDED = "sharded/.metadata"  # in place of optimizer.pt: marks a complete checkpoint of split models
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # to go on exactly; save_only_model leaves them out
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def work_folder(output: Path) -> str:
 
 
 def publish(work: Path, final: Path) -> None:
-    """Give the checkpoint its name; one of that name, from before the run was resumed, is replaced."""
+    """Rename the checkpoint to its final name, replacing one from before the run was resumed."""
     if final.exists() and (manifest.kind_of(final) != KIND or manifest.strangers(final)):
         _put_aside(final, "holds what this trainer did not write")
     atomic.publish(work, final, KIND)
@@ -55,7 +55,7 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 
 def rotate(latest: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beside `latest` until `limit` are left; never the best, nor what others wrote."""
+    """Remove the oldest checkpoints beside `latest` until `limit` are left, except the best and other runs' ones."""
     if not limit or limit < 0:
         return
     own = [path for path in list_checkpoints(latest.parent) if manifest.kind_of(path) == KIND]

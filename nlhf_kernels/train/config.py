@@ -19,8 +19,8 @@ _NO_PREDICTIONS = "evaluations sample answers; there are no predictions to colle
 _SHARDED = "rollouts need the whole model on every process"
 _COMPILED = "the model's head is replaced during the forward pass, which a compiled graph cannot see"
 _NO_LABELS = "there are no labels"
-#: Options of TrainingArguments that must keep their defaults, since nothing here would read them or they contradict
-#: what is done here -> the reason.
+#: Options of TrainingArguments that must keep their defaults, because the trainer ignores or contradicts them ->
+#: the reason.
 FIXED = {
     "fp16_full_eval": "evaluations answer in the dtype of rollouts",
     "bf16_full_eval": "evaluations answer in the dtype of rollouts",
@@ -227,7 +227,7 @@ class NashConfig(TrainingArguments):
             raise ValueError(f"{OP}: kl: {self.algorithm} has two references and needs to_go or sequence; got 'exact'")
 
     def _check_inherited(self) -> None:
-        """Check TrainingArguments' numbers: infinity and NaN would end in weights that are not finite, hours later."""
+        """Check TrainingArguments' numbers: infinity and NaN would make the weights not finite, hours later."""
         for name, (low, open_low) in _NUMBERS.items():
             if (value := getattr(self, name)) is not None:
                 check_number(OP, name, value, low, open_low=open_low)
@@ -242,7 +242,7 @@ class NashConfig(TrainingArguments):
                 raise ValueError(f"{OP}: {entry.name}: expected finite numbers; got {wrong}")
 
     def _check_unused(self) -> None:
-        """Refuse changed options that the algorithm does not read: an option accepted is an option used."""
+        """Refuse changed options that the algorithm does not read."""
         algorithm, unused = self.algorithm_spec, []
         if algorithm.beta is not None:
             unused.append("beta")
@@ -301,7 +301,7 @@ def _not_finite(value: Any) -> float | None:
 
 
 def _unset(value: Any) -> Any:
-    """Return None for all values that mean no: transformers' command line makes False of a default "no"."""
+    """Return None for all values that mean no: transformers' command line turns a default "no" into False."""
     return None if not value or value == "no" else value
 
 

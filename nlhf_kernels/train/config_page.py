@@ -11,7 +11,7 @@ from .algorithms import ALGORITHMS
 from .config import FIXED, defaults, own_fields
 from .run_file import DataSpec, JudgeSpec, RewardSpec, RunFile
 
-#: What most runs set of transformers' options, in our words.
+#: Those of transformers' options that most runs set, with their descriptions.
 COMMON = {
     "output_dir": "checkpoints and the trained policy; must not hold another run's checkpoints",
     "per_device_train_batch_size": "prompts of a micro-batch, on every process",

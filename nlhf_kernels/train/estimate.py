@@ -1,7 +1,7 @@
 """Estimate a run's time, memory and disk from two updates on the longest prompts, whose results are discarded.
 
-The figures are upper bounds for the real models, judge and settings; what would fail in the first update (memory, a
-judge) fails here. The trainer cannot be used afterwards: its weights have changed.
+The figures are upper bounds for the real models, judge and settings; failures of a first update (memory, a judge) are
+raised here. The trainer cannot be used afterwards: its weights have changed.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _train(trainer: Any) -> float:
     whole, trainer.train_dataset = trainer.train_dataset, _longest(trainer.train_dataset, prompts_per_update)
     before, trainer.args = trainer.args, args
     try:
-        Trainer.train(trainer)  # not the trainer's own, which looks into output_dir
+        Trainer.train(trainer)  # not the subclass's method, which reads output_dir
     finally:
         trainer.train_dataset, trainer.args, trainer.callback_handler.callbacks = whole, before, callbacks
     first, second = times.ends
@@ -134,7 +134,7 @@ def _updates(trainer: Any) -> int:
 
 
 def _count(strategy: Any, steps: float, updates: int, epochs: float) -> int:
-    """Return how often a strategy's action happens: every so many steps (or a share of them), or every epoch."""
+    """Return the number of a strategy's actions: one every `steps` steps (or share of all steps), or one per epoch."""
     name = str(getattr(strategy, "value", strategy))
     if name == "no":
         return 0

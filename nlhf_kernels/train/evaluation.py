@@ -1,7 +1,7 @@
-"""Evaluation during training: does the judge prefer the policy's answers, and how far is the policy from the reference?
+"""Evaluation during training: win rates of the policy's answers under the judge, and its KL from the reference.
 
-Every evaluation samples with the same noise, so that two of them differ by what the policy has learned. The answers of
-models that do not change (the reference, `eval_opponent`) are sampled once and cached.
+Every evaluation samples with the same noise, so that two evaluations differ by the policy alone. The answers of models
+that do not change (the reference, `eval_opponent`) are sampled once and cached.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Evaluator:
         self.settings = replace(settings, temperature=config.eval_temperature, seed=seed)
         self.tokenizer, self.collator, self.processes = tokenizer, collator, processes
         self.judge, self.reward = judge, reward
-        self._cache: dict[tuple[str, str, int], list[str]] = {}  # (rival, prompts, batch) -> answers
+        self._cache: dict[tuple[str, str, int], list[str]] = {}  # (opponent, prompts, batch) -> answers
 
     def __call__(self, prompts: PromptDataset, prefix: str) -> dict[str, float]:
         """Return the metrics over all prompts; every group of processes takes its share of them.

@@ -1,4 +1,4 @@
-"""What an update learns from: sampled answers to its prompts, and their advantages.
+"""Experience of an update: sampled answers to its prompts, and their advantages.
 
 Experiences are made for all micro-batches of an update at once, so that a baseline over the batch covers the whole
 batch, and the judge is called once.
@@ -68,7 +68,7 @@ def teacher_forced(
 
 
 class ExperienceCollector:
-    """Prompts -> answers -> judgements -> advantages. A subclass may override `judge_answers`.
+    """Sample answers to prompts, judge them and compute advantages. A subclass may override `judge_answers`.
 
     Args:
         config: the run's configuration.
@@ -77,7 +77,7 @@ class ExperienceCollector:
         settings: of sampling; the seed is replaced for every update.
         judge: a Judge, or a Reward where the algorithm is judged by one.
         total: returns the sum of a tensor over all processes.
-        meters: what is measured about answers and judgements goes there.
+        meters: record the measures of answers and judgements.
         timer: times the phases "rollout" and "judge" and counts tokens.
     """
 

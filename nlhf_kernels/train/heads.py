@@ -1,8 +1,8 @@
 """Hidden states instead of logits: the model's own forward pass with its head replaced by a recorder, and that head.
 
 The fused losses take the output layer's input, so that (rows, tokens, vocabulary) logits are never stored. Replacing
-the output layer's forward works for every architecture, under adapters, checkpointing and wrappers alike. What the
-model does to its logits afterwards (a scale, a soft cap) is determined once, on random hidden states, and checked
+the output layer's forward works for every architecture, under adapters, checkpointing and wrappers alike. A scale or
+soft cap that the model applies to its logits afterwards is determined once, on random hidden states, and checked
 against the logits that the model itself returns.
 """
 
@@ -50,9 +50,9 @@ def hidden_states(
 def apply_at_head(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Return what `function` makes of the hidden states, called in the output layer's place.
+    """Call `function` on the hidden states in place of the output layer; return its result.
 
-    There, within the forward pass, FSDP2 has gathered the output layer's weights, whatever it does afterwards.
+    Within the forward pass, FSDP2 has gathered the output layer's weights, which it may release afterwards.
 
     Args:
         model: in any wrapper, whose forward pass is called.
@@ -145,8 +145,8 @@ def _probe(inner: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # each
     def product_of_noise(_: torch.Tensor) -> torch.Tensor:
         weight = layer.weight  # gathered, within a forward pass
         states = noise.to(device, weight.dtype)
-        states = 8 * states / whole(weight.norm(dim=1).mean()).clamp(min=1e-3)  # logits of a size where caps show
-        states[:, 1] *= 0.25  # what depends on the states' size is no scale
+        states = 8 * states / whole(weight.norm(dim=1).mean()).clamp(min=1e-3)  # logits of a size where caps act
+        states[:, 1] *= 0.25  # a factor that depends on the states' magnitude is no scale
         products.append(original(states))
         return products[0]
 

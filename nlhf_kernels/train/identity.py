@@ -38,7 +38,7 @@ def fields_of_a_run() -> tuple[str, ...]:
 
 
 def identity_of(trainer: Any) -> Identity:
-    """Return the identity of a trainer's run. Called before the first update: weights are those of the start."""
+    """Return the identity of a trainer's run; call it before the first update, with the initial weights."""
     args, model, reference = trainer.args, trainer.model, trainer.policy_loss.reference
     settings = args.to_dict()
     facts = {name: settings.get(name) for name in fields_of_a_run()}

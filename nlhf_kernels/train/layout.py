@@ -1,8 +1,8 @@
-"""How processes share a model: which slice of every parameter each of them holds. Nothing is loaded here.
+"""The layout of a model over processes: the slice of every parameter that each of them holds. No model is loaded here.
 
 The three sizes mean what transformers' `DistributedConfig` means by them. Processes of one tensor-parallel group read
-the same rows and hold slices of every matrix; FSDP2 splits what training keeps (weights, gradients, the optimizer's
-state) over `fsdp_size` groups; and `dp_replicate_size` copies of all that average their gradients.
+the same rows and hold slices of every matrix; FSDP2 shards the trained state (weights, gradients, the optimizer's
+state) over `fsdp_size` groups; and `dp_replicate_size` replicas of these average their gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Layout:
     Args:
         tp_size: processes of a tensor-parallel group.
         fsdp_size: tensor-parallel groups that the trained state is split over.
-        dp_replicate_size: copies of all that.
+        dp_replicate_size: replicas of these groups.
     """
 
     tp_size: int = 1
@@ -38,12 +38,12 @@ class Layout:
 
     @property
     def processes(self) -> int:
-        """How many processes the layout needs."""
+        """Number of processes that the layout needs."""
         return self.tp_size * self.data_parallel
 
     @property
     def data_parallel(self) -> int:
-        """How many groups of processes read rows of their own."""
+        """Number of groups of processes that read different rows."""
         return self.fsdp_size * self.dp_replicate_size
 
     @property

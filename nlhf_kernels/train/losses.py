@@ -1,4 +1,4 @@
-"""From experience to a loss: one forward pass of the policy's body, and a fused loss on its hidden states."""
+"""The loss of an experience: one forward pass of the policy's body, and a fused loss on its hidden states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .heads import apply_at_head, head_of, hidden_states
 
 
 class PolicyLoss:
-    """The loss of a micro-batch: policy gradient or IPO, as the algorithm says.
+    """The loss of a micro-batch: policy gradient or IPO, as set by the algorithm.
 
     Args:
         config: the run's configuration.
@@ -33,7 +33,7 @@ class PolicyLoss:
         Args:
             model: the policy in the wrapper that trains it.
             experience: the micro-batch.
-            tau: price of the KL penalty.
+            tau: coefficient of the KL penalty.
             normalizer: pairs of the whole update.
         """
         reference: dict[str, Any] = {"reference_logprobs": experience.reference_logprobs}
@@ -99,7 +99,7 @@ class PolicyLoss:
 
     @torch.no_grad()
     def _towards_anchor(self, experience: Experience, tau: float) -> tuple[float, dict[str, Any]]:
-        """Return one price and one reference for the penalties towards the reference mu and the anchor.
+        """Return one coefficient and one reference for the penalties towards the reference mu and the anchor.
 
         tau log(pi / mu) + a log(pi / anchor) is (tau + a) log(pi / m), where log m is between log mu and log anchor.
         """

@@ -1,7 +1,7 @@
-"""What a training run allocates on one rank, by part, for any layout of processes: read from configurations alone.
+"""The memory of a training run on one rank, by part, for any layout of processes, from configurations alone.
 
-No weight is read and none allocated: models are built of PyTorch's fake tensors, which have shapes and dtypes and no
-memory. One forward pass over them, with a watch on what autograd keeps, says what a micro-batch's activations take, for
+No weight is read or allocated: models are built of PyTorch's fake tensors, which have shapes and dtypes and no memory.
+One forward pass over them, with hooks on the tensors that autograd saves, gives the activations of a micro-batch, for
 any architecture, dtype and kind of checkpointing. Sizes that depend on a text's length are those of the longest.
 """
 
@@ -104,7 +104,7 @@ class ModelShapes:
         """Return the bytes that a rank holds.
 
         Args:
-            layout: adapters are whole on every rank, whatever it says.
+            layout: of the processes; adapters are whole on every rank regardless.
             trained: of the trained parameters alone.
             size: bytes of a number of a parameter; None: the parameter's own.
         """
@@ -134,10 +134,10 @@ class Models:
     """The models of a run.
 
     Args:
-        policy: what is trained.
+        policy: the trained model.
         reference: None: the policy's base where it has adapters.
-        eval_opponent: what evaluations compare with; None: nothing.
-        judges: bytes of the models that judge, on every rank.
+        eval_opponent: compared with the policy in evaluations; None: no model.
+        judges: bytes of the judge's models, on every rank.
     """
 
     policy: ModelShapes
@@ -148,11 +148,11 @@ class Models:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank allocates.
+    """The allocations of one rank.
 
     Args:
         layout: of the processes.
-        parts: part -> bytes, at the moment of an update that takes the most.
+        parts: part -> bytes, at the peak of an update.
     """
 
     layout: Layout
@@ -165,13 +165,13 @@ class RankPlan:
 
 
 def plan_rank(models: Models, args: NashConfig, layout: Layout, device: str = "cuda") -> RankPlan:
-    """Return what a rank allocates in the backward pass of an update, the rollout's buffers kept.
+    """Return the allocations of a rank in the backward pass of an update, with the rollout's buffers still allocated.
 
     Args:
         models: of the run.
         args: of the run.
         layout: of its processes.
-        device: "cuda" or "cpu": which budget for logits holds, and whether steps are recorded.
+        device: "cuda" or "cpu": determines the budget for logits, and whether steps are recorded.
     """
     half = rollout_dtype(args)
     parts = _trained_state(models.policy, args, layout) | _players(models, args, layout, half)
@@ -208,7 +208,7 @@ def _trained_state(policy: ModelShapes, args: NashConfig, layout: Layout) -> dic
 
 
 def _state_bytes(optim: str, parameter: Parameter) -> float:
-    """Of the optimizer, for one number of a parameter."""
+    """Return the bytes of the optimizer's state for one number of a parameter."""
     name = optim.rpartition(".")[2].lower()
     count = next((count for prefix, count in _STATES.items() if name.startswith(prefix)), 2)  # unknown: as AdamW's
     if "adafactor" in name:
@@ -220,7 +220,7 @@ def _state_bytes(optim: str, parameter: Parameter) -> float:
 
 
 def _gathered(policy: ModelShapes, layout: Layout) -> int:
-    """FSDP2 holds two layers whole at a time (the next one comes while one computes), and the head all the time."""
+    """Return the parameters that FSDP2 gathers: two layers at a time (the next is prefetched), and always the head."""
     within = Layout(tp_size=layout.tp_size)
     layers: dict[str, int] = {}
     for name, parameter in policy.parameters.items():
@@ -233,7 +233,7 @@ def _gathered(policy: ModelShapes, layout: Layout) -> int:
 
 
 def _players(models: Models, args: NashConfig, layout: Layout, half: torch.dtype | None) -> dict[str, int]:
-    """All that answers prompts lies whole in a tensor-parallel group: FSDP2 splits what is trained, not what plays."""
+    """Return the bytes of the models that sample answers: whole per tensor-parallel group, never sharded by FSDP2."""
     within = Layout(tp_size=layout.tp_size)
 
     def playing_bytes(model: ModelShapes, trained: bool = False) -> int:
@@ -249,7 +249,7 @@ def _players(models: Models, args: NashConfig, layout: Layout, half: torch.dtype
     if args.algorithm_spec.own_parameters:
         parts["opponent in rollouts"] = playing_bytes(policy, trained=True)
         if args.algorithm_spec.opponent == "average":
-            if half is not None or layout.fsdp_size > 1 or policy.dtype != torch.float32:  # else it plays itself
+            if half is not None or layout.fsdp_size > 1 or policy.dtype != torch.float32:  # else one tensor is both
                 parts["opponent's average"] = policy.bytes(layout, trained=True, size=lambda _: 4)
         else:
             parts["opponent's anchor"] = policy.bytes(layout, trained=True)
@@ -312,7 +312,7 @@ def recomputes(args: NashConfig) -> bool:
     return bool(getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False))
 
 
-# ---- what a forward pass shows ---------------------------------------------------------------------------------------
+# ---- sizes from a forward pass ---------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
@@ -353,7 +353,7 @@ def activation_bytes(
     layout: Layout,
     recomputes: bool,
 ) -> int:
-    """Return what a forward pass of the policy's body leaves for the backward pass, on one rank.
+    """Return the bytes that a forward pass of the policy's body saves for the backward pass, on one rank.
 
     Args:
         model: the policy.
@@ -393,7 +393,7 @@ def _layer_shapes(key: _ByIdentity, tp_size: int, dtype: torch.dtype | None) -> 
 
 
 def _without_memory(network: Any) -> Any:
-    """Put fake tensors that say they lie on a CPU in the place of meta tensors, which autocast does not know."""
+    """Replace meta tensors, which autocast does not support, by fake tensors with a CPU as their device."""
     fakes: dict[int, Any] = {}
     for module in network.modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -408,7 +408,7 @@ def _without_memory(network: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _ByIdentity:
-    """A key of a cache for what has no hash."""
+    """A cache key for objects without a hash."""
 
     value: Any
 

@@ -1,8 +1,8 @@
-"""Weights that answer prompts beside the trained ones: the policy's view for rollouts, a moving average of the policy
-(Nash-EMA), snapshots of it (mirror prox).
+"""Weights that rollouts sample from beside the trained ones: the policy's view for rollouts, a moving average of the
+policy (Nash-EMA), snapshots of it (mirror prox).
 
-Opponents are tensors under the names of the policy's trainable parameters, updated in place: the engine reads them as
-they are, and a checkpoint stores them under those names. Frozen weights (a base under adapters) are shared, not copied.
+Opponents are tensors under the names of the policy's trainable parameters, updated in place: the engine reads them
+directly, and a checkpoint stores them under those names. Frozen weights (a base under adapters) are shared, not copied.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def trainable_parameters(model: Any) -> Tensors:
 
 
 class RolloutPolicy:
-    """The policy as rollouts see it: a twin module around the same weights, which nothing of training touches
-    (wrappers, autocast, activation checkpointing). Where rollouts compute in another dtype than the weights', it holds
-    a copy in that dtype, which `refresh` updates before every rollout.
+    """The policy of rollouts: a second module around the same weights, without training's wrappers, autocast and
+    activation checkpointing. If rollouts compute in another dtype than the weights', it holds a copy in that dtype,
+    which `refresh` updates before every rollout.
 
     Args:
         model: the trained policy.
@@ -46,7 +46,7 @@ class RolloutPolicy:
 
     @torch.no_grad()
     def refresh(self) -> bool:
-        """Take over the policy's current weights; return whether some of them moved to other memory.
+        """Update to the policy's current weights; return whether some of them moved to other memory.
 
         Preparing a model for several processes may move its weights, once.
         """
@@ -107,8 +107,8 @@ class Average:
 class Snapshots:
     """Snapshots of mirror prox, which makes two half steps of `refresh` updates each.
 
-    During the first half step the opponent and the anchor are the policy as it was at its beginning; during the second
-    the opponent is the result of the first, and the anchor stays. Then both are taken anew.
+    During the first half step the opponent and the anchor are the policy at its beginning; during the second the
+    opponent is the result of the first, and the anchor is unchanged. After it both are updated to the policy.
 
     Args:
         model: the trained policy.
@@ -156,8 +156,8 @@ Opponent = Average | Snapshots
 def gathered_opponent(
     model: Any, dtype: torch.dtype | None, args: NashConfig
 ) -> tuple[Opponent | None, GatheredModel | None, GatheredModel | None]:
-    """Return a split policy's opponent, which acts on this process's parts, with the copies that answer and that score:
-    the opponent's, and mirror prox's anchor.
+    """Return a split policy's opponent, stored as this process's shards, with two gathered copies: the opponent's for
+    rollouts, and mirror prox's anchor for the loss.
 
     Args:
         model: the split policy.

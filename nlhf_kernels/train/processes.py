@@ -1,7 +1,7 @@
-"""The processes of a training: which of them read rows of their own, what they add up, and who asks a judge.
+"""The processes of a training: the groups that read different rows, their sums, and calls of judges.
 
-Processes of one tensor-parallel group hold slices of one model and read the same rows. So rows, means and judges go by
-group, not by process.
+Processes of one tensor-parallel group hold slices of one model and read the same rows, so rows, means and calls of
+judges are per group, not per process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .layout import Layout
 
 
 class DataParallel:
-    """The groups that read rows of their own.
+    """The groups of processes that read different rows.
 
     Args:
         accelerator: of the trainer.
@@ -53,9 +53,9 @@ class DataParallel:
         return not bool(self.accelerator.reduce(wrong, reduction="sum") > 0)
 
     def ask_once(self, judge: Any) -> Any:
-        """Return a judge or reward that the first process of each group asks for all of them.
+        """Return a judge or reward that only the first process of each group calls, for all of them.
 
-        A model that the group shares is asked by all its processes, which compute its answer together.
+        A judge whose model is split over the group is called by all its processes, which compute together.
 
         Args:
             judge: a Judge or a Reward; None stays None.
@@ -71,12 +71,12 @@ class DataParallel:
 
 
 class AskedOnce:
-    """A judge or reward that one process asks; the others of its group get the answer, or the error.
+    """A judge or reward that one process calls; the others of its group get the result, or the error.
 
     Args:
-        judge: what is asked.
-        first: the rank that asks.
-        group: the processes that get the answer.
+        judge: the judge or reward.
+        first: the rank that calls it.
+        group: the processes that get the result.
     """
 
     def __init__(self, judge: Callable[..., Any], first: int, group: Any) -> None:
@@ -85,11 +85,11 @@ class AskedOnce:
 
     @property
     def identity(self) -> str:
-        """What a checkpoint knows the judge by: the same however many processes there are."""
+        """Identity of the judge in checkpoints, independent of the number of processes."""
         return describe(self.judge)
 
     def __call__(self, *texts: Sequence[str]) -> Any:
-        answer: list[Any] = [None, None]  # the answer, the error
+        answer: list[Any] = [None, None]  # the result, the error
         if torch.distributed.get_rank() == self.first:
             try:
                 answer[0] = self.judge(*texts)
@@ -107,7 +107,7 @@ class AskedOnce:
 
 
 def _parameters(value: Any, visited: set[int]) -> Iterator[torch.Tensor]:
-    """Of all models that a judge holds, as far as attributes and lists show them."""
+    """Yield the parameters of all models that a judge holds in attributes, lists and the like."""
     if id(value) in visited or isinstance(value, str | int | float | torch.Tensor):
         return
     visited.add(id(value))

@@ -29,7 +29,7 @@ class PromptDataset(torch.utils.data.Dataset[Prompt]):
         rows: rows with a column `prompt`: texts, or lists of chat messages for the tokenizer's chat template.
         tokenizer: tokenises the texts.
         max_length: tokens; of longer prompts the last ones are kept.
-        first: read the first so many rows; None: all.
+        first: number of rows to read, from the first; None: all.
     """
 
     def __init__(self, name: str, rows: Any, tokenizer: Any, max_length: int, first: int | None = None) -> None:

@@ -1,7 +1,6 @@
-"""transformers' Trainer, whose checkpoints are complete or absent, alone in its folder, resumed where it was.
+"""transformers' Trainer with complete or absent checkpoints, a locked output folder and exact resumption.
 
-What `NashTrainer` adds to the loop is in `trainer.py`; how a checkpoint is published, found and checked, in
-`checkpoints.py`.
+`trainer.py` adds the training loop of `NashTrainer`; `checkpoints.py` publishes, finds and checks checkpoints.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Save the updates so far where the work inside, which changes no weights, fails or is ended by SIGTERM.
+        """Save the updates so far if the enclosed work, which changes no weights, fails or is ended by SIGTERM.
 
         Several processes cannot leave it one by one: they stop together at the end of an update.
         """
@@ -137,7 +136,7 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
             raise
 
     def stop_if_requested(self, control: Any) -> None:
-        """At the end of an update after SIGTERM: have a checkpoint saved, skip an evaluation that is due.
+        """Request a checkpoint at the end of an update after SIGTERM, and skip an evaluation that is due.
 
         `stop_once_saved` then ends the training.
 
@@ -160,8 +159,8 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
             raise stopping.Stopped
 
     def _save_before_leaving(self) -> None:
-        """Save a checkpoint, so that a judge that fails late costs no update; not with several processes, which fail
-        one by one."""
+        """Save a checkpoint, so that a judge's error loses no update; not with several processes, which fail one by
+        one."""
         step = self.state.global_step
         if self._saves and step and self.args.world_size == 1:
             if not (Path(self.args.output_dir) / f"checkpoint-{step}").exists():

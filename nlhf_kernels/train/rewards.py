@@ -25,7 +25,7 @@ def rewards(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) ->
         returned = reward(list(prompts), list(responses))
     except Stopped:
         raise
-    except SystemExit as stop:  # it would pass for the end of a finished run
+    except SystemExit as stop:  # it would look like the end of a finished run
         raise RuntimeError(f"NashTrainer: reward: {name}: called sys.exit({stop.code!r})") from stop
     try:
         values = torch.as_tensor(returned, dtype=torch.float64, device="cpu").detach()

@@ -1,6 +1,6 @@
 """A training run as a YAML file: models, judges, data, and every field of NashConfig under `training`.
 
-Unknown keys are refused with the nearest known one, and values of another type. No model or data is loaded here.
+Unknown keys are refused, with the nearest known key, as are values of wrong types. No model or data is loaded here.
 """
 
 from __future__ import annotations

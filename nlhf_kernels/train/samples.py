@@ -65,5 +65,5 @@ def report(samples: Samples, step: int, callbacks: Iterable[Any]) -> None:
 
 
 def _shown(text: str) -> str:
-    """Return the text's end without escape sequences, which a model may write and a terminal would obey."""
+    """Return the text's end without escape sequences, which a model may generate and a terminal would execute."""
     return printable(text if len(text) <= WIDTH else "..." + text[-WIDTH:])

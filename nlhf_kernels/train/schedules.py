@@ -24,7 +24,7 @@ def check_schedule(name: str, schedule: Any, open_low: bool = False) -> Schedule
     if callable(schedule):
         try:
             pickle.dumps(schedule)
-        except Exception as error:  # pickle has many ways to say no
+        except Exception as error:  # pickle raises many types of exceptions
             raise ValueError(
                 f"{OP}: {name}: expected a function that a checkpoint can hold, one that a module defines; "
                 f"got {schedule!r}: {error}"
@@ -49,7 +49,7 @@ def value_at(name: str, schedule: Schedule, step: int, epoch: float) -> float:
 
     Args:
         name: "beta" or "tau".
-        schedule: what `check_schedule` returned.
+        schedule: as returned by `check_schedule`.
         step: number of the update, from 0.
         epoch: the (fractional) epoch at which it begins.
     """

@@ -112,7 +112,7 @@ def check_layout(args: NashConfig, model: Any, peft_config: Any, **others: Any) 
 
 def with_reference(model: Any, reference: Any, peft_config: Any, seed: int, *, split: bool = False) -> tuple[Any, Any]:
     """Return the policy with its adapters, and its reference: None where that is the policy's own base."""
-    if has_injected_adapter(model):  # no way to tell its base from it
+    if has_injected_adapter(model):  # its base cannot be told apart
         raise ValueError(
             f"{OP}: model: expected peft's own model around an adapter and its base; got an adapter that transformers "
             "has put into the base (peft's AutoPeftModelForCausalLM loads it, with is_trainable=True)"
@@ -170,7 +170,7 @@ def freeze_for_rollouts(args: NashConfig, reference: Any, eval_opponent: Any) ->
 def gather_for_rollouts(args: NashConfig, model: Any, reference: Any, eval_opponent: Any) -> tuple[Any, Any]:
     """Return copies of split models that answer prompts, in the dtype of rollouts; None stays None.
 
-    Without a reference and without adapters it is a copy of the policy as it is now.
+    Without a reference and without adapters, the reference is a copy of the current policy.
 
     Args:
         args: the configuration.
@@ -195,8 +195,8 @@ def gather_for_rollouts(args: NashConfig, model: Any, reference: Any, eval_oppon
 def broadcast_weights(*models: Any) -> None:
     """Give all processes the first one's weights; None among the models is skipped.
 
-    Done before anything is copied from them: preparing a model for several processes broadcasts the trained model
-    alone, and only later, when each process's reference and opponent would be copies of its own weights.
+    Call it before references and opponents are copied from the weights: preparing a model for several processes
+    broadcasts the trained model alone, and only after these copies.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -264,10 +264,10 @@ def make_opponent(model: Any, dtype: torch.dtype | None, args: NashConfig) -> tu
 
 @contextmanager
 def without_dropout(model: Any) -> Iterator[None]:
-    """Score answers without dropout, as they were sampled; with it the loss would be another distribution's.
+    """Switch dropout off in the loss, because answers are sampled without it.
 
     The model is in evaluation mode; only modules that recompute their activations are in training mode, without which
-    they do not. They may apply dropout in their own forward pass, so their rates are zero meanwhile.
+    they do not. They may apply dropout in their own forward pass, so their rates are set to zero.
     """
     recomputing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     rates = [

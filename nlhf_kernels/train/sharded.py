@@ -1,9 +1,9 @@
-"""Models that several processes share, in training: what plays is gathered out of what is trained.
+"""Models that several processes share, in training: the models of rollouts are gathered from the trained shards.
 
-FSDP2 splits what training keeps. A rollout needs a layer's weights at every token, so the models that answer prompts
-are copies whose weights are gathered once before a rollout: whole, or, under tensor parallelism, this process's slice
-of every matrix. They are modules of their own, which know nothing of FSDP2. Without FSDP2 and in one dtype a copy
-shares the trained weights' memory.
+FSDP2 shards the trained state. A rollout needs a layer's weights at every token, so rollouts use copies of the models,
+whose weights are gathered once before a rollout: whole, or, under tensor parallelism, this process's slice of every
+matrix. The copies are separate modules without FSDP2. Without FSDP2 and in one dtype a copy shares the trained weights'
+memory.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 
 class GatheredModel:
-    """A copy of a split model that answers prompts.
+    """A gathered copy of a split model, for rollouts.
 
     Args:
         model: the split model, or peft's around one.
@@ -137,7 +137,7 @@ class GatheredModel:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take the source's values of now. All processes must call."""
+        """Copy the source's current values. All processes must call."""
         reshard(self.trained)
         current = dict(self.trained.named_parameters())
         current |= {name: value for name, value in self.source().items() if name in current}
@@ -159,7 +159,7 @@ def fsdp_modules(model: Any) -> Iterator[Any]:
 
 
 def reshard(model: Any) -> None:
-    """Have FSDP2 hold its parts again, after a forward pass without a backward pass.
+    """Let FSDP2 release gathered parameters after a forward pass without a backward pass.
 
     Args:
         model: any module.
@@ -169,7 +169,7 @@ def reshard(model: Any) -> None:
 
 
 def _empty_copy(model: Any) -> Any:
-    """The same modules on the meta device, adapters too."""
+    """Return the same modules on the meta device, adapters included."""
     base = skeleton(base_of_model(model))
     if not is_adapted(model):
         return base

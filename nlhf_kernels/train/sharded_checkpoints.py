@@ -1,7 +1,7 @@
 """Checkpoints of split models: every process writes its part with torch.distributed.checkpoint, and any number reads.
 
 `sharded/` in a checkpoint holds the trained weights, the optimizer's state and the opponent's, under names that do not
-depend on the layout; `groups.json` the optimizer's settings by parameter. Parts are cut anew when they are read.
+depend on the layout; `groups.json` holds the optimizer's settings by parameter. Reading reshards to the new layout.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _dcp() -> Any:
-    """Imported here, as it takes a second. In one process it warns that it is one."""
+    """Import torch.distributed.checkpoint (a second), without its warning in a single process."""
     import torch.distributed.checkpoint
 
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -118,12 +118,12 @@ def _tensors(model: Any, optimizer: Any, opponent: Opponent | None) -> Iterator[
 
 
 def _inner(optimizer: Any) -> Any:
-    """PyTorch's optimizer inside accelerate's."""
+    """Return PyTorch's optimizer inside accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def _as_blocks(value: torch.Tensor) -> Any:
-    """A DTensor whose part on every process is one block, as torch.distributed.checkpoint describes parts.
+    """Return a DTensor whose part on every process is one block, as torch.distributed.checkpoint describes parts.
 
     Under tensor parallelism and FSDP2 together a process's part may be strided: parts of parts along one dimension.
     """
@@ -136,7 +136,7 @@ def _as_blocks(value: torch.Tensor) -> Any:
 
 
 def _make_state(model: Any, optimizer: Any, metadata: Mapping[str, Any]) -> None:
-    """An optimizer has no state before its first step: make what the checkpoint has, to be read into."""
+    """Create the state that an optimizer lacks before its first step, as buffers to read the checkpoint into."""
     state = _inner(optimizer).state
     for name, parameter in trainable_parameters(model).items():
         prefix = f"optimizer/{name}/"
@@ -150,7 +150,7 @@ def _make_state(model: Any, optimizer: Any, metadata: Mapping[str, Any]) -> None
 
 
 def _settings(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Of every parameter's group, as it is now: the learning rate and the like."""
+    """Return the current settings (learning rate and the like) of every parameter's group."""
     names = {id(value): name for name, value in trainable_parameters(model).items()}
     return {
         names[id(parameter)]: {key: value for key, value in group.items() if key != "params"}

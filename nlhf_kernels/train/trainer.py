@@ -63,7 +63,7 @@ _log = logging.getLogger(__name__)
 
 
 class NashTrainer(ResumableTrainer):
-    """Train `model` against the opponent that `args.algorithm` names, towards answers that `judge` prefers.
+    """Train `model` towards answers that `judge` prefers to those of the opponent of `args.algorithm`.
 
     Models that are not trained are frozen and moved to the device, with `args.bf16` or `args.fp16` in that dtype; the
     trainer does not change them otherwise.
@@ -150,7 +150,7 @@ class NashTrainer(ResumableTrainer):
             self.add_callback(Progress())
 
     def _prepare_models(self, args: NashConfig, reference_model: Any, eval_opponent: Any) -> None:
-        """Make the models that answer prompts, their engines, and the loss."""
+        """Create the models of rollouts, their engines, and the loss."""
         dtype = rollout_dtype(args)
         if self.layout.sharded:
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True  # else gradients add up unsplit
@@ -291,7 +291,7 @@ class NashTrainer(ResumableTrainer):
         return loss.detach()
 
     def scheduled_value(self, name: str) -> float:
-        """Return the value of a schedule for the update that is being made.
+        """Return the value of a schedule for the current update.
 
         Args:
             name: "beta" or "tau".
@@ -304,8 +304,8 @@ class NashTrainer(ResumableTrainer):
     def before_optimizer(self) -> None:
         """Drop gradients that are not finite, so that the optimizer step changes nothing, or end the run.
 
-        With a gradient scaler (`fp16`) they mean that its scale was too large: it skips the step and halves the scale.
-        At a scale of 1 that is no explanation, and `nonfinite` decides as it does without a scaler.
+        With a gradient scaler (`fp16`) they are due to a scale that is too large: it skips the step and halves the
+        scale. At a scale of 1 that is not the cause, and `nonfinite` decides as it does without a scaler.
         """
         scaler = self.accelerator.scaler
         self.scale_of_step = 0.0 if scaler is None else scaler.get_scale()
@@ -329,7 +329,7 @@ class NashTrainer(ResumableTrainer):
     def after_optimizer_step(self) -> None:
         """Count a step that the gradient scaler skipped, and keep its scale at 1 or above.
 
-        A lower scale says that it was skipped; accelerate does not notice where the optimizer is fused.
+        A lower scale shows that the step was skipped; accelerate does not detect it with a fused optimizer.
         """
         scaler = self.accelerator.scaler
         if scaler is None or scaler.get_scale() >= self.scale_of_step:
@@ -361,8 +361,8 @@ class NashTrainer(ResumableTrainer):
         return rollout
 
     def gather_weights(self) -> None:
-        """Give the copies of split models the weights of now: once before an update's rollouts or an evaluation, which
-        are not as many in all processes."""
+        """Copy current weights into the gathered models, once before an update's rollouts or an evaluation, because
+        the number of rollouts differs between processes."""
         for model in self._gathered:
             model.refresh()
 

@@ -1,4 +1,4 @@
-"""What an update computes and sends on one rank, on paper: products counted from configurations, nothing measured.
+"""Estimated operations and messages of an update on one rank, counted from configurations, not measured.
 
 Only matrix products and attention are counted, and only bytes that leave a rank. Texts are as long as they can be.
 """
@@ -16,13 +16,13 @@ from .setup import rollout_dtype
 
 @dataclass(frozen=True)
 class UpdateCost:
-    """Of one rank.
+    """The cost of an update on one rank.
 
     Args:
-        rollout_flops: of reading prompts and sampling answers, by all models that play.
+        rollout_flops: of reading prompts and sampling answers, by all models of the rollouts.
         loss_flops: of the forward and backward passes.
         sent_by_fsdp: bytes that gathering weights and reducing gradients sends.
-        sent_by_tensor_parallelism: bytes that adding up layers' outputs sends.
+        sent_by_tensor_parallelism: bytes that summing layers' outputs sends.
     """
 
     rollout_flops: float
@@ -63,12 +63,12 @@ def update_cost(models: Models, args: NashConfig, layout: Layout) -> UpdateCost:
 
 
 def _ring(processes: int) -> float:
-    """The share of a message that a ring sends on from every process."""
+    """Return the share of a message that every process sends in a ring."""
     return (processes - 1) / processes
 
 
 def _flops(model: ModelShapes, tokens: int) -> float:
-    """Of a forward pass over one text: two per number of a matrix and token, and causal attention."""
+    """Return the operations of a forward pass over one text: two per matrix entry and token, and causal attention."""
     text = model.config.get_text_config(decoder=True)
     matrices = sum(
         math.prod(value.shape)

@@ -1,1 +1,1 @@
-"""Layers of language models between their products: an oracle, Triton kernels, and the models that may take them."""
+"""Operations of language models between matrix products: an oracle, Triton kernels, and their use in known models."""

@@ -1,8 +1,8 @@
-"""RMSNorm, gated activation, rotary positions and the cache's write as one Triton launch each, where code is known.
+"""RMSNorm, gated activation, rotary positions and the cache's write as one Triton launch each, in known modules.
 
 A step of few rows is bound by launches, and transformers' code takes six for a norm and ten for a rotation. A module's
-forward is replaced for the time of a rollout if its source, comments and annotations aside, is exactly what stands
-here; attention keeps its own code, in a copy whose `apply_rotary_pos_emb` is the kernel. Everything else runs as it is.
+forward is replaced during a rollout if its source, comments and annotations aside, equals the source below; attention
+keeps its own code, in a copy whose `apply_rotary_pos_emb` is the kernel. All other modules run unchanged.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Forward = Callable[..., Any]
 
 
 class LayerFunctions(Protocol):
-    """oracle.py or triton_kernels.py."""
+    """The functions of oracle.py and of triton_kernels.py."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
 
@@ -81,7 +81,7 @@ def why_not_usable(device: torch.device) -> str | None:
 
 
 class FusedLayers:
-    """The modules of some models whose code is known. A model with adapters keeps all of its own."""
+    """The modules of several models whose code is known; models with adapters are left unchanged."""
 
     def __init__(self, models: Sequence[torch.nn.Module], functions: LayerFunctions) -> None:
         self.functions = functions
@@ -93,7 +93,7 @@ class FusedLayers:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Replace the forwards, but those that another library has replaced already."""
+        """Replace the forwards, except those that another library has replaced already."""
         replaced = [(module, forward) for module, forward in self.forwards if "forward" not in vars(module)]
         for module, forward in replaced:
             module.forward = forward
@@ -105,7 +105,7 @@ class FusedLayers:
 
 
 def fused_forward(module: torch.nn.Module, functions: LayerFunctions) -> Forward | None:
-    """Return a forward of fused kernels for this module; None where its code is not known."""
+    """Return a forward with fused kernels for this module; None if its code is not known."""
     own = type(module).forward
     if has_code(own, NORM):
         return partial(_norm, module, functions, MethodType(own, module))

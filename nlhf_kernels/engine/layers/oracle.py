@@ -1,6 +1,6 @@
-"""What layers of a language model do between their products, in plain PyTorch: the oracle of triton_kernels.py.
+"""Operations of a language model between matrix products, in plain PyTorch: the oracle of triton_kernels.py.
 
-Every function rounds where transformers' code does, so that a kernel that follows it gives a model's own numbers.
+Every function rounds where transformers' code does, so a kernel that equals it reproduces the model's own numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What layers of a language model do between their products, in Triton: one launch each instead of three to twelve.
+"""Operations of a language model between matrix products, in Triton: one launch each instead of three to twelve.
 
-Names, arguments and roundings are those of oracle.py. Inputs may be columns of a wider matrix: rows are read where
-they lie, as long as the elements of a row lie side by side. Outputs are contiguous.
+Names, arguments and roundings are those of oracle.py. Inputs may be columns of a wider matrix: rows may have any
+stride, the elements of a row must be contiguous. Outputs are contiguous.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ...core.native import on_device
 
-_BLOCK = 1024  # elements of a gated activation that a program takes
+_BLOCK = 1024  # elements of a gated activation per program
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., heads, D) as (outer, heads, D): a view wherever the outer dimensions lie one behind the other."""
+    """Reshape (..., heads, D) to (outer, heads, D): a view where the outer dimensions can be merged."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x.flatten(0, -3) if x.ndim > 3 else x
 
@@ -105,7 +105,7 @@ def rotate_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program takes one head of one token: the queries' heads, then the keys'."""
+    """Rotate one head of one token per program: the query heads, then the key heads."""
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -170,7 +170,7 @@ def store_slot_kernel(
     VALUE_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program takes one head of one row."""
+    """Store one head of one row per program."""
     batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(cursor)
     column = tl.arange(0, BLOCK)

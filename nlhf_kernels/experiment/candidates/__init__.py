@@ -1,4 +1,4 @@
-"""The experiment on tastes that run in circles, with answers out of a few candidates: every number exact."""
+"""The experiment on cyclic preferences, with answers out of a few candidates: every expectation is exact."""
 
 from .pipeline import CandidateExperiment
 from .presets import CANDIDATE_PRESETS, CandidatePreset

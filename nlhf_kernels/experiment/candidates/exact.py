@@ -1,4 +1,4 @@
-"""What each contestant would become with infinitely many votes and updates: tabular solutions of the same games."""
+"""The limit of each contestant for infinitely many votes and updates: tabular solutions of the same games."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .presets import CONTESTANTS
 from .tellers import fit_rewards
 
 TOLERANCE = 1e-7  # of log-probabilities
-WEIGHT = 1e7  # comparisons in all that stand for infinitely many: the pull to 0 of the fit vanishes beside them
+WEIGHT = 1e7  # total comparisons, instead of infinitely many: the fit's prior is negligible beside them
 
 
 def exact_policies(contestant: str, setting: Setting) -> torch.Tensor | None:
-    """The limits of a contestant over its grid of taus, (N, M, A) log-probabilities.
+    """Return the limits of a contestant over its grid of taus, (N, M, A) log-probabilities.
 
-    RLHF's reward is the Bradley-Terry fit to pairs of the reference's answers. Nash-MD and IPO-MD stop where their
-    mixture with the reference is the equilibrium at tau / (1 - beta); self-play and Nash-EMA at the equilibrium; best
-    response at the best response to the reference. None for RLHF with votes during training: its reward follows its own
-    policy's answers through time, and has no limit that is known.
+    RLHF's reward is the Bradley-Terry fit to pairs of the reference's answers. Nash-MD and IPO-MD converge to the
+    policy whose mixture with the reference is the equilibrium at tau / (1 - beta); self-play and Nash-EMA to the
+    equilibrium; best response to the best response to the reference. None for RLHF with votes during training: its
+    reward depends on the answers of all its past policies, and its limit is not known.
 
     Args:
         contestant: a key of CONTESTANTS.
@@ -46,12 +46,12 @@ def exact_policies(contestant: str, setting: Setting) -> torch.Tensor | None:
 
 
 def exact_rewards(preference: torch.Tensor, log_reference: torch.Tensor) -> torch.Tensor:
-    """Bradley-Terry rewards (M, A) that explain the preferences between the reference's answers best.
+    """Fit Bradley-Terry rewards (M, A) to the preferences between the reference's answers.
 
     Args:
         preference (M, A, A): [a, b] = P(a > b).
-        log_reference (M, A): whose answers are compared. Anything else than a candidate is left out, as in the sample
-            of human pairs, and gets the worst candidate's reward less 1.
+        log_reference (M, A): the policy of the compared answers. Answers that are no candidate are left out, as in the
+            sample of human pairs, and get the worst candidate's reward less 1.
     """
     chance = log_reference[:, :-1].softmax(-1)
     wins = WEIGHT * chance.unsqueeze(-1) * chance.unsqueeze(-2) * preference[:, :-1, :-1]

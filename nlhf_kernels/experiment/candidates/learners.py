@@ -1,4 +1,4 @@
-"""Everything that is trained: the reference policy, the two models of the human pairs, contestants, best responses."""
+"""Training of the reference policy, the two models of the human pairs, contestants and best responses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POLICY, TABLES = "policy", "tables.safetensors"
 
 @dataclass(frozen=True)
 class Setting:
-    """What every stage works with once there is a reference policy.
+    """The shared inputs of all stages after the reference policy.
 
     Args:
         world (World): prompts, candidates, annotators.
@@ -37,7 +37,7 @@ class Setting:
         log_reference (tensor (M, A)): the reference policy, float64.
         preset (CandidatePreset): the experiment's numbers.
         device (torch.device): where models are.
-        reporter (Reporter): lines and bars meanwhile.
+        reporter (Reporter): progress lines and bars.
     """
 
     world: World
@@ -69,7 +69,7 @@ class Setting:
 
 
 def make_start(work: Path, world: World, preset: CandidatePreset, device: torch.device) -> None:
-    """Fit a small Llama to how common the candidates are, by cross-entropy over all prompts at once; save it.
+    """Fit a small Llama to the frequencies of the candidates, by cross-entropy over all prompts at once; save it.
 
     Args:
         work: the stage's folder.
@@ -85,7 +85,7 @@ def make_start(work: Path, world: World, preset: CandidatePreset, device: torch.
         vocab_size=len(tokenizer), hidden_size=preset.hidden, intermediate_size=3 * preset.hidden,
         num_hidden_layers=preset.layers, num_attention_heads=preset.heads, max_position_embeddings=16,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.1,  # from the usual 0.02, so narrow a layer learns slowly which words go together
+        initializer_range=0.1,  # at the usual 0.02, layers this narrow learn word pairs slowly
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(preset.seed)
@@ -110,7 +110,7 @@ def make_start(work: Path, world: World, preset: CandidatePreset, device: torch.
 
 
 def load_setting(folder: Path, preset: CandidatePreset, device: torch.device, reporter: Reporter) -> Setting:
-    """What `make_start` left.
+    """Load the result of `make_start`.
 
     Args:
         folder: its stage.
@@ -122,7 +122,7 @@ def load_setting(folder: Path, preset: CandidatePreset, device: torch.device, re
 
 
 def load_table(folder: Path) -> torch.Tensor:
-    """What a stage has left: log-probabilities (M, A), (marks, M, A) of a training run; a comparison model's numbers.
+    """Load a stage's table: log-probabilities (M, A), (marks, M, A) of a training run, or a comparison model's numbers.
 
     Args:
         folder: the stage's.
@@ -133,10 +133,10 @@ def load_table(folder: Path) -> torch.Tensor:
 
 
 def save_table(table: torch.Tensor, folder: Path) -> None:
-    """For `load_table`.
+    """Save a stage's table for `load_table`.
 
     Args:
-        table: what a stage has found.
+        table: the stage's result.
         folder: the stage's.
     """
     from safetensors.torch import save_file
@@ -148,7 +148,7 @@ def save_table(table: torch.Tensor, folder: Path) -> None:
 
 
 def make_pairs(work: Path, setting: Setting) -> None:
-    """Pairs of different answers of the reference policy, each with one vote; an eighth more to hold out.
+    """Sample pairs of different answers of the reference policy, each with one vote, and an eighth more to hold out.
 
     Args:
         work: the stage's folder.
@@ -200,7 +200,7 @@ def make_comparison_model(work: Path, kind: str, pairs: dict[str, list[Pair]], s
 
 @torch.no_grad()
 def preference_table(model: ComparisonModel, setting: Setting) -> torch.Tensor:
-    """The preference model's P(a > b) for all candidates of all prompts, (M, A, A); anything else loses to them.
+    """Return the preference model's P(a > b) for all candidates of all prompts, (M, A, A); others lose to them.
 
     Args:
         model: a pairwise one.
@@ -218,7 +218,7 @@ def preference_table(model: ComparisonModel, setting: Setting) -> torch.Tensor:
 
 @torch.no_grad()
 def reward_table(model: Any, setting: Setting) -> torch.Tensor:
-    """The reward model's numbers for all candidates, (M, A); anything else gets the worst of them, less 1.
+    """Return the reward model's rewards of all candidates, (M, A); others get the worst of them, less 1.
 
     Args:
         model: a reward model.
@@ -231,7 +231,7 @@ def reward_table(model: Any, setting: Setting) -> torch.Tensor:
 
 
 def centred(rewards: torch.Tensor, log_reference: torch.Tensor) -> torch.Tensor:
-    """Rewards of the candidates (M, k) with a mean of 0 under the reference, and the worst less 1 for anything else.
+    """Shift the candidates' rewards (M, k) to a mean of 0 under the reference; append the worst less 1 for others.
 
     Args:
         rewards (M, k): of the candidates.
@@ -246,14 +246,14 @@ def centred(rewards: torch.Tensor, log_reference: torch.Tensor) -> torch.Tensor:
 
 def make_run(work: Path, contestant: str, index: int, run: int, tables: dict[str, torch.Tensor],
              setting: Setting) -> None:  # fmt: skip
-    """Train a contestant at one tau; leave its policy and its log-probabilities at every mark.
+    """Train a contestant at one tau; save its policy and its log-probabilities at every mark.
 
     Args:
         work: the stage's folder.
         contestant: a key of CONTESTANTS.
         index: which tau of its grid.
-        run: number of the run; runs of equal number see the same prompts, noise and votes where they ask the same.
-        tables: `preference` and `reward`, what was learned from the sample of human pairs.
+        run: number of the run; runs of equal number share prompts, noise, and the votes on equal pairs.
+        tables: `preference` and `reward`, learned from the sample of human pairs.
         setting: start, preset, world.
     """
     preset, chosen = setting.preset, CONTESTANTS[contestant]
@@ -275,13 +275,13 @@ def make_run(work: Path, contestant: str, index: int, run: int, tables: dict[str
 
 def make_response(work: Path, opponent: torch.Tensor, start: Path | None, tau: float, seed: int,
                   setting: Setting) -> None:  # fmt: skip
-    """Train a best response to a fixed policy: RLHF whose reward is P(y > opponent); leave its log-probabilities.
+    """Train a best response to a fixed policy, RLHF whose reward is P(y > opponent); save its log-probabilities.
 
     Args:
         work: the stage's folder.
-        opponent (M, A): log-probabilities of who is to be beaten.
+        opponent (M, A): log-probabilities of the fixed policy.
         start: the policy to start from; None: the reference.
-        tau: price of leaving the reference.
+        tau: coefficient of the KL from the reference.
         seed: of the run.
         setting: reference, preset, world.
     """
@@ -295,7 +295,7 @@ def make_response(work: Path, opponent: torch.Tensor, start: Path | None, tau: f
 
 def _train(model: Any, judge: Any, reward: Any, setting: Setting, work: Path, seed: int, options: dict[str, Any],
            callbacks: Sequence[Any]) -> None:  # fmt: skip
-    """`model` in place, with the budget that all have: every prompt in every update."""
+    """Train `model` in place, with the common budget: every prompt in every update."""
     import transformers
 
     preset, world = setting.preset, setting.world
@@ -307,7 +307,7 @@ def _train(model: Any, judge: Any, reward: Any, setting: Setting, work: Path, se
         max_prompt_length=8,
         max_new_tokens=1,
         learning_rate=preset.learning_rate,
-        lr_scheduler_type="linear",  # last iterates are compared: large steps to the end would be their noise
+        lr_scheduler_type="linear",  # last iterates are compared: a constant rate would leave noise in them
         adam_beta1=0.0,  # momentum overshoots where the opponent moves too
         logging_steps=preset.updates,
         log_samples=0,
@@ -335,7 +335,7 @@ def _train(model: Any, judge: Any, reward: Any, setting: Setting, work: Path, se
 
 
 class _Marks:
-    """The policy's log-probabilities after the updates that are marked."""
+    """Records the policy's log-probabilities after the marked updates."""
 
     def __init__(self, log_probs: Any, marks: Sequence[int]) -> None:
         self.log_probs, self.marks = log_probs, frozenset(marks)

@@ -1,7 +1,7 @@
-"""From log-probabilities to the numbers of the report: everything here is an exact expectation over answers.
+"""The report's numbers from log-probabilities: all are exact expectations over answers.
 
-Policies are compared at equal KL, prompt by prompt: of every contestant's frontier over its taus, the policy that
-spends the budget (`tabular/budget.py`), against opponents with the same budget.
+Policies are compared at equal KL, prompt by prompt: of every contestant's frontier over its taus, the policy whose KL
+is the budget (`tabular/budget.py`), against opponents with the same budget.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .exact import exact_policies
 from .learners import Setting
 from .presets import CLAIMED
 
-MARGIN = 0.01  # a difference of win rates or exploitabilities that nobody would notice
+MARGIN = 0.01  # a negligible difference of win rates or exploitabilities
 GRID = 8  # budgets at which a frontier is drawn
 REPRODUCED, CONTRADICTED, OPEN = "reproduced", "contradicted", "not resolved"
 
 
 def estimate(values: torch.Tensor) -> Estimate:
-    """A mean over runs and prompts, both of which are samples of more, with its 95 % interval.
+    """Return the mean over runs and prompts, both samples of larger populations, with its 95 % interval.
 
     half^2 = (t s_p / sqrt P)^2 + (t s_r / sqrt R)^2: s_p is the deviation of the prompts' means over the runs, s_r that
     of the runs' means over the prompts, t Student's with P - 1 and R - 1 degrees of freedom, as both may be few. With
@@ -45,7 +45,7 @@ def estimate(values: torch.Tensor) -> Estimate:
 
 @dataclass
 class Measures:
-    """What the trained policies are worth.
+    """Measures of the trained policies at the KL budget.
 
     Args:
         setting (Setting): world, reference, preset.
@@ -57,7 +57,7 @@ class Measures:
     _kept: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, repr=False)
 
     def policies(self, name: str, mark: int = -1) -> torch.Tensor:
-        """The contestant at the budget, (R, M, A).
+        """Return the contestant's policies at the budget, (R, M, A).
 
         Args:
             name: of the contestant.
@@ -70,7 +70,7 @@ class Measures:
         return self._kept[key]
 
     def mixtures(self, name: str) -> torch.Tensor:
-        """The mixture of every run's checkpoints, at the budget, (R, M, A).
+        """Return the mixture of every run's checkpoints, at the budget, (R, M, A).
 
         Args:
             name: of the contestant.
@@ -79,7 +79,7 @@ class Measures:
         return at_budget(mixed, self.setting.log_reference, self.setting.preset.budget)
 
     def exploitability(self, policies: torch.Tensor) -> torch.Tensor:
-        """Of policies (R, M, A) by the best opponent of the same budget, (R, M).
+        """Return the exploitability of policies (R, M, A) by the best opponent of the same budget, (R, M).
 
         Args:
             policies: log-probabilities.
@@ -88,8 +88,8 @@ class Measures:
         return exploitability_within(policies, setting.world.preference, setting.log_reference, setting.preset.budget)
 
     def match(self, first: str, second: str) -> torch.Tensor:
-        """P(first > second) at the budget: all pairs of their runs, as values (R, M) whose mean is the mean over all
-        pairs and whose spread over runs holds both sides' (each run's mean over the other side's runs).
+        """Return P(first > second) at the budget over all pairs of runs, as values (R, M): their mean is that of all
+        pairs, and their spread over runs includes both sides' (each run's mean over the other side's runs).
 
         Args:
             first, second: names of contestants.
@@ -102,11 +102,11 @@ class Measures:
 
 def measure(measures: Measures, judges: Mapping[str, torch.Tensor], responses: Mapping[str, torch.Tensor],
             ) -> dict[str, Any]:  # fmt: skip
-    """Everything that the report says of the policies, as JSON.
+    """Return all numbers of the report about the policies, as JSON.
 
     Args:
         measures: the trained policies.
-        judges (name -> (M, A, A)): who is asked about the sample answers.
+        judges (name -> (M, A, A)): their preferences are reported for the sample answers.
         responses (contestant -> (starts and taus, M, A)): best responses trained against the first run.
     """
     setting = measures.setting
@@ -138,7 +138,7 @@ def measure(measures: Measures, judges: Mapping[str, torch.Tensor], responses: M
 
 
 def claims(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was to be examined, decided by the intervals.
+    """Decide the examined claims by the intervals.
 
     Args:
         facts: of `measure`.
@@ -160,14 +160,14 @@ def claims(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _decide(claim: str, value: Mapping[str, float], level: float) -> dict[str, Any]:
-    """Whether a value is above a level, by more than the margin with its whole interval."""
+    """Decide whether the whole interval of a value is above a level by more than the margin."""
     low, high = value["mean"] - value["half"] - level, value["mean"] + value["half"] - level
     verdict = REPRODUCED if low > MARGIN else CONTRADICTED if high < -MARGIN else OPEN
     return {"claim": claim, "verdict": verdict, "mean": value["mean"], "half": value["half"]}
 
 
 def _decide_equal(claim: str, rate: Mapping[str, float]) -> dict[str, Any]:
-    """Whether a win rate is 1/2, up to twice the margin."""
+    """Decide whether a win rate is 1/2, up to twice the margin."""
     lead, half = abs(rate["mean"] - 0.5), rate["half"]
     verdict = REPRODUCED if lead + half < 2 * MARGIN else CONTRADICTED if lead - half > 2 * MARGIN else OPEN
     return {"claim": claim, "verdict": verdict, "mean": rate["mean"], "half": half}
@@ -181,7 +181,7 @@ def _advantage(measures: Measures, nash: str, rival: str, groups: list[torch.Ten
 
 
 def _exact_advantages(measures: Measures, groups: list[torch.Tensor]) -> dict[str, Any]:
-    """The same of the limits, for a sample of pairs that never ends."""
+    """Return the advantages of the exact limits, as for an infinite sample of pairs."""
     setting = measures.setting
     limits = []
     for name in CLAIMED["pairs"]:
@@ -223,8 +223,8 @@ def _exploitability(
 
 
 def _frontier(measures: Measures, name: str, group: torch.Tensor) -> list[dict[str, Any]]:
-    """Win rate against the reference and against the best opponent of equal budget, over budgets, where tastes cycle
-    most."""
+    """Return win rates against the reference and the best opponent of equal budget, over budgets, for the most cyclic
+    games."""
     setting = measures.setting
     preference, log_reference = setting.world.preference[group], setting.log_reference[group]
     table = measures.tables[name][:, :, -1, group]
@@ -239,7 +239,7 @@ def _frontier(measures: Measures, name: str, group: torch.Tensor) -> list[dict[s
 
 
 def _spent(measures: Measures, name: str, groups: list[torch.Tensor]) -> list[dict[str, Any]]:
-    """KL of the finished runs as they are, and at the budget."""
+    """Return the KL of the finished runs, as trained and at the budget."""
     setting = measures.setting
     kl = kl_divergence(measures.tables[name][:, :, -1], setting.log_reference)  # (N, R, M)
     spent = kl_divergence(measures.policies(name), setting.log_reference)
@@ -250,7 +250,8 @@ def _spent(measures: Measures, name: str, groups: list[torch.Tensor]) -> list[di
 
 
 def _samples(measures: Measures, judges: Mapping[str, torch.Tensor], count: int = 10) -> list[dict[str, Any]]:
-    """Prompts of all knobs, with every policy over the candidates and each judge's P(candidate > reference)."""
+    """Return sample prompts of all knobs, with every policy over the candidates and each judge's P(candidate >
+    reference)."""
     setting, world = measures.setting, measures.setting.world
     count = min(count, len(world.prompts))
     chosen = torch.linspace(0, len(world.prompts) - 1, count, dtype=torch.float64, device="cpu").long().tolist()

@@ -1,4 +1,4 @@
-"""The experiment from its first stage to its last. Each stage reads what the ones before it have written."""
+"""The stages of the experiment in order; each reads the files that earlier ones have written."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ STARTS = ("reference", "opponent")
 
 
 class CandidateExperiment:
-    """Make the stages that are missing, measure, report; interrupted, it goes on after its last finished stage.
+    """Run the missing stages, measure, report; an interrupted experiment resumes after its last finished stage.
 
     Args:
         folder (Path): the experiment's.
         preset (CandidatePreset): its numbers; a folder with another experiment is refused.
         device (torch.device): where models are trained.
-        reporter (Reporter): lines and bars meanwhile.
+        reporter (Reporter): progress lines and bars.
         restart (bool): start over.
     """
 
@@ -60,7 +60,7 @@ class CandidateExperiment:
         self.workspace = Workspace(folder, identity, restart)
 
     def run(self) -> dict[str, Any]:
-        """The results, which the report is drawn from."""
+        """Run the missing stages; return the results, from which the report is drawn."""
         threads = torch.get_num_threads()
         torch.set_num_threads(self.preset.threads or threads)
         try:
@@ -71,7 +71,7 @@ class CandidateExperiment:
             torch.set_num_threads(threads)
 
     def write(self, results: dict[str, Any]) -> Path:
-        """The folder with `results.json`, `report.html` and its figures, drawn anew.
+        """Write `results.json`, `report.html` and its figures; return their folder.
 
         Args:
             results: of `run`.
@@ -110,7 +110,7 @@ class CandidateExperiment:
         return {name: [Pair(**row) for row in rows] for name, rows in parts.items()}
 
     def _tables(self, name: str) -> torch.Tensor:
-        """(N, R, T, M, A) of a contestant."""
+        """Return a contestant's log-probabilities, (N, R, T, M, A)."""
         runs = range(self.preset.runs)
         return torch.stack([
             torch.stack([load_table(self.workspace.path(run_name(name, index, run))) for run in runs])
@@ -118,7 +118,7 @@ class CandidateExperiment:
         ])  # fmt: skip
 
     def _responses(self, name: str, measures: Measures) -> torch.Tensor:
-        """Best responses to the contestant's first run at the budget, from every start at every tau."""
+        """Train best responses to the contestant's first run at the budget, from every start at every tau."""
         opponent, tables = measures.policies(name)[0], []
         middle = run_name(name, len(self.preset.grid(name)) // 2, 0)
         starts = {"reference": None, "opponent": self.workspace.path(middle) / POLICY}
@@ -159,7 +159,7 @@ class CandidateExperiment:
 
 
 def run_name(contestant: str, index: int, run: int) -> str:
-    """The stage of a training run.
+    """Return the name of a training run's stage.
 
     Args:
         contestant: a key of CONTESTANTS.

@@ -1,4 +1,4 @@
-"""Who takes part and how large the experiment is: every number in one place, each preset a whole experiment."""
+"""Contestants and presets of the experiment: every number in one place, each preset a whole experiment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INFORMATION = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """A learner and what it is told.
+    """A learner and the information that it trains on.
 
     Args:
         label (str): its name in figures and tables.
@@ -44,13 +44,13 @@ CONTESTANTS = {
     "nash-ema-queries": Contestant("Nash-EMA", "nash-ema", "queries"),
     "ipo-md-queries": Contestant("IPO-MD 0.25", "ipo-md", "queries", 0.25),
 }
-#: The matches that the claim is about: Nash-MD and RLHF, told the same.
+#: The matches of the claim: Nash-MD and RLHF on the same information.
 CLAIMED = {"pairs": ("nash-md-pairs", "rlhf-pairs"), "queries": ("nash-md-queries", "rlhf-queries")}
 CORE = tuple(name for pair in CLAIMED.values() for name in pair)
 
 
 def full_label(name: str) -> str:
-    """A contestant's name with what it is told, where that tells two of one name apart.
+    """Return a contestant's name, with its information where two contestants share the name.
 
     Args:
         name (str): a key of CONTESTANTS.
@@ -64,11 +64,11 @@ class CandidatePreset:
     """The numbers of an experiment. Each contestant trains `runs` times at each tau of its grid.
 
     Args:
-        knobs (tuple of float): settings of the taste family, 0 a reward to 1 circles only.
+        knobs (tuple of float): values of `cycling`, from 0 (a reward) to 1 (cycles only).
         games (int): prompts at each setting.
         candidates (int): answers to choose from.
-        strength (float): how sure the annotators are.
-        reference_spread (float): of the reference's logits: their amplitude around the circle of tastes.
+        strength (float): scale of the annotators' log-odds.
+        reference_spread (float): amplitude of the reference's logits over the circle of angles.
         hidden, layers, heads (int): the model's size.
         start_steps (int): of fitting the reference policy.
         pairs (int): human pairs, for the contestants that learn from a sample.
@@ -160,7 +160,7 @@ class CandidatePreset:
         return [round(self.updates * (index + 1) / self.checkpoints) for index in range(self.checkpoints)]
 
     def cells(self) -> list[tuple[str, int, int]]:
-        """Every training run: contestant, index of its tau, number of the run."""
+        """Return every training run: contestant, index of its tau, number of the run."""
         return [
             (name, index, run)
             for name in self.contestants
@@ -169,7 +169,7 @@ class CandidatePreset:
         ]
 
     def options(self, contestant: str, index: int) -> dict[str, Any]:
-        """NashConfig's options that make a run this contestant's, beside the budget that all have.
+        """Return this contestant's options of NashConfig, beside the common budget.
 
         Args:
             contestant (str): a key of CONTESTANTS.
@@ -185,7 +185,7 @@ class CandidatePreset:
 
 
 CANDIDATE_PRESETS = {
-    # seconds: shows that the pipeline runs, and nothing else
+    # seconds: a smoke test of the pipeline
     "tiny": CandidatePreset(
         knobs=(0.0, 1.0), games=2, candidates=3, hidden=16, heads=2, start_steps=5, pairs=32, comparison_steps=2,
         comparison_batch=8, comparison_rates=(1e-3,), runs=1, taus=(0.1,), reward_taus=(0.5,), updates=2,
@@ -193,7 +193,7 @@ CANDIDATE_PRESETS = {
     ),
     # minutes on two CPU cores
     "small": CandidatePreset(contestants=(*CORE, "self-play-queries", "best-response-queries")),
-    # an hour or two on two CPU cores: everybody, more runs, more games, a finer grid of taus
+    # an hour or two on two CPU cores: all contestants, more runs, more games, a finer grid of taus
     "standard": CandidatePreset(
         contestants=tuple(CONTESTANTS), games=16, runs=5, taus=(0.4, 0.2, 0.1, 0.06), reward_taus=(2.0, 1.0, 0.5, 0.2),
         updates=200, samples_per_prompt=8, pairs=20000, comparison_steps=1500, checkpoints=10,

@@ -1,5 +1,5 @@
-"""The report for people: the answer first, four figures, answers side by side, then tables. One HTML file and its
-figures, drawn from the results alone."""
+"""The report as one HTML file and its figures, drawn from the results alone: the answer first, four figures, answers
+side by side, then tables."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MINUS = "\u2212"
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """`report.html`, which holds everything, and its figures as files in `figures`, for other documents.
+    """Write `report.html`, which is self-contained, and its figures as files in `figures`, for other documents.
 
     Args:
         results: of `CandidateExperiment.run`.
-        folder: where to.
+        folder: of the report.
     """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -41,7 +41,7 @@ def write_report(results: Results, folder: Path) -> Path:
 
 
 def page(results: Results, pictures: Sequence[tuple[bytes, str]]) -> str:
-    """The whole page.
+    """Return the HTML page.
 
     Args:
         results: of `CandidateExperiment.run`.
@@ -71,7 +71,7 @@ def page(results: Results, pictures: Sequence[tuple[bytes, str]]) -> str:
 
 
 def summary(results: Results) -> str:
-    """The numbers as Markdown, for documents.
+    """Return the numbers as Markdown, for documents.
 
     Args:
         results: of `CandidateExperiment.run`.
@@ -92,7 +92,7 @@ def summary(results: Results) -> str:
 
 
 def answer(results: Results) -> list[str]:
-    """Three sentences with the numbers that carry the answer.
+    """Return three sentences with the main numbers of the answer.
 
     Args:
         results: of `CandidateExperiment.run`.
@@ -116,7 +116,7 @@ def answer(results: Results) -> list[str]:
 
 
 def describe_claim(claim: Mapping[str, Any]) -> str:
-    """A claim with its verdict and number.
+    """Return a claim with its verdict and number.
 
     Args:
         claim: of `measures.claims`.
@@ -126,7 +126,7 @@ def describe_claim(claim: Mapping[str, Any]) -> str:
 
 
 def describe_setting(results: Results) -> str:
-    """How it was measured, in a paragraph.
+    """Return a paragraph on the method of measurement.
 
     Args:
         results: of `CandidateExperiment.run`.
@@ -150,7 +150,7 @@ def describe_setting(results: Results) -> str:
 
 
 def all_figures(results: Results) -> list[tuple[str, str, Any]]:
-    """(file name, caption, figure) of the four.
+    """Return (file name, caption, figure) of the four figures.
 
     Args:
         results: of `CandidateExperiment.run`.
@@ -195,7 +195,7 @@ def all_figures(results: Results) -> list[tuple[str, str, Any]]:
 
 
 def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows) of every table.
+    """Return (title, head, rows) of every table.
 
     Args:
         results: of `CandidateExperiment.run`.
@@ -263,7 +263,7 @@ def _picture(drawing: bytes, caption: str) -> str:
 
 
 def _labels(results: Results) -> dict[str, str]:
-    """What contestants are called: with what they were told only where two share a name."""
+    """Return the contestants' labels, with their information only where two share a name."""
     facts = results["labels"]
     names = [each["label"] for each in facts.values()]
     return {

@@ -1,7 +1,7 @@
-"""What contestants are told: judges and rewards over the candidates, each a table looked up.
+"""Judges and rewards over the candidates that contestants train on, each a look-up table.
 
-The annotators know every P(y > y'); asked during training they answer with votes, drawn from it. A preference model or
-a reward model is asked once for every pair or answer, and then looked up too.
+The annotators' P(y > y') is known for every pair; during training they return votes that are sampled from it. A
+preference or reward model is evaluated once for every pair or answer, and looked up afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PRIOR = 0.1  # precision of the refitted rewards around 0, in units of one compa
 
 
 class TableJudge:
-    """A judge: P(first > second), looked up.
+    """A judge that looks up P(first > second) in a table.
 
     Args:
         world (World): the prompts.
@@ -33,11 +33,11 @@ class TableJudge:
 
 
 class Votes:
-    """A judge that answers with one vote for each pair, 0 or 1, drawn from the annotators' probability.
+    """A judge that returns one vote for each pair, 0 or 1, sampled from the annotators' probability.
 
     Args:
-        annotators (TableJudge): who votes.
-        seed (int): of the votes; a judge of the same seed that is asked the same in the same order votes the same.
+        annotators (TableJudge): probabilities of the votes.
+        seed (int): of the votes; equal sequences of calls under one seed return equal votes.
     """
 
     def __init__(self, annotators: TableJudge, seed: int) -> None:
@@ -53,11 +53,11 @@ class Votes:
 
 
 class TableReward:
-    """A reward, looked up.
+    """A reward function that looks up its values in a table.
 
     Args:
         world (World): the prompts.
-        rewards (tensor (M, A)): one for every candidate, and for anything else.
+        rewards (tensor (M, A)): one for every candidate, and the last for all other answers.
     """
 
     def __init__(self, world: World, rewards: torch.Tensor) -> None:
@@ -68,15 +68,15 @@ class TableReward:
 
 
 class OnlineReward:
-    """RLHF's reward with the annotators beside it: before every update they compare the answers of the policy, and the
-    reward is refitted to all votes so far.
+    """RLHF's reward, refitted during training: before every update the annotators compare the policy's answers, and
+    the reward is fitted to all votes so far.
 
-    Of S answers to a prompt each is compared with the next, the last with the first: as many votes as answers, what
-    Nash learning gets. The reward model is a table of its own for every prompt, fitted by Newton's method: nothing is
-    lost to its size or its training.
+    Of S answers to a prompt each is compared with the next, the last with the first: as many votes as answers, the
+    number that Nash learning uses. The reward model is one table per prompt, fitted by Newton's method, so that neither
+    its size nor its training limits it.
 
     Args:
-        votes (Votes): whom to ask.
+        votes (Votes): the judge of the comparisons.
         log_reference (tensor (M, A)): rewards are shifted to a mean of 0 under it.
     """
 
@@ -104,11 +104,11 @@ class OnlineReward:
 
 
 def fit_rewards(wins: torch.Tensor, start: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Bradley-Terry rewards of the counts, with a weak pull to 0, by Newton's method.
+    """Fit Bradley-Terry rewards to the counts, with a weak Gaussian prior at 0, by Newton's method.
 
     Args:
         wins (..., A, A): how often a was preferred to b.
-        start (..., A): where to begin.
+        start (..., A): initial rewards.
         steps: of Newton's method, none longer than 1.
 
     Returns:

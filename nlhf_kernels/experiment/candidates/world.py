@@ -1,8 +1,8 @@
-"""The world of the experiment: prompts, the words that answer them, the annotators, all small enough to know exactly.
+"""The experiment's prompts, one-word answers and annotators, small enough for exact expectations.
 
-A prompt is an occasion and who eats: "lunch for the family". Its answer is one word, a dish. The group of guests says
-how much its members' tastes go round (the knob), the occasion which dishes are good and common. So a policy's
-distribution over answers can be read from one forward pass, and every number has an exact counterpart.
+A prompt is an occasion and a group of guests: "lunch for the family". Its answer is one word, a dish. The group sets
+how cyclic the preferences are (the knob), the occasion which dishes are good and common. One forward pass gives a
+policy's distribution over answers, and every number has an exact counterpart.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PADDING, END, LINK, OTHER = "<pad>", "<end>", "for", "or"
 
 @dataclass(frozen=True)
 class World:
-    """M prompts with A = k + 1 actions each: the candidates, and anything else, which loses to all of them.
+    """M prompts with A = k + 1 actions each: the k candidates, and any other answer, which loses to all of them.
 
     Args:
         prompts (list of str): M, grouped by knob.
@@ -41,7 +41,7 @@ class World:
         knobs (list of float): the settings.
         group (tensor (M,)): index of each prompt's setting.
         preference (tensor (M, A, A)): the annotators' P(a > b), float64.
-        common (tensor (M, k)): how common each candidate is among the answers that the reference learns from.
+        common (tensor (M, k)): frequency of each candidate among the answers that the reference is trained on.
     """
 
     prompts: list[str]
@@ -52,7 +52,7 @@ class World:
     common: torch.Tensor
 
     def index(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and columns in tables (M, A) of prompts with their answers; an answer that is no candidate has the last.
+        """Return the rows and columns of prompts and answers in tables (M, A); the last column is for non-candidates.
 
         Args:
             prompts (sequence of str): N.
@@ -65,7 +65,7 @@ class World:
         return _integers(rows), _integers(chosen)
 
     def of_group(self, knob: int) -> torch.Tensor:
-        """The prompts of one setting, (games,).
+        """Return the indices of one setting's prompts, (games,).
 
         Args:
             knob (int): index of the setting.
@@ -76,9 +76,9 @@ class World:
 def make_world(preset: CandidatePreset) -> World:
     """Draw the games: a function of the preset alone.
 
-    In every game the dishes stand in a random order at even distances on the circle of tastes. The most common ones
-    are the worst, so that there is something to learn, and the rest is noise: games differ little, but no dish is good
-    or common everywhere.
+    In every game the dishes are placed in a random order at even distances on the circle of angles. The most common
+    dishes are the worst, so that the reference can be improved on; noise makes the games differ, so that no dish is
+    good or common in all of them.
 
     Args:
         preset: knobs, games, candidates, strength, reference_spread and seed are read.
@@ -109,14 +109,14 @@ def make_world(preset: CandidatePreset) -> World:
 
 
 def _with_anything_else(preference: torch.Tensor) -> torch.Tensor:
-    """(M, k, k) -> (M, k + 1, k + 1): the last action loses to all others."""
+    """Append an action that loses to all others, (M, k, k) -> (M, k + 1, k + 1)."""
     whole = torch.nn.functional.pad(preference, (0, 1, 0, 1))
     whole[:, :-1, -1], whole[:, -1, -1] = 1.0, 0.5
     return whole
 
 
 def word_tokenizer(world: World) -> Any:
-    """A tokenizer whose tokens are the world's words.
+    """Return a tokenizer whose tokens are the world's words.
 
     Args:
         world: its prompts and candidates.
@@ -133,12 +133,12 @@ def word_tokenizer(world: World) -> Any:
 
 
 def candidate_log_probs(model: Any, tokenizer: Any, world: World) -> torch.Tensor:
-    """A policy over the candidates and anything else, (M, A) float64 on the CPU: exact, without sampling.
+    """Return a policy's log-probabilities of the candidates and of all other answers, (M, A) float64 on the CPU, exact.
 
     Args:
         model: a causal language model.
         tokenizer: of `word_tokenizer`.
-        world: whose prompts are asked.
+        world: its prompts and candidates.
     """
     ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in world.prompts],
                        dtype=torch.int64, device=model.device)  # fmt: skip
@@ -155,10 +155,10 @@ def candidate_log_probs(model: Any, tokenizer: Any, world: World) -> torch.Tenso
 
 
 def save_world(world: World, path: Path) -> None:
-    """As JSON, for people and for `load_world`.
+    """Write the world as JSON.
 
     Args:
-        world: what is written.
+        world: the prompts, candidates and annotators.
         path: the file.
     """
     tables = {name: getattr(world, name).tolist() for name in ("group", "preference", "common")}
@@ -166,7 +166,7 @@ def save_world(world: World, path: Path) -> None:
 
 
 def load_world(path: Path) -> World:
-    """What `save_world` wrote: Python's decimal digits give every float64 back.
+    """Read a file of `save_world`; Python's decimal digits restore every float64 exactly.
 
     Args:
         path: the file.

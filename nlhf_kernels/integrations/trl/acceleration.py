@@ -1,6 +1,6 @@
 """`accelerate_trl()`: an installed TRL's own NashMDTrainer with these rollouts and losses.
 
-What is replaced on the class: `_generate_completions` (one pass of the rollout engine for both answers),
+These methods of the class are replaced: `_generate_completions` (one pass of the rollout engine for both answers),
 `_compute_logprobs` and `_compute_losses` (the fused loss on hidden states; the reference's log-probabilities are the
 rollout's), `beta` and `mixture_coef` (lists by epoch), `training_step` (around the old one: losses of micro-batches
 are averaged). Rewards, logs, data and evaluation stay TRL's.
@@ -33,7 +33,7 @@ _SAMPLING = {"max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p"
 
 
 def accelerate_trl(*, kl: str = "to_go", backend: str | None = None) -> Acceleration:
-    """Give the installed TRL's NashMDTrainer our rollouts and losses, until `undo()` or the end of a `with` block.
+    """Give the installed TRL's NashMDTrainer these rollouts and losses, until `undo()` or the end of a `with` block.
 
     A second call changes nothing, and its `with` block ends without undoing the first.
 
@@ -68,7 +68,7 @@ class Acceleration:
 
     def __init__(self, trainer: Any, kl: str, backend: str | None) -> None:
         self.kl, self.backend, self.trainer = kl, backend, trainer
-        self.calls = 1  # of accelerate_trl; a `with` block takes back its own
+        self.calls = 1  # of accelerate_trl, less those whose `with` blocks have ended
         self.rollouts: WeakKeyDictionary[Any, Rollouts] = WeakKeyDictionary()
         changed = self._methods(trainer.training_step) | {MARK: self}
         self._before = {name: vars(trainer).get(name) for name in changed}
@@ -111,7 +111,7 @@ class Acceleration:
         def training_step(trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
             with upstream.finite_attention_gradients():
                 loss: torch.Tensor = step(trainer, model, inputs, num_items_in_batch)
-            # TRL divides what it reports by their number; the loss it gets is divided already
+            # TRL divides the reported loss by the number of micro-batches; this loss is divided already
             reported: torch.Tensor = loss * trainer.args.gradient_accumulation_steps
             return reported
 

@@ -1,4 +1,4 @@
-"""NashMDConfig: names and defaults of TRL 1.13's, what each means to NashConfig, and what is refused."""
+"""NashMDConfig: TRL 1.13's names and defaults, their translation to NashConfig, and the options that are refused."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class NashMDConfig(TrainingArguments):
         self.check()
         arguments = {entry.name: getattr(self, entry.name) for entry in fields(TrainingArguments)}
         super().__post_init__()  # type: ignore[no-untyped-call]
-        # transformers fills in and converts some; NashConfig gets the arguments as passed, unless they are set later
+        # transformers fills in and converts some fields; NashConfig gets the values passed here, unless set later
         self._passed = {name: (value, copy.deepcopy(getattr(self, name))) for name, value in arguments.items()}
 
     def check(self) -> None:

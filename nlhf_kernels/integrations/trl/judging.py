@@ -55,8 +55,8 @@ class RewardDifference:
 
 
 class PenalisingCollector(ExperienceCollector):
-    """An ExperienceCollector that passes a `RewardDifference` the mask of answers without an end token, which their
-    texts do not show."""
+    """An ExperienceCollector that passes to a `RewardDifference` the mask of answers without an end token, since texts
+    lack that token."""
 
     def judge_answers(self, experiences: Sequence[Experience]) -> list[Experience]:
         judge = self.judge
@@ -169,7 +169,7 @@ class TrlJudge:
 
 
 class Comparison(NamedTuple):
-    """How a NashMDTrainer compares answers."""
+    """The comparison of answers in a NashMDTrainer."""
 
     judge: Judge
     penalty: float  # that NashTrainer takes off P(y > y') for an answer without an end token
@@ -179,7 +179,7 @@ class Comparison(NamedTuple):
 def make_judge(
     args: NashMDConfig, reward_funcs: Any, judge: Any, tokenizers: Any, policy_tokenizer: Any, rows: Rows
 ) -> Comparison:
-    """Return one judge from all arguments that name judges or rewards."""
+    """Combine all arguments that name judges or rewards into one judge."""
     sources = {"reward_funcs": reward_funcs, "judge": judge, "args.reward_model_path": args.reward_model_path}
     named = [name for name, value in sources.items() if value is not None]
     if len(named) != 1:

@@ -82,7 +82,7 @@ class NashMDTrainer(NashTrainer):
         self._reward_funcs = comparison.reward_funcs
         model = _load(model, args)
         if ref_model is None and peft_config is None and is_adapted(model):
-            ref_model = copy.deepcopy(model)  # as it is now, adapters and all
+            ref_model = copy.deepcopy(model)  # in its initial state, adapters included
         if isinstance(ref_model, torch.nn.Module) and isinstance(model, torch.nn.Module):
             ref_model.to(next(model.parameters()).dtype)  # TRL takes models of two dtypes, the engine those of one
         super().__init__(
@@ -100,12 +100,12 @@ class NashMDTrainer(NashTrainer):
 
     @property
     def beta(self) -> float:
-        """As in TRL: the price of leaving the reference, of the update that is being made."""
+        """As in TRL: the coefficient of the KL penalty in the current update."""
         return self.scheduled_value("tau")
 
     @property
     def mixture_coef(self) -> float:
-        """As in TRL: the reference's weight in the opponent, of the update that is being made."""
+        """As in TRL: the reference's weight in the opponent in the current update."""
         return self.scheduled_value("beta")
 
     @property
@@ -115,7 +115,7 @@ class NashMDTrainer(NashTrainer):
 
     @property
     def reward_funcs(self) -> Any:
-        """As in TRL, the one that was given; here a list where there are several, None beside `judge`."""
+        """As in TRL: the reward function passed; a list where there are several, None beside `judge`."""
         return self._reward_funcs
 
     def create_model_card(
