@@ -20,6 +20,7 @@ from nlhf_kernels.experiment import overridden
 from nlhf_kernels.experiment.__main__ import main as redraw
 from nlhf_kernels.experiment.candidates import CANDIDATE_PRESETS, CandidateExperiment, CandidatePreset, pipeline
 from nlhf_kernels.experiment.candidates.exact import exact_policies, exact_rewards
+from nlhf_kernels.experiment.candidates.judges import OnlineReward, TableJudge, Votes, fit_rewards
 from nlhf_kernels.experiment.candidates.learners import (
     Setting,
     load_setting,
@@ -32,7 +33,6 @@ from nlhf_kernels.experiment.candidates.learners import (
 from nlhf_kernels.experiment.candidates.measures import Measures, claims, estimate
 from nlhf_kernels.experiment.candidates.presets import CONTESTANTS
 from nlhf_kernels.experiment.candidates.report import page
-from nlhf_kernels.experiment.candidates.tellers import OnlineReward, TableJudge, Votes, fit_rewards
 from nlhf_kernels.experiment.candidates.world import load_world, make_world, save_world
 from nlhf_kernels.tabular import PreferenceGame, at_budget, exploitability
 from nlhf_kernels.tabular.baselines import bradley_terry_fit

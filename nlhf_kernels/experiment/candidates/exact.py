@@ -6,9 +6,9 @@ import torch
 
 from ...tabular import PreferenceGame, equilibrium
 from ...tabular.measures import best_response
+from .judges import fit_rewards
 from .learners import Setting, centred
 from .presets import CONTESTANTS
-from .tellers import fit_rewards
 
 TOLERANCE = 1e-7  # of log-probabilities
 WEIGHT = 1e7  # total comparisons, instead of infinitely many: the fit's prior is negligible beside them

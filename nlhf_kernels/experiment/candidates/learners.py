@@ -18,8 +18,8 @@ from ...preference import PreferenceTraining, save_preference_model, train_prefe
 from ...preference.models import KINDS, ComparisonModel
 from ...train import NashConfig, NashTrainer
 from ..workspace import write_json
+from .judges import OnlineReward, TableJudge, TableReward, Votes
 from .presets import CONTESTANTS, CandidatePreset
-from .tellers import OnlineReward, TableJudge, TableReward, Votes
 from .world import World, candidate_log_probs, load_world, save_world, word_tokenizer
 
 TEMPLATES = {"pairwise": "{prompt} {first} or {second}", "reward": "{prompt} {response}"}
