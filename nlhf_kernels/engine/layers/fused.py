@@ -111,6 +111,7 @@ def fused_forward(module: torch.nn.Module, functions: LayerFunctions) -> Forward
         return partial(_norm, module, functions, MethodType(own, module))
     if has_code(own, MLP) and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
         return partial(_gated_mlp, module, functions)
+    own = inspect.unwrap(own)  # transformers 5.24 wraps it to accept the cache's former name
     if isinstance(own, FunctionType) and "apply_rotary_pos_emb" in own.__code__.co_names:
         rotation: Any = own.__globals__.get("apply_rotary_pos_emb")
         if has_code(rotation, ROTATION) and has_code(
