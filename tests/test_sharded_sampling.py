@@ -62,40 +62,40 @@ def test_draws_of_slices_match_float64(backend, count, dtypes) -> None:
     """Draws match float64 for several numbers of slices, including empty ones (eight slices of nine tokens)."""
     device = device_of(backend)
     rows, vocabulary = (24, WIDE) if count < 8 else (8, 9)
-    policy, other = logits_pair(rows, vocabulary, device, dtypes)
+    policy, reference = logits_pair(rows, vocabulary, device, dtypes)
     uniforms = uniforms_for(rows, device)
-    result = drawn(backend, count, [policy, other], [0.7, 0.3], uniforms, temperature=0.8)
-    assert_right(result, policy, other, 0.3, uniforms, temperature=0.8)
-    whole = nlhf_kernels.mixture_sample(policy, other, 0.3, uniforms=uniforms, temperature=0.8, backend="torch")
+    result = drawn(backend, count, [policy, reference], [0.7, 0.3], uniforms, temperature=0.8)
+    assert_right(result, policy, reference, 0.3, uniforms, temperature=0.8)
+    whole = nlhf_kernels.mixture_sample(policy, reference, 0.3, uniforms=uniforms, temperature=0.8, backend="torch")
     assert torch.equal(result.tokens, whole.tokens), "token by token, as unsliced"
 
 
 def test_two_thousand_tokens_are_those_of_the_oracle() -> None:
     """On the default backend of a CPU: in 2,000 draws one may differ, where its uniform is a tie (assert_right)."""
-    policy, other = logits_pair(2000, WIDE, torch.device("cpu"))
+    policy, reference = logits_pair(2000, WIDE, torch.device("cpu"))
     uniforms = uniforms_for(2000, torch.device("cpu"))
-    result = drawn("torch", 4, [policy, other], [0.6, 0.4], uniforms)
-    whole = nlhf_kernels.mixture_sample(policy, other, 0.4, uniforms=uniforms, backend="torch")
+    result = drawn("torch", 4, [policy, reference], [0.6, 0.4], uniforms)
+    whole = nlhf_kernels.mixture_sample(policy, reference, 0.4, uniforms=uniforms, backend="torch")
     assert (result.tokens != whole.tokens).sum() <= 1
-    assert_right(result, policy, other, 0.4, uniforms)
+    assert_right(result, policy, reference, 0.4, uniforms)
 
 
 @every_backend
 def test_settings_per_row_bias_and_padded_heads(backend) -> None:
     """Draws agree for greedy rows, beta 0 and 1, forbidden tokens, and padding columns."""
     device = device_of(backend)
-    policy, other = logits_pair(6, WIDE, device)
+    policy, reference = logits_pair(6, WIDE, device)
     uniforms = uniforms_for(6, device)
     beta = torch.tensor([0.0, 1.0, 0.5, -0.5, 0.3, 0.3], device=device)
     temperature = torch.tensor([1.0, 0.7, 0.0, 1.3, 0.0, 2.0], device=device)
     bias = torch.zeros(WIDE, device=device)
     bias[:200] = -torch.inf  # only the last of three slices holds allowed tokens
     padding = torch.full_like(policy, torch.nan)
-    pair = [torch.cat([model, padding], 1) for model in (policy, other)]
+    pair = [torch.cat([model, padding], 1) for model in (policy, reference)]
     wide_bias = torch.cat([bias, torch.zeros(WIDE, device=device)])
     settings = {"bias": wide_bias, "vocab_size": WIDE, "temperature": temperature}
     result = drawn(backend, 3, pair, [1 - beta, beta], uniforms, **settings)
-    assert_right(result, policy, other, beta, uniforms, bias=bias, temperature=temperature)
+    assert_right(result, policy, reference, beta, uniforms, bias=bias, temperature=temperature)
     assert (result.tokens >= 200).all()
 
 
@@ -103,24 +103,24 @@ def test_settings_per_row_bias_and_padded_heads(backend) -> None:
 @pytest.mark.parametrize("fault", ["nan", "inf", "all -inf", "one nan"])
 def test_a_faulty_row_is_reported_and_alone(backend, fault) -> None:
     device = device_of(backend)
-    policy, other = logits_pair(5, WIDE, device)
+    policy, reference = logits_pair(5, WIDE, device)
     uniforms = uniforms_for(5, device)
     value = {"nan": torch.nan, "inf": torch.inf, "all -inf": -torch.inf, "one nan": torch.nan}[fault]
     policy[2, slice(None) if fault in ("nan", "all -inf") else slice(WIDE - 1, WIDE)] = value
-    result = drawn(backend, 3, [policy, other], [0.5, 0.5], uniforms)
+    result = drawn(backend, 3, [policy, reference], [0.5, 0.5], uniforms)
     assert result.ok.tolist() == [True, True, False, True, True]
     assert result.tokens[2] == 0 and result.policy_logprob[2].isnan() and result.mixture_logprob[2].isnan()
     fine = [0, 1, 3, 4]
-    whole = nlhf_kernels.mixture_sample(policy[fine], other[fine], 0.5, uniforms=uniforms[fine], backend="torch")
+    whole = nlhf_kernels.mixture_sample(policy[fine], reference[fine], 0.5, uniforms=uniforms[fine], backend="torch")
     assert torch.equal(result.tokens[fine], whole.tokens)
 
 
 def test_a_log_probability_of_minus_infinity_is_one() -> None:
     """A token that the reference forbids, drawn at beta = 0, has reference log-probability -inf."""
-    policy, other = logits_pair(4, WIDE, torch.device("cpu"))
-    other[:] = -torch.inf
-    other[:, 0] = 0
-    result = drawn("torch", 3, [policy, other], [1.0, 0.0], uniforms_for(4, torch.device("cpu")))
+    policy, reference = logits_pair(4, WIDE, torch.device("cpu"))
+    reference[:] = -torch.inf
+    reference[:, 0] = 0
+    result = drawn("torch", 3, [policy, reference], [1.0, 0.0], uniforms_for(4, torch.device("cpu")))
     assert result.ok.all() and (result.reference_logprob == -torch.inf).all()
 
 
@@ -153,19 +153,19 @@ _meshes: dict = {}
 
 def samples_are_the_whole_logits() -> None:
     """Tokens and log-probabilities equal those of whole logits, by counter and by uniforms, on both CPU backends."""
-    policy, other = logits_pair(40, WIDE, torch.device("cpu"), (torch.bfloat16, torch.float32))
+    policy, reference = logits_pair(40, WIDE, torch.device("cpu"), (torch.bfloat16, torch.float32))
     counter = {"seed": 5, "row_ids": torch.arange(40) * 3, "step": torch.tensor(2), "stream": 1}
     bias = torch.zeros(WIDE)
     bias[7] = -torch.inf
     for backend in ("torch", "cpu"):
         for options in (counter, {"uniforms": uniforms_for(40, "cpu")}):
             options = {"temperature": 0.9, "backend": backend, "bias": bias, **options}
-            result = nlhf_kernels.mixture_sample(shared(policy), shared(other), 0.3, **options)
-            whole = nlhf_kernels.mixture_sample(policy, other, 0.3, **options)
+            result = nlhf_kernels.mixture_sample(shared(policy), shared(reference), 0.3, **options)
+            whole = nlhf_kernels.mixture_sample(policy, reference, 0.3, **options)
             assert torch.equal(result.tokens, whole.tokens) and result.ok.all()
             for got, expected in zip(result[1:4], whole[1:4], strict=True):
                 torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
-    padded = [shared(torch.cat([model, torch.full_like(model, 30.0)], 1)) for model in (policy, other)]
+    padded = [shared(torch.cat([model, torch.full_like(model, 30.0)], 1)) for model in (policy, reference)]
     result = nlhf_kernels.mixture_sample(*padded, 0.3, vocab_size=WIDE, **options)
     assert torch.equal(result.tokens, whole.tokens), "columns beyond vocab_size are left out"
     one = nlhf_kernels.log_linear_sample([shared(policy)], [1.0], logprobs=["mixture"], **counter)
@@ -174,24 +174,28 @@ def samples_are_the_whole_logits() -> None:
 
 
 def a_draw_is_two_collectives() -> None:
-    policy, other = (shared(model) for model in logits_pair(6, WIDE, torch.device("cpu")))
+    policy, reference = (shared(model) for model in logits_pair(6, WIDE, torch.device("cpu")))
     uniforms = uniforms_for(6, "cpu")
-    assert processes.collectives(lambda: nlhf_kernels.mixture_sample(policy, other, 0.3, uniforms=uniforms)) == 2
+    assert processes.collectives(lambda: nlhf_kernels.mixture_sample(policy, reference, 0.3, uniforms=uniforms)) == 2
 
 
 def bad_input_is_named() -> None:
-    policy, other = logits_pair(8, WIDE, torch.device("cpu"))
+    policy, reference = logits_pair(8, WIDE, torch.device("cpu"))
     draw = {"uniforms": uniforms_for(8, "cpu")}
     raises = partial(pytest.raises, ValueError)
     with raises(match=r"top_k, top_p, min_p: expected none over logits that processes share: a threshold needs the"):
-        nlhf_kernels.mixture_sample(shared(policy), shared(other), 0.3, top_p=0.9, **draw)
-    for layouts in ((shared(policy), other), (policy, shared(other)), (shared(policy, 0), shared(other, 0))):
+        nlhf_kernels.mixture_sample(shared(policy), shared(reference), 0.3, top_p=0.9, **draw)
+    for layouts in (
+        (shared(policy), reference),
+        (policy, shared(reference)),
+        (shared(policy, 0), shared(reference, 0)),
+    ):
         with raises(match="mixture_sample: .*_logits: expected, as of every model or of none, a DTensor"):
             nlhf_kernels.mixture_sample(*layouts, 0.3, **draw)
     with raises(match="policy_logits: expected, as of every model"):
-        nlhf_kernels.mixture_sample(shared(policy, name="fsdp"), shared(other, name="fsdp"), 0.3, **draw)
+        nlhf_kernels.mixture_sample(shared(policy, name="fsdp"), shared(reference, name="fsdp"), 0.3, **draw)
     with raises(match=r"bias: expected 301 columns, of the whole vocabulary; got \(300,\)"):
-        nlhf_kernels.mixture_sample(shared(policy), shared(other), 0.3, bias=torch.zeros(300), **draw)
+        nlhf_kernels.mixture_sample(shared(policy), shared(reference), 0.3, bias=torch.zeros(300), **draw)
 
 
 CHECKS = [samples_are_the_whole_logits, a_draw_is_two_collectives, bad_input_is_named]
