@@ -1,5 +1,5 @@
 """Bad layouts are refused in one sentence by the first process, before a model is loaded; and a run file is trained
-to a policy by `torchrun -m nlhf_kernels train`."""
+to a policy by `torchrun -m nlhf_kernels train`, or `-m nlhf_kernels.cli`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def root(tmp_path_factory) -> Path:
 def test_a_run_file_and_torchrun_are_all_it_takes(root) -> None:
     """Tensor parallelism trains with a sharded reference and preference model as the judge, and saves ordinary
     safetensors."""
-    finished = torchrun(root, "training.tp_size=2")
+    finished = torchrun(root, "training.tp_size=2", module="nlhf_kernels.cli")
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "eval_win_rate_reference" in finished.stdout and finished.stdout.count("Saved: ") == 1
     policy, before = (
@@ -84,8 +84,8 @@ def test_a_refusal_is_said_once_and_ends_all(root) -> None:
     assert len(said) == 1 and "training.tp_size: expected a multiple of 4 processes" in said[0]
 
 
-def torchrun(root: Path, *changes: str) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nlhf_kernels", "train"]
+def torchrun(root: Path, *changes: str, module: str = "nlhf_kernels") -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module, "train"]
     options = [word for change in changes for word in ("--set", change)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
