@@ -284,40 +284,64 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "free_gib", "expected_mib"),
+    ("hidden_size", "compares", "free_gib", "expected_mib"),
     [
-        (4096, 80, 2048),
-        (4096, 16, 2048),
-        (4096, 15.9, 1024),
-        (4096, 4, 512),
-        (4096, 0.1, 512),
-        (896, 80, 1024),
-        (896, 7, 512),
+        (4096, False, 80, 2048),
+        (4096, False, 16, 2048),
+        (4096, False, 15.9, 1024),
+        (4096, False, 4, 512),
+        (4096, False, 0.1, 512),
+        (4096, True, 32, 4096),
+        (4096, True, 31.9, 2048),
+        (896, False, 80, 1024),
+        (896, False, 7, 512),
+        (896, True, 80, 2048),
+        (896, True, 7, 512),
     ],
 )
-def test_chunks_grow_with_the_free_memory_of_a_gpu(hidden_size, free_gib, expected_mib, monkeypatch) -> None:
+def test_chunks_grow_with_the_free_memory_of_a_gpu(hidden_size, compares, free_gib, expected_mib, monkeypatch) -> None:
     monkeypatch.setattr(chunks, "free_bytes", lambda device: int(free_gib * 2**30))
     capturing = False
     monkeypatch.setattr(chunks, "is_capturing", lambda device: capturing)
     device = torch.device("cuda", 0)
-    assert chunks.choose_chunk_bytes(device, hidden_size) == expected_mib << 20
+    assert chunks.choose_chunk_bytes(device, hidden_size, compares) == expected_mib << 20
     capturing = True
-    assert chunks.choose_chunk_bytes(device, hidden_size) == 512 << 20
-    assert chunks.choose_chunk_bytes(torch.device("cpu"), hidden_size) == 64 << 20
+    assert chunks.choose_chunk_bytes(device, hidden_size, compares) == 512 << 20
+    assert chunks.choose_chunk_bytes(torch.device("cpu"), hidden_size, compares) == 64 << 20
+
+
+@pytest.mark.parametrize(("hidden_size", "vocabulary"), [(896, 151_936), (4096, 128_256)])
+def test_chunks_of_both_models_have_the_rows_of_one(hidden_size, vocabulary, monkeypatch) -> None:
+    """Every chunk reads and writes the head's float32 gradient: more chunks for the exact KL would be more of that."""
+    monkeypatch.setattr(chunks, "free_bytes", lambda device: 80 << 30)
+    monkeypatch.setattr(chunks, "is_capturing", lambda device: False)
+    device = torch.device("cuda", 0)
+    alone, both = (
+        chunks.chunk_rows(8192, vocabulary, 2, compares, chunks.choose_chunk_bytes(device, hidden_size, compares))
+        for compares in (False, True)
+    )
+    assert alone == both
 
 
 def test_the_operator_chooses_its_chunks_where_none_are_asked_for(monkeypatch) -> None:
     """The operator chooses the chunk size, so compiled graphs contain none; an explicit chunk_bytes is kept."""
     operator = importlib.import_module("nlhf_kernels.ops.linear_logprobs.op")
     asked = []
-    monkeypatch.setattr(operator, "choose_chunk_bytes", lambda device, size: asked.append((device.type, size)) or 400)
+
+    def choose(device, hidden_size, compares):
+        asked.append((device.type, hidden_size, compares))
+        return 400
+
+    monkeypatch.setattr(operator, "choose_chunk_bytes", choose)
     hidden, weight = torch.randn(6, 5), torch.randn(50, 5)
     targets = torch.arange(6)
     with mock.patch.object(chunks, "logits_into", wraps=products.logits_into) as product:
         chosen = nlhf_kernels.linear_logprobs(hidden, weight, targets)
-        assert asked == [("cpu", 5)] and product.call_count == 3, "two rows of 50 float32 a chunk"
+        assert asked == [("cpu", 5, False)] and product.call_count == 3, "two rows of 50 float32 a chunk"
         given = nlhf_kernels.linear_logprobs(hidden, weight, targets, chunk_bytes=1200)
         assert len(asked) == 1 and product.call_count == 4
+        nlhf_kernels.linear_logprobs(hidden, weight, targets, hidden, kl=True)
+        assert asked[1:] == [("cpu", 5, True)]
     torch.testing.assert_close(chosen.policy, given.policy)
 
 

@@ -192,6 +192,20 @@ def test_whole_sequences_are_not_computed_twice() -> None:
         assert made.call_count == reference + (runs if not again else 2 * again), rows
 
 
+@every_mode
+def test_every_mode_takes_the_same_products(kl) -> None:
+    """Chunks of equal rows take two products for the models' logits and two for the gradients, whatever the price."""
+    hidden, weight, targets, *rest = problem(device=torch.device("cpu"))
+    with (
+        mock.patch.object(chunks, "logits_into", wraps=products.logits_into) as logits,
+        mock.patch.object(chunks, "add_weight_gradient", wraps=products.add_weight_gradient) as of_weight,
+        mock.patch.object(torch, "mm", wraps=torch.mm) as mm,
+    ):
+        from_hidden("torch", (hidden, weight, targets.clamp(min=0), *rest), 2 * T, tau=0.3, kl=kl)
+    runs = 3
+    assert (logits.call_count, of_weight.call_count, mm.call_count) == (2 * runs, runs, 3 * runs)
+
+
 def test_planning_of_chunks() -> None:
     assert list(whole_sequences([0, 3, 5, 9, 30, 31], 8)) == [(0, 2), (2, 3), (3, 4), (4, 5)]
     assert list(whole_sequences([0, 0, 0], 1)) == [(0, 2)]

@@ -35,19 +35,34 @@ _WIDE = 2048  # hidden sizes from here on gain from 2 GiB, others from 1 GiB
 _FREE_SHARE = 8  # a chunk takes no more than this part of the free memory
 
 
-def choose_chunk_bytes(device: torch.device, hidden_size: int) -> int:
+def choose_chunk_bytes(device: torch.device, hidden_size: int, compares: bool) -> int:
     """Return the bytes of logits to hold at a time: more than the default on a GPU that has memory to spare.
+
+    Every chunk but the first reads and writes the head's float32 gradient again. So a chunk of both models' logits gets
+    twice the bytes, and with them the rows of a chunk of one model's.
 
     It is a power of two, so that the sums of a gradient are rounded alike from call to call unless memory runs short.
     During a graph capture it is the default, since a graph keeps its memory.
+
+    Args:
+        device: of the logits.
+        hidden_size: of the policy.
+        compares: whether a chunk holds both models' logits.
     """
     least = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     if device.type != "cuda" or is_capturing(device):
         return least
     chunk, free = (2 << 30) if hidden_size >= _WIDE else (1 << 30), free_bytes(device)
+    if compares:
+        chunk *= 2
     while chunk > least and chunk * _FREE_SHARE > free:
         chunk //= 2
     return chunk
+
+
+def compares_models(settings: Settings) -> bool:
+    """Return whether both models' logits are needed at once."""
+    return bool(settings.extras & (Extra.KL | Extra.MIXTURE))
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, compares: bool, chunk_bytes: int) -> int:
@@ -131,8 +146,7 @@ class Chunked:
 
     @property
     def compares(self) -> bool:
-        """Return whether both models' logits are needed at once."""
-        return bool(self.settings.extras & (Extra.KL | Extra.MIXTURE))
+        return compares_models(self.settings)
 
     @property
     def columns(self) -> int:

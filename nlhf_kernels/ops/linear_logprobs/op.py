@@ -25,7 +25,7 @@ from ..logprobs.op import (
     check_targets,
 )
 from ..logprobs.op import OP as LOGPROBS
-from .chunks import CHUNK_BYTES, Chunked, Gradients, Needs, ScoredRows, Side, choose_chunk_bytes
+from .chunks import CHUNK_BYTES, Chunked, Gradients, Needs, ScoredRows, Side, choose_chunk_bytes, compares_models
 from .head import Head, check_head
 from .slices import ChunkedSlice, local_heads
 
@@ -104,7 +104,7 @@ def _default_chunk_bytes(inputs: LinearLogprobsInputs, part: VocabularySlice | N
     """Return the default size of a chunk: equal in all processes that share a head, whatever memory each has free."""
     device = inputs.hidden.device
     if part is None:
-        return choose_chunk_bytes(device, inputs.hidden.shape[1])
+        return choose_chunk_bytes(device, inputs.hidden.shape[1], compares_models(inputs.settings))
     return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
 
 
@@ -330,8 +330,8 @@ def linear_logprobs(
         temperature: above 0.
         entropy: asks for the policy's entropy.
         kl: asks for the exact KL(policy || reference), over the vocabulary.
-        chunk_bytes: bytes of logits held at a time; None takes 64 MiB on a CPU, on a GPU 512 MiB to 2 GiB, as its free
-            memory permits.
+        chunk_bytes: bytes of logits held at a time; None takes 64 MiB on a CPU, on a GPU 512 MiB to 2 GiB (4 GiB with
+            KL or mixture), as its free memory permits.
         backend: see `use_backend`; None leaves the choice to it.
     """
     op = "linear_logprobs"

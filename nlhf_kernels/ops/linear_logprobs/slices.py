@@ -15,7 +15,7 @@ import torch
 from ...core.vocabulary import VocabularySlice, is_dtensor, same_slice, slice_of, trained_apart
 from ..logprobs.layout import ELSEWHERE, IGNORED, Extra, LogprobsInputs, Normalizer, Output, Settings
 from ..logprobs.oracle import mixed, transformed
-from .chunks import Chunked, Gradients
+from .chunks import Chunked, Gradients, compares_models
 from .head import Head
 
 
@@ -173,8 +173,7 @@ def merge(
     real, temperature = values.dtype, settings.temperature
     values, normalizers = values.double(), normalizers.double()
     result, whole = torch.zeros_like(values[0]), torch.zeros_like(normalizers[0])
-    compares = bool(settings.extras & (Extra.KL | Extra.MIXTURE))
-    present = (True, compares, settings.computes(Extra.MIXTURE))
+    present = (True, compares_models(settings), settings.computes(Extra.MIXTURE))
     of_owner = owners.clamp(min=0)[None]
     log_shares = []
     for there, (top, log_sum, output) in zip(present, _DISTRIBUTIONS, strict=True):

@@ -260,8 +260,8 @@ def linear_nash_pg_loss(
         normalizer (number or ()): what the sum is divided by; None is the number of sequences.
         temperature: of the log-probabilities trained on.
         entropy: asks for the policy's entropy.
-        chunk_bytes: bytes of logits held at a time; None takes 64 MiB on a CPU, on a GPU 512 MiB to 2 GiB, as its free
-            memory permits.
+        chunk_bytes: bytes of logits held at a time; None takes 64 MiB on a CPU, on a GPU 512 MiB to 2 GiB (4 GiB with
+            kl="exact"), as its free memory permits.
         backend: see `use_backend`; None leaves the choice to it.
     """
     sizes: Sizes = {}
