@@ -11,7 +11,7 @@ import torch
 from benchmarks.harness.case import Shape
 from benchmarks.rollout import make
 from nlhf_kernels.engine import RolloutEngine, nash_md
-from tests.support.engine import settings, tiny, tiny_pair, worst_error
+from tests.support.engine import can_be_recorded, settings, tiny, tiny_pair, worst_error
 from tests.support.gpu import nothing_waits
 from tests.support.tiny_models import BETA, padded, prompts
 from tests.test_engine_shared import adapted
@@ -34,7 +34,8 @@ def test_captured_steps_give_the_logits_of_eager_steps_and_full_forward_passes(a
     rows = prompts()
     engine = RolloutEngine(policy, reference, bucket=8)
     result = engine.rollout(**_batch(rows), players=nash_md(BETA), settings=settings(12))
-    assert result.notes == () and len(engine.graphs.recorded) == 2
+    recorded = can_be_recorded(policy)
+    assert (result.notes == ()) is recorded and len(engine.graphs.recorded) == 2 * recorded
     eager = RolloutEngine(policy, reference, graphs=False)
     for responses, plain, beta in zip(
         result, eager.rollout(**_batch(rows), players=nash_md(BETA), settings=settings(12)), (0.0, BETA), strict=True
@@ -136,6 +137,9 @@ def test_memory_is_what_was_planned() -> None:
                       "bfloat16"), torch.device("cuda"))  # fmt: skip
     engine, rollout_settings = RolloutEngine(pair.policy, pair.reference), settings(pair.new)
     plan = engine.memory_plan(16, 128, nash_md(BETA), rollout_settings)
+    engine.rollout(pair.ids, pair.mask, nash_md(BETA), rollout_settings)
+    engine.release()  # what stays allocated is PyTorch's: cuBLAS has 32 MiB for each of the engine's streams
+    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     result = engine.rollout(pair.ids, pair.mask, nash_md(BETA), rollout_settings)

@@ -11,12 +11,15 @@ import pytest
 import torch
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
+from transformers.masking_utils import eager_mask
 
 from nlhf_kernels.core import upstream
 from nlhf_kernels.core.processes import leave_process_group
 from nlhf_kernels.core.upstream import CACHES, cache_argument, finite_attention_gradients
 from nlhf_kernels.engine.caches import ProbeLayer
 from nlhf_kernels.engine.model_info import has_key_value_cache
+from tests.support.capture import DEVICE as META
+from tests.support.capture import CaptureRefused, capturing
 from tests.support.tiny_models import ARCHITECTURES, random_model, tiny_model
 
 MATH = [torch.nn.attention.SDPBackend.MATH]
@@ -121,6 +124,17 @@ def test_attention_name() -> None:
     model(ids)
     assert upstream.attention_name(model.config) == "counted" and len(calls) == 2
     assert upstream.attention_name(object()) is None
+
+
+def test_eager_masks_copy_from_host() -> None:
+    """The function returns what a mask made under the rules of a graph's capture shows."""
+    copies = False
+    try:
+        with capturing():
+            eager_mask(batch_size=1, q_length=1, kv_length=4, device=META)
+    except CaptureRefused:
+        copies = True
+    assert upstream.eager_masks_copy_from_host() is copies
 
 
 def test_experts_name() -> None:

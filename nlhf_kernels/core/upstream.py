@@ -104,6 +104,16 @@ def set_attention_name(config: Any, name: str | None) -> None:
     config._attn_implementation = name
 
 
+def eager_masks_copy_from_host() -> bool:
+    """Return whether masks of eager attention contain a number that is copied from the host, which capture refuses.
+
+    transformers 5.17: they do; 5.23: they do not.
+    """
+    from transformers.masking_utils import eager_mask
+
+    return "torch.tensor(" in inspect.getsource(eager_mask)
+
+
 def experts_name(config: Any) -> str | None:
     """Return the implementation of mixtures of experts that a configuration names."""
     name: str | None = getattr(config, "_experts_implementation", None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..core.checks import check_integer
-from ..core.upstream import attention_name, experts_name
+from ..core.upstream import attention_name, eager_masks_copy_from_host, experts_name
 from .attention import NAME, REPLACED, use_attention
 from .contexts import eval_mode, locked
 from .cpu_head import fast_cpu_heads
@@ -278,6 +278,8 @@ class ModelSet:
                 reasons.append(f"the {role} reads the whole text every step")
             if (name := attention_name(info.model.config)) not in CAPTURED_ATTENTION:
                 reasons.append(f"the {role}'s attention, {name}, may look at values on the host")
+            if name == "eager" and eager_masks_copy_from_host():
+                reasons.append(f"the {role}'s masks contain a number that this transformers copies from the host")
             if role in self.not_static:
                 reasons.append(f"the {role}, {info.name}, {self.not_static[role]}")
             if _rotates_on_host(info.model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nlhf_kernels.core.upstream import attention_name, eager_masks_copy_from_host
 from nlhf_kernels.engine import RolloutSettings
 from tests.support.tiny_models import _SHAPE, ARCHITECTURES, _config, chosen, random_model, teacher_forced
 
@@ -47,6 +48,11 @@ def tiny_pair(architecture: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 def settings(steps: int, **options) -> RolloutSettings:
     return RolloutSettings(steps, **{"seed": 3, "end_ids": (), **options})
+
+
+def can_be_recorded(model: torch.nn.Module) -> bool:
+    """Return whether the installed transformers makes this model's masks as a captured graph permits."""
+    return attention_name(model.config) != "eager" or not eager_masks_copy_from_host()
 
 
 def worst_error(responses, policy, reference, rows: list[torch.Tensor], beta: float, samples: int = 1) -> float:
