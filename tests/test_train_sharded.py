@@ -1,5 +1,9 @@
 """Sharded models learn as whole ones do: tensor parallelism, FSDP2, both, and adapters over FSDP2; checkpoints of all
-processes resume on the same or another number. Two launches over gloo, of many small runs each."""
+processes resume on the same or another number. Two launches over gloo, of many small runs each.
+
+accelerate leaves its FSDP plugin out on a CPU; `sharded_runs.accelerate_fsdp` puts it in, and all after that is
+accelerate's own code.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,8 @@ EVALUATED = {
 }  # fmt: skip
 SNAPSHOTS = {"algorithm": "nash-mp", "refresh_steps": 1}
 ADAPTERS = {"lora": {}, "kl": "exact", "baseline": 0.5}
+PLUGIN = {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+FIRST_LOADS = {**PLUGIN, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # the default of accelerate launch
 TWO = {
     "tp": {"tp_size": 2, "per_device_train_batch_size": 8, **EMA, **EVALUATED},
     "fsdp": {"fsdp_size": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **EMA, **EVALUATED},
@@ -46,16 +52,33 @@ TWO = {
     "half": {"fsdp_size": 2, "per_device_train_batch_size": 4, "bf16": True},
     "straight": {"fsdp_size": 2, "per_device_train_batch_size": 4, **EMA},
     "begun": {"fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "max_steps": 2},
-    "resumed": {"fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "resume": True},
-    "other": {"tp_size": 2, "per_device_train_batch_size": 8, **SAVED, "resume": True},
-}
+    "resumed": {"fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "resume": True, "of": "begun"},
+    "other": {"tp_size": 2, "per_device_train_batch_size": 8, **SAVED, "resume": "checkpoint-2", "of": "begun"},
+    "plugin": {
+        "plugin": FIRST_LOADS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **EMA, **EVALUATED,
+        "reference_model": "llama", "saves": True,
+    },
+    "plugin_snapshots": {"plugin": PLUGIN, "per_device_train_batch_size": 4, **SNAPSHOTS},
+    "plugin_adapters": {"plugin": FIRST_LOADS, "per_device_train_batch_size": 4, **ADAPTERS, "saves": True},
+    "plugin_tied": {"plugin": FIRST_LOADS, "per_device_train_batch_size": 4, "model": "tied", "saves": True},
+    "plugin_half": {"plugin": PLUGIN, "per_device_train_batch_size": 4, "bf16": True},
+    "plugin_begun": {"plugin": PLUGIN, "per_device_train_batch_size": 4, **SAVED, "max_steps": 2},
+    "plugin_resumed": {
+        "plugin": PLUGIN, "per_device_train_batch_size": 4, **SAVED, "resume": True, "of": "plugin_begun",
+    },
+    "plugin_other": {
+        "fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "resume": "checkpoint-2", "of": "plugin_begun",
+    },
+}  # fmt: skip
 FOUR = {
     "both": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **EMA, **EVALUATED},
     "replicas": {"tp_size": 2, "dp_replicate_size": 2, "per_device_train_batch_size": 4, **EMA},
     "tied": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, "model": "tied"},
     "begun": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "max_steps": 2},
-    "resumed": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "resume": True},
-}
+    "resumed": {
+        "tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "resume": True, "of": "begun",
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +92,12 @@ def models(tmp_path_factory) -> Path:
 def launch(models: Path, folder: Path, processes: int, runs: dict[str, Any]) -> SimpleNamespace:
     placed = {}
     for name, options in runs.items():
-        output = folder / ("begun" if name in ("resumed", "other") else name)
-        model = str(models / options.get("model", "llama"))
-        placed[name] = {**RUN, **options, "model": model, "output": str(output)}
-        if name == "other":  # where "resumed" began too
-            placed[name] |= {"resume": str(output / "checkpoint-2"), "max_steps": 3}
+        options = {**RUN, "model": "llama", **options}
+        options["output"] = str(folder / options.pop("of", name))  # "of": the run that this one goes on with
+        options |= {role: str(models / options[role]) for role in ("model", "reference_model") if role in options}
+        if str(options.get("resume", "")).startswith("checkpoint"):
+            options["resume"] = f"{options['output']}/{options['resume']}"
+        placed[name] = options
     launcher = sharded_runs.start(folder, processes, placed)
     errors = "\n".join(path.read_text() for path in sorted(folder.glob("*-0.error")))
     assert launcher.returncode == 0, errors or launcher.stderr
@@ -142,9 +166,40 @@ def test_adapters_over_a_split_base(two, alone) -> None:
     assert_same(two.results["adapters"], alone(ADAPTERS))
 
 
-def test_rollouts_in_bfloat16(two) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "model"),
+    [
+        ("plugin", {**EMA, **EVALUATED}, "llama"),
+        ("plugin_snapshots", SNAPSHOTS, "llama"),
+        ("plugin_adapters", ADAPTERS, "llama"),
+        ("plugin_tied", {}, "tied"),
+    ],
+)
+def test_models_that_accelerate_shards(name, options, model, two, alone) -> None:
+    """accelerate's FSDP2 plugin learns what one process does, with a reference that it shards too, where only the first
+    process has loaded weights; the saved model or adapter is that of the run."""
+    result = two.results[name]
+    assert_same(result, alone(options, model))
+    if "saves" in TWO[name]:
+        saved = transformers.AutoModelForCausalLM.from_pretrained(two.folder / f"{name}-saved")
+        weights = {key.removeprefix("base_model.model."): value for key, value in result["weights"].items()}
+        assert len(weights) == len(list(saved.named_parameters()))
+        for key, value in saved.named_parameters():
+            value = value.detach().double()
+            assert [float(value.sum()), float(value.square().sum())] == pytest.approx(weights[key], rel=1e-6), key
+
+
+def test_checkpoints_of_accelerates_plugin(two, alone) -> None:
+    """A run goes on from them to the last bit, with the plugin and with fsdp_size."""
+    for name in ("plugin_resumed", "plugin_other"):
+        assert two.results[name]["weights"] == two.results["straight"]["weights"], name
+    assert two.results["plugin_resumed"]["history"] == two.results["straight"]["history"]
+
+
+@pytest.mark.parametrize("name", ["half", "plugin_half"])
+def test_rollouts_in_bfloat16(name, two) -> None:
     """The losses are finite and the policy moves; FSDP2's mixed precision is not autocast's, so curves differ."""
-    losses = torch.tensor(two.results["half"]["history"])
+    losses = torch.tensor(two.results[name]["history"])
     assert losses.isfinite().all() and losses[-1, 2] != 0
 
 

@@ -20,10 +20,12 @@ from nlhf_kernels.cli import train
 from nlhf_kernels.cli.errors import BadInput, SaidByFirst
 from nlhf_kernels.core import upstream
 from nlhf_kernels.preference import save_preference_model
+from nlhf_kernels.train.accelerate_fsdp import shard
 from nlhf_kernels.train.run_file import read_run_file
 from nlhf_kernels.train.setup import check_layout
 from tests.support.preference import comparison_model
 from tests.support.sharded_kills import kill
+from tests.support.sharded_runs import accelerate_fsdp
 from tests.support.tiny_models import random_model, tiny_model, tiny_tokenizer
 from tests.support.training import PROMPTS, lora, make_trainer, single_thread  # noqa: F401
 
@@ -146,8 +148,33 @@ def test_models_of_two_layouts() -> None:
         check_layout(SimpleNamespace(tp_size=1, fsdp_size=1, world_size=3), policy, None)
 
 
-def test_accelerates_plugin_is_refused(tmp_path, monkeypatch) -> None:
-    """accelerate's FSDP plugin, which accelerate ignores silently on a CPU, is refused."""
+def test_accelerates_plugin_on_a_cpu(tmp_path, monkeypatch) -> None:
+    """accelerate ignores its FSDP plugin on a CPU, silently; the trainer does not."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="expected FSDP2 by fsdp_size"):
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="--use_fsdp: expected several processes on GPUs, .* got 1 on cpu"):
         make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"FSDP_VERSION": "1"}, "got fsdp_version 1"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "got fsdp_offload_params"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "got fsdp_activation_checkpointing"),
+    ],
+)
+def test_settings_of_accelerates_plugin(settings, expected, tmp_path) -> None:
+    with accelerate_fsdp({"FSDP_VERSION": "2", **settings}), pytest.raises(ValueError, match=expected):
+        make_trainer(tmp_path)
+
+
+def test_models_for_accelerates_plugin(tmp_path) -> None:
+    split = tiny_model("llama")
+    split.config.distributed_config = SimpleNamespace(tp_size=2, fsdp_size=1, dp_replicate_size=1)
+    split._is_distributed_loading_by_transformers = True
+    expected = "expected whole models, .* from_pretrained has split, tp 2"
+    with accelerate_fsdp({"FSDP_VERSION": "2"}), pytest.raises(ValueError, match=expected):
+        make_trainer(tmp_path, model=split)
+    with pytest.raises(ValueError, match=r"rows of every trained parameter for each of 100 processes; got \(97, 32\)"):
+        shard(SimpleNamespace(num_processes=100), SimpleNamespace(), tiny_model("llama"), None)

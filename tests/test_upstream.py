@@ -242,6 +242,26 @@ def test_accepting_split_models(tmp_path) -> None:
     assert not args.save_only_model and accelerate.ParallelismConfig._validate_accelerator is check
 
 
+def test_fully_shard_by_accelerate() -> None:
+    """accelerate's function shards a model in place, and leaves one alone that it has sharded already."""
+    plugin = pytest.importorskip("accelerate.utils").FullyShardedDataParallelPlugin
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        state = types.SimpleNamespace(fsdp_plugin=plugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP"))
+        accelerator = types.SimpleNamespace(
+            state=state, mixed_precision="no", is_main_process=True, device=torch.device("cpu")
+        )
+        model = tiny_model("llama")
+        for _ in range(2):
+            assert upstream.fully_shard_by_accelerate(accelerator, model) is model
+            assert all(hasattr(value, "device_mesh") for value in model.parameters())
+            state.fsdp_plugin.auto_wrap_policy = None
+        assert upstream.plain_class(model) is transformers.LlamaForCausalLM
+        del model
+    finally:
+        leave_process_group()
+
+
 @pytest.mark.parametrize("name", upstream.TRAINER_METHODS)
 def test_trainer_methods(name) -> None:
     method = getattr(transformers.Trainer, name)

@@ -108,6 +108,7 @@ def _split(run_file: RunFile, args: NashConfig) -> Any:
 
 def _train(arguments: argparse.Namespace, run_file: RunFile, args: NashConfig, split: Any, place: Path) -> int:
     from ..train.checkpoints import list_checkpoints
+    from ..train.sharded import save_whole
 
     trainer = build(run_file, args, split)
     if arguments.check:
@@ -119,10 +120,10 @@ def _train(arguments: argparse.Namespace, run_file: RunFile, args: NashConfig, s
     check_finite(f"train: {place} is not written", trainer.model)
     if trainer.is_world_process_zero():
         with quiet(), atomic_folder(place, KIND, overwrite=True) as work:
-            trainer.model.save_pretrained(work)
+            save_whole(trainer.model, work, writes=True)
             trainer.processing_class.save_pretrained(work)
     elif trainer.layout.sharded:  # a collective: all processes gather weights, the first one writes
-        trainer.model.save_pretrained(place.parent, is_main_process=False)
+        save_whole(trainer.model, place.parent, writes=False)
     if trainer.eval_dataset is not None:
         metrics = {name: value for name, value in trainer.evaluate().items() if name != "epoch"}
         _say(trainer, json.dumps(metrics, indent=2))

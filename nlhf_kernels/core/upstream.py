@@ -267,6 +267,20 @@ INITS_BESIDE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 # ---- accelerate ------------------------------------------------------------------------------------------------------
 
+
+def fully_shard_by_accelerate(accelerator: Any, model: Any) -> Any:
+    """Shard a model in place as `Accelerator.prepare` does with its FSDP2 plugin, and return it; one that is sharded
+    already is left as it is.
+
+    Args:
+        accelerator: with the plugin.
+        model: a whole model.
+    """
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    return fsdp2_prepare_model(accelerator, model)
+
+
 #: Where accelerate leaves a model's own forward when it wraps it: both in the instance's __dict__.
 WRAPPED_FORWARD = ("forward", "_original_forward")
 

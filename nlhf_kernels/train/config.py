@@ -16,7 +16,7 @@ from .schedules import OP, Schedule, check_schedule
 
 KL_MODES = ("sequence", "to_go", "exact", "token")
 _NO_PREDICTIONS = "evaluations sample answers; there are no predictions to collect"
-_SHARDED = "rollouts need the whole model on every process"
+_SHARDED = "tp_size and fsdp_size share a model, or accelerate launch --use_fsdp"
 _COMPILED = "the model's head is replaced during the forward pass, which a compiled graph cannot see"
 _NO_LABELS = "there are no labels"
 #: Options of TrainingArguments that must keep their defaults, because the trainer ignores or contradicts them ->

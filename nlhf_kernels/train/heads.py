@@ -19,7 +19,7 @@ import torch
 from ..core.tokens import count_positions
 from ..core.upstream import plain_class
 from ..ops import Head
-from .sharded import reshard, whole
+from .sharded import fsdp_modules, reshard, whole
 
 OP = "NashTrainer"
 _scales: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # of models whose heads have been checked
@@ -117,8 +117,9 @@ def check_head(model: Any, name: str) -> int:
             f"{OP}: {name}: expected one linear output layer, with no adapter on it, whose logits the losses can "
             f"compute in pieces; got {type(layer).__name__}"
         )
-    logits, products = _probe(inner, layer)
-    reshard(inner)
+    root = next(fsdp_modules(model), inner)  # peft's model around the base, where accelerate has sharded that
+    logits, products = _probe(root, layer)
+    reshard(root)
     cap = _cap(inner)
     for scale in _candidates(inner, logits, products):
         computed = scale * products
@@ -134,7 +135,7 @@ def check_head(model: Any, name: str) -> int:
     )
 
 
-def _probe(inner: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # each (2, V) float32
+def _probe(model: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # each (2, V) float32
     """Return the model's logits and the output layer's products for random hidden states of two magnitudes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -152,7 +153,7 @@ def _probe(inner: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # each
 
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     with torch.autocast(device.type, enabled=False), _forward_of(layer, product_of_noise):
-        outputs = inner(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        outputs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     return outputs.logits[0].float(), products[0][0].float()
 
 

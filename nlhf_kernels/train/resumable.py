@@ -25,7 +25,7 @@ from .callbacks import close_bars
 from .identity import Identity, identity_of
 from .layout import Layout
 from .setup import OP
-from .sharded import reshard
+from .sharded import reshard, whole_weights
 
 _log = logging.getLogger(__name__)
 _Trainer: Any = Trainer  # its annotations contradict what subclasses are meant to do
@@ -167,6 +167,17 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
                 self._save_checkpoint(self.model, None)
             _log.warning("%s: %d updates are safe in checkpoint-%d", OP, step, step)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as `from_pretrained` reads it. All processes must call.
+
+        Args:
+            output_dir: folder; None: that of the run.
+        """
+        if self.is_fsdp_enabled:  # transformers would leave it out, or not, as accelerate's plugin says
+            self._save(self.args.output_dir if output_dir is None else output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.layout.sharded:
             reshard(self.model)
@@ -176,6 +187,8 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
                 self.model.config.save_pretrained(output_dir)
                 self.processing_class.save_pretrained(output_dir)
             return
+        if self.is_fsdp_enabled:  # from_pretrained's own split is gathered by save_pretrained
+            state_dict = whole_weights(self.model, keep=self.args.should_save)
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

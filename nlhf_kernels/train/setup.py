@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 
 from ..core.adapters import new_adapter
 from ..core.checks import check_number
@@ -59,15 +58,10 @@ def check_precision(args: NashConfig, accelerator: Any, model: Any) -> None:
 def check_processes(args: NashConfig, accelerator: Any, processes: DataParallel, prompts: Mapping[str, Sized]) -> None:
     if args.n_gpu > 1:
         raise ValueError(f"{OP}: expected one device per process; got {args.n_gpu} (accelerate launch starts more)")
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # on a CPU accelerate leaves its plugin out, without a word
-        raise ValueError(
-            f"{OP}: expected FSDP2 by fsdp_size, with models that from_pretrained has split (torchrun, or accelerate "
-            "launch without --use_fsdp, starts the processes); got accelerate's FSDP plugin"
-        )
     kind = accelerator.distributed_type.value
     if kind == "DEEPSPEED":
         raise ValueError(f"{OP}: deepspeed: expected None, as {FIXED['deepspeed']}; got a DeepSpeed launch")
-    if kind not in KINDS:
+    if kind not in KINDS and not (kind == "FSDP" and processes.layout.fsdp_size > 1):
         raise ValueError(f"{OP}: expected processes with the whole model each ({', '.join(KINDS)}); got {kind}")
     for name, rows in prompts.items():
         if len(rows) < processes.groups:
@@ -122,7 +116,7 @@ def with_reference(model: Any, reference: Any, peft_config: Any, seed: int, *, s
     if reference is model:
         raise ValueError(f"{OP}: reference_model: expected another model than the trained one; got the same object")
     if peft_config is not None:
-        model = _adapted(model, peft_config, seed)
+        model = with_adapters(model, peft_config, seed)
     if reference is None and is_adapted(model):
         _check_base_stays(model)
     elif reference is None and not split:
@@ -208,7 +202,8 @@ def broadcast_weights(*models: Any) -> None:
                 value.copy_(whole)
 
 
-def _adapted(model: Any, peft_config: Any, seed: int) -> Any:
+def with_adapters(model: Any, peft_config: Any, seed: int) -> Any:
+    """Return the model with new adapters on it, whose dropout is off; their weights depend on the seed alone."""
     if is_adapted(model):
         raise ValueError(f"{OP}: peft_config: expected with a model without adapters; got one that has some")
     if not isinstance(peft_config, need("peft", f"{OP}: peft_config").PeftConfig):

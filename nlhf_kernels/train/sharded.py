@@ -23,16 +23,17 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def layout_of_model(model: Any) -> Layout:
-    """Return how `from_pretrained` has split a model; one that it has not is whole on every process.
+    """Return how `from_pretrained` or accelerate has split a model; any other is whole on every process.
 
     Args:
         model: a model of transformers, or peft's around one.
     """
     base = base_of_model(model)
     split = getattr(getattr(base, "config", None), "distributed_config", None)
-    if split is None or not getattr(base, "is_distributed_loading_by_transformers", False):
-        return Layout()
-    return Layout(split.tp_size, split.fsdp_size, split.dp_replicate_size)
+    if split is not None and getattr(base, "is_distributed_loading_by_transformers", False):
+        return Layout(split.tp_size, split.fsdp_size, split.dp_replicate_size)
+    stored = next((value for module in fsdp_modules(model) for value in module.parameters() if is_dtensor(value)), None)
+    return Layout() if stored is None else Layout(fsdp_size=stored.device_mesh.size())
 
 
 def base_of_model(model: Any) -> Any:
@@ -55,7 +56,7 @@ def gathered(value: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, split = value.device_mesh, TENSOR_PARALLEL
-    names = mesh.mesh_dim_names or ()
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim  # accelerate's mesh has no names
     if names == (split,):
         return value  # type: ignore[no-any-return]
     placements = [part if name == split else Replicate() for name, part in zip(names, value.placements, strict=True)]
@@ -87,6 +88,40 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     """
     full: torch.Tensor = value.full_tensor() if is_dtensor(value) else value
     return full
+
+
+def whole_weights(model: Any, *, keep: bool) -> Tensors:
+    """Return what `save_pretrained` writes of a model, gathered: all weights, or its adapters. All processes must call.
+
+    Args:
+        model: a model of transformers, or peft's around one.
+        keep: whether this process needs them; False: it only takes part, and gets nothing.
+    """
+    reshard(model)
+    adapters = tuple(f".{name}." for name in model.peft_config) if is_adapted(model) else (".",)
+    weights: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        if any(part in f".{name}." for part in adapters):
+            full = whole(value.detach())
+            if keep:
+                weights[name] = full.cpu()
+    return weights
+
+
+def save_whole(model: Any, folder: Any, *, writes: bool) -> None:
+    """Write a split model, or its adapters, as `from_pretrained` reads it. All processes must call.
+
+    Args:
+        model: a model of transformers, or peft's around one.
+        folder: where to.
+        writes: whether this process is the one that writes.
+    """
+    if getattr(model, "is_distributed_loading_by_transformers", False) and not is_adapted(model):
+        model.save_pretrained(folder, is_main_process=writes)  # it gathers the weights itself
+        return
+    weights = whole_weights(model, keep=writes)
+    if writes:
+        model.save_pretrained(folder, state_dict=weights)
 
 
 class GatheredModel:

@@ -28,6 +28,7 @@ from ..core.upstream import accepting_split_models, finite_attention_gradients
 from ..engine import RolloutEngine, RolloutResult, RolloutSettings
 from ..preference import Judge
 from . import samples
+from .accelerate_fsdp import accept_sharded, plugin_accelerator, shard
 from .callbacks import OptimizerHooks, Progress
 from .config import NashConfig
 from .evaluation import Evaluator
@@ -107,6 +108,8 @@ class NashTrainer(ResumableTrainer):
             raise TypeError(f"{OP}: args: expected a NashConfig; got {type(args).__name__}")
         check_judges(args, judge, reward)
         others = {"reference_model": reference_model, "eval_opponent": eval_opponent}
+        if (plugin := plugin_accelerator(args)) is not None:
+            model, peft_config = shard(plugin, args, model, peft_config, *others.values()), None
         self.layout: Layout = check_layout(args, model, peft_config, **others)
         end_ids, pad_id = special_tokens(processing_class, model)
         model, reference_model = with_reference(
@@ -118,7 +121,7 @@ class NashTrainer(ResumableTrainer):
         self.make_dataset: Callable[..., PromptDataset] = partial(
             PromptDataset, tokenizer=processing_class, max_length=args.max_prompt_length
         )
-        with accepting_split_models(args) if self.layout.sharded else nullcontext():
+        with accepting_split_models(args) if self.layout.sharded and plugin is None else nullcontext():
             super().__init__(
                 model=model,
                 args=args,
@@ -129,6 +132,8 @@ class NashTrainer(ResumableTrainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
+        if plugin is not None:
+            accept_sharded(self.accelerator)
         self.processes: DataParallel = DataParallel(self.accelerator, self.layout)
         check_processes(args, self.accelerator, self.processes, self._all_prompts())
         check_precision(args, self.accelerator, self.model)

@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,41 @@ def load(path: str, sizes: Mapping[str, int]) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, **split)
 
 
+@contextmanager
+def accelerate_fsdp(settings: Mapping[str, str] | None) -> Iterator[None]:
+    """Do as `accelerate launch --use_fsdp` does, with the plugin on a CPU too, where accelerate would leave it out.
+
+    Args:
+        settings: of the plugin, by the names of its environment variables; None: without it.
+    """
+    if settings is None:
+        yield
+        return
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    initialise, kind = AcceleratorState.__init__, PartialState._shared_state.get("distributed_type")
+
+    def with_plugin(self: Any, *args: Any, **options: Any) -> None:
+        initialise(self, *args, **options)
+        if options.get("fsdp_plugin") is not None:
+            self.fsdp_plugin, self.distributed_type = options["fsdp_plugin"], DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    before = dict(os.environ)
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", **settings}
+    AcceleratorState.__init__ = with_plugin
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = initialise
+        AcceleratorState._reset_state()
+        if PartialState._shared_state:
+            PartialState._shared_state["distributed_type"] = kind or DistributedType.MULTI_CPU
+        os.environ.clear()
+        os.environ |= before
+
+
 def train(folder: Path, name: str, options: dict[str, Any]) -> Any:
     """Train one run; models are folders. Every call of the judge adds a line to FOLDER/NAME-RANK.calls."""
     from tests.support.training import likes_e, lora, make_trainer
@@ -87,8 +123,12 @@ def main(folder: str, runs: dict[str, dict[str, Any]]) -> None:
     failed = False
     for name, options in runs.items():
         try:
-            trainer = train(Path(folder), name, options)
-            result = outcome(trainer)
+            saves = options.pop("saves", False)
+            with accelerate_fsdp(options.pop("plugin", None)):
+                trainer = train(Path(folder), name, options)
+                result = outcome(trainer)
+                if saves:
+                    trainer.save_model(str(Path(folder) / f"{name}-saved"))
             if trainer.is_world_process_zero():
                 (Path(folder) / f"{name}.json").write_text(json.dumps(result))
             del trainer
