@@ -28,16 +28,27 @@ from benchmarks.harness.runner import run_facts
 from benchmarks.harness.stages import Outcome, Stage, run_stages
 from benchmarks.harness.timing import summarise
 from benchmarks.targets import HEADLINES, headlines_of, table
+from benchmarks.train_step import TRL
 
 CASE, KIND = "gpu", "stage"  # of the rows that hold the outcome of a stage
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+#: Tools of compute-sanitizer. Not initcheck: kernels read whole blocks of 16 bytes at the end of a row.
+TOOLS = ("memcheck", "racecheck", "synccheck")
+TOOL_S = 40.0  # a tool's least time: loading PyTorch under it takes half of that
 WORKERS = 8  # pytest processes; more would compile the same kernels at the same time
 MAX_LINES = 60
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=-ra")  # no --strict-config: pytest-timeout may be absent
+FAILED = "failed: "  # begins a line of tests/conftest.py's --failures-at-once
+CHECK_BUILD = """
+from nlhf_kernels.core.capabilities import native_missing
+raise SystemExit(native_missing("_cuda") or 0)
+"""
+MAX_FAILURES = 20  # lines about failed tests
+#: Without --strict-config: pytest-timeout may be absent.
+PYTEST = (sys.executable, "-m", "pytest", "-q", "--failures-at-once", "-o", "addopts=-ra")
 
 
 def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
-    """List the stages by importance. A share is the stage's part of nine minutes, in seconds."""
+    """List the stages by importance. A share is what the stage may take of nine minutes, in seconds, about a third more
+    than it needs: what is left goes to the stages after it."""
     tiny = preset == "tiny"
     no_gpu = "" if device.type == "cuda" else f"needs a GPU; got --device {device.type}"
     no_more = "preset tiny has no more shapes" if tiny else ""
@@ -51,7 +62,7 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
         return benchmark("rollout", "headline", "--rival", "eager", "--repeats", "2", "--shape", f"width={width}")
 
     def update(new: int) -> tuple[str, ...]:
-        return benchmark("train_step", "headline", "--repeats", "2", "--shape", f"new={new}")
+        return benchmark("train_step", "headline", "--rival", TRL, "--repeats", "2", "--shape", f"new={new}")
 
     tune = (sys.executable, "-m", "nlhf_kernels", "tune", "--minutes", "0.6")
     few = ("--no-compile", "--case", "mirror_descent", "--backend", "torch", "cpu")
@@ -59,11 +70,17 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
     sweeps = tuple(benchmark(name, "standard") for name in ("run", "rollout", "train_step"))
     return [
         _build(device, no_gpu),
-        Stage("tests", 130, (_tests(1 if tiny else None),)),
+        Stage("tests", 150, (_tests(1 if tiny else None),)),
         Stage("headlines", 110, (headlines,)),
-        Stage("rollout", 100, (rollout(896),) if tiny else (rollout(896), rollout(3584))),
-        Stage("train_step", 70, (update(64),) if tiny else (update(64), update(256))),
-        Stage("sanitizers", 20, tuple(map(_sanitizer, TOOLS)), missing=no_gpu or _no_program("compute-sanitizer")),
+        Stage("rollout", 110, (rollout(896),) if tiny else (rollout(896), rollout(3584)), least=0 if tiny else 50),
+        Stage("train_step", 80, (update(64),) if tiny else (update(64), update(256)), least=0 if tiny else 35),
+        Stage(
+            "sanitizers",
+            40,
+            tuple(map(_sanitizer, TOOLS)),
+            missing=no_gpu or _no_program("compute-sanitizer"),
+            least=TOOL_S,
+        ),
         Stage("plans", 40, (tune,), {"NLHF_KERNELS_TUNING": str(out.with_suffix(".plans.json"))}, missing=no_gpu),
         Stage("sweeps", 20, sweeps, missing=no_more),
         Stage("growth", 10, (benchmark("run", "growth", "--no-compile"),), missing=no_more),
@@ -71,10 +88,15 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
 
 
 def _build(device: torch.device, no_gpu: str) -> Stage:
-    """Compile for this card's architecture only: each further one would take as long again."""
+    """Compile for this card's architecture only: each further one would take as long again.
+
+    The share is twice what a build takes, since nothing after it works without. setup.py leaves out a module that it
+    cannot build and ends without an error, so a second command asks for the module.
+    """
     architecture = "" if no_gpu else "{}{}".format(*torch.cuda.get_device_capability(device))
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
-    return Stage("build", 80, (command,), {"CUDAARCHS": architecture}, missing=no_gpu)
+    environment = {"CUDAARCHS": architecture}
+    return Stage("build", 150, (command, (sys.executable, "-c", CHECK_BUILD)), environment, missing=no_gpu, least=15)
 
 
 def _tests(count: int | None) -> tuple[str, ...]:
@@ -122,6 +144,14 @@ def closing_lines(rows: Sequence[ResultRow], outcomes: dict[str, Outcome], facts
     )
     ends = [f"{name:<12}{outcome}" for name, outcome in outcomes.items()]
     return [*table(rows, headlines)[: MAX_LINES - len(ends) - 1], *ends, where]
+
+
+def failures(log: Path, begin: int) -> list[str]:
+    """Return the lines about failed tests in what a run has added to the log."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().decode(errors="replace").splitlines()
+    return list(dict.fromkeys(line for line in lines if line.startswith(FAILED)))[:MAX_FAILURES]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -175,9 +205,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             append_rows(out, [stage_row(stage, outcome, facts, device)])
         print(f"{stage.name:<12}{outcome}", flush=True)
 
-    rows = read_rows(out) if out.exists() else []
+    rows, begin = read_rows(out) if out.exists() else [], log.stat().st_size if log.exists() else 0
     outcomes = run_stages(stages, 60 * arguments.minutes, log, finished_stages(rows, facts), tell)
     now = [row for row in read_rows(out) if same_code(row.run, facts) or row.run.timestamp >= facts.timestamp]
+    print("", *failures(log, begin), sep="\n")
     print("", *closing_lines(now, outcomes, facts, log), sep="\n")
     return 1 if any(outcome.status == "failed" for outcome in outcomes.values()) else 0
 

@@ -191,26 +191,49 @@ RIVALS = {
 }
 
 
-def run_shape(
-    shape: Shape, context: RunContext, plan: TimingPlan, chosen_rivals: Sequence[str] | None = None
-) -> list[ResultRow]:
+#: Arguments of the engine. On a GPU, "engine" fuses products and layers.
+ENGINES: dict[str, dict[str, Any]] = {
+    "engine": {},
+    SDPA: {"attention": "sdpa"},
+    UNFUSED: {"fused": False},
+    PRODUCTS: {"fused": "products"},
+    LAYERS: {"fused": "layers"},
+    COMPILED: {"compile": True},
+    COMPILED_UNFUSED: {"compile": True, "fused": False},
+}
+
+
+def groups_of(shape: Shape, device: torch.device, chosen: Sequence[str] | None = None) -> list[list[str]]:
+    """Return the implementations in groups that are measured one after the other.
+
+    On a GPU the most important come first, since compiling takes longer than a budget may allow; on a CPU, whose load
+    varies, all are in one group and alternate.
+
+    Args:
+        shape: of the models; the larger ones take half a minute to compile.
+        device: where they run.
+        chosen: the rivals; None: all.
+    """
+    rivals = [name for name in RIVALS if chosen is None or name in chosen]
+    if device.type != "cuda":
+        return [["engine", SDPA, PRODUCTS, *rivals]]
+    large = shape.sizes["width"] >= 2048
+    compiled_unfused = [] if large else [[COMPILED_UNFUSED]]
+    return [["engine", *rivals], [COMPILED], [UNFUSED, PRODUCTS, LAYERS, SDPA], *compiled_unfused]
+
+
+def run_shape(shape: Shape, context: RunContext, plan: TimingPlan, names: Sequence[str]) -> list[ResultRow]:
+    """Measure one group. The log-probabilities of its first engine are checked against full forward passes."""
     device = context.settings.device
     pair = make(shape, device)
-    options: dict[str, dict[str, Any]] = {"engine": {}, SDPA: {"attention": "sdpa"}}
-    if device.type == "cuda":  # here "engine" fuses products and layers
-        options |= {UNFUSED: {"fused": False}, PRODUCTS: {"fused": "products"}, LAYERS: {"fused": "layers"}}
-        options[COMPILED] = {"compile": True}
-        if shape.sizes["width"] < 2048:  # larger models take half a minute to compile
-            options[COMPILED_UNFUSED] = {"compile": True, "fused": False}
-    else:
-        options[PRODUCTS] = {"fused": "products"}
-    engines = {name: engine_calls(pair, **engine_options) for name, engine_options in options.items()}
-    error = largest_error(pair, engines["engine"][0]())
+    engines = {name: engine_calls(pair, **ENGINES[name]) for name in names if name in ENGINES}
+    checked = next(iter(engines))
+    error = largest_error(pair, engines[checked][0]())
     good = error <= ALLOWED_ERROR[shape.dtype]
     calls: dict[str, Callable[[], Any]] = {}
     for name, (whole, first) in engines.items() if good else ():
         calls |= {name: whole, name + FIRST: first}
-    rivals = {name: function for name, function in RIVALS.items() if chosen_rivals is None or name in chosen_rivals}
+    rivals = {name: RIVALS[name] for name in names if name in RIVALS}
     calls |= {name: partial(function, pair) for name, function in rivals.items()}
     actions = {name: Action(lambda: None, lambda _, call=call: call()) for name, call in calls.items()}
     timings = time_calls(actions, device, plan)
@@ -233,7 +256,7 @@ def run_shape(
                 run=context.facts,
                 reasons=() if timed else (f"log-probabilities off by {error:.2g}" if ours else str(timing),),
                 chosen=name == "engine",
-                accuracy=Accuracy(error, ALLOWED_ERROR[shape.dtype]) if name == "engine" else None,
+                accuracy=Accuracy(error, ALLOWED_ERROR[shape.dtype]) if name == checked else None,
                 timing=timing if timed else None,
                 floor=_floor(weights * steps, floor_us * steps, timing) if timed and not name.endswith(FIRST) else None,
                 speedup=Speedup(eager.median_us / timing.median_us, None)
@@ -266,7 +289,8 @@ def print_rates(shape: Shape, rows: Sequence[ResultRow], console: Console) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser("rollout", __doc__).parse_args(argv)
     check_rivals("rollout", arguments.rival, RIVALS)
-    rows = run_rounds("rollout", arguments, SHAPES, partial(run_shape, chosen_rivals=arguments.rival), print_rates)
+    groups = partial(groups_of, chosen=arguments.rival)
+    rows = run_rounds("rollout", arguments, SHAPES, run_shape, print_rates, groups)
     return 0 if all(row.status == "ok" for row in rows) else 1
 
 

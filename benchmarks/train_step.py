@@ -99,7 +99,7 @@ class Rival:
         return peak_bytes(Action(lambda: None, lambda _: self.run()), self.trainer.args.device)
 
 
-def make_model(shape: Shape) -> Any:
+def make_model(shape: Shape, device: torch.device) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes = {name: int(value) for name, value in shape.sizes.items()}
@@ -111,7 +111,8 @@ def make_model(shape: Shape) -> Any:
         pad_token_id=0, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(7)
-    return Qwen2ForCausalLM(config)
+    with torch.device(device):  # the CPU takes seconds to draw half a billion weights
+        return Qwen2ForCausalLM(config)
 
 
 def make_tokenizer(vocabulary: int) -> Any:
@@ -154,7 +155,7 @@ def nash_rival(folder: str, shape: Shape, device: torch.device, backend: str | N
         backend=backend, nonfinite="stop", **options_for(shape, device),
     )  # fmt: skip
     trainer = NashTrainer(
-        make_model(shape),
+        make_model(shape, device),
         judge=lambda texts, first, second: [0.5 + 0.3 * (-1) ** row for row in range(len(texts))],
         args=args,
         train_dataset=[{"prompt": text} for text in prompts],
@@ -171,7 +172,7 @@ def nash_rival(folder: str, shape: Shape, device: torch.device, backend: str | N
 
 
 def trl_rival(folder: str, shape: Shape, device: torch.device) -> Rival:
-    model, new = make_model(shape), int(shape.sizes["new"])
+    model, new = make_model(shape, device), int(shape.sizes["new"])
     tokenizer = make_tokenizer(int(shape.sizes["vocabulary"]))
     trainer, seconds = trl.make_trainer(
         folder, model, copy.deepcopy(model), tokenizer, make_prompts(shape), new, BETA, TAU,

@@ -20,7 +20,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU that PyTorch sees"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--failures-at-once") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_FailuresAtOnce(config))
+
+
+class _FailuresAtOnce:
+    """Print each failure when it happens: a run that is ended by its time limit has no summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = " ".join(str(crash.message if crash is not None else report.longrepr).split())[:300]
+            reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+            reporter.write(f"\nfailed: {report.nodeid} ({report.when}): {message}\n{report.longreprtext}\n", flush=True)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--failures-at-once", action="store_true", help="print each failure when it happens")
     parser.addoption("--kills", type=int, default=4, help="random kills that each run of tests/test_kills.py survives")
     parser.addoption("--fuzz-seconds", type=float, default=20, help="time for the random calls of tests/test_fuzz.py")
     parser.addoption("--fuzz-backends", default="torch,cpu,cuda,triton", help="of these calls, with commas between")

@@ -92,6 +92,74 @@ def test_without_time_nothing_is_started(tmp_path) -> None:
     assert outcomes["late"].reasons[0].endswith("no time left")
 
 
+def test_a_stage_too_short_for_its_commands_leaves_its_time(tmp_path) -> None:
+    mark = python(f"open({str(tmp_path / 'ran')!r}, 'a').write('x')")
+    outcomes = outcomes_of(stages.Stage("long", 1, (mark,), least=90), stages.Stage("last", 1, (mark,)),
+                           seconds=60, log=tmp_path / "log")  # fmt: skip
+    assert outcomes["long"].reasons == (f"{Path(sys.executable).name}: expected at least 90 s; 30 s were left",)
+    assert outcomes["last"].status == "ok" and (tmp_path / "ran").read_text() == "x"
+
+
+def test_commands_leave_the_least_time_to_those_after_them(tmp_path, monkeypatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(stages, "run_command", lambda command, seconds, *_: limits.append(seconds) or "")
+    for least, seconds in ((10, 100), (0, 100), (40, 90), (40, 30)):
+        stages.run_stage(stages.Stage("three", 1, (("a",), ("b",), ("c",)), least=least), seconds, None)
+    assert limits == pytest.approx([80, 90, 100, 100, 100, 100, 40, 50, 90], abs=0.5)
+
+
+def test_a_program_that_is_not_there_costs_its_own_command(tmp_path) -> None:
+    stage = stages.Stage("one", 1, (("/no/such/program",), python("pass")))
+    outcome = outcomes_of(stage, log=tmp_path / "log")["one"]
+    assert len(outcome.reasons) == 1 and outcome.reasons[0].startswith("program (1 of 2): FileNotFoundError: ")
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_test_is_told_before_the_tests_end(tmp_path) -> None:
+    """Tests that outlast their share of the time are ended without a summary."""
+    tests, log = tmp_path / "test_two.py", tmp_path / "log"
+    tests.write_text("import time\ndef test_wrong(): assert 1 == 2, 'no'\ndef test_slow(): time.sleep(60)\n")
+    command = (*gpu.PYTEST, "-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tests))
+    with log.open("wb") as file:
+        file.write(b"failed: an earlier run's\n")
+    begin = log.stat().st_size
+    with log.open("ab") as file:
+        reason = stages.run_command(command, 25.0, {}, file)
+    assert reason.startswith("ended after")
+    (line,) = gpu.failures(log, begin)
+    assert line == "failed: test_two.py::test_wrong (call): AssertionError: no assert 1 == 2"
+    assert "def test_wrong" in log.read_text()
+
+
+def test_stages_that_all_die_cost_nothing_but_themselves(tmp_path, monkeypatch, capsys) -> None:
+    """Every stage of a GPU's run dies in another way; the run reports each, and a second run tries each again."""
+    ways = ("raise SystemExit('no memory')", "import os; os.kill(os.getpid(), 9)", "import os; os.abort()")
+    real = gpu.make_stages(torch.device("cpu"), "standard", tmp_path / "rows.jsonl")
+    dying = [
+        replace(stage, commands=tuple(python(ways[index % 3]) for _ in stage.commands), missing="", least=0.0)
+        for index, stage in enumerate(real)
+    ]
+    monkeypatch.setattr(gpu, "make_stages", lambda *_: dying)
+    command = ["--device", "cpu", "--out", str(tmp_path / "rows.jsonl"), "--minutes", "2", "--commit", "c0ffee1"]
+    for runs in (1, 2):
+        assert gpu.main(command) == 1
+        rows = read_rows(tmp_path / "rows.jsonl")
+        assert [row.key.implementation for row in rows] == [stage.name for stage in real] * runs
+        assert all(row.status == "failed" and len(row.reasons) == len(stage.commands)
+                   for row, stage in zip(rows, dying * runs, strict=True))  # fmt: skip
+        printed = re.findall(r"failed \d+ s: ", capsys.readouterr().out)
+        assert len(printed) == 2 * len(real), "when it ends, and in the table"
+
+
+def test_a_module_that_was_left_out_is_a_failed_build() -> None:
+    """setup.py ends without an error where it leaves a module out."""
+    absent = "import sys; sys.modules['nlhf_kernels._cuda'] = None\n"
+    result = subprocess.run([*python(absent + gpu.CHECK_BUILD)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("the native module _cuda is missing: ")
+
+
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
 

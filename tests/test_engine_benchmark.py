@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import rollout
+from benchmarks.harness import runner
 from benchmarks.harness.case import Shape
 from benchmarks.harness.results import read_rows
 from tests.support.tiny_models import one_thread
@@ -64,3 +65,37 @@ def test_wrong_logprobs_are_red_and_have_no_time(monkeypatch, capsys) -> None:
     with one_thread():
         assert rollout.main(["--preset", "tiny", "--device", "cpu"]) == 1
     assert "log-probabilities off by 9" in capsys.readouterr().out
+
+
+def test_groups_are_kept_one_by_one_and_a_second_run_measures_the_rest(tmp_path, monkeypatch, capsys) -> None:
+    shape, names = rollout.SHAPES["tiny"][0], ("engine", rollout.PRODUCTS)
+    monkeypatch.setattr(rollout, "groups_of", lambda *_, chosen: [[names[0], *(chosen or ())], [names[1]]])
+    out, made = tmp_path / "rows.jsonl", rollout.make
+    command = ["--preset", "tiny", "--device", "cpu", "--out", str(out), "--rival", "eager", "--resume"]
+    calls = []
+
+    def make(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory left")
+        return made(*arguments)
+
+    monkeypatch.setattr(rollout, "make", make)
+    monkeypatch.setattr(runner, "source_state", lambda: ("c0ffee1", False))
+    with one_thread():
+        assert rollout.main(command) == 1
+        assert [row.status for row in read_rows(out) if row.kind != "part"] == ["ok", "ok", "failed"]
+        assert rollout.main(command) == 0 and len(calls) == 3
+        assert [row.key.implementation for row in read_rows(out)][-3] == names[1]
+        assert rollout.main(command) == 0 and len(calls) == 3
+    assert "nothing is left to measure" in capsys.readouterr().out
+    assert shape.label in {row.key.shape for row in read_rows(out)}
+
+
+def test_the_groups_of_a_gpu_are_all_engines_with_the_targets_first() -> None:
+    for shape in rollout.SHAPES["headline"]:
+        groups = rollout.groups_of(shape, torch.device("cuda"), ["eager"])
+        names = [name for group in groups for name in group]
+        large = shape.sizes["width"] >= 2048
+        assert set(names) == {*rollout.ENGINES, "eager"} - ({rollout.COMPILED_UNFUSED} if large else set())
+        assert groups[:2] == [["engine", "eager"], [rollout.COMPILED]] and len(set(names)) == len(names)

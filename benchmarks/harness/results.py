@@ -134,14 +134,15 @@ def same_code(one: RunFacts, other: RunFacts) -> bool:
     return is_comparable and (one.commit, one.machine, one.versions) == (other.commit, other.machine, other.versions)
 
 
+def measured_keys(path: Path | None, facts: RunFacts) -> list[RowKey]:
+    """Return the keys of a file's rows of the same code, preset and machine."""
+    rows = read_rows(path) if path is not None and path.exists() else []
+    return [row.key for row in rows if row.run.preset == facts.preset and same_code(row.run, facts)]
+
+
 def measured_shapes(path: Path | None, facts: RunFacts) -> set[tuple[str, str, str]]:
     """Return case, shape and dtype of a file's rows of the same code, preset and machine."""
-    rows = read_rows(path) if path is not None and path.exists() else []
-    return {
-        (row.key.case, row.key.shape, row.key.dtype)
-        for row in rows
-        if row.run.preset == facts.preset and same_code(row.run, facts)
-    }
+    return {(key.case, key.shape, key.dtype) for key in measured_keys(path, facts)}
 
 
 def latest(rows: Iterable[ResultRow]) -> dict[RowKey, ResultRow]:

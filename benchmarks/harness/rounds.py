@@ -12,12 +12,16 @@ import torch
 from rich.console import Console
 
 from .case import PRESETS, Shape, name_and_value
+from .gate import short_reason
+from .machine import without_paths
 from .report import print_results
-from .results import ResultRow, append_rows, measured_shapes
-from .runner import Job, RunContext, Settings, open_run, run_facts
+from .results import ResultRow, RowKey, append_rows, measured_keys
+from .runner import Job, Settings, open_run, run_facts
 from .timing import TimingPlan
 
-RunShape = Callable[[Shape, RunContext, TimingPlan], list[ResultRow]]
+#: (shape, context, plan), and with groups the names of the group -> rows.
+RunShape = Callable[..., list[ResultRow]]
+Groups = Callable[[Shape, torch.device], Sequence[Sequence[str]]]
 
 
 def build_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -46,32 +50,43 @@ def run_rounds(
     presets: Mapping[str, Sequence[Shape]],
     run_shape: RunShape,
     show: Callable[[Shape, list[ResultRow], Console], Any],
+    groups: Groups | None = None,
 ) -> list[ResultRow]:
-    """Measure every shape of the preset that fits the device, print and append its rows at once, the table last."""
+    """Measure every shape of the preset that fits the device, print and append its rows at once, the table last.
+
+    With `groups`, the implementations of a shape are measured group by group, each with its rows appended: those of a
+    shape may take longer than the time there is.
+    """
     console = Console(width=120)
     if arguments.resume and arguments.out is None:
         raise SystemExit(f"benchmarks.{name}: --resume: expected --out, whose rows are left out; got none")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    finished = measured_shapes(arguments.out, run_facts(device, arguments.preset, {})) if arguments.resume else set()
-    shapes = [
-        shape
-        for shape in presets.get(arguments.preset, ())
-        if device.type in shape.devices
-        and shape.matches(dict(arguments.shape))
-        and (name, *shape.identity) not in finished
-    ]
-    if not shapes:
+    finished = measured_keys(arguments.out, run_facts(device, arguments.preset, {})) if arguments.resume else []
+    jobs = []
+    for shape in presets.get(arguments.preset, ()):
+        if device.type not in shape.devices or not shape.matches(dict(arguments.shape)):
+            continue
+        done = {key.implementation for key in finished if (key.case, key.shape, key.dtype) == (name, *shape.identity)}
+        if groups is not None:
+            jobs += [(shape, (group,)) for group in groups(shape, device) if not done.issuperset(group)]
+        elif not done:
+            jobs.append((shape, ()))
+    if not jobs:
         console.print(f"{name}: nothing is left to measure here at preset {arguments.preset}")
         return []
     case = SimpleNamespace(name=name)
-    context = open_run(Settings(device, arguments.preset), [Job(case, shape) for shape in shapes])
+    context = open_run(Settings(device, arguments.preset), [Job(case, shape) for shape, _ in jobs])
     repeats = 1 if arguments.preset == "tiny" else arguments.repeats
     plan = TimingPlan(0.0, repeats, repeats, warmups=1, batch_s=0.0, flush_bytes=0)
     rows: list[ResultRow] = []
-    for shape in shapes:
-        shape_rows = run_shape(shape, context, plan)
+    for shape, group in jobs:
+        try:
+            shape_rows = run_shape(shape, context, plan, *group)
+        except Exception as error:  # out of memory or a compiler's, say: the other shapes and groups still run
+            key = RowKey(name, shape.label, shape.dtype, "full", "case", device.type, context.threads)
+            shape_rows = [ResultRow(key, "case", "failed", context.facts, (without_paths(short_reason(error)),))]
         show(shape, shape_rows, console)
         rows += shape_rows
         if arguments.out is not None:

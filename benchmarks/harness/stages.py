@@ -1,7 +1,8 @@
 """Stages of a run with a time limit: each gets a share of the remaining time, each command its own process.
 
-Time that a stage does not use goes to the stages after it. A command that exceeds its time is ended together with
-every process it started; what it has written by then stays.
+Time that a stage does not use goes to the stages after it, and so does the time of a stage whose share is too short to
+finish a command. A command that exceeds its time is ended together with every process it started; what it has written
+by then stays.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Stage:
     commands: tuple[tuple[str, ...], ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     missing: str = ""  # why it cannot run here; empty: it can
+    least: float = 0.0  # seconds below which a command is not started, and which the commands before it leave to it
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,13 @@ def run_stage(stage: Stage, seconds: float, log: IO[bytes]) -> Outcome:
     """Run the stage's commands in turn; a failure does not skip those after it."""
     start, reasons = time.monotonic(), []
     for index, command in enumerate(stage.commands):
-        seconds_left = (seconds - (time.monotonic() - start)) / (len(stage.commands) - index)
-        if reason := run_command(command, seconds_left, stage.environment, log):
+        left = seconds - (time.monotonic() - start)
+        if stage.least > 0 and left < stage.least:
+            reason = f"expected at least {stage.least:.0f} s; {max(left, 0.0):.0f} s were left"
+        else:
+            later = stage.least * (len(stage.commands) - index - 1)
+            reason = run_command(command, max(left - later, stage.least), stage.environment, log)
+        if reason:
             number = f" ({index + 1} of {len(stage.commands)})" if len(stage.commands) > 1 else ""
             reasons.append(without_paths(f"{program(command)}{number}: {reason}")[:MAX_REASON])
     return Outcome("failed" if reasons else "ok", time.monotonic() - start, tuple(reasons))
@@ -89,10 +96,13 @@ def run_command(command: Sequence[str], seconds: float, environment: Mapping[str
     log.write(f"\n== {' '.join(command)} ({seconds:.0f} s)\n".encode())
     log.flush()
     begin = log.tell()
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment},
-        start_new_session=True,  # its own process group, workers included, so that it can be ended
-    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment},
+            start_new_session=True,  # its own process group, workers included, so that it can be ended
+        )  # fmt: skip
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:

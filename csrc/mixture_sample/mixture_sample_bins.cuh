@@ -134,11 +134,14 @@ static __device__ __noinline__ void find_bracket(const Filters filters, const Bi
   });
   __syncthreads();
   const int top_k_bin = s.top_k_bin;  // kBins: off, or fewer elements than k have mass
-  if (threadIdx.x == 0 && top_k_bin == kBins) s.shares[0] = total * (1 - 1e-6), s.shares[1] = total * (1 + 1e-6);
-  walk_bins(run, scale, total, [&](int bin, unsigned, double most, double least) {
-    if (bin == top_k_bin - 1) s.shares[0] = least;
-    if (bin == top_k_bin) s.shares[1] = most;
-  });
+  if (top_k_bin == kBins) {
+    if (threadIdx.x == 0) s.shares[0] = total * (1 - 1e-6), s.shares[1] = total * (1 + 1e-6);
+  } else {
+    walk_bins(run, scale, total, [&](int bin, unsigned, double most, double least) {
+      if (bin == top_k_bin - 1) s.shares[0] = least;
+      if (bin == top_k_bin) s.shares[1] = most;
+    });
+  }
   __syncthreads();
   const double share_least = filters.top_p * s.shares[0], share_most = filters.top_p * s.shares[1];
   if (filters.top_p < 1.0f) {
