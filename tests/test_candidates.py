@@ -16,10 +16,11 @@ pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
 from nlhf_kernels.cli.main import main
 from nlhf_kernels.core.terminal import Reporter
+from nlhf_kernels.evaluation import plus_minus
 from nlhf_kernels.experiment import overridden
 from nlhf_kernels.experiment.__main__ import main as redraw
 from nlhf_kernels.experiment.candidates import CANDIDATE_PRESETS, CandidateExperiment, CandidatePreset, pipeline
-from nlhf_kernels.experiment.candidates.exact import exact_policies, exact_rewards
+from nlhf_kernels.experiment.candidates.exact import equilibrium_within, exact_policies, exact_rewards
 from nlhf_kernels.experiment.candidates.judges import OnlineReward, TableJudge, Votes, fit_rewards
 from nlhf_kernels.experiment.candidates.learners import (
     Setting,
@@ -30,11 +31,11 @@ from nlhf_kernels.experiment.candidates.learners import (
     make_start,
     save_table,
 )
-from nlhf_kernels.experiment.candidates.measures import Measures, claims, estimate
+from nlhf_kernels.experiment.candidates.measures import Measures, claims, estimate, limits
 from nlhf_kernels.experiment.candidates.presets import CONTESTANTS
-from nlhf_kernels.experiment.candidates.report import page
+from nlhf_kernels.experiment.candidates.report import all_figures, answer, describe_distance, page, tables
 from nlhf_kernels.experiment.candidates.world import load_world, make_world, save_world
-from nlhf_kernels.tabular import PreferenceGame, at_budget, exploitability
+from nlhf_kernels.tabular import PreferenceGame, at_budget, exploitability, exploitability_within
 from nlhf_kernels.tabular.baselines import bradley_terry_fit
 from nlhf_kernels.tabular.cycling import cyclic_triple_share
 from nlhf_kernels.tabular.measures import kl_divergence
@@ -74,12 +75,19 @@ def test_the_small_world_has_a_reward_at_one_end_and_circles_at_the_other() -> N
     assert (world.preference[:, :-1, -1] == 1).all(), "anything else loses to every candidate"
 
 
+def untrained(games: int) -> Setting:
+    """The small preset's world, with a reference that answers as often as the world says."""
+    preset = replace(CANDIDATE_PRESETS["small"], games=games)
+    world = make_world(preset)
+    others = torch.full((5 * games, 1), 0.001, dtype=torch.float64)
+    log_reference = torch.cat([world.common * 0.999, others], -1).log()
+    return Setting(world, None, Path(), log_reference, preset, torch.device("cpu"), SILENT)
+
+
 def test_the_effects_of_the_power_calculation() -> None:
     """The exact limits differ at the knobs 0, 0.5 and 1, and from game to game, as docs/experiment.md states."""
-    preset = replace(CANDIDATE_PRESETS["small"], games=16)
-    world = make_world(preset)
-    log_reference = torch.cat([world.common * 0.999, torch.full((80, 1), 0.001, dtype=torch.float64)], -1).log()
-    setting = Setting(world, None, Path(), log_reference, preset, torch.device("cpu"), SILENT)
+    setting = untrained(16)
+    world, preset, log_reference = setting.world, setting.preset, setting.log_reference
     measures = Measures(setting, {})
     tables = [exact_policies(name, setting) for name in ("rlhf-pairs", "nash-md-pairs")]
     policies = [at_budget(table, log_reference, preset.budget) for table in tables]
@@ -87,6 +95,23 @@ def test_the_effects_of_the_power_calculation() -> None:
     gaps = [values[world.of_group(knob)] for knob in (0, 2, 4)]
     assert [round(float(gap.mean()), 1) for gap in gaps] == [0.0, 0.1, 0.2]
     assert float(gaps[0].abs().max()) < 0.01 and all(0.01 < float(gap.std()) < 0.04 for gap in gaps[1:])
+
+
+def test_the_equilibrium_within_the_budget_spends_all_of_it_only_where_a_reward_exists() -> None:
+    setting = untrained(2)
+    names = ("nash-md-pairs", "rlhf-pairs", "rlhf-queries")
+    measures = Measures(setting, dict.fromkeys(names, torch.empty(0)))
+    star, facts = equilibrium_within(setting), limits(measures)
+    lost = exploitability_within(star, setting.world.preference, setting.log_reference, 1.0)
+    assert float(lost.max()) < 1e-3, "no opponent within the budget beats it"
+    spent = kl_divergence(star, setting.log_reference)
+    assert float(spent.max()) <= 1 + 1e-9 and float(spent[:4].min()) > 0.999 and float(spent[-2:].max()) < 0.5
+    assert facts["equilibrium"]["kl"] == pytest.approx([float(each.mean()) for each in spent.split(2)])
+    assert facts["equilibrium"]["exploitability"] == pytest.approx([float(each.mean()) for each in lost.split(2)])
+    start = exploitability_within(setting.log_reference, setting.world.preference, setting.log_reference, 1.0)
+    assert [each["mean"] for each in facts["reference"]] == pytest.approx([float(v.mean()) for v in start.split(2)])
+    assert set(facts["kl"]) == {"nash-md-pairs", "rlhf-pairs"}, "the limit with votes during training is not known"
+    assert facts["kl"]["rlhf-pairs"][-1] > 0.9 > facts["kl"]["nash-md-pairs"][-1] > facts["equilibrium"]["kl"][-1]
 
 
 def test_the_world_is_read_as_it_was_written(tmp_path) -> None:
@@ -236,11 +261,35 @@ def test_every_stage_leaves_its_part_and_the_results_are_numbers(done) -> None:
 def test_the_report_begins_with_the_answer_holds_four_figures_and_escapes_texts(done) -> None:
     folder, results = done
     text = (folder / "report" / "report.html").read_text()
-    assert text.index("Where preferences cycle most (100% of triples)") < text.index("<img")
+    parts = ["Where preferences cycle most (100% of triples)", "<img", "The claims", "<h2>Answers", "<h2>Numbers"]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places) and text.rindex("<img") < places[2], "the answer, four figures, then the rest"
+    assert "annotators prefer<" in text and "@media print{" in text and ".scroll{overflow:visible}" in text
     assert text.count("<img") == len(list((folder / "report" / "figures").glob("*.svg"))) == 4
     assert "http://" not in text.replace("http://www.w3.org", "") and 'src="data:' in text
     changed = {**results, "candidates": ["<script>", *results["candidates"][1:]]}
     assert "<script>" not in page(changed, [])
+
+
+def test_the_report_says_what_training_bought_and_how_far_an_equilibrium_is(done) -> None:
+    _, results = done
+    named = {title: rows for title, _, rows in tables(results)}
+    exploited = {row[0]: row[1:] for row in named["Exploitability at equal KL"]}
+    reference = results["limits"]["reference"]
+    assert exploited["untrained reference"] == [plus_minus(each["mean"], each["half"]) for each in reference]
+    assert exploited["equilibrium within 1 nat"] == ["0.000", "0.000"]
+    spent = {row[0]: row[1:] for row in named["KL at which they are compared, nats"]}
+    assert {"RLHF, pairs", "RLHF, pairs, exact limit", "Nash-MD 0.25, queries", "equilibrium within 1 nat"} <= set(
+        spent
+    )
+    assert spent["RLHF, queries"] == [f"{each['at_budget']:.2f}" for each in results["policies"]["rlhf-queries"]]
+    (axes,) = next(figure for name, _, figure in all_figures(results) if name == "exploitability").axes
+    line = next(line for line, *_ in axes.containers if line.get_ydata()[0] == reference[-1]["mean"])
+    assert len(set(line.get_ydata())) == 1 and line.get_xdata()[-1] >= TINY.updates, "a level over the whole width"
+    assert f"{reference[-1]['mean'] + 0.5:.2f}" in answer(results)[0]
+    for kl, said in ((0.3, "not held back"), (0.95, "nearly all of the budget")):
+        changed = {**results, "limits": {**results["limits"], "equilibrium": {"kl": [1.0, kl]}}}
+        assert said in describe_distance(changed) and f"spends 1.00, {kl:.2f} of it" in describe_distance(changed)
 
 
 def test_the_report_is_drawn_again_from_its_numbers(done, tmp_path, capsys) -> None:

@@ -172,6 +172,18 @@ def test_frontiers_and_estimates_draw_the_numbers() -> None:
     assert line.get_xdata().tolist() == [1.0, 2.0] and line.get_ydata().tolist() == [0.4, 0.6] and len(bars) == 1
 
 
+def test_intervals_at_one_place_stand_beside_each_other() -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    points = [(0.0, cell(0.6)), (1.0, cell(0.4)), (3.0, cell(0.5))]
+    (axes,) = plot_estimates({name: points for name in "abc"}, "x", "y").axes
+    places = [line.get_xdata().tolist() for line, *_ in axes.containers]
+    assert places[1] == [0.0, 1.0, 3.0], "around where they belong"
+    assert sorted(each[0] for each in places) == pytest.approx([-0.2, 0.0, 0.2]), (
+        "apart, and nearer than the next place"
+    )
+    plot_estimates({"a": [(1.0, cell(0.6))], "b": [(1.0, cell(0.6))], "c": []}, "x", "y")
+
+
 #: Linear RGB as seen by dichromats (Vienot, Brettel and Mollon 1999; Machado 2009 for tritanopia).
 SIGHT = {
     "protanopia": [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],

@@ -6,6 +6,7 @@ and line style, so that they can be distinguished in print and with every kind o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from .intervals import Estimate
 
 WIDTH = 4.2  # inches
 SMALL, LARGE = 7, 8.5  # points; 400 pixels / (72 * 4.2 points) = 1.32 pixels per point
+SPREAD = 0.4  # share of the least distance of two x over which the series of `plot_estimates` are spread
 WITH_INTERVALS = 9  # policies of a matrix whose cells have room for their intervals
 Cell = Mapping[str, Any] | Estimate | None
 
@@ -61,14 +63,20 @@ def plot_estimates(
 ) -> Any:
     """Plot estimates with their intervals against a quantity as a matplotlib figure, a line for each series.
 
+    Series are moved apart sideways by less than half the least distance of two points, so that intervals at one x do
+    not hide each other.
+
     Args:
         series (mapping label -> sequence of (x, Estimate)): the points, in any order.
         xlabel, ylabel (str): of the axes.
         title (str): above.
         level (float or None): where a horizontal line is drawn, such as 1/2 for win rates.
     """
-    points = {label: [(x, 0.0, y.mean, y.half) for x, y in sorted(each, key=lambda p: p[0])]
-              for label, each in series.items()}  # fmt: skip
+    places = sorted({x for each in series.values() for x, _ in each})
+    room = SPREAD * min((after - before for before, after in itertools.pairwise(places)), default=0.0)
+    shifts = [room * (2 * number + 1 - len(series)) / (2 * max(1, len(series) - 1)) for number in range(len(series))]
+    points = {label: [(x + shift, 0.0, y.mean, y.half) for x, y in sorted(each, key=lambda p: p[0])]
+              for shift, (label, each) in zip(shifts, series.items(), strict=True)}  # fmt: skip
     return _plot(points, xlabel, ylabel, title, level)
 
 

@@ -30,10 +30,13 @@ td,th{border:solid #ccc;border-width:0 1px 1px 0;padding:.25rem .4rem;text-align
 td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto;margin:.8rem 0}
 td:first-child{white-space:nowrap}.text{white-space:pre-line}
-.matrix td:first-child,.matrix th:first-child{position:sticky;left:0;background:#fff}
+td:first-child,th:first-child{position:sticky;left:0;background:#fff}
 figure{margin:1.5rem 0}figure img{width:100%;max-width:36rem;height:auto}figcaption{color:#555;font-size:.9rem}
 .verdict{border-left:4px solid #888;padding:.2rem .8rem;margin:1rem 0}.verdict p{margin:.2rem 0}
-.reproduced{border-color:#2a7}.contradicted{border-color:#c33}"""
+.reproduced{border-color:#0072b2}.contradicted{border-color:#d55e00}
+@media(max-width:40rem){td:first-child{white-space:normal;min-width:5rem}td,th{padding:.2rem}table{font-size:.8rem}}
+@media print{body{max-width:none;font-size:10pt}.scroll{overflow:visible}table{font-size:7.5pt}
+td:first-child{white-space:normal}figure,table,.verdict{break-inside:avoid}h2,h3{break-after:avoid}}"""
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -193,11 +196,11 @@ def _matrix(facts: Results, judge: str) -> str:
 
 
 def _colour(cell: dict[str, Any] | None) -> str:
-    """Return a cell's colour: white at 1/2, green above, red below; pale enough for black letters."""
+    """Return a cell's colour: white at 1/2, blue above, orange below; pale enough for black letters."""
     if cell is None:
         return ""
     share = abs(cell["mean"] - 0.5) * 1.4
-    full = (40, 150, 100) if cell["mean"] > 0.5 else (220, 70, 60)
+    full = (0, 114, 178) if cell["mean"] > 0.5 else (213, 94, 0)
     return "#" + "".join(f"{round(255 + (part - 255) * share):02x}" for part in full)
 
 
@@ -264,14 +267,13 @@ def _making(results: Results) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], colours: Sequence[Sequence[str]] = ()) -> str:
-    """Return an HTML table that scrolls sideways; with `colours` (per cell, "" for none) the first column is fixed."""
+    """Return an HTML table that scrolls sideways beside its first column; `colours` are the cells', "" for none."""
     cells = "".join(f"<th>{_e(name)}</th>" for name in head)
     lines = ""
     for number, row in enumerate(rows):
         shades = colours[number] if colours else [""] * len(row)
         lines += "<tr>" + "".join(map(_cell, row, shades)) + "</tr>"
-    kind = ' class="matrix"' if colours else ""
-    return f'<div class="scroll"><table{kind}><tr>{cells}</tr>{lines}</table></div>'
+    return f'<div class="scroll"><table><tr>{cells}</tr>{lines}</table></div>'
 
 
 def _cell(text: str, colour: str) -> str:

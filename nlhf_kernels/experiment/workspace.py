@@ -22,8 +22,8 @@ FACTS = "stage.json"
 KIND = "stage"
 RUNS, REPORT = "runs", "report"
 STAGES = (
-    *("corpus", "sft", "preferences", "preference-model", "reward-model", "cycles", "tournament", "exploitability"),
-    *("speed", REPORT),
+    *("corpus", "sft", "preferences", "preference-model", "reward-model", "cycles", "tournament", "limits"),
+    *("exploitability", "speed", REPORT),
 )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ...tabular import PreferenceGame, equilibrium
+from ...tabular import PreferenceGame, at_budget, equilibrium
 from ...tabular.measures import best_response
 from .judges import fit_rewards
 from .learners import Setting, centred
 from .presets import CONTESTANTS
 
 TOLERANCE = 1e-7  # of log-probabilities
+TAUS = tuple(10 ** (-step / 8) for step in range(25))  # 1 to 0.001, on whose path the budget's equilibrium is found
 WEIGHT = 1e7  # total comparisons, instead of infinitely many: the fit's prior is negligible beside them
 
 
@@ -43,6 +44,21 @@ def exact_policies(contestant: str, setting: Setting) -> torch.Tensor | None:
             mixture = equilibrium(game, tolerance=TOLERANCE)
             policies.append(((mixture - beta * log_reference) / (1 - beta)).log_softmax(-1))
     return torch.stack(policies)
+
+
+def equilibrium_within(setting: Setting) -> torch.Tensor:
+    """Return the equilibrium of the game in which both sides have the preset's KL budget, (M, A) log-probabilities.
+
+    It is the regularised equilibrium at the tau at which its KL is the budget, as tau is then the price of a nat; or,
+    where the KL stays below the budget at every tau, its limit for tau -> 0.
+
+    Args:
+        setting: world, reference and budget.
+    """
+    reference = setting.log_reference.exp()
+    games = [PreferenceGame(setting.world.preference, reference, tau) for tau in TAUS]
+    path = torch.stack([equilibrium(game, tolerance=TOLERANCE) for game in games])
+    return at_budget(path, setting.log_reference, setting.preset.budget)
 
 
 def exact_rewards(preference: torch.Tensor, log_reference: torch.Tensor) -> torch.Tensor:

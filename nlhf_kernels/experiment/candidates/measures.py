@@ -17,7 +17,7 @@ from ...evaluation.intervals import Estimate, student
 from ...tabular.budget import at_budget, exploitability_within
 from ...tabular.cycling import cyclic_triple_share, unrewarded_share
 from ...tabular.measures import kl_divergence
-from .exact import exact_policies
+from .exact import equilibrium_within, exact_policies
 from .learners import Setting
 from .presets import CLAIMED
 
@@ -134,6 +134,32 @@ def measure(measures: Measures, judges: Mapping[str, torch.Tensor], responses: M
         "frontiers": {name: _frontier(measures, name, groups[-1]) for name in measures.tables},
         "policies": {name: _spent(measures, name, groups) for name in measures.tables},
         "samples": _samples(measures, judges),
+    }  # fmt: skip
+
+
+def limits(measures: Measures) -> dict[str, Any]:
+    """Return what is known without training, by knob, as JSON: the reference's own exploitability, the KL and
+    exploitability of the equilibrium within the budget, and the KL of every contestant's exact limit at the budget.
+
+    Args:
+        measures: the contestants' names, world and reference.
+    """
+    setting, world = measures.setting, measures.setting.world
+    groups = [world.of_group(knob) for knob in range(len(world.knobs))]
+
+    def by_knob(values: torch.Tensor) -> list[float]:
+        return [float(values[group].mean()) for group in groups]
+
+    untrained = measures.exploitability(setting.log_reference.unsqueeze(0))
+    star = equilibrium_within(setting)
+    exact = {name: exact_policies(name, setting) for name in measures.tables}
+    return {
+        "reference": [asdict(estimate(untrained[:, group])) for group in groups],
+        "equilibrium": {"kl": by_knob(kl_divergence(star, setting.log_reference)),
+                        "exploitability": by_knob(measures.exploitability(star.unsqueeze(0))[0])},
+        "kl": {name: by_knob(kl_divergence(at_budget(table, setting.log_reference, setting.preset.budget),
+                                           setting.log_reference))
+               for name, table in exact.items() if table is not None},
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from .learners import (
     make_run,
     make_start,
 )
-from .measures import Measures, claims, measure
+from .measures import Measures, claims, limits, measure
 from .presets import CONTESTANTS, CandidatePreset, full_label
 from .report import write_report
 from .world import make_world
@@ -103,6 +103,7 @@ class CandidateExperiment:
                   "reward model": differences.sigmoid()}  # fmt: skip
         self._stage("tournament", "measuring", lambda work: write_json(
             work / "measures.json", measure(measures, judges, responses)))  # fmt: skip
+        self._stage("limits", "exact limits", lambda work: write_json(work / "limits.json", limits(measures)))
 
     @cached_property
     def _pairs(self) -> dict[str, list[Pair]]:
@@ -153,6 +154,7 @@ class CandidateExperiment:
             "budgets": votes,
             "claims": claims(facts),
             **facts,
+            "limits": read_json(path("limits") / "limits.json"),
             "seconds": self.workspace.seconds(),
         }  # fmt: skip
         return dict(json.loads(json.dumps(results)))  # as they will be read again: lists instead of tuples

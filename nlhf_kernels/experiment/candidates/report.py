@@ -18,7 +18,6 @@ from .measures import CONTRADICTED, MARGIN, REPRODUCED
 from .presets import CLAIMED, INFORMATION
 
 Results = dict[str, Any]
-PRINT = "@media print{body{max-width:none;font-size:11pt}figure,table,.verdict{break-inside:avoid}}"
 MINUS = "\u2212"
 
 
@@ -50,11 +49,14 @@ def page(results: Results, pictures: Sequence[tuple[bytes, str]]) -> str:
     parts = [
         "<h1>Nash learning from human feedback where preferences cycle</h1>",
         *(f"<p><b>{_e(sentence)}</b></p>" for sentence in answer(results)),
+        *(_picture(*each) for each in pictures),
+        "<h2>The claims</h2>",
         *(f'<div class="verdict {_colour(claim)}"><p>{_e(describe_claim(claim))}</p></div>'
           for claim in results["claims"]),
-        f"<p>{_e(describe_setting(results))}</p>",
-        *(_picture(*each) for each in pictures),
+        *(f"<p>{_e(text)}</p>" for text in (describe_setting(results), describe_distance(results))),
         "<h2>Answers</h2>",
+        f"<p>{len(results['samples'])} prompts, in per cent: how often each judge prefers an answer to the reference's, "
+        "and how often each policy (its first run, at equal KL) gives it.</p>",
         *(_sample(results, sample) for sample in results["samples"]),
         "<h2>Numbers</h2>",
         *(f"<h3>{_e(title)}</h3>{table(head, rows)}" for title, head, rows in tables(results)),
@@ -66,7 +68,7 @@ def page(results: Results, pictures: Sequence[tuple[bytes, str]]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         "<title>Nash learning where preferences cycle</title>\n"
-        f"<style>{STYLE}{PRINT}</style></head><body>\n{body}\n</body></html>\n"
+        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
 
 
@@ -82,6 +84,7 @@ def summary(results: Results) -> str:
         " ".join(answer(results)),
         "\n".join(f"- {describe_claim(claim)}" for claim in results["claims"]),
         describe_setting(results),
+        describe_distance(results),
         *(f"**{title}.**\n\n{markdown_table(head, rows)}" for title, head, rows in tables(results)),
         f"Made with {facts}.",
     ]
@@ -98,6 +101,7 @@ def answer(results: Results) -> list[str]:
         results: of `CandidateExperiment.run`.
     """
     budget, last = results["preset"]["budget"], results["knobs"][-1]
+    untrained = results["limits"]["reference"][-1]
     exploited, won, equal = [], [], []
     for information, rows in results["advantages"].items():
         values = [results["exploitability"][name]["by_knob"][-1] for name in reversed(CLAIMED[information])]
@@ -109,7 +113,8 @@ def answer(results: Results) -> list[str]:
         equal.append(f"{_plain(rows[0]['win_rate'])} ({information})")
     return [
         f"Where preferences cycle most ({last['cyclic']:.0%} of triples), the best opponent that goes no further than "
-        f"{_nats(budget)} from the reference wins {', '.join(exploited)}.",
+        f"{_nats(budget)} from the reference wins {_plain(untrained, 0.5)} against the untrained reference, "
+        f"{', '.join(exploited)}.",
         f"At that same distance Nash-MD is preferred to RLHF with probability {', '.join(won)} there.",
         f"Where the preferences come from a reward, it is preferred with probability {', '.join(equal)}.",
     ]
@@ -135,14 +140,34 @@ def describe_setting(results: Results) -> str:
     votes = results["budgets"]
     votes_asked = max((each["votes"] for each in votes.values()), default=0)
     return (
-        f"{len(results['knobs'])} groups of annotators from a reward to circles, {preset['games']} prompts each, "
-        f"{preset['candidates']} answers to choose from; {preset['runs']} training runs of each contestant at each of "
+        f"{len(results['knobs'])} groups of annotators, by a knob from a reward to circles, {preset['games']} prompts "
+        f"each, {preset['candidates']} answers to choose from; {preset['runs']} training runs of each contestant at each of "
         f"{len(preset['taus'])} tau. Every run makes {preset['updates']} updates with {preset['samples_per_prompt']} "
         f"answers to every prompt. pairs: {INFORMATION['pairs']}, {preset['pairs']}; queries: "
         f"{INFORMATION['queries']}, {votes_asked}. Policies are compared at {_nats(preset['budget'])} of KL from the "
         "reference, prompt by prompt, or at their own where they stay below; win rates are expectations over all "
         "answers. Intervals are 95 %, over prompts and training runs; a difference counts above "
         f"{MARGIN:g} with its whole interval."
+    )
+
+
+def describe_distance(results: Results) -> str:
+    """Return a paragraph on the KL that an equilibrium within the budget needs.
+
+    Args:
+        results: of `CandidateExperiment.run`.
+    """
+    budget, spent = results["preset"]["budget"], results["limits"]["equilibrium"]["kl"]
+    used = ", ".join(f"{value:.2f}" for value in spent)
+    what = (
+        "Where preferences cycle most it lies nearer to the reference than the budget allows, so a contestant that "
+        "stays below the budget there is not held back by it."
+        if spent[-1] < 0.9 * budget
+        else "It needs nearly all of the budget where preferences cycle most, too."
+    )
+    return (
+        f"The equilibrium of the game in which both sides may spend {_nats(budget)} spends {used} of it at the "
+        f"{len(spent)} settings of the knob. {what}"
     )
 
 
@@ -173,6 +198,9 @@ def all_figures(results: Results) -> list[tuple[str, str, Any]]:
         labels[name]: [(mark, Estimate(**value)) for mark, value in facts["by_update"]]
         for name, facts in results["exploitability"].items()
     }
+    marks = [mark for points in by_update.values() for mark, _ in points]
+    untrained = Estimate(**results["limits"]["reference"][-1])
+    by_update["untrained reference"] = [(mark, untrained) for mark in (0, max(marks))]
     frontiers = {
         labels[name]: [(point["budget"], Estimate(**point["worst"])) for point in points]
         for name, points in results["frontiers"].items()
@@ -201,7 +229,8 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
         results: of `CandidateExperiment.run`.
     """
     labels, knobs = _labels(results), results["knobs"]
-    heads = [f"{knob['cyclic']:.0%} cyclic" for knob in knobs]
+    heads = [f"knob {knob['knob']:g}, {knob['cyclic']:.0%} cyclic" for knob in knobs]
+    limits, star = results["limits"], f"equilibrium within {_nats(results['preset']['budget'])}"
     games = [[f"{knob['knob']:g}", str(knob["prompts"]), f"{knob['cyclic']:.3f}", f"{knob['unrewarded']:.3f}"]
              for knob in knobs]  # fmt: skip
     gaps, wins = ([[information, *(_cell(row[field]) for row in rows)]
@@ -209,15 +238,25 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
                   for field in ("less_exploitable", "win_rate"))  # fmt: skip
     for rows, field in ((gaps, "less_exploitable"), (wins, "win_rate")):
         rows.append(["exact limit", *(f"{value:.3f}" for value in results["exact_advantages"][field])])
-    exploited, mixtures, trained = [], [], []
+    exploited: list[list[str]] = [["untrained reference", *map(_cell, limits["reference"])]]
+    mixtures, trained, spent = [], [], []
     for name, facts in results["exploitability"].items():
         exploited.append([labels[name], *map(_cell, facts["by_knob"])])
         if facts["limit"] is not None:
             exploited.append([f"{labels[name]}, exact limit", *(f"{value:.3f}" for value in facts["limit"])])
         mixtures.append([labels[name], *map(_cell, facts["mixture"])])
         trained.append([labels[name], *(f"{_cell(each['best'])} of {each['exact']:.3f}" for each in facts["trained"])])
-    spent = [[labels[name], *("/".join(f"{value:.2f}" for value in knob["taus"]) for knob in each)]
-             for name, each in results["policies"].items()]  # fmt: skip
+        spent.append([labels[name], *(f"{knob['at_budget']:.2f}" for knob in results["policies"][name])])
+        if name in limits["kl"]:
+            spent.append([f"{labels[name]}, exact limit", *(f"{value:.2f}" for value in limits["kl"][name])])
+    exploited.append([star, *(f"{value:.3f}" for value in limits["equilibrium"]["exploitability"])])
+    spent.append([star, *(f"{value:.2f}" for value in limits["equilibrium"]["kl"])])
+    grids = {name: "reward_taus" if facts["algorithm"] == "rlhf" else "taus"
+             for name, facts in results["labels"].items()}  # fmt: skip
+    finished = [[f"{labels[name]}, tau {'/'.join(f'{tau:g}' for tau in results['preset'][grids[name]])}",
+                 *("/".join(f"{value:.2f}" for value in knob["taus"]) for knob in each)]
+                for name, each in results["policies"].items()]  # fmt: skip
+    allowed = [f"at most {_nats(point['budget'])}" for point in next(iter(results["frontiers"].values()))[1::2]]
     points = [[labels[name], *(f"{point['kl']:.2f}: {point['reference']['mean']:.3f}" for point in each[1::2])]
               for name, each in results["frontiers"].items()]  # fmt: skip
     models = [[name.replace("-", " "), *_model(facts)] for name, facts in results["comparison_models"].items()]
@@ -228,8 +267,9 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
         ("Exploitability at equal KL", ["", *heads], exploited),
         ("The mixture of a run's checkpoints", ["", *heads], mixtures),
         ("Trained best responses: the best win rate less 1/2, of the exact value", ["first run", *heads], trained),
-        ("KL of the finished runs at each tau", ["", *heads], spent),
-        (f"KL and win rate against the reference, {heads[-1]}", ["", *("" for _ in range(len(points[0]) - 1))], points),
+        ("KL at which they are compared, nats", ["", *heads], spent),
+        ("KL of the finished runs at each tau", ["", *heads], finished),
+        (f"KL and win rate against the reference, {heads[-1]}", ["", *allowed], points),
         ("Models of the human pairs", ["", "held-out pairs", "accuracy", "log-loss", "learning rate"], models),
     ]
 
@@ -241,12 +281,12 @@ def _model(facts: Mapping[str, Any]) -> list[str]:
 
 def _sample(results: Results, sample: Mapping[str, Any]) -> str:
     labels = _labels(results)
-    rows = [[f"{judge}: P(preferred to the reference)", *(f"{value:.2f}" for value in values)]
-            for judge, values in sample["beats_reference"].items()]  # fmt: skip
-    rows += [[labels.get(name, name), *(f"{value:.2f}" for value in values)]
-             for name, values in sample["answers"].items()]  # fmt: skip
-    title = f'"{sample["prompt"]}", knob {sample["knob"]:g}: how often each policy gives each answer'
-    return f"<p>{_e(title)}</p>{table(['', *results['candidates']], rows)}"
+    parts = {f"{judge} prefer{'' if judge == 'annotators' else 's'}": values
+             for judge, values in sample["beats_reference"].items()}  # fmt: skip
+    parts |= {labels.get(name, name): values for name, values in sample["answers"].items()}
+    rows = [[name, *(f"{100 * value:.0f}" for value in values)] for name, values in parts.items()]
+    title = f'"{sample["prompt"]}" (knob {sample["knob"]:g})'
+    return f"<h3>{_e(title)}</h3>{table(['', *results['candidates']], rows)}"
 
 
 def _making(results: Results) -> str:
