@@ -175,7 +175,7 @@ def test_frontiers_and_estimates_draw_the_numbers() -> None:
 def test_intervals_at_one_place_stand_beside_each_other() -> None:
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     points = [(0.0, cell(0.6)), (1.0, cell(0.4)), (3.0, cell(0.5))]
-    (axes,) = plot_estimates({name: points for name in "abc"}, "x", "y").axes
+    (axes,) = plot_estimates(dict.fromkeys("abc", points), "x", "y").axes
     places = [line.get_xdata().tolist() for line, *_ in axes.containers]
     assert places[1] == [0.0, 1.0, 3.0], "around where they belong"
     assert sorted(each[0] for each in places) == pytest.approx([-0.2, 0.0, 0.2]), (

@@ -55,8 +55,8 @@ def page(results: Results, pictures: Sequence[tuple[bytes, str]]) -> str:
           for claim in results["claims"]),
         *(f"<p>{_e(text)}</p>" for text in (describe_setting(results), describe_distance(results))),
         "<h2>Answers</h2>",
-        f"<p>{len(results['samples'])} prompts, in per cent: how often each judge prefers an answer to the reference's, "
-        "and how often each policy (its first run, at equal KL) gives it.</p>",
+        f"<p>{len(results['samples'])} prompts, in per cent: how often each judge prefers an answer to the "
+        "reference's, and how often each policy (its first run, at equal KL) gives it.</p>",
         *(_sample(results, sample) for sample in results["samples"]),
         "<h2>Numbers</h2>",
         *(f"<h3>{_e(title)}</h3>{table(head, rows)}" for title, head, rows in tables(results)),
@@ -141,9 +141,9 @@ def describe_setting(results: Results) -> str:
     votes_asked = max((each["votes"] for each in votes.values()), default=0)
     return (
         f"{len(results['knobs'])} groups of annotators, by a knob from a reward to circles, {preset['games']} prompts "
-        f"each, {preset['candidates']} answers to choose from; {preset['runs']} training runs of each contestant at each of "
-        f"{len(preset['taus'])} tau. Every run makes {preset['updates']} updates with {preset['samples_per_prompt']} "
-        f"answers to every prompt. pairs: {INFORMATION['pairs']}, {preset['pairs']}; queries: "
+        f"each, {preset['candidates']} answers to choose from; {preset['runs']} training runs of each contestant at "
+        f"each of {len(preset['taus'])} tau. Every run makes {preset['updates']} updates with "
+        f"{preset['samples_per_prompt']} answers to every prompt. pairs: {INFORMATION['pairs']}, {preset['pairs']}; queries: "
         f"{INFORMATION['queries']}, {votes_asked}. Policies are compared at {_nats(preset['budget'])} of KL from the "
         "reference, prompt by prompt, or at their own where they stay below; win rates are expectations over all "
         "answers. Intervals are 95 %, over prompts and training runs; a difference counts above "
