@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -18,11 +19,14 @@ from nlhf_kernels.cli.main import main
 from nlhf_kernels.evaluation import plus_minus
 from nlhf_kernels.experiment import figures
 from nlhf_kernels.experiment.__main__ import main as redraw
+from nlhf_kernels.experiment.candidates import CANDIDATE_PRESETS
+from nlhf_kernels.experiment.candidates.report import all_figures
 from nlhf_kernels.experiment.report import page, summary, table, write_report
 from tests.support.experiment import fake_packages, numbers
 from tests.support.tiny_models import one_thread
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTED = sorted(path.parent.name for path in (ROOT / "docs" / "experiment").glob("*/results.json"))
 
 
 def test_the_page_says_what_the_numbers_say() -> None:
@@ -136,19 +140,37 @@ def test_a_report_is_drawn_again_from_its_results(tmp_path, capsys) -> None:
 
 
 @pytest.mark.files
-def test_the_documented_numbers_are_the_results_files(capsys) -> None:
-    """docs/experiment.md quotes a run's numbers as `python -m nlhf_kernels.experiment` prints them."""
-    page = (ROOT / "docs" / "experiment.md").read_text()
-    stored = sorted((ROOT / "docs" / "experiment").glob("*/results.json"))
-    if not stored:
-        pytest.skip("no run is documented")
-    for path in stored:
-        assert redraw([str(path), "--markdown"]) == 0
-        printed = capsys.readouterr().out
-        assert printed in page, f"{path}: its numbers are not those of the page"
-        if path.parent.name == "small":
-            answer = " ".join(printed.partition("\n\n")[0].split())
-            assert answer in " ".join((ROOT / "README.md").read_text().split()), "README.md quotes the answer"
+def test_a_run_is_documented() -> None:
+    assert "small" in DOCUMENTED
+
+
+@pytest.mark.files
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_documented_numbers_are_the_results_files(name, capsys) -> None:
+    """docs/experiment.md quotes a preset's numbers as `python -m nlhf_kernels.experiment` prints them, under its name,
+    and shows its figures; README.md quotes the answer of the run whose figure it shows."""
+    folder = ROOT / "docs" / "experiment" / name
+    document = (ROOT / "docs" / "experiment.md").read_text()
+    section = re.split(r"\n###? ", document.partition(f"### The {name} preset\n")[2])[0]
+    assert redraw([str(folder / "results.json"), "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert printed in section, f"{folder}: its numbers are not those of the section"
+    results = json.loads((folder / "results.json").read_text())
+    expected = json.loads(json.dumps(dataclasses.asdict(CANDIDATE_PRESETS[name])))
+    assert results["preset"] == expected, "the numbers are those of the preset as it is"
+    drawn = sorted(file for file, _, _ in all_figures(results))
+    shown = re.findall(rf"!\[[^]]+\]\(experiment/{name}/figures/(\w+)\.svg\)", section)
+    assert sorted(shown) == drawn == sorted(path.stem for path in (folder / "figures").iterdir())
+    readme = (ROOT / "README.md").read_text()
+    if f"(docs/experiment/{name}/figures/" in readme:
+        answer = " ".join(printed.partition("\n\n")[0].split())
+        assert answer in " ".join(readme.split()), "README.md quotes the answer"
+
+
+@pytest.mark.files
+def test_the_readme_shows_a_documented_run() -> None:
+    (name,) = re.findall(r"\(docs/experiment/(\w+)/figures/advantage\.svg\)", (ROOT / "README.md").read_text())
+    assert name in DOCUMENTED
 
 
 def test_the_demo_runs_tiny_ends_with_its_report_and_goes_on(tmp_path, monkeypatch, capsys) -> None:

@@ -112,8 +112,8 @@ def _show_candidates(results: dict[str, Any]) -> None:
         shown = Table(
             title=f"{title} (means; the report has intervals)", title_justify="left", box=box.SIMPLE, padding=(0, 1)
         )
-        for name in head:
-            shown.add_column(name)
+        for number, name in enumerate(head):
+            shown.add_column(name.partition(",")[0], no_wrap=number == 0)
         for row in rows:
             shown.add_row(*(cell.partition("\u00a0±")[0] for cell in row))
         console.print(shown)

@@ -143,11 +143,11 @@ def describe_setting(results: Results) -> str:
         f"{len(results['knobs'])} groups of annotators, by a knob from a reward to circles, {preset['games']} prompts "
         f"each, {preset['candidates']} answers to choose from; {preset['runs']} training runs of each contestant at "
         f"each of {len(preset['taus'])} tau. Every run makes {preset['updates']} updates with "
-        f"{preset['samples_per_prompt']} answers to every prompt. pairs: {INFORMATION['pairs']}, {preset['pairs']}; queries: "
-        f"{INFORMATION['queries']}, {votes_asked}. Policies are compared at {_nats(preset['budget'])} of KL from the "
-        "reference, prompt by prompt, or at their own where they stay below; win rates are expectations over all "
-        "answers. Intervals are 95 %, over prompts and training runs; a difference counts above "
-        f"{MARGIN:g} with its whole interval."
+        f"{preset['samples_per_prompt']} answers to every prompt. pairs: {INFORMATION['pairs']}, {preset['pairs']}; "
+        f"queries: {INFORMATION['queries']}, {votes_asked}. Policies are compared at {_nats(preset['budget'])} of KL "
+        "from the reference, prompt by prompt, or at their own where they stay below; win rates are expectations over "
+        f"all answers. Intervals are 95 %, over prompts and training runs; a difference counts above {MARGIN:g} with "
+        "its whole interval."
     )
 
 
