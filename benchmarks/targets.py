@@ -66,6 +66,12 @@ ROLLOUT_7B = "prompts=16 prompt=128 new=96 width=3584 layers=28 vocabulary=15206
 _UPDATE = "prompts=16 prompt=128 new={} width=896 layers=24 vocabulary=151936"
 
 
+def _product(layer: str, width: int, columns: int) -> Headline:
+    """A linear layer of a step; the rival is cuBLAS."""
+    shape = f"rows=32 width={width} columns={columns}"
+    return Headline(f"product of a step: {layer}", "decode_linear", shape, "bfloat16", "forward", ours="triton")
+
+
 def _rollout(name: str, shape: str, ours: str, target: Target | None) -> Headline:
     return Headline(name, "rollout", shape, "bfloat16", "forward", target, ours)
 
@@ -106,6 +112,8 @@ HEADLINES = (
              "bfloat16", "forward"),
     Headline("attention of a step, 7B", "decode_attention", "rows=32 heads=28 kv_heads=4 positions=192 dim=128",
              "bfloat16", "forward"),
+    *(_product(*sizes) for sizes in (("q, k, v", 896, 1152), ("output", 896, 896), ("gate, up", 896, 9728),
+                                     ("down", 4864, 896), ("gate, up of 7B", 3584, 37_888))),
     Headline("100 steps, 1024 games x 64", "mirror_descent", "games=1024 actions=64 steps=100", "float32", "forward"),
     Headline("the same, float64", "mirror_descent", "games=1024 actions=64 steps=100", "float64", "forward"),
     Headline("100 steps, 8 games x 2048", "mirror_descent", "games=8 actions=2048 steps=100", "float32", "forward",

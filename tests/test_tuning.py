@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from typing import NamedTuple
 
@@ -97,6 +98,31 @@ def test_what_the_time_does_not_allow_is_not_measured(tunable) -> None:
     assert result.best == DEFAULT
 
 
+def test_a_rival_that_is_faster_keeps_its_place(tunable) -> None:
+    """A kernel that competes with another backend is remembered only where its best plan is faster than that."""
+    times = {8: 10.0, 16: 12.0, 32: 5.0, 64: 7.0}
+
+    def sweep_against(rival_us):
+        def rival():
+            return "rival"
+
+        def median_us(call, seconds):
+            return rival_us if call is rival else times[tunable.plan(GPU, WORKLOAD, DEFAULT).tile]
+
+        launch = Launch(tunable, WORKLOAD, DEFAULT)
+        return tuning.sweep([lambda: None], launch, 60.0, median_us, rivals=[rival])
+
+    assert not tuning.is_tuned("logprobs", "triton", GPU, WORKLOAD)
+    tuning.keep(CARD, [sweep_against(6.0)])
+    assert tuning.is_tuned("logprobs", "triton", GPU, WORKLOAD)
+    assert tunable.plan(GPU, WORKLOAD, DEFAULT) == Plan(32, 4)
+    for rival_us in (5.05, 4.0):
+        result = sweep_against(rival_us)
+        assert result.rival_us == rival_us and not result.beats_rival
+        tuning.keep(CARD, [result])
+        assert not tuning.is_tuned("logprobs", "triton", GPU, WORKLOAD), "the entry of an earlier measurement goes"
+
+
 def test_plans_of_other_gpus_and_ops_stay(tunable, tmp_path) -> None:
     tuning.keep("Another card", [swept(tunable, {8: 10.0, 16: 1.0, 32: 5.0, 64: 7.0})])
     path = tuning.keep(CARD, [swept(tunable, {8: 10.0, 16: 12.0, 32: 5.0, 64: 7.0})])
@@ -164,6 +190,7 @@ def test_every_plan_of_the_rooms_gives_the_same_result() -> None:
         "mixture_sample": lambda: nlhf_kernels.mixture_sample(policy, other, 0.3, **draws, backend="triton"),
         "logprobs": lambda: nlhf_kernels.logprobs(policy, torch.tensor([0, 699, 5]), other, kl=True, backend="triton"),
         "decode_attention": lambda: nlhf_kernels.decode_attention(query, keys, keys, ends=ends, backend="triton"),
+        "decode_linear": lambda: nlhf_kernels.decode_linear(policy, other.repeat(7, 1), backend="triton"),
     }
     for op, call in calls.items():
         with tuning.record_launches() as launches:
@@ -182,10 +209,11 @@ def test_every_plan_of_the_rooms_gives_the_same_result() -> None:
 
 def test_the_command_measures_and_shows(capsys) -> None:
     """A dry run of less than a second in the interpreter prints plans in lines of at most 80 columns."""
-    assert (
-        main(["tune", "--dry-run", "--vocabulary", "64", "--rows", "1", "--dtype", "float32", "--minutes", "0.01"]) == 0
-    )
+    sizes = ["--vocabulary", "64", "--rows", "1", "--products", "16x32", "--dtype", "float32"]
+    assert main(["tune", "--dry-run", *sizes, "--minutes", "0.01"]) == 0
     output = capsys.readouterr().out
+    assert "decode_linear triton" in output and "16 x 32 x 16 float32" in output
+    assert re.search(r"torch: [\d,]+ us", output), "the product that the kernel has to beat"
     assert "mixture_sample triton" in output and "any x 64 float32" in output and "tile=" in output
     assert all(len(line) <= 80 for line in output.splitlines())
 
@@ -209,18 +237,19 @@ def test_bad_input_is_refused(arguments, message, capsys) -> None:
 def test_games_are_two_numbers(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["tune", "--games", "8"])
-    assert "--games: expected GAMESxACTIONS, such as 8x2048; got '8'" in capsys.readouterr().err
+    assert "--games: expected two numbers above 0, such as 8x2048; got '8'" in capsys.readouterr().err
 
 
 def test_every_tunable_kernel_is_launched_by_some_operation() -> None:
     """Launches are recorded for backends that run here; the others are checked by name."""
     for op, _ in Tunable.instances:
         assert op in {entry.name for entry in ops()}
-    sizes = tune.Sizes(64, heads=2, kv_heads=1, head_dim=16)
+    sizes = tune.Sizes(64, heads=2, kv_heads=1, head_dim=16, products=((16, 32),))
     operations = list(tune.operations(sizes, [2], [(2, 3)], torch.float32, torch.device("cpu")))
     assert {each.op for each in operations} >= {op for op, _ in Tunable.instances}
     launches = tune.find_launches(operations)
-    assert {launch.tunable.op for launch in launches} >= {"mixture_sample", "decode_attention", "logprobs"}
+    launched = {launch.tunable.op for launch in launches}
+    assert launched >= {"mixture_sample", "decode_attention", "decode_linear", "logprobs"}
 
 
 @pytest.mark.gpu

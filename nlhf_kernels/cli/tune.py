@@ -1,7 +1,9 @@
 """`nlhf-kernels tune`: measure the launch plans of the GPU kernels on this GPU and remember the fastest.
 
-Sizes come from a model's configuration (--model) or from --vocabulary. Later processes on a GPU of this name use the
-stored plans; `nlhf-kernels info` shows them. NLHF_KERNELS_TUNING names another file for them, or switches them off.
+Sizes come from a model's configuration (--model) or from --vocabulary and --products. A product of few rows is
+remembered only where Triton's is faster than cuBLAS's, which `decode_linear` takes otherwise. Later processes on a GPU
+of this name use the stored plans; `nlhf-kernels info` shows them. NLHF_KERNELS_TUNING names another file for them, or
+switches them off.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import nlhf_kernels
 from ..core import settings, tuning
 from ..core.registry import explain
 from ..core.terminal import new_console, new_progress
+from ..ops.decode_linear.op import MAX_ROWS
 from .errors import BadInput
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -43,6 +46,7 @@ class Sizes(NamedTuple):
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
+    products: tuple[tuple[int, int], ...] = ()  # (width, columns) of linear layers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--model", metavar="NAME", help="a model's folder or hub name; only its configuration is read")
     where.add_argument("--vocabulary", type=int, default=128_256, help="tokens (default: %(default)s)")
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[1, 64, 256], help="of a decoding step (default: 1 64 256)"
+        "--rows", type=int, nargs="+", default=[1, 32, 64, 256], help="of a decoding step (default: 1 32 64 256)"
     )
     parser.add_argument(
-        "--games", type=_games, nargs="+", default=[], metavar="GxA", help="games x actions of mirror_descent: 8x2048"
+        "--products",
+        type=_pair,
+        nargs="+",
+        default=[],
+        metavar="DxN",
+        help="width x columns of linear layers, besides the model's: 896x1152",
+    )
+    parser.add_argument(
+        "--games", type=_pair, nargs="+", default=[], metavar="GxA", help="games x actions of mirror_descent: 8x2048"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help="of logits and caches (default: %(default)s)"
@@ -66,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _check(arguments, device)
     sizes = model_sizes(arguments.model) if arguments.model else Sizes(arguments.vocabulary)
+    sizes = sizes._replace(products=tuple(dict.fromkeys((*sizes.products, *arguments.products))))
     console = new_console()
     launches = find_launches(
         operations(sizes, arguments.rows, arguments.games, getattr(torch, arguments.dtype), device)
@@ -76,7 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
         bar = progress.add_task("plans", total=sum(len(plans_of(launch)) for launch in launches))
         for index, (launch, calls) in enumerate(launches.items()):
             share = (seconds - (progress.tasks[0].elapsed or 0.0)) / (len(launches) - index)
-            sweeps.append(tuning.sweep(calls, launch, share, median_us, lambda: progress.advance(bar)))
+            rival = launch.tunable.rival
+            rivals = [partial(call, backend=rival) for call in calls] if rival else []
+            sweeps.append(tuning.sweep(calls, launch, share, median_us, lambda: progress.advance(bar), rivals))
     console.print(table_of(sweeps))
     if arguments.dry_run:
         return 0
@@ -85,11 +100,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _games(text: str) -> tuple[int, int]:
-    games, separator, actions = text.partition("x")
-    if not (separator and games.isdecimal() and actions.isdecimal() and int(games) and int(actions)):
-        raise argparse.ArgumentTypeError(f"expected GAMESxACTIONS, such as 8x2048; got {text!r}")
-    return int(games), int(actions)
+def _pair(text: str) -> tuple[int, int]:
+    first, separator, second = text.partition("x")
+    if not (separator and first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+        raise argparse.ArgumentTypeError(f"expected two numbers above 0, such as 8x2048; got {text!r}")
+    return int(first), int(second)
 
 
 def _check(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -113,12 +128,18 @@ def model_sizes(name: str) -> Sizes:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Sizes(config.vocab_size, heads, kv_heads, head_dim)
+    width, mlp = config.hidden_size, getattr(config, "intermediate_size", None)
+    queries, keys = heads * head_dim, kv_heads * head_dim
+    products = [(width, queries + 2 * keys), (queries, width), (width, config.vocab_size)]
+    if mlp:
+        products += [(width, 2 * mlp), (mlp, width)]
+    products += [(width, queries), (width, keys), *([(width, mlp)] if mlp else ())]  # where they are not joined
+    return Sizes(config.vocab_size, heads, kv_heads, head_dim, tuple(products))
 
 
-def find_launches(operations: Iterable[Operation]) -> dict[tuning.Launch, list[Callable[[], Any]]]:
+def find_launches(operations: Iterable[Operation]) -> dict[tuning.Launch, list[Callable[..., Any]]]:
     """Map the launches of tunable kernels in `operations` to the calls that make them."""
-    calls: dict[tuning.Launch, list[Callable[[], Any]]] = {}
+    calls: dict[tuning.Launch, list[Callable[..., Any]]] = {}
     for op, arguments, options, gradient_of in operations:
         reasons = explain(op, *arguments, **options).reasons
         for backend in ("triton", "cuda"):
@@ -153,6 +174,10 @@ def operations(
             keys, values = (normal(count, sizes.kv_heads, POSITIONS, sizes.head_dim) for _ in range(2))
             ends = torch.full((count,), POSITIONS, dtype=torch.int64, device=device)
             yield Operation("decode_attention", (query, keys, values), {"ends": ends})
+    for width, columns in sizes.products:
+        weight = normal(columns, width)
+        for count in (count for count in rows if count <= MAX_ROWS):
+            yield Operation("decode_linear", (normal(count, width), weight))
     tokens = min(TOKENS, 32 * max(rows))
     policy, reference = normal(tokens, sizes.vocabulary).requires_grad_(), normal(tokens, sizes.vocabulary)
     targets = torch.randint(sizes.vocabulary, (tokens,), dtype=torch.int64, device=device)
@@ -183,6 +208,9 @@ def table_of(sweeps: list[tuning.Sweep]) -> Table:
         measured = sum(isinstance(median, float) for median in result.medians.values())
         default_plan, fastest = (_describe(result, plan) for plan in (default, result.best))
         same = "the default" if result.best == default else fastest
+        if result.rival_us is not None:
+            verdict = "" if result.beats_rival else ", which stays"
+            same += f"\n{tunable.rival}: {result.rival_us:,.0f} us{verdict}"
         table.add_row(
             f"{tunable.op} {tunable.backend}\n{workload}", default_plan, same, f"{measured}/{len(result.medians)}"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import statistics
 import time
 import warnings
@@ -24,6 +25,8 @@ import torch
 from . import capabilities, settings
 from .atomic import write_atomic
 from .text import parse_json, read_text
+
+_log = logging.getLogger(__name__)
 
 SCHEMA = 1
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -61,14 +64,22 @@ class Tunable(Generic[Plan]):
         backend (str): triton or cuda.
         plan_type (type): a NamedTuple of integers.
         candidates (callable): the default plan of a workload -> plans worth a measurement.
+        rival (str): a backend that `auto` prefers unless a plan is measured faster; "" where plans only compete with
+            each other.
     """
 
     instances: ClassVar[dict[tuple[str, str], Tunable[Any]]] = {}
 
     def __init__(
-        self, op: str, backend: str, plan_type: type[Plan], candidates: Callable[[Plan], Iterable[Plan]]
+        self,
+        op: str,
+        backend: str,
+        plan_type: type[Plan],
+        candidates: Callable[[Plan], Iterable[Plan]],
+        rival: str = "",
     ) -> None:
         self.op, self.backend, self.plan_type, self.candidates = op, backend, plan_type, candidates
+        self.rival = rival
         self.instances[op, backend] = self
 
     def make(self, numbers: Iterable[int]) -> Plan:
@@ -127,6 +138,7 @@ class Sweep(NamedTuple):
 
     launch: Launch
     medians: dict[Numbers, float | str]
+    rival_us: float | None = None  # median of the tunable's rival backend
 
     @property
     def default_us(self) -> float:
@@ -139,6 +151,11 @@ class Sweep(NamedTuple):
         fastest = min(measured, key=measured.__getitem__)
         return fastest if measured[fastest] * LEAST_GAIN < self.default_us else self.launch.default
 
+    @property
+    def beats_rival(self) -> bool:
+        """Whether the best plan is faster than the rival by more than noise; True without a rival."""
+        return self.rival_us is None or float(self.medians[self.best]) * LEAST_GAIN < self.rival_us
+
 
 def sweep(
     calls: Sequence[Callable[[], Any]],
@@ -146,6 +163,7 @@ def sweep(
     seconds: float,
     median_us: Callable[[Callable[[], Any], float], float],
     on_plan: Callable[[], None] = lambda: None,
+    rivals: Sequence[Callable[[], Any]] = (),
 ) -> Sweep:
     """Measure the candidates of a launch until the time is up, the default first.
 
@@ -156,11 +174,13 @@ def sweep(
         seconds (float): for all candidates together.
         median_us (callable): (call, seconds) -> microseconds.
         on_plan (callable): called after each candidate.
+        rivals (callables): the same calls on the tunable's rival backend, measured first.
     """
     default = launch.tunable.make(launch.default)
     plans = list(dict.fromkeys([default, *launch.tunable.candidates(default)]))
     deadline = time.monotonic() + seconds
     medians: dict[Numbers, float | str] = {}
+    rival_us = sum(median_us(call, seconds / (len(plans) + 1) / len(rivals)) for call in rivals) if rivals else None
     truth = [tensors_of(call()) for call in calls]
     for index, plan in enumerate(plans):
         left = deadline - time.monotonic()
@@ -179,7 +199,7 @@ def sweep(
                     raise
                 medians[plan] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         on_plan()
-    return Sweep(launch, medians)
+    return Sweep(launch, medians, rival_us)
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
@@ -204,7 +224,11 @@ def _agree(result: list[torch.Tensor], truth: list[torch.Tensor]) -> bool:
 
 
 def median_on(device: torch.device) -> Callable[[Callable[[], Any], float], float]:
-    """Make a `median_us` for `sweep`: cold caches, GPU events, at least 5 repeats and at most 100."""
+    """Make a `median_us` for `sweep`: cold caches, GPU events, at least 5 repeats and at most 100.
+
+    A call is replayed from a CUDA graph: a launch costs the host more than many kernels cost the GPU, and the flush
+    covers the launch of a graph.
+    """
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
 
     def sample_us(call: Callable[[], Any]) -> float:
@@ -223,6 +247,7 @@ def median_on(device: torch.device) -> Callable[[Callable[[], Any], float], floa
     def median_us(call: Callable[[], Any], seconds: float) -> float:
         for _ in range(2):
             sample_us(call)  # compiles, warms up
+        call = _recorded(call) if device.type == "cuda" else call
         samples: list[float] = []
         deadline = time.monotonic() + seconds
         while len(samples) < 5 or (len(samples) < 100 and time.monotonic() < deadline):
@@ -230,6 +255,18 @@ def median_on(device: torch.device) -> Callable[[Callable[[], Any], float], floa
         return statistics.median(samples)
 
     return median_us
+
+
+def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Record a call in a CUDA graph and return its replay; `call` itself where it cannot be recorded."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        _log.info("tune: a call is measured without a CUDA graph: %s", error)
+        return call
+    return graph.replay
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -284,6 +321,11 @@ def tuned_plans(card: str) -> Tuned:
         return {}
 
 
+def is_tuned(op: str, backend: str, device: torch.device, workload: Workload) -> bool:
+    """Return whether the file has a plan for this workload on this GPU: its kernel has beaten any rival there."""
+    return (op, backend, workload) in tuned_plans(card_name(device))
+
+
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     content = parse_json(read_text(path))
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("cards"), dict):
@@ -310,6 +352,8 @@ def _numbers(entry: dict[str, Any]) -> Numbers:
 def keep(card: str, sweeps: Iterable[Sweep]) -> Path | None:
     """Write the best plans of `sweeps` to the file; keep its entries for other GPUs, ops and workloads.
 
+    A workload whose rival is faster has no entry.
+
     Returns the file, or None where NLHF_KERNELS_TUNING is off.
     """
     path = plans_file()
@@ -329,7 +373,10 @@ def keep(card: str, sweeps: Iterable[Sweep]) -> Path | None:
             "workload": [workload.rows, list(workload.sizes), workload.dtypes, workload.variant], "plan": plan,
             "median_us": result.medians[result.best], "default_us": result.default_us,
         }  # fmt: skip
-        entries[tunable.op, tunable.backend, str(entry["workload"])] = entry
+        key = tunable.op, tunable.backend, str(entry["workload"])
+        entries.pop(key, None)
+        if result.beats_rival:
+            entries[key] = entry
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"schema": SCHEMA, "cards": {**cards, card: list(entries.values())}}
     write_atomic(path, json.dumps(content, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from .decode_attention.op import decode_attention
 from .decode_attention.window import DecodeWindow, current_decode_window, decode_window
+from .decode_linear.op import decode_linear
 from .linear_logprobs.head import Head
 from .linear_logprobs.op import linear_logprobs
 from .logprobs.op import Logprobs, logprobs
@@ -25,6 +26,7 @@ __all__ = [
     "PreferenceLoss",
     "current_decode_window",
     "decode_attention",
+    "decode_linear",
     "decode_window",
     "linear_logprobs",
     "linear_nash_pg_loss",
