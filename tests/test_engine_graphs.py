@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -9,7 +13,7 @@ import transformers
 from nlhf_kernels import use_backend
 from nlhf_kernels.engine import Hooks, Player, RolloutEngine, nash_md
 from nlhf_kernels.engine.batch import PlayerRows, remaining_rows
-from nlhf_kernels.engine.graphs import EagerRecorder, Graphs
+from nlhf_kernels.engine.graphs import CudaRecorder, EagerRecorder, Graphs
 from nlhf_kernels.engine.outputs import OpenRowsReader
 from tests.support.engine import TINY, can_be_recorded, settings, tiny, tiny_pair, worst_error
 from tests.support.tiny_models import BETA, one_thread, padded, prompts
@@ -157,6 +161,23 @@ def test_steps_that_nobody_recorded_are_those_of_the_rollout_that_takes_them() -
         assert torch.equal(one.lengths, two.lengths) and two.lengths.min() >= 6
 
 
+def test_other_threads_may_use_the_device_during_a_capture(monkeypatch) -> None:
+    """A loader's thread that pins memory, say: in the mode "global" its call fails and invalidates the capture."""
+    options, stream = {}, SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": nullcontext,
+        "CUDAGraph": lambda: SimpleNamespace(pool=lambda: (0, 1), replay=None),
+        "graph": lambda graph, **given: options.update(given) or nullcontext(),
+    }
+    for name, stand_in in stand_ins.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    CudaRecorder(torch.device("cuda", 0)).record(lambda: None, [])
+    assert options["capture_error_mode"] == "thread_local"
+
+
 def test_buckets() -> None:
     _, recorder = recorded(*tiny_pair("gpt2"))
     graphs = Graphs(recorder, bucket=256)
@@ -180,22 +201,22 @@ def test_remaining_rows(is_open, powers_of_two, remaining) -> None:
     assert remaining_rows(players_rows, [mark == "1" for mark in is_open.replace(" ", "")], powers_of_two) == remaining
 
 
-def test_an_answer_that_has_not_arrived_stops_nobody() -> None:
-    """The open rows are read only once the event of their copy to the host has completed."""
+def test_the_host_waits_for_the_check_before(monkeypatch) -> None:
+    """A check reads the flags of the check before, once they have arrived: the host is at most that far ahead."""
+    reader, waits = OpenRowsReader(), []
 
-    class Event:
-        done = False
+    def copy(is_open):
+        copies.append(len(copies))
+        return is_open, SimpleNamespace(synchronize=partial(waits.append, copies[-1]))
 
-        def query(self) -> bool:
-            return self.done
-
-    rows, event = OpenRowsReader(), Event()
-    rows._pending = (torch.tensor([True, False]), event)
-    assert rows.read() is None
-    event.done = True
-    assert rows.read() == [True, False] and rows.read() is None
-    rows.request(torch.tensor([False]))
-    assert rows.read() == [False]
+    copies: list[int] = []
+    monkeypatch.setattr(reader, "_copy", copy)
+    rows = [torch.tensor(flags) for flags in ([True, True], [True, False], [False, False])]
+    assert reader.exchange(rows[0]) is None and not waits
+    assert reader.exchange(rows[1]) == [True, True] and waits == [0]
+    assert reader.exchange(rows[2], now=True) == [False, False] and waits == [0, 2]
+    assert reader.exchange(rows[2]) == [False, False]
+    assert OpenRowsReader().exchange(rows[1]) == [True, False], "a CPU's flags are there at once"
 
 
 @pytest.mark.parametrize(

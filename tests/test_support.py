@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from nlhf_kernels.core.registry import ops
 from tests.support import statistics
 from tests.support.poison import poison, poisoned_allocations, surrounded
 from tests.support.statistics import ALPHA, CHECKS, FAMILY_ALPHA, assert_plausible, chi_square_p, mean_z, normal_p
 from tests.support.tolerances import assert_accurate, worst_error
+from tests.test_gpu_ops import made_calls
+from tests.test_operators import backward
 
 
 def test_accuracy_is_held_against_pytorch_at_the_same_dtype() -> None:
@@ -79,3 +82,10 @@ def test_surrounded_keeps_values_and_poisons_the_margin() -> None:
     storage = torch.empty(0).set_(inner.untyped_storage())
     assert storage[:4].isnan().all()
     assert storage[-4:].isnan().all()
+
+
+@pytest.mark.parametrize("op", [op.name for op in ops() if "torch" not in op.absent])
+def test_the_calls_of_the_gpu_tests_run(op) -> None:
+    """Calls that only a GPU's tests make are correct Python on every machine."""
+    for call in made_calls(op, "torch"):
+        backward(call())

@@ -13,6 +13,8 @@ import torch
 
 BUCKET = 256  # cache slots a graph reads: fewer waste attention on masked slots, more cost graphs and memory
 WARM_UPS = 2  # steps run before recording: libraries allocate and tune on their first calls
+#: Other threads go on using the device during a capture: loaders pin memory, NCCL's watchdog polls events, judges run.
+CAPTURE_ERROR_MODE = "thread_local"
 Run = Callable[[], None]
 Result = TypeVar("Result")
 
@@ -72,7 +74,7 @@ class CudaRecorder:
                     tensor.copy_(value)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode=capture_error_mode()):
+        with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode=CAPTURE_ERROR_MODE):
             step()
         self.pool = graph.pool()
         return graph.replay
@@ -94,9 +96,3 @@ class CudaRecorder:
         while len(self.streams) <= index:
             self.streams.append(torch.cuda.Stream(self.device))
         return self.streams[index]
-
-
-def capture_error_mode() -> str:
-    """Return the capture's error mode: with several processes "thread_local", because an NCCL thread polls events."""
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return "thread_local" if shared else "global"

@@ -20,7 +20,9 @@ from .outputs import OpenRowsReader, TokenBuffers
 from .request import Request, RolloutResult
 from .runners import Runner
 
-CHECK_EVERY = 8  # steps between checks for ends; a row decodes up to so many tokens after its end
+CHECK_EVERY = (
+    8  # steps between checks for ends; a row decodes up to so many tokens after its end, on a GPU twice as many
+)
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,7 @@ class Rollout:
         outputs = self.space.outputs
         outputs.find_ends(self.checked, self.steps)
         self.checked = self.steps
-        self.open_rows.request(outputs.is_open)
-        is_open = self.open_rows.read(wait=self.request.any_open is not None)
+        is_open = self.open_rows.exchange(outputs.is_open, now=self.request.any_open is not None)
         if is_open is None:
             return True
         if any(is_open):

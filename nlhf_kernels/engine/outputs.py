@@ -76,30 +76,32 @@ class TokenBuffers:
 class OpenRowsReader:
     """Copies `TokenBuffers.is_open` to the host without stalling the device.
 
-    On a GPU the copy overlaps the next steps, so the flags may be a few steps old. Rows never reopen: stale flags only
-    keep rows in the batch a little longer.
+    On a GPU a check gets the flags of the check before, whose copy it waits for. The steps between the two are queued
+    by then, so the device does not idle, and the host is never further ahead than that. Rows never reopen: old flags
+    only keep rows in the batch a little longer.
     """
 
     def __init__(self) -> None:
-        self._latest: list[bool] | None = None
-        self._pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
-    def request(self, is_open: torch.Tensor) -> None:  # (rows,) bool
-        """Start a copy, unless one is under way."""
+    def exchange(self, is_open: torch.Tensor, now: bool = False) -> list[bool] | None:  # (rows,) bool
+        """Start a copy and return the flags of the last call, None at the first; `now` returns those of this call."""
+        before, self._pending = self._pending, self._copy(is_open)
+        flags, event = self._pending
+        if event is not None and not now:
+            if before is None:
+                return None
+            flags, event = before
+        if event is not None:
+            event.synchronize()
+        return flags.tolist()
+
+    def _copy(self, is_open: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Return flags on the host, and the event after which they are there; None: now."""
         if is_open.device.type != "cuda":
-            self._latest = is_open.tolist()
-        elif self._pending is None:
-            host = torch.empty(is_open.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-            host.copy_(is_open, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._pending = (host, event)
-
-    def read(self, wait: bool = False) -> list[bool] | None:
-        """Return the latest flags, once; None while there are no new ones, which `wait` waits for."""
-        if self._pending is not None and wait:
-            self._pending[1].synchronize()
-        if self._pending is not None and self._pending[1].query():
-            self._latest, self._pending = self._pending[0].tolist(), None
-        latest, self._latest = self._latest, None
-        return latest
+            return is_open, None
+        host = torch.empty(is_open.shape, dtype=torch.bool, device="cpu", pin_memory=True)
+        host.copy_(is_open, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event

@@ -18,7 +18,7 @@ import torch
 from ..core.upstream import keep_unsharded
 from ..core.vocabulary import TENSOR_PARALLEL, VocabularySlice, is_dtensor, same_slice, slice_of
 from .contexts import eval_mode, exact_products, no_autocast
-from .graphs import capture_error_mode
+from .graphs import CAPTURE_ERROR_MODE
 from .model_info import ModelInfo
 
 
@@ -327,7 +327,7 @@ def _why_not_captured(group: Any, device: torch.device) -> str | None:
         torch.distributed.all_reduce(total, group=group)  # initialises the communicator
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode=capture_error_mode()):
+        with torch.cuda.graph(graph, capture_error_mode=CAPTURE_ERROR_MODE):
             torch.distributed.all_reduce(total, group=group)
         graph.replay()
         if not bool((total == processes**2).all()):
