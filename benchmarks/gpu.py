@@ -1,12 +1,13 @@
 """Run everything that needs a GPU within a time budget, the most important stages first.
 
-Stages: build for this card, tests marked `gpu`, headline rows, rollouts, training updates, sanitizers, then all other
-shapes. Each stage appends its results to the file as it measures them; a second run at the same commit on the same
-machine skips the stages that have finished. The output ends with a table: ours, the best rival, their ratio, the share
-of the floor, the target, and whether it is met.
+Stages: build for this card, tests marked `gpu`, headline rows, rollouts, training updates, one model's scores beside
+other libraries, sanitizers, then all other shapes. Each stage appends its results to the file as it measures them; a
+second run at the same commit on the same machine skips the stages that have finished. The output ends with a table:
+ours, the best rival, their ratio, the share of the floor, the target, and whether it is met.
 
 It runs in the active environment, which needs PyTorch with CUDA, Triton, nvcc, pybind11, pytest and preferably
-pytest-xdist. Rivals are measured if installed: flashinfer-python, liger-kernel, cut-cross-entropy, trl==1.13.0.
+pytest-xdist. Rivals are measured if installed: flashinfer-python, liger-kernel[cutedsl], quack-kernels,
+cut-cross-entropy, trl==1.13.0.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
         Stage("headlines", 110, (headlines,)),
         Stage("rollout", 110, (rollout(896),) if tiny else (rollout(896), rollout(3584)), least=0 if tiny else 50),
         Stage("train_step", 80, (update(64),) if tiny else (update(64), update(256)), least=0 if tiny else 35),
+        Stage("one_model", 60, (benchmark("one_model", "headline"),), least=0 if tiny else 30),
         Stage(
             "sanitizers",
             40,

@@ -63,6 +63,7 @@ _64, _7B, _HALF = "sample 64 x 128256", "hidden=4096 vocabulary=128256", "hidden
 _LOGITS = "tokens=8192 length=512 vocabulary=128256 models="
 ROLLOUT_HALF = "prompts=16 prompt=128 new=96 width=896 layers=24 vocabulary=151936 mlp=4864 heads=14 kv_heads=2 tied=1"
 ROLLOUT_7B = "prompts=16 prompt=128 new=96 width=3584 layers=28 vocabulary=152064 mlp=18944 heads=28 kv_heads=4 tied=0"
+_ONE_MODEL = "tokens=2048 length=512 hidden=4096 vocabulary=128256 upstream="
 _UPDATE = "prompts=16 prompt=128 new={} width=896 layers=24 vocabulary=151936"
 
 
@@ -108,6 +109,10 @@ HEADLINES = (
     _linear("the same with the KL to go", "nash_pg_loss", f"{_HALF} kl=to_go",
             Target("times", 1.05, "Nash-MD loss from hidden, 0.5B")),
     _linear("preference loss from hidden, 0.5B", "preference_loss", _HALF),
+    Headline("one model, a gradient for each token", "one_model", f"{_ONE_MODEL}tokens", "bfloat16", "full",
+             Target("faster", 0.9)),
+    Headline("one model, the gradient of the sum", "one_model", f"{_ONE_MODEL}sum", "bfloat16", "full",
+             Target("faster", 0.9)),
     Headline("attention of a step, 0.5B", "decode_attention", "rows=32 heads=14 kv_heads=2 positions=192 dim=64",
              "bfloat16", "forward"),
     Headline("attention of a step, 7B", "decode_attention", "rows=32 heads=28 kv_heads=4 positions=192 dim=128",

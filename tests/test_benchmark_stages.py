@@ -19,9 +19,11 @@ from benchmarks.cases import all_cases
 from benchmarks.harness import machine, results, runner, stages
 from benchmarks.harness.results import Floor, ResultRow, RowKey, RunFacts, append_rows, read_rows
 from benchmarks.harness.timing import Timing
+from benchmarks.one_model import SHAPES as ONE_MODEL
 from benchmarks.rollout import SHAPES as ROLLOUTS
 from benchmarks.train_step import SHAPES as UPDATES
 
+LOOPS = ("rollout", "train_step", "one_model")
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = RunFacts("2026-01-02T00:00:00+00:00", "standard", "c0ffee1", False, {"gpu": "a card", "cpu": "c"},
                  {"torch": "2"}, {"copy_bytes_per_s": targets.H200_COPY_BYTES_PER_S / 2})  # fmt: skip
@@ -220,14 +222,15 @@ def test_every_headline_is_a_shape_that_a_benchmark_measures() -> None:
     standard = {(name, *shape.identity): case.modes_at(shape)
                 for name, case in all_cases().items() for shape in case.shapes["standard"]}  # fmt: skip
     standard |= {("rollout", *shape.identity): ("forward",) for shape in ROLLOUTS["standard"]}
-    standard |= {("train_step", *shape.identity): ("full",) for shape in UPDATES["standard"]}
+    for name, shapes in (("train_step", UPDATES), ("one_model", ONE_MODEL)):
+        standard |= {(name, *shape.identity): ("full",) for shape in shapes["standard"]}
     for key, modes in targets.headline_modes().items():
         assert set(modes) <= set(standard.get(key, ())), key
-    assert {key[0] for key in targets.headline_modes()} == {*all_cases(), "rollout", "train_step"}, "every case"
+    assert {key[0] for key in targets.headline_modes()} == {*all_cases(), *LOOPS}, "every case"
     names = [headline.name for headline in targets.HEADLINES]
     assert len(set(names)) == len(names)
     assert {each.target.of for each in targets.HEADLINES if each.target and each.target.of} <= set(names)
-    assert len(ROLLOUTS["headline"]) == 2 and len(UPDATES["headline"]) == 2
+    assert len(ROLLOUTS["headline"]) == 2 and len(UPDATES["headline"]) == len(ONE_MODEL["headline"]) == 2
 
 
 def test_the_headline_preset_is_made_of_them() -> None:
@@ -318,11 +321,12 @@ def test_all_of_it_runs_tiny_on_a_cpu(tmp_path) -> None:
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stdout + process.stderr + out.with_suffix(".log").read_text()
     rows = read_rows(out)
-    assert {row.key.case for row in rows} == {"gpu", "mirror_descent", "rollout", "train_step"}
+    assert {row.key.case for row in rows} == {"gpu", "mirror_descent", *LOOPS}
     ends = {row.key.implementation: row for row in rows if row.kind == "stage"}
     assert {name: end.status for name, end in ends.items()} == {
         "build": "unavailable", "tests": "ok", "headlines": "ok", "rollout": "ok", "train_step": "ok",
-        "sanitizers": "unavailable", "plans": "unavailable", "sweeps": "unavailable", "growth": "unavailable",
+        "one_model": "ok", "sanitizers": "unavailable", "plans": "unavailable", "sweeps": "unavailable",
+        "growth": "unavailable",
     }  # fmt: skip
     assert all(json.loads(line) for line in out.read_text().splitlines())
     lines = process.stdout.splitlines()

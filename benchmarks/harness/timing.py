@@ -159,7 +159,7 @@ def _step(entry: _Entry) -> None:
     entry.spent_s += time.perf_counter() - start
 
 
-def _round_robin(
+def round_robin(
     samplers: Mapping[str, Callable[[], float]], plan: TimingPlan, flush_bytes: int
 ) -> dict[str, Timing | Exception]:
     """Sample all implementations in turn, so that clock drift and other load affect all of them alike."""
@@ -182,7 +182,7 @@ def time_calls(actions: Mapping[str, Action], device: torch.device, plan: Timing
     """Time the actions in turn, each from cold caches (plan.flush_bytes)."""
     clock = Clock(device, plan.flush_bytes)
     samplers = {name: partial(clock.sample_us, action) for name, action in actions.items()}
-    return _round_robin(samplers, plan, plan.flush_bytes)
+    return round_robin(samplers, plan, plan.flush_bytes)
 
 
 def time_overhead(
@@ -212,4 +212,4 @@ def time_overhead(
         batch_us(call, 1 + sizes[name] // 10)  # warm the caches after the previous implementation
         return batch_us(call, sizes[name]) / sizes[name]
 
-    return _round_robin({name: partial(measured, name, call) for name, call in calls.items()}, plan, 0)
+    return round_robin({name: partial(measured, name, call) for name, call in calls.items()}, plan, 0)

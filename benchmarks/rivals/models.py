@@ -71,10 +71,15 @@ def growth_shapes(
     return list({shape.label: shape for shape in shapes}.values())
 
 
+def _models(shape: Shape) -> int:
+    """Return how many models are scored: one if the reference's scores are given or there is no reference."""
+    return 1 if shape.sizes.get("reference") == "logprobs" or "upstream" in shape.sizes else 2
+
+
 def matmul_flops(shape: Shape, mode: str) -> float:
-    """Count 2 N D V per product: logits of both models (of one if the reference's scores are given) and gradients."""
+    """Count 2 N D V per product: logits of the models that are scored, and gradients."""
     batch, length, width, vocabulary = _sizes(shape)
-    forward = 1 if shape.sizes.get("reference") == "logprobs" else 2
+    forward = _models(shape)
     backward = 1 if shape.sizes.get("head") == "frozen" else 2
     products = {"forward": forward, "backward": backward, "full": forward + backward}[mode]
     return 2.0 * products * batch * length * width * vocabulary
@@ -83,7 +88,7 @@ def matmul_flops(shape: Shape, mode: str) -> float:
 def least_bytes(shape: Shape, mode: str) -> float:
     """Count one read of hidden states and heads per pass and one write of the gradients; no logits."""
     batch, length, width, vocabulary = _sizes(shape)
-    models = 1 if shape.sizes.get("reference") == "logprobs" else 2
+    models = _models(shape)
     hidden, weight = batch * length * width, vocabulary * width
     forward = models * (hidden + weight)
     backward = 2 * hidden + weight * (1 if shape.sizes.get("head") == "frozen" else 2)

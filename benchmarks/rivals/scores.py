@@ -1,8 +1,12 @@
-"""Log-probabilities of given tokens as computed by PyTorch, TRL, Liger and Apple's cut_cross_entropy."""
+"""Log-probabilities of given tokens as computed by PyTorch, TRL, Liger, QuACK and Apple's cut_cross_entropy.
+
+Their names are those of liger-kernel 0.8.5, quack-kernels 0.6.5 and cut-cross-entropy 25.1.1.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -103,6 +107,47 @@ def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 
     scored: torch.Tensor = LigerFusedLinearPPOBase.chunk_forward(hidden, weight, targets)
     return scored
+
+
+def liger_triton(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Score with Liger's fused linear cross entropy in Triton; with reduction="none" backward computes it again."""
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
+    return -loss(weight, hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+
+
+def liger_sm90(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Score with Liger's scaled cross-entropy for Hopper: bfloat16, logits never stored, computed again in backward."""
+    os.environ.setdefault("LIGER_SCALED_CE_SM90_VALIDATE_TARGETS", "0")  # its check waits for the device; ours has none
+    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+
+    loss = LigerFusedScaledCrossEntropySM90Function.apply(hidden.flatten(0, 1), weight, targets.flatten(), 1.0, -100)
+    return -loss.view_as(targets)
+
+
+def liger_sm90_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum the scores with Liger's fused linear cross-entropy for Hopper: logits stored, gradients made from them."""
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import LigerFusedLinearCrossEntropySM90Function
+
+    return -LigerFusedLinearCrossEntropySM90Function.apply(hidden.flatten(0, 1), weight, targets.flatten(), -100, "sum")
+
+
+def quack(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Score with PyTorch's product and QuACK's cross-entropy, whose gradient overwrites the stored logits."""
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    flat = hidden.flatten(0, 1), weight, None, targets.flatten()
+    loss: torch.Tensor = linear_cross_entropy_func(*flat, reduction="none", inplace_backward=True)
+    return -loss.view_as(targets)
+
+
+def quack_sum(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum the scores with QuACK's chunked linear cross-entropy: it reduces, and makes its gradients in forward."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    loss: torch.Tensor = chunked_linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="sum")
+    return -loss
 
 
 def cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -41,3 +41,28 @@ def make(fault: str, *_: Any) -> Rival:
 def start(threads: int, make: Any, *arguments: Any) -> Rival:
     """Make the rival as `train_step.start` does, without PyTorch."""
     return make(*arguments)
+
+
+class Scorer:
+    """A worker of `benchmarks.one_model` with the fault that `fault` names, or without one."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.samples = fault, 0
+        if fault == "absent":
+            raise ModuleNotFoundError("No module named 'cutlass'")
+
+    def error(self) -> float:
+        return 0.5 if self.fault == "wrong" else float("nan") if self.fault == "nan" else 1e-6
+
+    def sample_us(self, flush_bytes: int) -> float:
+        self.samples += 1
+        if self.fault == "killed" and self.samples == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 500.0 if self.fault == "fast" else 1000.0
+
+    def peak(self) -> int:
+        return 1
+
+
+def make_scorer(threads: int, fault: str, *_: Any) -> Scorer:
+    return Scorer(fault)
