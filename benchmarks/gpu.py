@@ -28,7 +28,7 @@ from benchmarks.harness.results import ResultRow, RowKey, RunFacts, append_rows,
 from benchmarks.harness.runner import run_facts
 from benchmarks.harness.stages import Outcome, Stage, run_stages
 from benchmarks.harness.timing import summarise
-from benchmarks.targets import HEADLINES, headlines_of, table
+from benchmarks.targets import HEADLINES, headlines_of, phase_lines, table
 from benchmarks.train_step import TRL
 
 CASE, KIND = "gpu", "stage"  # of the rows that hold the outcome of a stage
@@ -138,13 +138,13 @@ def stage_row(stage: Stage, outcome: Outcome, facts: RunFacts, device: torch.dev
 
 
 def closing_lines(rows: Sequence[ResultRow], outcomes: dict[str, Outcome], facts: RunFacts, log: Path) -> list[str]:
-    """Return the summary: headline table, stage outcomes, machine; at most MAX_LINES."""
+    """Return the summary: headline table, phases of updates, stage outcomes, machine; at most MAX_LINES."""
     headlines = headlines_of(rows, facts.preset) if facts.preset == "tiny" else HEADLINES
     where = (
         f"{facts.machine['gpu'] or facts.machine['cpu']}, torch {facts.versions['torch']}, commit "
         f"{(facts.commit or 'unknown')[:10]}{'+changes' if facts.dirty else ''}; log: {log.name}"
     )
-    ends = [f"{name:<12}{outcome}" for name, outcome in outcomes.items()]
+    ends = [*phase_lines(rows, headlines), *(f"{name:<12}{outcome}" for name, outcome in outcomes.items())]
     return [*table(rows, headlines)[: MAX_LINES - len(ends) - 1], *ends, where]
 
 

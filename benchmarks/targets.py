@@ -15,6 +15,8 @@ from .harness.report import format_bytes, format_ratio, format_us, three_digits
 from .harness.results import ResultRow
 
 H200_COPY_BYTES_PER_S = 4.27e12
+WIDTH = 160  # of the table
+_WIDTHS = (42, 24, 26, 7, 7, 12)
 MISSING = "-"
 
 
@@ -166,6 +168,7 @@ class Line:
     ours: ResultRow | None
     rival: ResultRow | None  # the fastest
     other: ResultRow | None  # a backend of ours that was faster than the one `auto` selects
+    reason: str = ""  # why ours, or the rival that the target asks for, has no time
 
     @property
     def speedup(self) -> float | None:
@@ -174,20 +177,31 @@ class Line:
 
 def line_of(headline: Headline, rows: Sequence[ResultRow]) -> Line:
     """Make the line from the latest run with a time of the library, and from rivals of that run alone."""
-    same = [
+    of_key = [
         row for row in rows
         if (row.key.case, row.key.shape, row.key.dtype, row.key.mode)
-        == (headline.case, headline.shape, headline.dtype, headline.mode) and row.timing is not None
+        == (headline.case, headline.shape, headline.dtype, headline.mode)
     ]  # fmt: skip
+    same = [row for row in of_key if row.timing is not None]
     ours = [row for row in same if _is_ours(row, headline)]
     if not ours:
-        return Line(headline, None, None, None)
+        absent = [row for row in of_key if _is_ours(row, headline) or row.kind == "case"]
+        return Line(headline, None, None, None, _reason(absent))
     run = max((row.run for row in ours), key=lambda run: run.timestamp)
     same = [row for row in same if row.run == run]
     mine = min((row for row in ours if row.run == run), key=_median)
     rivals = [row for row in same if row.kind in RIVALS] if mine.kind != "part" else []
     others = [row for row in same if row.kind == "backend" and mine.chosen and _median(row) < _median(mine)]
-    return Line(headline, mine, min(rivals, key=_median, default=None), min(others, key=_median, default=None))
+    absent = [row for row in of_key if row.run == run and row.kind in RIVALS]
+    wanted = headline.target is not None and headline.target.kind in ("faster", "memory") and not rivals
+    fastest = (min(each, key=_median, default=None) for each in (rivals, others))
+    return Line(headline, mine, *fastest, reason=_reason(absent) if wanted else "")
+
+
+def _reason(rows: Iterable[ResultRow]) -> str:
+    """Return why the last of the rows has no time; empty without rows."""
+    last = next(iter(reversed(list(rows))), None)
+    return "" if last is None else f"{last.status}: {'; '.join(last.reasons)}"
 
 
 def _is_ours(row: ResultRow, headline: Headline) -> bool:
@@ -255,7 +269,9 @@ def _cells(line: Line, target: str, met: bool | None) -> tuple[str, ...]:
     verdict = MISSING if met is None else "yes" if met else "NO"
     ours, rival = line.ours, line.rival
     if ours is None:
-        return line.headline.name, MISSING, MISSING, MISSING, MISSING, target, verdict
+        return line.headline.name, MISSING, MISSING, MISSING, MISSING, target, f"{verdict} {line.reason}".strip()
+    if line.reason:
+        verdict += f" {line.reason}"
     if line.other is not None:
         verdict += f" ({line.other.key.implementation}: {format_us(_median(line.other))})"
     if line.headline.target is not None and line.headline.target.kind == "memory":
@@ -274,9 +290,26 @@ def _cells(line: Line, target: str, met: bool | None) -> tuple[str, ...]:
     )
 
 
-_WIDTHS = (42, 24, 26, 7, 7, 12)
+def phase_lines(rows: Sequence[ResultRow], headlines: Iterable[Headline] = HEADLINES) -> list[str]:
+    """Return a line per training update of the headlines: the phases of ours, with their times and shares."""
+    updates = {each.shape: each for each in headlines if each.case == "train_step"}
+    lines = []
+    for headline in updates.values():
+        ours = line_of(headline, rows).ours
+        if ours is None:
+            continue
+        name = f"{ours.key.implementation}: "
+        parts = {
+            row.key.implementation.removeprefix(name): _median(row)
+            for row in rows
+            if row.run == ours.run and row.key.shape == headline.shape and row.key.implementation.startswith(name)
+        }
+        shares = (f"{part} {format_us(us)} ({100 * us / _median(ours):.0f} %)" for part, us in parts.items())
+        lines.append(f"{headline.name[: _WIDTHS[0]]}: {', '.join(shares)}"[:WIDTH])
+    return lines
 
 
 def _aligned(cells: Sequence[str]) -> str:
-    """Align the cells in 140 columns; cut what does not fit."""
-    return " ".join([*(cell[:width].ljust(width) for cell, width in zip(cells, _WIDTHS, strict=False)), cells[-1]])
+    """Align the cells in WIDTH columns; cut what does not fit."""
+    columns = (cell[:width].ljust(width) for cell, width in zip(cells, _WIDTHS, strict=False))
+    return " ".join([*columns, cells[-1]])[:WIDTH]

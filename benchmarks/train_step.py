@@ -7,7 +7,11 @@ checkpointing.
 
 Each rival runs in a separate process, so that a crash affects its own row alone; updates of the rivals alternate. Two
 checks: the gradient of our update equals that of plain PyTorch on the same responses, and all weights are finite at the
-end. The speed-up is over TRL. Phases are separate rows.
+end. The speed-up is over TRL.
+
+Phases are separate rows and add up to the update: rollout, judge, loss (the policy's forward pass; for ours with the
+loss and the head's gradients), backward, optimizer, other. TRL's trainer computes the log-probabilities of both models
+in `scoring`, with the policy's forward pass, and its loss is part of `other`; our rollouts return the reference's.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -50,6 +55,37 @@ SHAPES = {
 SHAPES["headline"] = headline_shapes("train_step", SHAPES["standard"])
 
 
+class Stopwatch:
+    """`function`, timed without waiting for the device.
+
+    Args:
+        function: called as before.
+        device: whose time counts.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self.function, self.on_gpu = function, device.type == "cuda"
+        self.calls: list[tuple[Any, Any]] = []
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        began = self._now()
+        result = self.function(*arguments, **options)
+        self.calls.append((began, self._now()))
+        return result
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def take(self) -> float:
+        """Return the seconds of all calls since the last `take`; the device must have finished them."""
+        calls, self.calls = self.calls, []
+        return sum(1e-3 * began.elapsed_time(end) if self.on_gpu else end - began for began, end in calls)
+
+
 @dataclass
 class Rival:
     """A trainer whose updates are run one at a time, so that those of the rivals can alternate."""
@@ -60,13 +96,19 @@ class Rival:
     gate: Callable[[Rival], float] | None = None  # the error of the gradient of an update
     history: dict[str, list[float]] = field(default_factory=dict)  # seconds by phase, of every update
 
+    def __post_init__(self) -> None:
+        device = self.trainer.args.device
+        self.backward = Stopwatch(self.trainer.accelerator.backward, device)
+        self.optimizer = Stopwatch(self.after_gradients, device)
+        self.trainer.accelerator.backward = self.backward
+
     def update(self) -> None:
         """Run one update, as transformers' loop does around `training_step`."""
         trainer = self.trainer
         inputs, items = trainer.get_batch_samples(iter([self.batch]), 1, trainer.args.device)
         for each in inputs:
             trainer.training_step(trainer.model_wrapped, each, items)
-        self.after_gradients()
+        self.optimizer()
 
     def after_gradients(self) -> None:
         trainer, handler = self.trainer, self.trainer.callback_handler
@@ -83,10 +125,20 @@ class Rival:
         return None if self.gate is None else self.gate(self)
 
     def run(self) -> None:
+        self.backward.take()  # an update of the gate has run
+        began = time.perf_counter()
         self.update()
         synchronise(self.trainer.args.device)
-        for name, seconds in self.phases().items():
+        whole = time.perf_counter() - began
+        for name, seconds in self.split(whole).items():
             self.history.setdefault(name, []).append(seconds)
+
+    def split(self, whole: float) -> dict[str, float]:
+        """Return the seconds of an update by phase; `other` is the rest of the `whole`."""
+        seconds = {**self.phases(), "backward": self.backward.take(), "optimizer": self.optimizer.take()}
+        if "loss" in seconds:  # ours times the loss with its backward pass
+            seconds["loss"] -= seconds["backward"]
+        return seconds | {"other": whole - sum(seconds.values())}
 
     def finished(self, updates: int) -> dict[str, list[float]]:
         """Return the seconds of the phases of the last updates; raise if weights are not finite."""

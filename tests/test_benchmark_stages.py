@@ -290,6 +290,30 @@ def test_targets_that_are_ratios() -> None:
             assert table_row([ours, rival], each).endswith(verdict), kind
 
 
+def test_what_has_no_time_has_a_reason() -> None:
+    by_kind = {each.target.kind: each for each in targets.HEADLINES if each.target is not None}
+    one, faster = targets.HEADLINES[0], by_kind["faster"]
+    red = row(one, "cuda", 5.0, chosen=True, timing=None, status="red", reasons=("error 1, allowed 0.1",))
+    assert table_row([red], one).endswith("- red: error 1, allowed 0.1")
+    broken = replace(red, key=replace(red.key, implementation="case"), kind="case", chosen=False, status="failed")
+    assert table_row([broken], one).endswith("- failed: error 1, allowed 0.1")
+    ours = row(faster, faster.ours, 5.0, chosen=True)
+    absent = row(faster, "rival", 5.0, "baseline", timing=None, status="unavailable", reasons=("not installed",))
+    assert table_row([ours, absent], faster).endswith("- unavailable: not installed")
+    assert max(map(len, targets.table([replace(red, reasons=("x" * 999,))]))) == targets.WIDTH
+
+
+def test_an_update_shows_its_phases() -> None:
+    updates = [each for each in targets.HEADLINES if each.case == "train_step"]
+    one, other = updates[:2]
+    parts = [row(one, f"NashTrainer: {name}", us, "part") for name, us in (("rollout", 3e5), ("backward", 1e5))]
+    rows = [row(one, "NashTrainer", 4e5, chosen=True), *parts, row(one, "TRL 1.13.0: rollout", 9e5, "part")]
+    rows.append(row(other, "NashTrainer: rollout", 7e5, "part"))
+    expected = "an update of training, 64 new tokens: rollout 300 ms (75 %), backward 100 ms (25 %)"
+    assert targets.phase_lines(rows, [one]) == [expected]
+    assert targets.phase_lines(rows)[0].endswith(expected.partition(": ")[2]) and len(targets.phase_lines(rows)) == 1
+
+
 def test_rivals_of_another_run_say_nothing() -> None:
     one = targets.HEADLINES[0]
     old = replace(FACTS, timestamp="2026-01-01T00:00:00+00:00")
@@ -303,7 +327,8 @@ def test_the_end_fits_sixty_lines(tmp_path) -> None:
     ends = {stage.name: stages.Outcome("failed", 1.0, ("because",)) for stage in stage_list}
     facts = replace(FACTS, machine={"gpu": "a card", "cpu": "c"})
     lines = gpu.closing_lines([], ends, facts, tmp_path / "log")
-    assert len(targets.HEADLINES) + 1 + len(ends) + 1 == len(lines) <= gpu.MAX_LINES
+    updates = 2  # a line of phases each, once they have been measured
+    assert len(targets.HEADLINES) + 1 + len(ends) + 1 == len(lines) <= gpu.MAX_LINES - updates
     many = [row(replace(targets.HEADLINES[0], shape=f"n={n}"), "cuda", 1.0, chosen=True) for n in range(99)]
     many = [replace(each, run=replace(FACTS, preset="tiny")) for each in many]
     assert len(gpu.closing_lines(many, ends, replace(facts, preset="tiny"), tmp_path / "log")) == gpu.MAX_LINES
@@ -331,8 +356,13 @@ def test_all_of_it_runs_tiny_on_a_cpu(tmp_path) -> None:
     assert all(json.loads(line) for line in out.read_text().splitlines())
     lines = process.stdout.splitlines()
     assert len(lines[lines.index("") + 1 :]) <= gpu.MAX_LINES
-    assert any(line.startswith("mirror_descent forward float32") and " eager " in line for line in lines)
-    assert str(tmp_path) not in out.read_text() and os.uname().nodename not in out.read_text()
+    table = "\n".join(lines)
+    assert re.search("^mirror_descent forward float32.* eager ", table, re.MULTILINE), table
+    assert re.search("^train_step full float32.*: rollout .*, backward .*%\\)", table, re.MULTILINE), table
+    assert str(tmp_path) not in out.read_text()
+    assert not re.search(rf"\b{re.escape(os.uname().nodename)}\b", out.read_text()), (
+        "a whole word: vm is part of tvm_ffi"
+    )
 
 
 @pytest.mark.parametrize(

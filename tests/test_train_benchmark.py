@@ -19,6 +19,7 @@ from benchmarks.harness.timing import TimingPlan
 from tests.support import rivals
 from tests.support.training import single_thread  # noqa: F401
 
+PHASES = ("rollout", "judge", "loss", "backward", "optimizer", "other")
 TINY = ["--preset", "tiny", "--device", "cpu"]
 
 
@@ -30,8 +31,9 @@ def test_every_rival_has_a_time_or_a_reason(tmp_path, capsys) -> None:
         row = rows[name]
         assert row.status == "ok" and row.timing.median_us > 0 and row.memory.peak_bytes > 0
         assert row.accuracy.error < row.accuracy.allowed
-        for phase in ("rollout", "judge", "loss", "optimizer"):
-            assert rows[f"{name}: {phase}"].kind == "part"
+        phases = [rows[f"{name}: {phase}"] for phase in PHASES]
+        assert {phase.kind for phase in phases} == {"part"}
+        assert sum(phase.timing.median_us for phase in phases) == pytest.approx(row.timing.median_us, rel=0.05)
     theirs = rows[train_step.TRL]
     if importlib.util.find_spec("trl") is None:
         assert theirs.status == "unavailable" and theirs.reasons == ("ImportError: expected TRL 1.13; found none",)
@@ -80,8 +82,13 @@ def test_bfloat16_is_autocast_around_float32_weights(tmp_path) -> None:
     assert {value.dtype for value in rival.trainer.model.parameters()} == {torch.float32}
     assert rival.trainer.rollout_policy.dtype == torch.bfloat16
     assert train_step.gradient_error(rival) < train_step.ALLOWED_ERROR["bfloat16"]
-    rival.run()
-    assert rival.finished(1)["loss"]
+    for _ in range(4):
+        rival.run()
+    phases = rival.finished(3)
+    assert set(phases) == set(PHASES) and all(seconds > 0 for name in PHASES for seconds in phases[name])
+    whole = [sum(seconds) for seconds in zip(*phases.values(), strict=True)]
+    other = min(rest / total for rest, total in zip(phases["other"], whole, strict=True))
+    assert other < 0.05, "every part of an update has its name"
     next(rival.trainer.model.parameters()).data[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="after 2 updates model.embed_tokens.weight is not finite"):
+    with pytest.raises(FloatingPointError, match="after 5 updates model.embed_tokens.weight is not finite"):
         rival.finished(1)
