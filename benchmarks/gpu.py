@@ -65,7 +65,8 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
     def update(new: int) -> tuple[str, ...]:
         return benchmark("train_step", "headline", "--rival", TRL, "--repeats", "2", "--shape", f"new={new}")
 
-    tune = (sys.executable, "-m", "nlhf_kernels", "tune", "--minutes", "0.6")
+    products = ("896x1152", "896x896", "896x9728", "4864x896", "3584x4608", "3584x3584", "3584x37888", "18944x3584")
+    tune = (sys.executable, "-m", "nlhf_kernels", "tune", "--minutes", "1.2", "--rows", "32", "--products", *products)
     few = ("--no-compile", "--case", "mirror_descent", "--backend", "torch", "cpu")
     headlines = (*benchmark("run", "headline", "--no-compile"), *(few if tiny else ()))
     sweeps = tuple(benchmark(name, "standard") for name in ("run", "rollout", "train_step"))
@@ -83,7 +84,7 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
             missing=no_gpu or _no_program("compute-sanitizer"),
             least=TOOL_S,
         ),
-        Stage("plans", 40, (tune,), {"NLHF_KERNELS_TUNING": str(out.with_suffix(".plans.json"))}, missing=no_gpu),
+        Stage("plans", 90, (tune,), {"NLHF_KERNELS_TUNING": str(out.with_suffix(".plans.json"))}, missing=no_gpu),
         Stage("sweeps", 20, sweeps, missing=no_more),
         Stage("growth", 10, (benchmark("run", "growth", "--no-compile"),), missing=no_more),
     ]

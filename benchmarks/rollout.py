@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ SDPA, COMPILED = "engine, sdpa", "engine, compiled"  # without decode_attention;
 #: Settings of `fused`: nothing; query/key/value and gate/up as one product; norms and similar layers as Triton kernels.
 UNFUSED, PRODUCTS, LAYERS = "engine, unfused", "engine, products", "engine, layers"
 COMPILED_UNFUSED = "engine, compiled, unfused"
+LINEAR, COMPILED_LINEAR = "engine, linear", "engine, compiled, linear"  # products of a step by decode_linear
+LORA, LORA_RANK = "engine, LoRA", 16  # a policy with adapters and its base, in one pass; "engine" has two models
 FIRST, STEP = ": the first token", ": a token step"
 ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.3}  # nats, of a log-probability
 _SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
@@ -53,7 +57,7 @@ class Pair:
     """Two models with random weights, and prompts of one length; a quarter of every second prompt is padding."""
 
     policy: Any
-    reference: Any
+    reference: Any  # None: the policy's base, its adapters off
     ids: torch.Tensor
     mask: torch.Tensor
     new: int
@@ -82,6 +86,14 @@ def make(shape: Shape, device: torch.device) -> Pair:
     mask = torch.ones_like(ids)
     mask[1::2, : sizes["prompt"] // 4] = 0
     return Pair(policy, reference, ids, mask, sizes["new"])
+
+
+def adapted(pair: Pair) -> Pair:
+    """Return the pair of a policy with random adapters on all linear layers but the head, and its base."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=LORA_RANK, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return replace(pair, policy=get_peft_model(pair.policy, config).eval(), reference=None)
 
 
 @torch.no_grad()
@@ -165,7 +177,9 @@ def largest_error(pair: Pair, result: Any) -> float:
         mask = torch.cat([pair.mask, torch.ones_like(responses.tokens)], 1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         for model, got in ((pair.policy, responses.policy_logprobs), (pair.reference, responses.reference_logprobs)):
-            logits = model(input_ids=text, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            with pair.policy.disable_adapter() if model is None else nullcontext():
+                inputs = {"input_ids": text, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+                logits = (model or pair.policy)(**inputs).logits
             truth = logits[:, pair.ids.shape[1] - 1 : -1].float().log_softmax(-1)
             errors.append((truth.gather(-1, responses.tokens[..., None])[..., 0] - got).abs().max())
     return float(torch.stack(errors).max())
@@ -177,7 +191,7 @@ def floor(pair: Pair, context: RunContext) -> tuple[float, float]:
     An embedding table counts only if it is also the head.
     """
     weights = 0
-    for model in (pair.policy, pair.reference):
+    for model in (pair.policy, pair.reference) if pair.reference is not None else (pair.policy,):
         head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         weights += sum(p.numel() * p.element_size() for p in model.parameters() if p is head or p is not table)
     return float(weights), 1e6 * weights / context.ceilings.copy_bytes_per_s
@@ -200,6 +214,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     LAYERS: {"fused": "layers"},
     COMPILED: {"compile": True},
     COMPILED_UNFUSED: {"compile": True, "fused": False},
+    LINEAR: {"linear": True},
+    COMPILED_LINEAR: {"compile": True, "linear": True},
+    LORA: {},
 }
 
 
@@ -215,17 +232,19 @@ def groups_of(shape: Shape, device: torch.device, chosen: Sequence[str] | None =
         chosen: the rivals; None: all.
     """
     rivals = [name for name in RIVALS if chosen is None or name in chosen]
+    lora = [[LORA]] if find_spec("peft") else []  # adapters change the policy: it is in no other group
     if device.type != "cuda":
-        return [["engine", SDPA, PRODUCTS, *rivals]]
+        return [["engine", SDPA, PRODUCTS, *rivals], *lora]
     large = shape.sizes["width"] >= 2048
-    compiled_unfused = [] if large else [[COMPILED_UNFUSED]]
-    return [["engine", *rivals], [COMPILED], [UNFUSED, PRODUCTS, LAYERS, SDPA], *compiled_unfused]
+    compiled_variants = [] if large else [[COMPILED_LINEAR], [COMPILED_UNFUSED]]
+    return [["engine", *rivals], [COMPILED], [LINEAR, PRODUCTS, LAYERS, UNFUSED, SDPA], *lora, *compiled_variants]
 
 
 def run_shape(shape: Shape, context: RunContext, plan: TimingPlan, names: Sequence[str]) -> list[ResultRow]:
     """Measure one group. The log-probabilities of its first engine are checked against full forward passes."""
     device = context.settings.device
     pair = make(shape, device)
+    pair = adapted(pair) if LORA in names else pair
     engines = {name: engine_calls(pair, **ENGINES[name]) for name in names if name in ENGINES}
     checked = next(iter(engines))
     error = largest_error(pair, engines[checked][0]())

@@ -20,8 +20,11 @@ def test_every_rival_has_a_time(tmp_path, capsys) -> None:
         assert rollout.main(["--preset", "tiny", "--device", "cpu", "--out", str(out)]) == 0
     every = read_rows(out)
     rows = [row for row in every if row.kind != "part"]
-    assert [row.key.implementation for row in rows] == ["engine", rollout.SDPA, rollout.PRODUCTS, *rollout.RIVALS]
-    assert all(row.timing is not None and row.speedup is not None for row in rows)
+    two_models = ["engine", rollout.SDPA, rollout.PRODUCTS, *rollout.RIVALS]
+    assert [row.key.implementation for row in rows] == [*two_models, rollout.LORA]
+    assert all(row.timing is not None for row in rows) and all(row.speedup is not None for row in rows[:-1])
+    assert rows[-1].accuracy.error < rows[-1].accuracy.allowed
+    assert rows[-1].floor.bytes < rows[0].floor.bytes, "weights of the base are read once for both"
     assert rows[0].accuracy.error < rows[0].accuracy.allowed
     assert "tokens/s" in capsys.readouterr().out
     first, step = (
@@ -97,5 +100,6 @@ def test_the_groups_of_a_gpu_are_all_engines_with_the_targets_first() -> None:
         groups = rollout.groups_of(shape, torch.device("cuda"), ["eager"])
         names = [name for group in groups for name in group]
         large = shape.sizes["width"] >= 2048
-        assert set(names) == {*rollout.ENGINES, "eager"} - ({rollout.COMPILED_UNFUSED} if large else set())
+        few = {rollout.COMPILED_UNFUSED, rollout.COMPILED_LINEAR} if large else set()
+        assert set(names) == {*rollout.ENGINES, "eager"} - few
         assert groups[:2] == [["engine", "eager"], [rollout.COMPILED]] and len(set(names)) == len(names)

@@ -60,6 +60,9 @@ class RolloutEngine:
             write as Triton kernels, on a GPU and without `compile`, which fuses by itself; True: both; "auto": both on
             a GPU, the products where the copies take at most a twentieth of its memory. Models with adapters and those
             that processes share run as they are.
+        linear ("auto" or bool): the products of a step's linear layers by `decode_linear` on a GPU: "auto": those for
+            which `nlhf-kernels tune` measured Triton faster than cuBLAS; True: all, by plans that are not measured
+            unless `tune` did; False: none. Models with adapters and those that processes share keep PyTorch's.
         graphs (bool): False takes eager steps on a GPU too.
         recorder: what records steps; None: CUDA graphs on a GPU, nothing elsewhere.
         bucket (int): cache slots by which a recorded step's view of the cache grows.
@@ -78,6 +81,7 @@ class RolloutEngine:
         attention: str | None = None,
         compile: bool = False,
         fused: bool | str = "auto",
+        linear: bool | str = "auto",
         graphs: bool = True,
         recorder: Recorder | None = None,
         bucket: int = BUCKET,
@@ -87,8 +91,12 @@ class RolloutEngine:
         self.op, self.memory_limit = op, memory_limit
         if fused not in ("auto", "products", "layers") and not isinstance(fused, bool):
             raise ValueError(f"{op}: fused: expected auto, products, layers, True or False; got {excerpt(fused)}")
+        if linear != "auto" and not isinstance(linear, bool):
+            raise ValueError(f"{op}: linear: expected auto, True or False; got {excerpt(linear)}")
         self.fused = fused
-        self.models = ModelSet(op, policy, reference, opponent, vocab_size, use_cache, attention, compile, fused)
+        self.models = ModelSet(
+            op, policy, reference, opponent, vocab_size, use_cache, attention, compile, fused, linear
+        )
         self.device = self.models.device
         if recorder is None and graphs and self.device.type == "cuda":
             recorder = CudaRecorder(self.device)

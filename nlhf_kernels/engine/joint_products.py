@@ -22,6 +22,7 @@ import torch
 from ..core.upstream import version_of
 from ..core.vocabulary import is_dtensor
 from .peft_models import adapted_layers
+from .step_products import Linear
 
 #: Layers of a group, and what the forward of their parent must contain.
 GROUPS = {
@@ -33,9 +34,17 @@ _sources: WeakKeyDictionary[type[torch.nn.Module], str] = WeakKeyDictionary()
 
 
 class JointProducts:
-    """The groups of several models. Their joint weights are allocated by the first rollout and kept until `release`."""
+    """The groups of several models. Their joint weights are allocated by the first rollout and kept until `release`.
 
-    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
+    `linear_for` chooses the product with a joint weight; None, or a result of None, is PyTorch's.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[torch.nn.Module],
+        linear_for: Callable[[torch.Tensor], Linear | None] | None = None,
+    ) -> None:
+        self.linear_for = linear_for
         distinct = {id(model): model for model in models}.values()
         self.groups = [group for model in distinct for group in find_groups(model)]
         self.enabled = True  # False: their weights would take too much memory
@@ -64,7 +73,9 @@ class JointProducts:
         products = {}
         for index, group in self._joinable().items():
             product = self._products.get(index)
-            products[index] = JointProduct(group) if product is None or not product.fits() else product
+            if product is None or not product.fits():
+                product = JointProduct(group, self.linear_for)
+            products[index] = product
         self._products = products
         for product in products.values():
             product.load()
@@ -136,10 +147,11 @@ def _why_not_joined(group: Group) -> str | None:
 class JointProduct:
     """One group: `weight` (sum of out_features, in_features), and `bias`, zero for a layer without one."""
 
-    def __init__(self, layers: Group) -> None:
+    def __init__(self, layers: Group, linear_for: Callable[[torch.Tensor], Linear | None] | None = None) -> None:
         self.layers = layers
         first, widths = layers[0].weight, [layer.out_features for layer in layers]
         self.weight = torch.empty(sum(widths), first.shape[1], dtype=first.dtype, device=first.device)
+        self.linear = None if linear_for is None else linear_for(self.weight)
         self.bias: torch.Tensor | None = None
         if any(layer.bias is not None for layer in layers):
             self.bias = torch.zeros(sum(widths), dtype=first.dtype, device=first.device)
@@ -181,7 +193,7 @@ class JointProduct:
                 return torch.nn.functional.linear(x, layer.weight, layer.bias)
             if not self.waiting:
                 self.input, self.version = x, _writes(x)
-                self.output = torch.nn.functional.linear(x, self.weight, self.bias)
+                self.output = (self.linear or torch.nn.functional.linear)(x, self.weight, self.bias)
                 self.waiting = set(range(len(self.layers)))
             assert self.output is not None
             result = self.output[..., columns]

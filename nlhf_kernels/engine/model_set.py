@@ -25,6 +25,7 @@ from .probes import examine, why_not_static
 from .request import Prompts
 from .runners import CachedRunner, Forward, Runner, WholeTextRunner
 from .sharded import Sharding, check_not_shared
+from .step_products import StepProducts
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class ModelSet:
         attention: str | None,
         compile: bool,
         fused: bool | str,  # True, False, "auto", "products" or "layers"
+        linear: bool | str,  # True, False or "auto"
     ) -> None:
         self.op, self.policy = op, policy
         self.notes: list[str] = []
@@ -81,8 +83,10 @@ class ModelSet:
         whole = {} if self.sharding.in_step else self.info  # weights of shared models are parts, or elsewhere
         if not whole and fused not in (False, "auto"):
             self._note("separate products and layers: processes share the models")
+        self.step_products = self._choose_products([info.model for info in whole.values()], linear)
+        linear_for = None if self.step_products is None else self.step_products.linear_for
         joins = fused in (True, "products") or (fused == "auto" and self.device.type == "cuda")
-        self.joint_products = JointProducts([info.model for info in whole.values()] if joins else [])
+        self.joint_products = JointProducts([info.model for info in whole.values()] if joins else [], linear_for)
         fuses = fused not in (False, "products") and not self.compiled  # torch.compile fuses layers by itself
         self.fused_layers = self._fuse_layers([info.model for info in whole.values()], fused) if fuses else None
 
@@ -147,6 +151,12 @@ class ModelSet:
         if fused == "layers" or self.device.type == "cuda":
             self._note(f"separate layers: {reason}")
         return None
+
+    def _choose_products(self, models: Sequence[torch.nn.Module], linear: bool | str) -> StepProducts | None:
+        reason = why_not_usable(self.device) if models else "processes share the models"
+        if linear is True and reason is not None:
+            self._note(f"PyTorch's products: {reason}")
+        return StepProducts(models, linear is True) if linear and reason is None else None
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
@@ -213,8 +223,12 @@ class ModelSet:
 
     @contextmanager
     def fused(self) -> Iterator[None]:
-        """Apply joint products and fused kernels to the models in their current state."""
-        with self.joint_products.applied(), self.fused_layers.applied() if self.fused_layers else nullcontext():
+        """Apply joint products, products of few rows and fused layers to the models in their current state."""
+        with (
+            self.joint_products.applied(),
+            self.step_products.applied() if self.step_products else nullcontext(),
+            self.fused_layers.applied() if self.fused_layers else nullcontext(),
+        ):
             yield
 
     @contextmanager

@@ -1,0 +1,85 @@
+"""Linear layers of a step by `decode_linear`: where `nlhf-kernels tune` measured Triton faster than cuBLAS, or all.
+
+A layer's forward is replaced during a rollout, and joint products (joint_products.py) take the same function. Inputs of
+more vectors than a step has, as prompts are, go to PyTorch's product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from ..core.checks import FLOATS
+from ..core.vocabulary import is_dtensor
+from ..ops import decode_linear
+from ..ops.decode_linear.op import LEAST_ROWS, MAX_ROWS, DecodeLinearProblem, measured_faster
+from .peft_models import adapted_layers
+
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+class StepProducts:
+    """The linear layers of several models that `decode_linear` computes; models with adapters have none.
+
+    Args:
+        models: whole models, whose weights are in this process.
+        everywhere: all layers on Triton; else those for which a plan has been measured faster.
+    """
+
+    def __init__(self, models: Sequence[torch.nn.Module], everywhere: bool) -> None:
+        self.everywhere = everywhere
+        #: The same functions for every rollout: a compiled model is compiled anew for others.
+        self.forwards: list[tuple[torch.nn.Linear, Callable[[torch.Tensor], torch.Tensor]]] = []
+        for model in {id(model): model for model in models}.values():
+            for layer in model.modules() if not adapted_layers(model) else ():
+                if type(layer) is torch.nn.Linear and (linear := self.linear_for(layer.weight)) is not None:
+                    self.forwards.append((layer, partial(_forward, layer, linear)))
+
+    def linear_for(self, weight: torch.Tensor) -> Linear | None:
+        """Return the product with this weight; None where PyTorch's is taken for every number of rows."""
+        if is_dtensor(weight) or weight.dtype not in FLOATS:
+            return None
+        if self.everywhere:
+            return _on_triton
+        columns, width = weight.shape
+        problem = DecodeLinearProblem(weight.device, weight.dtype, LEAST_ROWS, width, columns)
+        rows = [LEAST_ROWS]
+        while rows[-1] < MAX_ROWS:
+            rows.append(2 * rows[-1])
+        return _as_measured if any(measured_faster(problem._replace(rows=count)) for count in rows) else None
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Replace the forwards, except those that are replaced already, by joint products or another library."""
+        replaced = [(layer, forward) for layer, forward in self.forwards if "forward" not in vars(layer)]
+        for layer, forward in replaced:
+            layer.forward = forward  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            for layer, _ in replaced:
+                del layer.forward  # the class's own again
+
+
+def _forward(layer: torch.nn.Linear, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+def _as_measured(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _few_rows(x, weight, bias, "auto")
+
+
+def _on_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return _few_rows(x, weight, bias, "triton")
+
+
+def _few_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
+) -> torch.Tensor:  # (..., D) -> (..., N)
+    width = x.shape[-1]
+    if x.numel() > MAX_ROWS * width:
+        return torch.nn.functional.linear(x, weight, bias)
+    return decode_linear(x.reshape(-1, width), weight, bias, backend=backend).view(*x.shape[:-1], len(weight))
