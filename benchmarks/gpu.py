@@ -146,7 +146,7 @@ def closing_lines(rows: Sequence[ResultRow], outcomes: dict[str, Outcome], facts
         f"{(facts.commit or 'unknown')[:10]}{'+changes' if facts.dirty else ''}; log: {log.name}"
     )
     ends = [*phase_lines(rows, headlines), *(f"{name:<12}{outcome}" for name, outcome in outcomes.items())]
-    return [*table(rows, headlines)[: MAX_LINES - len(ends) - 1], *ends, where]
+    return [*table(rows, headlines, MAX_LINES - len(ends) - 1), *ends, where]
 
 
 def failures(log: Path, begin: int) -> list[str]:

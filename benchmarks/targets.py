@@ -260,11 +260,18 @@ def headlines_of(rows: Sequence[ResultRow], preset: str) -> list[Headline]:
     ]
 
 
-def table(rows: Sequence[ResultRow], headlines: Iterable[Headline] = HEADLINES) -> list[str]:
-    """Return a line per headline: name, ours, best rival, ratio, share of the floor, target, whether it is met."""
+def table(rows: Sequence[ResultRow], headlines: Sequence[Headline] = HEADLINES, count: int | None = None) -> list[str]:
+    """Return a line per headline: name, ours, best rival, ratio, share of the floor, target, whether it is met.
+
+    Args:
+        rows: of a results file.
+        headlines: what the lines are about.
+        count: of lines at most, the names of the columns included; None: no limit.
+    """
     lines = {each.name: line_of(each, rows) for each in headlines}
+    shown = headlines if count is None else fitting(headlines, count - 1)
     columns = [("what", "ours", "best rival", "ratio", "floor", "target", "met")]
-    columns += [_cells(line, *verdict_of(line, lines)) for line in lines.values()]
+    columns += [_cells(lines[each.name], *verdict_of(lines[each.name], lines)) for each in shown]
     return [_aligned(cells) for cells in columns]
 
 
@@ -291,6 +298,13 @@ def _cells(line: Line, target: str, met: bool | None) -> tuple[str, ...]:
         target,
         verdict,
     )
+
+
+def fitting(headlines: Sequence[Headline], count: int) -> list[Headline]:
+    """Return at most `count` headlines: the last of those without a target are left out first."""
+    excess = len(headlines) - count
+    left_out = [number for number, each in enumerate(headlines) if each.target is None][::-1][: max(excess, 0)]
+    return [each for number, each in enumerate(headlines) if number not in left_out][:count]
 
 
 def phase_lines(rows: Sequence[ResultRow], headlines: Iterable[Headline] = HEADLINES) -> list[str]:

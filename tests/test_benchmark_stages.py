@@ -273,7 +273,7 @@ def test_a_line_says_ours_the_best_rival_and_whether_the_target_is_met() -> None
 
 
 def test_targets_that_are_ratios() -> None:
-    by_kind = {each.target.kind: each for each in targets.HEADLINES if each.target is not None}
+    by_kind = {each.target.kind: each for each in reversed(targets.HEADLINES) if each.target is not None}
     base = next(each for each in targets.HEADLINES if each.name == by_kind["times"].target.of)
     value = by_kind["times"].target.value
     for us, verdict in ((100 * value - 1, "yes"), (100 * value + 1, "NO")):
@@ -291,7 +291,7 @@ def test_targets_that_are_ratios() -> None:
 
 
 def test_what_has_no_time_has_a_reason() -> None:
-    by_kind = {each.target.kind: each for each in targets.HEADLINES if each.target is not None}
+    by_kind = {each.target.kind: each for each in reversed(targets.HEADLINES) if each.target is not None}
     one, faster = targets.HEADLINES[0], by_kind["faster"]
     red = row(one, "cuda", 5.0, chosen=True, timing=None, status="red", reasons=("error 1, allowed 0.1",))
     assert table_row([red], one).endswith("- red: error 1, allowed 0.1")
@@ -327,8 +327,14 @@ def test_the_end_fits_sixty_lines(tmp_path) -> None:
     ends = {stage.name: stages.Outcome("failed", 1.0, ("because",)) for stage in stage_list}
     facts = replace(FACTS, machine={"gpu": "a card", "cpu": "c"})
     lines = gpu.closing_lines([], ends, facts, tmp_path / "log")
+    assert len(lines) <= gpu.MAX_LINES
     updates = 2  # a line of phases each, once they have been measured
-    assert len(targets.HEADLINES) + 1 + len(ends) + 1 == len(lines) <= gpu.MAX_LINES - updates
+    with_target = [each.name for each in targets.HEADLINES if each.target is not None]
+    assert len(with_target) + 1 + updates + len(ends) + 1 <= gpu.MAX_LINES, "no target is left out"
+    kept = [each.name for each in targets.fitting(targets.HEADLINES, len(with_target) + 2)]
+    without = [each.name for each in targets.HEADLINES if each.target is None]
+    assert kept == [each.name for each in targets.HEADLINES if each.name in (*with_target, *without[:2])]
+    assert targets.fitting(targets.HEADLINES, 999) == list(targets.HEADLINES)
     many = [row(replace(targets.HEADLINES[0], shape=f"n={n}"), "cuda", 1.0, chosen=True) for n in range(99)]
     many = [replace(each, run=replace(FACTS, preset="tiny")) for each in many]
     assert len(gpu.closing_lines(many, ends, replace(facts, preset="tiny"), tmp_path / "log")) == gpu.MAX_LINES
