@@ -72,6 +72,16 @@ def test_fused_steps_give_the_logits_of_full_forward_passes(architecture, fused,
             parameter.data.mul_(1.05)
 
 
+def test_products_of_few_rows_give_the_logits_of_full_forward_passes(models) -> None:
+    policy, reference = models("qwen2")
+    rows = prompts()
+    engine = RolloutEngine(policy, reference, bucket=32, linear=True)
+    result = engine.rollout(**_batch(rows), players=nash_md(BETA), settings=settings(12))
+    assert engine.models.step_products.forwards and result.notes == () and len(engine.graphs.recorded) == 1
+    for responses, beta in zip(result, (0.0, BETA), strict=True):
+        assert worst_error(responses, policy, reference, [row.cuda() for row in rows], beta) < 1e-3
+
+
 def test_adapter_and_base_in_one_captured_pass() -> None:
     base = tiny("llama").cuda()
     policy = adapted(tiny("llama")).cuda()

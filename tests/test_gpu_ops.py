@@ -42,6 +42,10 @@ def _games(games: int, actions: int, dtype: str = "float32") -> tuple[str, Shape
     return "mirror_descent", Shape({"games": games, "actions": actions, "steps": 20}, dtype)
 
 
+def _product(rows: int, width: int, columns: int, dtype: str) -> tuple[str, Shape]:
+    return "decode_linear", Shape({"rows": rows, "width": width, "columns": columns}, dtype)
+
+
 def _attention(rows: int, heads: int, kv_heads: int, positions: int, dim: int, dtype: str) -> tuple[str, Shape]:
     sizes = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "positions": positions, "dim": dim}
     return "decode_attention", Shape(sizes, dtype)
@@ -65,6 +69,8 @@ REAL = [
     _games(64, 64, "float64"),
     _games(4, 512),
     _games(2, 2048),
+    _product(32, 896, 1152, "bfloat16"),
+    _product(33, 577, 4099, "float32"),
     _attention(32, 14, 2, 192, 64, "bfloat16"),
     _attention(8, 32, 8, 4096, 128, "bfloat16"),
     _attention(8, 28, 4, 1000, 128, "float32"),

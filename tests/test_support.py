@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.cases import all_cases
 from nlhf_kernels.core.registry import ops
 from tests.support import statistics
 from tests.support.poison import poison, poisoned_allocations, surrounded
 from tests.support.statistics import ALPHA, CHECKS, FAMILY_ALPHA, assert_plausible, chi_square_p, mean_z, normal_p
 from tests.support.tolerances import assert_accurate, worst_error
-from tests.test_gpu_ops import made_calls
+from tests.test_gpu_ops import REAL, made_calls
 from tests.test_operators import backward
 
 
@@ -89,3 +90,7 @@ def test_the_calls_of_the_gpu_tests_run(op) -> None:
     """Calls that only a GPU's tests make are correct Python on every machine."""
     for call in made_calls(op, "torch"):
         backward(call())
+
+
+def test_the_gpu_tests_measure_every_case_at_a_real_size() -> None:
+    assert {name for name, _ in REAL} == set(all_cases())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.machinery
 import inspect
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from tests.support.capture import DEVICE as META
 from tests.support.capture import CaptureRefused, capturing
 from tests.support.tiny_models import ARCHITECTURES, random_model, tiny_model
 
+ROOT = Path(__file__).resolve().parent.parent
 MATH = [torch.nn.attention.SDPBackend.MATH]
 
 
@@ -322,3 +325,21 @@ def test_inits_beside_base(init) -> None:
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init))
     layer = model.model.layers[0].self_attn.q_proj
     assert torch.equal(layer.base_layer.weight, before) == (init in upstream.INITS_BESIDE_BASE)
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_test_makes_a_name_that_a_library_does_not_have() -> None:
+    """Such a test passes where the real call fails. `raising=False` and `create=True` make names; an environment's
+    variable may be absent."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            made = isinstance(node, ast.Call) and any(
+                (keyword.arg, ast.unparse(keyword.value)) in (("raising", "False"), ("create", "True"))
+                for keyword in node.keywords
+            )
+            if made and not ast.unparse(node.func).endswith(".delenv"):
+                found.append(f"{path.name}:{node.lineno}")
+    assert not found
