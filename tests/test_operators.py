@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import enum
 import importlib
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +15,7 @@ from torch.autograd.function import once_differentiable
 import nlhf_kernels
 from nlhf_kernels.core import torch_op
 from nlhf_kernels.core.registry import ops
+from nlhf_kernels.ops.logprobs import layout
 from tests.support.backends import DEVICE
 
 ROOMS = [op.name for op in ops()]
@@ -66,6 +70,17 @@ def test_compiles_into_one_graph(op) -> None:
         torch.compiler.reset()  # the shared lambda would count every op as a recompilation
         compiled = torch.compile(lambda *a, k=kwargs: function(*a, **k), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*args), function(*args, **kwargs))
+
+
+def test_no_op_iterates_over_an_enum() -> None:
+    """torch.compile of torch 2.11 does not trace that; later versions do."""
+    found = []
+    for path in sorted((Path(nlhf_kernels.__file__).parent / "ops").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            loops = isinstance(node, (ast.For, ast.comprehension)) and isinstance(node.iter, ast.Name)
+            if loops and isinstance(getattr(layout, node.iter.id, None), enum.EnumMeta):
+                found.append(f"{path.name}: {ast.unparse(node.iter)}")
+    assert not found
 
 
 def test_compiled_graph_leaves_the_backend_open() -> None:

@@ -20,9 +20,7 @@ from .outputs import OpenRowsReader, TokenBuffers
 from .request import Request, RolloutResult
 from .runners import Runner
 
-CHECK_EVERY = (
-    8  # steps between checks for ends; a row decodes up to so many tokens after its end, on a GPU twice as many
-)
+CHECK_EVERY = 8  # steps between checks for ends; after its end a row decodes up to as many, on a GPU twice as many
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from .sequences import Layout, Sequences, check_layout, layout_symbols
 from .weights import KL_MODES, surrogate, token_weights
 
 Scalar = float | torch.Tensor
+_OUTPUTS = tuple(Output)  # torch.compile of torch 2.11 cannot iterate over an enum
 
 
 class NashPGLoss(NamedTuple):
@@ -138,7 +139,7 @@ def nash_pg_loss(
     assert reference is not None, "checked: one of the two is given"
     with torch.no_grad():
         rows = {Output.POLICY: scored.policy, Output.REFERENCE: reference, Output.KL: scored.kl}
-        values = torch.stack([torch.zeros_like(reference) if (row := rows.get(o)) is None else row for o in Output])
+        values = torch.stack([torch.zeros_like(reference) if (row := rows.get(o)) is None else row for o in _OUTPUTS])
         sequences = Sequences.from_offsets(terms.layout.offsets(device), targets.numel())
         weights = token_weights(kl, tau, terms.advantage, values, sequences)
         weights = weights.masked_fill(terms.layout.targets == IGNORED, 0)
