@@ -20,7 +20,9 @@ import torch
 from rich.console import Console
 
 from benchmarks.harness.case import Shape
-from benchmarks.harness.results import Accuracy, Floor, ResultRow, RowKey, Speedup
+from benchmarks.harness.gate import short_reason
+from benchmarks.harness.machine import without_paths
+from benchmarks.harness.results import Accuracy, Floor, ResultRow, RowKey, Speedup, finite_or_none
 from benchmarks.harness.rounds import build_parser, check_rivals, run_rounds
 from benchmarks.harness.runner import RunContext
 from benchmarks.harness.timing import Action, Timing, TimingPlan, time_calls
@@ -35,7 +37,8 @@ COMPILED_UNFUSED = "engine, compiled, unfused"
 LINEAR, COMPILED_LINEAR = "engine, linear", "engine, compiled, linear"  # products of a step by decode_linear
 LORA, LORA_RANK = "engine, LoRA", 16  # a policy with adapters and its base, in one pass; "engine" has two models
 FIRST, STEP = ": the first token", ": a token step"
-ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.3}  # nats, of a log-probability
+#: Nats, of any log-probability. Rounding to bfloat16 gave a mean of 0.04 at 7B; wrong positions give several nats.
+ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.8}
 _SMALL = {"width": 256, "layers": 4, "vocabulary": 32_000}
 _HALF_B = {"width": 896, "layers": 24, "vocabulary": 151_936, "mlp": 4864, "heads": 14, "kv_heads": 2, "tied": 1}
 _7B = {"width": 3584, "layers": 28, "vocabulary": 152_064, "mlp": 18_944, "heads": 28, "kv_heads": 4, "tied": 0}
@@ -241,41 +244,49 @@ def groups_of(shape: Shape, device: torch.device, chosen: Sequence[str] | None =
 
 
 def run_shape(shape: Shape, context: RunContext, plan: TimingPlan, names: Sequence[str]) -> list[ResultRow]:
-    """Measure one group. The log-probabilities of its first engine are checked against full forward passes."""
-    device = context.settings.device
+    """Measure one group: of its engines those whose log-probabilities are those of full forward passes."""
+    device, allowed = context.settings.device, ALLOWED_ERROR[shape.dtype]
     pair = make(shape, device)
     pair = adapted(pair) if LORA in names else pair
-    engines = {name: engine_calls(pair, **ENGINES[name]) for name in names if name in ENGINES}
-    checked = next(iter(engines))
-    error = largest_error(pair, engines[checked][0]())
-    good = error <= ALLOWED_ERROR[shape.dtype]
+    errors: dict[str, float | Exception] = {}
     calls: dict[str, Callable[[], Any]] = {}
-    for name, (whole, first) in engines.items() if good else ():
-        calls |= {name: whole, name + FIRST: first}
+    for name in names:
+        if name not in ENGINES:
+            continue
+        try:
+            whole, first = engine_calls(pair, **ENGINES[name])
+            errors[name] = error = largest_error(pair, whole())
+        except Exception as failure:  # of one engine; the others of the group still run
+            errors[name] = failure
+        else:
+            calls |= {name: whole, name + FIRST: first} if error <= allowed else {}
     rivals = {name: RIVALS[name] for name in names if name in RIVALS}
     calls |= {name: partial(function, pair) for name, function in rivals.items()}
     actions = {name: Action(lambda: None, lambda _, call=call: call()) for name, call in calls.items()}
     timings = time_calls(actions, device, plan)
-    for name in engines:
+    for name in errors:
         if isinstance(whole := timings.get(name), Timing) and isinstance(first := timings[name + FIRST], Timing):
             timings[name + STEP] = per_step(whole, first, pair.new - 1)
     weights, floor_us = floor(pair, context)
     rows = []
-    for name in (*engines, *(name + part for name in engines for part in (FIRST, STEP)), *rivals):
-        timing, part, ours = timings.get(name), name.endswith((FIRST, STEP)), name.startswith("engine")
+    for name in (*errors, *(name + part for name in errors for part in (FIRST, STEP)), *rivals):
+        error, timing = errors.get(name), timings.get(name)
+        part, ours = name.endswith((FIRST, STEP)), name.startswith("engine")
         if part and not isinstance(timing, Timing):
             continue
         timed, steps = isinstance(timing, Timing), 1 if part else pair.new
         eager = None if part else timings.get("eager")
+        failure = timing if isinstance(timing, Exception) else error if isinstance(error, Exception) else None
+        wrong = f"log-probabilities off by {error:.2g}" if isinstance(error, float) else ""
         rows.append(
             ResultRow(
                 key=RowKey("rollout", shape.label, shape.dtype, "forward", name, device.type, context.threads),
                 kind="part" if part else "backend" if name == "engine" else "variant" if ours else "baseline",
-                status="ok" if timed else "red" if timing is None else "failed",
+                status="ok" if timed else "red" if failure is None else "failed",
                 run=context.facts,
-                reasons=() if timed else (f"log-probabilities off by {error:.2g}" if ours else str(timing),),
+                reasons=() if timed else (wrong if failure is None else without_paths(short_reason(failure)),),
                 chosen=name == "engine",
-                accuracy=Accuracy(error, ALLOWED_ERROR[shape.dtype]) if name == checked else None,
+                accuracy=Accuracy(finite_or_none(error), allowed) if isinstance(error, float) else None,
                 timing=timing if timed else None,
                 floor=_floor(weights * steps, floor_us * steps, timing) if timed and not name.endswith(FIRST) else None,
                 speedup=Speedup(eager.median_us / timing.median_us, None)

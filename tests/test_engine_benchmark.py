@@ -70,6 +70,28 @@ def test_wrong_logprobs_are_red_and_have_no_time(monkeypatch, capsys) -> None:
     assert "log-probabilities off by 9" in capsys.readouterr().out
 
 
+def test_an_engine_that_is_wrong_or_fails_costs_its_own_row(monkeypatch, tmp_path) -> None:
+    checked, out = [], tmp_path / "rows.jsonl"
+
+    def error(pair, result):
+        checked.append(result)
+        if len(checked) == 2:
+            raise RuntimeError("no kernel image")
+        return 9.0 if len(checked) == 3 else 0.0
+
+    monkeypatch.setattr(rollout, "largest_error", error)
+    monkeypatch.setattr(rollout, "groups_of", lambda *_, chosen: [["engine", rollout.SDPA, rollout.PRODUCTS, "eager"]])
+    with one_thread():
+        assert rollout.main(["--preset", "tiny", "--device", "cpu", "--out", str(out)]) == 1
+    rows = {row.key.implementation: (row.status, row.reasons) for row in read_rows(out) if row.kind != "part"}
+    assert rows == {
+        "engine": ("ok", ()),
+        rollout.SDPA: ("failed", ("RuntimeError: no kernel image",)),
+        rollout.PRODUCTS: ("red", ("log-probabilities off by 9",)),
+        "eager": ("ok", ()),
+    }
+
+
 def test_groups_are_kept_one_by_one_and_a_second_run_measures_the_rest(tmp_path, monkeypatch, capsys) -> None:
     shape, names = rollout.SHAPES["tiny"][0], ("engine", rollout.PRODUCTS)
     monkeypatch.setattr(rollout, "groups_of", lambda *_, chosen: [[names[0], *(chosen or ())], [names[1]]])
