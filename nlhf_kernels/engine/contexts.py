@@ -27,18 +27,21 @@ def no_autocast(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode, and restore the flag of every submodule afterwards.
+    """Put models into evaluation mode, and the submodules that were in training mode back into it afterwards.
 
-    Evaluation mode switches off dropout, and gradient checkpointing, under which models do not use their caches.
+    Evaluation mode switches off dropout, and gradient checkpointing, under which models do not use their caches. A
+    model without such a submodule is left alone: to set a flag that is set costs a large model milliseconds.
     """
-    flags = {module: module.training for model in models for module in model.modules()}
+    in_training = {model: [module for module in model.modules() if module.training] for model in models}
     try:
-        for model in models:
-            model.eval()
+        for model, modules in in_training.items():
+            if modules:
+                model.eval()
         yield
     finally:
-        for module, training in flags.items():
-            module.training = training
+        for modules in in_training.values():
+            for module in modules:
+                module.training = True
 
 
 @contextmanager

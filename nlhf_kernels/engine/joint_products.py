@@ -170,10 +170,14 @@ class JointProduct:
     def load(self) -> None:
         """Copy the layers' weights; a group that went back to separate products is joined again."""
         self.joined = True
-        for layer, columns in zip(self.layers, self.columns, strict=True):
-            self.weight[columns].copy_(layer.weight)
-            if self.bias is not None and layer.bias is not None:
-                self.bias[columns].copy_(layer.bias)
+        torch.cat([layer.weight.detach() for layer in self.layers], out=self.weight)  # one launch
+        if self.bias is not None:
+            pairs = zip(self.layers, self.columns, strict=True)
+            biases = [
+                torch.zeros_like(self.bias[columns]) if layer.bias is None else layer.bias.detach()
+                for layer, columns in pairs
+            ]
+            torch.cat(biases, out=self.bias)
 
     def forget(self) -> None:
         """Drop the last product."""
