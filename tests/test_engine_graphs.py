@@ -257,3 +257,13 @@ def test_a_stateful_model_is_refused_with_graphs_too() -> None:
     with pytest.raises(ValueError, match="keys and values"):
         recorded(tiny("mamba"), None)
     assert transformers.MambaForCausalLM._is_stateful
+
+
+def test_a_state_of_the_models_has_one_number_until_graphs_are_cleared() -> None:
+    """Keys hold a number in place of every parameter's address."""
+    graphs = Graphs(EagerRecorder())
+    states = [(1, ("a", 2)), (1, ("a", 3))]
+    assert [graphs.number_of(state) for state in (*states, *states)] == [0, 1, 0, 1]
+    graphs.recorded["key"] = lambda: None
+    graphs.clear()
+    assert graphs.recorded == {} and graphs.number_of(states[1]) == 0

@@ -227,9 +227,22 @@ def test_rollouts_are_compiled_where_that_is_asked_for(tmp_path, monkeypatch) ->
     monkeypatch.setattr(
         trainer_module, "RolloutEngine", lambda *a, compile, **k: requests.append(compile) or engine(*a, **k)
     )
-    for on in (False, True):
+    for on in (False, True, "auto"):
         make_trainer(tmp_path / str(on), compile_rollouts=on, eval_opponent=tiny_model("llama", seed=2))
-    assert requests == [False, False, True, True]
+    assert requests == [False, False, True, True, "auto", "auto"]
+    with pytest.raises(ValueError, match="compile_rollouts: expected true, false or auto; got 'yes'"):
+        make_trainer(tmp_path / "yes", compile_rollouts="yes")
+
+
+def test_the_engine_is_told_how_many_rollouts_are_to_come(tmp_path, monkeypatch) -> None:
+    expected, inside = [], trainer_module.RolloutEngine.rollout
+    monkeypatch.setattr(
+        trainer_module.RolloutEngine,
+        "rollout",
+        lambda engine, *a, **k: expected.append(engine.rollouts_to_come) or inside(engine, *a, **k),
+    )
+    make_trainer(tmp_path, gradient_accumulation_steps=2, max_steps=3).train()
+    assert expected == [6, 6, 4, 4, 2, 2]
 
 
 def test_an_end_token_of_the_model_alone_ends_answers(tmp_path) -> None:

@@ -13,6 +13,7 @@ from ..core.checks import check_option
 from ..core.text import excerpt
 from ..core.vocabulary import VocabularySlice
 from .batch import Batch
+from .compiling import COMPILED_DEVICES, CompileDecision
 from .contexts import no_autocast
 from .decode_state import DecodeState
 from .graphs import BUCKET, CudaRecorder, EagerRecorder, Graphs, Recorder
@@ -54,7 +55,8 @@ class RolloutEngine:
         vocab_size (int): columns of the heads that count; None: all, which must then be equally many.
         use_cache (bool): False reads the whole text every step, for models without keys and values.
         attention (str): transformers' name of an attention, set on the models; None: `decode_attention` where it fits.
-        compile (bool): torch.compile for the models' steps, which takes a minute or more per number of rows.
+        compile (bool or "auto"): torch.compile for the models' steps, which takes a minute or more per number of rows;
+            "auto": on a GPU, from the rollout on after which `rollouts_to_come` are expected to repay it.
         fused ("auto", bool, "products" or "layers"): "products": query, key and value as one product, gate and up as
             one, with weights copied side by side; "layers": norms, gated activations, rotary positions and the cache's
             write as Triton kernels, on a GPU and without `compile`, which fuses by itself; True: both; "auto": both on
@@ -79,7 +81,7 @@ class RolloutEngine:
         vocab_size: int | None = None,
         use_cache: bool = True,
         attention: str | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         fused: bool | str = "auto",
         linear: bool | str = "auto",
         graphs: bool = True,
@@ -93,14 +95,22 @@ class RolloutEngine:
             raise ValueError(f"{op}: fused: expected auto, products, layers, True or False; got {excerpt(fused)}")
         if linear != "auto" and not isinstance(linear, bool):
             raise ValueError(f"{op}: linear: expected auto, True or False; got {excerpt(linear)}")
+        if compile != "auto" and not isinstance(compile, bool):
+            raise ValueError(f"{op}: compile: expected auto, True or False; got {excerpt(compile)}")
         self.fused = fused
         self.models = ModelSet(
-            op, policy, reference, opponent, vocab_size, use_cache, attention, compile, fused, linear
+            op, policy, reference, opponent, vocab_size, use_cache, attention, compile is True, fused, linear
         )
         self.device = self.models.device
+        #: Rollouts that the caller expects to ask for, the next included: compile="auto" counts their steps.
+        self.rollouts_to_come = 1
+        self._compile_decision: CompileDecision | None = None
+        if compile == "auto" and self.models.may_compile(COMPILED_DEVICES):
+            layers = sum(len(info.layers) for info in self.models.info.values())
+            self._compile_decision = CompileDecision(layers)
         if recorder is None and graphs and self.device.type == "cuda":
             recorder = CudaRecorder(self.device)
-        if recorder is None and compile:
+        if recorder is None and (compile is True or self._compile_decision is not None):
             recorder = EagerRecorder()
         self.graphs = None if recorder is None else Graphs(recorder, bucket)
         if self.graphs is not None:
@@ -138,6 +148,7 @@ class RolloutEngine:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(f"{self.op}: expected one rollout at a time; got a second while one is running")
         try:
+            self._compile_where_it_repays(request)
             with no_autocast(self.device), self.models.decoding_mode(request.part is not None, request.gather):
                 return self._run(request)
         finally:
@@ -179,7 +190,7 @@ class RolloutEngine:
         self._space = self._capacity = None
         self.models.joint_products.release()
         if self.graphs is not None:
-            self.graphs.recorded.clear()
+            self.graphs.clear()
 
     # ---- one rollout -------------------------------------------------------------------------------------------------
 
@@ -259,13 +270,27 @@ class RolloutEngine:
             reasons += self.models.why_not_recorded()
         return [f"eager steps: {reason}" for reason in reasons]
 
+    def _compile_where_it_repays(self, request: Request) -> None:
+        steps = self.rollouts_to_come * request.settings.max_new_tokens
+        if self._compile_decision is None or request.eager or not self._compile_decision.repays(steps):
+            return
+        _log.info("%s: compiling: %d steps are expected, of %s", self.op, steps, self._compile_decision)
+        self._compile_decision = None
+        if self.models.compile_steps():
+            self.release()  # runners and recorded steps of models that are not compiled
+
     def _run(self, request: Request) -> RolloutResult:
         space = self._workspace(request)
         reasons = [f"separate products: {reason}" for reason in self.models.joint_products.why_separate()]
         request = replace(request, notes=(*request.notes, *reasons))
-        graphs = None if any(note.startswith("eager steps") for note in request.notes) else self.graphs
+        graphs = None if request.eager else self.graphs
         with self.models.fused():
-            return Rollout(request, space, graphs, None if graphs is None else self.models.recorded_state).run()
+            state = None if graphs is None else graphs.number_of(self.models.recorded_state)
+            rollout = Rollout(request, space, graphs, state)
+            result = rollout.run()
+        if graphs is not None and self._compile_decision is not None:
+            self._compile_decision.record(rollout.step_seconds, result.steps - 1)
+        return result
 
     def _workspace(self, request: Request) -> Workspace:
         """Return the current workspace if it is large enough, else allocate one."""

@@ -32,10 +32,20 @@ class Graphs:
     def __init__(self, recorder: Recorder, bucket: int = BUCKET) -> None:
         self.recorder, self.slots = recorder, bucket
         self.recorded: dict[Hashable, Run] = {}
+        self._numbers: dict[Hashable, int] = {}
 
     def bucket(self, length: int) -> int:
         """Round a length up to whole buckets."""
         return -(-length // self.slots) * self.slots
+
+    def number_of(self, state: Hashable) -> int:
+        """Return a number that stands for a state of the models in keys: its hundreds of addresses are hashed once."""
+        return self._numbers.setdefault(state, len(self._numbers))
+
+    def clear(self) -> None:
+        """Forget all recorded steps."""
+        self.recorded.clear()
+        self._numbers.clear()
 
     def run(self, key: Hashable, step: Run, state: Sequence[torch.Tensor]) -> None:
         replay = self.recorded.get(key) or self.recorder.record(step, state)

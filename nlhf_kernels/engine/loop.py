@@ -14,6 +14,7 @@ import torch
 from ..core.settings import requested
 from ..ops.mixture_sample.op import sample_packed
 from .batch import Batch, PlayerRows, remaining_rows
+from .compiling import clock
 from .decode_state import DecodeState
 from .graphs import Graphs
 from .outputs import OpenRowsReader, TokenBuffers
@@ -45,12 +46,16 @@ class Rollout:
         self.steps = 0  # tokens sampled per row
         self.checked = 0  # of them, searched for ends
         self.row_steps = 0  # rows sampled, summed over steps
+        self.step_seconds = 0.0  # of all steps after the first token
 
     def run(self) -> RolloutResult:
         self.prefill()
+        began = clock()
         while self._any_open() and self.steps < self.request.settings.max_new_tokens:
             self.step()
-        return self._result()
+        result = self._result()  # waits for the device
+        self.step_seconds = clock() - began
+        return result
 
     def prefill(self) -> None:
         """Assign rows to players, prefill every model, sample the first token."""

@@ -142,6 +142,22 @@ class ModelSet:
                 forwards[role] = torch.compile(info.model)
         return forwards
 
+    def may_compile(self, devices: Sequence[str]) -> bool:
+        """Return whether it is known on this device what compiling saves; a note says where it is not."""
+        known = self.device.type in devices
+        if not known:
+            self._note(
+                f"not compiled: what it saves is known on {' or '.join(devices)}; the models are on {self.device.type}"
+            )
+        return known
+
+    def compile_steps(self) -> bool:
+        """Compile the steps of runners that are made from now on; return whether there are any to compile."""
+        self.compiled = self._compile()
+        if self.compiled:
+            self.fused_layers = None
+        return bool(self.compiled)
+
     def _fuse_layers(self, models: Sequence[torch.nn.Module], fused: bool | str) -> FusedLayers | None:
         reason = why_not_usable(self.device)
         if reason is None:

@@ -219,6 +219,11 @@ class Request:
     notes: tuple[str, ...]
 
     @property
+    def eager(self) -> bool:
+        """Whether steps are taken one by one, neither recorded nor compiled; a note says why."""
+        return any(note.startswith("eager steps") for note in self.notes)
+
+    @property
     def columns(self) -> slice:
         """The slice of the vocabulary whose logits are in this process."""
         if self.part is None:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from ..core.checks import check_integer, check_number, check_option
 from ..core.settings import CHOICES
+from ..core.text import excerpt
 from .algorithms import ALGORITHMS, Algorithm
 from .schedules import OP, Schedule, check_schedule
 
@@ -143,9 +144,12 @@ class NashConfig(TrainingArguments):
     backend: str | None = field(
         default=None, metadata=_help("of the kernels, as in use_backend; none: the fastest that can run")
     )
-    compile_rollouts: bool = field(
+    compile_rollouts: bool | str = field(
         default=False,
-        metadata=_help("torch.compile for the models' steps in rollouts; takes a minute or more per number of rows"),
+        metadata=_help(
+            "torch.compile for the models' steps in rollouts; takes a minute or more per number of rows; "
+            "auto: once the updates to come are expected to repay it"
+        ),
     )
     eval_temperature: float = field(
         default=1.0, metadata=_help("of sampling in evaluations; 0 takes the likeliest token")
@@ -202,6 +206,10 @@ class NashConfig(TrainingArguments):
         self.tau = check_schedule("tau", self.tau, open_low=self.algorithm_spec.loss == "ipo")
         check_option(OP, "kl", self.kl, KL_MODES)
         check_option(OP, "nonfinite", self.nonfinite, ("skip", "stop"))
+        if self.compile_rollouts not in (True, False, "auto"):
+            raise ValueError(
+                f"{OP}: compile_rollouts: expected true, false or auto; got {excerpt(self.compile_rollouts)}"
+            )
         if isinstance(self.baseline, str):
             check_option(OP, "baseline", self.baseline, ("batch",))
         elif self.baseline is not None:

@@ -273,6 +273,8 @@ class NashTrainer(ResumableTrainer):
             return [], None
         self.scheduled_values = {name: self.scheduled_value(name) for name in self.SCHEDULES}
         self.gather_weights()
+        updates = max(1, self.state.max_steps - self.state.global_step)
+        self.engine.rollouts_to_come = updates * len(batches)
         with self.abandonable():
             self.experiences = self.collector(batches, self.state.global_step, self.scheduled_values["beta"])
         pairs = torch.tensor(sum(part.pairs for part in self.experiences), dtype=torch.float32, device=device)
