@@ -12,7 +12,8 @@ import yaml
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from nlhf_kernels.cli.main import main
-from nlhf_kernels.train.layout import Layout, check_divides, layout_of, share_of
+from nlhf_kernels.train import NashConfig
+from nlhf_kernels.train.layout import Layout, adapter_share_of, check_divides, layout_of, share_of
 from nlhf_kernels.train.memory_plan import Models, ModelShapes, plan_rank
 from tests.support import paper_costs
 from tests.support.live_bytes import LiveBytes
@@ -69,6 +70,42 @@ def test_shares_of_a_parameter() -> None:
     for (name, shape), shares in cut.items():
         layouts = Layout(tp_size=2), Layout(fsdp_size=2), Layout(2, 2, 3)
         assert tuple(share_of(name, shape, plan, layout) for layout in layouts) == shares, name
+
+
+def test_shares_of_an_adapter() -> None:
+    plan = {"model.layers.*.q_proj": "colwise", "model.layers.*.o_proj": "rowwise"}
+    shares = {
+        ("model.layers.3.q_proj.lora_A.default.weight", (4, 8)): 4 * 8,
+        ("model.layers.3.q_proj.lora_B.default.weight", (12, 4)): 6 * 4,
+        ("model.layers.3.o_proj.lora_A.default.weight", (4, 12)): 4 * 6,
+        ("model.layers.3.o_proj.lora_B.default.weight", (8, 4)): 8 * 4,
+    }
+    for (name, shape), share in shares.items():
+        assert adapter_share_of(name, shape, plan, Layout(tp_size=2, fsdp_size=2)) == share, name
+        assert adapter_share_of(name, shape, plan, Layout(fsdp_size=2)) == shape[0] * shape[1], name
+
+
+def test_what_a_gpus_memory_decides(tmp_path) -> None:
+    """More logits at a time and copies of layers of one input, where there is memory for them; slices keep to the
+    default. Filters gather logits from slices."""
+    wide = {"vocab_size": 100_000, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 64}
+    policy = ModelShapes(transformers.LlamaConfig(**{**CONFIG.to_dict(), **wide, "head_dim": None}))
+    run = {"use_cpu": True, "per_device_train_batch_size": 64, "max_new_tokens": 512, "report_to": []}
+    args = NashConfig(str(tmp_path), **run)
+
+    def parts(layout: Layout, gib: int | None, args: NashConfig = args) -> dict[str, int]:
+        return dict(plan_rank(Models(policy, policy), args, layout, "cuda", None if gib is None else gib << 30).parts)
+
+    row = 100_000 * 4
+    for gib, chunk in ((None, 512 << 20), (10, 512 << 20), (40, 1 << 30), (1000, 2 << 30)):
+        assert chunk - 128 * row < parts(Layout(), gib)["chunk of logits"] <= chunk, gib
+    assert parts(Layout(tp_size=2), 1000)["chunk of logits"] <= 512 << 20
+    matrices = 3 * (2048 * (2048 + 2 * 256) + 2 * 64 * 2048)  # layers x (query, key and value; gate and up)
+    assert parts(Layout(), 1000)["joint products"] == 2 * 4 * matrices
+    assert not {"joint products"} & (parts(Layout(), 1).keys() | parts(Layout(tp_size=2), 1000).keys())
+    filtered = NashConfig(str(tmp_path), top_k=5, **run)
+    gathered = parts(Layout(tp_size=2), None, filtered)["logits"] / parts(Layout(tp_size=2), None)["logits"]
+    assert gathered == 3 and parts(Layout(), None, filtered) == parts(Layout(), None)
 
 
 def test_layouts_fit_processes_and_heads() -> None:

@@ -41,6 +41,8 @@ EVALUATED = {
 }  # fmt: skip
 SNAPSHOTS = {"algorithm": "nash-mp", "refresh_steps": 1}
 ADAPTERS = {"lora": {}, "kl": "exact", "baseline": 0.5}
+MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_ADAPTED = {**ADAPTERS, "lora": {"target_modules": MATRICES}}
 PLUGIN = {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 FIRST_LOADS = {**PLUGIN, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # the default of accelerate launch
 TWO = {
@@ -49,6 +51,13 @@ TWO = {
     "ddp": {"per_device_train_batch_size": 4, **EMA, **EVALUATED},
     "snapshots": {"fsdp_size": 2, "per_device_train_batch_size": 4, **SNAPSHOTS},
     "adapters": {"fsdp_size": 2, "per_device_train_batch_size": 4, **ADAPTERS},
+    "tp_adapters_begun": {
+        "tp_size": 2, "per_device_train_batch_size": 8, **SAVED, **ALL_ADAPTED, "max_steps": 2,
+    },
+    "tp_adapters": {
+        "tp_size": 2, "per_device_train_batch_size": 8, **SAVED, **ALL_ADAPTED, "resume": True,
+        "of": "tp_adapters_begun", "saves": True,
+    },
     "half": {"fsdp_size": 2, "per_device_train_batch_size": 4, "bf16": True},
     "straight": {"fsdp_size": 2, "per_device_train_batch_size": 4, **EMA},
     "begun": {"fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "max_steps": 2},
@@ -74,6 +83,7 @@ FOUR = {
     "both": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **EMA, **EVALUATED},
     "replicas": {"tp_size": 2, "dp_replicate_size": 2, "per_device_train_batch_size": 4, **EMA},
     "tied": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, "model": "tied"},
+    "both_adapters": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **ALL_ADAPTED},
     "begun": {"tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "max_steps": 2},
     "resumed": {
         "tp_size": 2, "fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "resume": True, "of": "begun",
@@ -150,6 +160,16 @@ def assert_same(result: dict[str, Any], expected: dict[str, Any], rtol: float = 
         assert {name: there[name] for name in names} == pytest.approx({name: here[name] for name in names}, rel=1e-2)
 
 
+def assert_saved(folder: Path, result: dict[str, Any]) -> None:
+    """Assert that a folder holds the run's weights, or its adapter beside the base."""
+    saved = dict(transformers.AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    weights = {key.removeprefix("base_model.model."): value for key, value in result["weights"].items()}
+    assert saved.keys() == weights.keys()
+    for key, value in saved.items():
+        value = value.detach().double()
+        assert [float(value.sum()), float(value.square().sum())] == pytest.approx(weights[key], rel=1e-6), key
+
+
 @pytest.mark.parametrize("name", ["tp", "fsdp", "ddp"])
 def test_two_processes_learn_what_one_does(name, two, alone) -> None:
     """Any layout learns the same, with an averaged opponent, a baseline over the batch, evaluations of an odd number of
@@ -164,6 +184,19 @@ def test_snapshots_act_on_parts(two, alone) -> None:
 def test_adapters_over_a_split_base(two, alone) -> None:
     """Adapters over a sharded base learn the same, with the exact KL from the base."""
     assert_same(two.results["adapters"], alone(ADAPTERS))
+
+
+def test_adapters_on_split_matrices(two, alone) -> None:
+    """Tensor parallelism splits adapters as their layers. They begin with the weights of whole ones, learn the same,
+    and are resumed and saved."""
+    result = two.results["tp_adapters"]
+    assert_same(result, alone({**EMA, **ALL_ADAPTED}))
+    assert_saved(two.folder / "tp_adapters-saved", result)
+
+
+def test_split_adapters_over_groups(four, alone) -> None:
+    """Groups of processes average the gradients of split adapters."""
+    assert_same(four.results["both_adapters"], alone(ALL_ADAPTED))
 
 
 @pytest.mark.parametrize(
@@ -181,12 +214,7 @@ def test_models_that_accelerate_shards(name, options, model, two, alone) -> None
     result = two.results[name]
     assert_same(result, alone(options, model))
     if "saves" in TWO[name]:
-        saved = transformers.AutoModelForCausalLM.from_pretrained(two.folder / f"{name}-saved")
-        weights = {key.removeprefix("base_model.model."): value for key, value in result["weights"].items()}
-        assert len(weights) == len(list(saved.named_parameters()))
-        for key, value in saved.named_parameters():
-            value = value.detach().double()
-            assert [float(value.sum()), float(value.square().sum())] == pytest.approx(weights[key], rel=1e-6), key
+        assert_saved(two.folder / f"{name}-saved", result)
 
 
 def test_checkpoints_of_accelerates_plugin(two, alone) -> None:

@@ -19,6 +19,7 @@ pytest.importorskip("accelerate", reason="training needs accelerate")
 from nlhf_kernels.cli import train
 from nlhf_kernels.cli.errors import BadInput, SaidByFirst
 from nlhf_kernels.core import upstream
+from nlhf_kernels.core.split_adapters import check_splittable
 from nlhf_kernels.preference import save_preference_model
 from nlhf_kernels.train.accelerate_fsdp import shard
 from nlhf_kernels.train.run_file import read_run_file
@@ -74,8 +75,9 @@ def test_a_run_file_and_torchrun_are_all_it_takes(root) -> None:
 
 @needs_splitting
 def test_killed_processes_lose_nothing(root) -> None:
-    """After kill -9 of one process, then of all, every checkpoint is whole, and the next launch resumes the last."""
-    assert len(kill(root, 2, 1, "fsdp_size=2")) == 2
+    """After kill -9 of one process or of all, between checkpoints, while one is written and while the run starts, every
+    checkpoint is whole, and the next launch resumes the last. Two launches at least; six where they take 15 seconds."""
+    assert len(kill(root, 6, 1, "fsdp_size=2", seconds=90)) >= 2
 
 
 @needs_splitting
@@ -101,7 +103,6 @@ def torchrun(root: Path, *changes: str, module: str = "nlhf_kernels") -> subproc
         ({}, {"tp_size": 4, "world_size": 4}, "divisor of the num_key_value_heads of model, 2; got 4"),
         ({}, {"tp_size": 2, "world_size": 3}, "expected a multiple of 2 processes"),
         ({}, {"fsdp_size": 2, "dp_replicate_size": 2, "world_size": 2}, "expected 4 processes"),
-        ({"lora": {"r": 2}}, {"tp_size": 2, "world_size": 2}, "lora: expected with fsdp_size"),
         ({"reference_model": "odd"}, {"tp_size": 2, "world_size": 2}, "vocab_size of reference_model, 97; got 2"),
     ],
 )
@@ -136,16 +137,27 @@ def test_models_of_two_layouts() -> None:
 
     args = SimpleNamespace(tp_size=1, fsdp_size=1, world_size=2)
     policy = split(tp_size=2)
-    assert check_layout(args, policy, None, reference_model=split(tp_size=2), eval_opponent=None).tp_size == 2
+    assert check_layout(args, policy, reference_model=split(tp_size=2), eval_opponent=None).tp_size == 2
     for other in (tiny_model("llama"), split(fsdp_size=2)):
         with pytest.raises(ValueError, match="reference_model: expected a model that is split as the policy, tp 2"):
-            check_layout(args, policy, None, reference_model=other)
-    with pytest.raises(ValueError, match="model: expected adapters on whole matrices"):
-        check_layout(args, policy, lora())
+            check_layout(args, policy, reference_model=other)
     with pytest.raises(ValueError, match=r"DistributedConfig\(fsdp_size=2\), as args.fsdp_size is; got fsdp_size 1"):
-        check_layout(SimpleNamespace(tp_size=2, fsdp_size=2, world_size=4), policy, None)
+        check_layout(SimpleNamespace(tp_size=2, fsdp_size=2, world_size=4), policy)
     with pytest.raises(ValueError, match="expected a layout of 3 processes; got tp 2"):
-        check_layout(SimpleNamespace(tp_size=1, fsdp_size=1, world_size=3), policy, None)
+        check_layout(SimpleNamespace(tp_size=1, fsdp_size=1, world_size=3), policy)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: expected one of .*; got 'pissa'"),
+        ({"use_dora": True}, "use_dora: expected one of"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save: expected one of .*; got \['lm_head'\]"),
+    ],
+)
+def test_adapters_that_need_whole_matrices(options, expected) -> None:
+    with pytest.raises(ValueError, match=expected):
+        check_splittable(lora(**options))
 
 
 def test_accelerates_plugin_on_a_cpu(tmp_path, monkeypatch) -> None:

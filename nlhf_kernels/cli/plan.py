@@ -53,8 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     layout = layout_of("train", args.tp_size, args.fsdp_size, args.dp_replicate_size, arguments.gpus)
     models = _models(run_file)
     check_divides("train", "model", models.policy.config, layout.tp_size)
-    limit = int((1 - HEADROOM) * arguments.gpu_memory * 2**30)
-    plan = plan_rank(models, args, layout, arguments.device)
+    memory = int(arguments.gpu_memory * 2**30)
+    limit = _limit(memory)
+    plan = plan_rank(models, args, layout, arguments.device, memory)
     trained = models.policy.bytes(type(layout)(), trained=True, size=lambda _: 1)
     console = new_console()
     console.print(f"{args.algorithm}: {trained:,} trained parameters; {layout}; on every rank:")
@@ -64,12 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.gpus > 1:
         console.print(f"\n{arguments.gpus} GPUs, by layout:")
         for other in sorted(_layouts(arguments.gpus, models), key=lambda each: (each.tp_size, -each.fsdp_size)):
-            total = plan_rank(models, args, other, arguments.device).total
+            total = plan_rank(models, args, other, arguments.device, memory).total
             mark = "fits" if total <= limit else "does not fit"
             console.print(f"  {other!s:<32} {_size(total):>10}  {mark}")
     console.print()
-    console.print("\n".join(_verdict(models, args, plan, limit, arguments.device)), soft_wrap=True)
+    console.print("\n".join(_verdict(models, args, plan, memory, arguments.device)), soft_wrap=True)
     return DONE if plan.total <= limit else FAILED
+
+
+def _limit(memory: int) -> int:
+    """Return the bytes of a GPU that a plan may take."""
+    return int((1 - HEADROOM) * memory)
 
 
 def _models(run_file: RunFile) -> Models:
@@ -130,20 +136,21 @@ def _layouts(gpus: int, models: Models) -> Iterator[Layout]:
                 yield Layout(tp_size, fsdp_size, gpus // (tp_size * fsdp_size))
 
 
-def _verdict(models: Models, args: NashConfig, plan: RankPlan, limit: int, device: str) -> Iterator[str]:
+def _verdict(models: Models, args: NashConfig, plan: RankPlan, memory: int, device: str) -> Iterator[str]:
+    limit = _limit(memory)
     room = f"{_size(limit)} (a GPU, less {HEADROOM:.0%} for the allocator and collectives)"
     if plan.total <= limit:
         yield f"fits: {_size(plan.total)} of {room}"
         return
     yield f"does not fit: {_size(plan.total)} of {room}"
-    for changes, total in _remedies(models, args, plan.layout, limit, device):
+    for changes, total in _remedies(models, args, plan.layout, memory, device):
         yield f"{' '.join(changes)} would: {_size(total)}"
         return
     yield f"no layout of {plan.layout.processes} GPUs would: a smaller model, adapters (lora), or more GPUs"
 
 
 def _remedies(
-    models: Models, args: NashConfig, layout: Layout, limit: int, device: str
+    models: Models, args: NashConfig, layout: Layout, memory: int, device: str
 ) -> Iterator[tuple[list[str], int]]:
     """Yield changes that make the run fit, cheapest first: a layout, then single settings."""
     from ..train.memory_plan import plan_rank
@@ -157,8 +164,8 @@ def _remedies(
             settings = [each for each in settings if not each.startswith(f"training.{name}=")]
             settings.append(f"training.{name}={str(value).lower()}")
         for other in [layout, *(each for each in layouts if each != layout)]:
-            total = plan_rank(models, changed, other, device).total
-            if total <= limit:
+            total = plan_rank(models, changed, other, device, memory).total
+            if total <= _limit(memory):
                 sizes = ("tp_size", "fsdp_size", "dp_replicate_size")
                 moved = [f"training.{size}={getattr(other, size)}" for size in sizes] if other != layout else []
                 yield [*moved, *settings], total

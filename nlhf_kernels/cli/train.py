@@ -88,8 +88,6 @@ def _split(run_file: RunFile, args: NashConfig) -> Any:
             return None
         if (kind := distributed_config_class()) is None:
             raise BadInput("train: tp_size, fsdp_size: expected a newer transformers, with DistributedConfig's sizes")
-        if layout.tp_size > 1 and run_file.lora is not None:
-            raise BadInput("train: lora: expected with fsdp_size; got it with tp_size, which cuts the adapted matrices")
         for key in ("model", "reference_model", "eval_opponent"):
             if (name := getattr(run_file, key)) is not None:
                 config = load_configuration(f"train: {key}", name, trust_remote_code=run_file.trust_remote_code)

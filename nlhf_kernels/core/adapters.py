@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import split_adapters
 from .optional import need
 
 CONFIG = "adapter_config.json"
@@ -38,14 +39,21 @@ def base_of(name: str, where: Mapping[str, Any] = MappingProxyType({})) -> str:
 def new_adapter(model: Any, peft_config: Any, seed: int) -> Any:
     """Return `model` with a new adapter, whose initial weights depend on the seed alone."""
     peft = need("peft", "peft_config")
+    if split := split_adapters.is_split(model):
+        split_adapters.check_splittable(peft_config)
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, peft_config)
+        adapted = peft.get_peft_model(model, peft_config)
+    if split:
+        split_adapters.fit(adapted, peft_config, seed)
+    return adapted
 
 
 def attach(base: Any, name: str, *, trainable: bool, where: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """Return `base` with the adapter of a folder or a name on the hub."""
+    if split_adapters.is_split(base):
+        raise ValueError(f"expected a new adapter where tensor parallelism splits the base; got that of {name}")
     configuration = _configuration(name, where)
     configuration.inference_mode = not trainable
     model = new_adapter(base, configuration, seed=0)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..core.split_adapters import laid_out
 from ..core.tokens import count_positions
 from ..core.upstream import plain_lora_layers
 from ..ops import decode_window
@@ -240,7 +241,8 @@ def _random_adapters(layers: list[Any]) -> Iterator[None]:
     try:
         for parameter, data in weights.items():
             noise = torch.randn(data.shape, generator=generator, dtype=torch.float32, device="cpu")
-            parameter.data = (noise * data.shape[-1] ** -0.5).to(data)
+            noise = (noise * data.shape[-1] ** -0.5).to(data.device, data.dtype)
+            parameter.data = laid_out(noise, data)
         for layer, scaling in scalings:
             layer.scaling.update(dict.fromkeys(scaling, 1.0))
         yield

@@ -108,10 +108,8 @@ def share_of(name: str, shape: tuple[int, ...], plan: Mapping[str, str], layout:
         plan: transformers' plan of tensor parallelism: names with * for a layer's number -> styles.
         layout: of the run.
     """
-    generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-    style = plan.get(generic) or plan.get(generic.rpartition(".")[0])
     sizes = list(shape)
-    split = _SPLIT.get(style or "")
+    split = _split_dimension(name, plan)
     if split is not None and layout.tp_size > 1:
         if len(sizes) >= 2:
             sizes[split] = math.ceil(sizes[split] / layout.tp_size)
@@ -120,3 +118,25 @@ def share_of(name: str, shape: tuple[int, ...], plan: Mapping[str, str], layout:
     if sizes and layout.fsdp_size > 1:
         sizes[0] = math.ceil(sizes[0] / layout.fsdp_size)
     return math.prod(sizes)
+
+
+def adapter_share_of(name: str, shape: tuple[int, ...], plan: Mapping[str, str], layout: Layout) -> int:
+    """Return how many numbers of an adapter's parameter the process with the most of them holds: FSDP2 stores none, and
+    tensor parallelism splits the outputs of lora_B, or the inputs of lora_A, as it splits the layer.
+
+    Args:
+        name: of the parameter, without peft's prefix.
+        shape: of the whole parameter.
+        plan: transformers' plan of tensor parallelism.
+        layout: of the run.
+    """
+    layer, _, part = name.partition(".lora_")
+    splits = {"A": -1, "B": -2}.get(part[:1]) == _split_dimension(f"{layer}.weight", plan)
+    within = Layout(tp_size=layout.tp_size)
+    return share_of(f"{layer}.weight", shape, plan, within) if part and splits else math.prod(shape)
+
+
+def _split_dimension(name: str, plan: Mapping[str, str]) -> int | None:
+    """Return the dimension of a matrix that tensor parallelism splits, counted from the last, or None."""
+    generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    return _SPLIT.get(plan.get(generic) or plan.get(generic.rpartition(".")[0]) or "")

@@ -22,10 +22,11 @@ from transformers.cache_utils import Cache
 from ..core.optional import need
 from ..engine.caches import LayerShape, ProbeLayer
 from ..engine.graphs import BUCKET
-from ..engine.memory import rollout_parts, rows_by_model
-from ..ops.linear_logprobs.chunks import CHUNK_BYTES, chunk_rows
+from ..engine.joint_products import GROUPS
+from ..engine.memory import COPIES_SHARE, rollout_parts, rows_by_model
+from ..ops.linear_logprobs.chunks import CHUNK_BYTES, chunk_bytes_with, chunk_rows
 from .config import NashConfig
-from .layout import Layout, share_of
+from .layout import Layout, adapter_share_of, share_of
 from .setup import rollout_dtype
 
 #: Bytes of an optimizer's state per trained parameter, where it has one number per parameter in the parameter's dtype:
@@ -104,7 +105,7 @@ class ModelShapes:
         """Return the bytes that a rank holds.
 
         Args:
-            layout: of the processes; adapters are whole on every rank regardless.
+            layout: of the processes; FSDP2 leaves adapters whole on every rank.
             trained: of the trained parameters alone.
             size: bytes of a number of a parameter; None: the parameter's own.
         """
@@ -114,7 +115,7 @@ class ModelShapes:
                 continue
             adapter = self.lora is not None and parameter.trained
             short = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            share = math.prod(parameter.shape) if adapter else share_of(short, parameter.shape, self.plan, layout)
+            share = (adapter_share_of if adapter else share_of)(short, parameter.shape, self.plan, layout)
             total += share * (parameter.itemsize if size is None else size(parameter))
         return int(total)
 
@@ -164,7 +165,9 @@ class RankPlan:
         return sum(self.parts.values())
 
 
-def plan_rank(models: Models, args: NashConfig, layout: Layout, device: str = "cuda") -> RankPlan:
+def plan_rank(
+    models: Models, args: NashConfig, layout: Layout, device: str = "cuda", memory: int | None = None
+) -> RankPlan:
     """Return the allocations of a rank in the backward pass of an update, with the rollout's buffers still allocated.
 
     Args:
@@ -172,10 +175,15 @@ def plan_rank(models: Models, args: NashConfig, layout: Layout, device: str = "c
         args: of the run.
         layout: of its processes.
         device: "cuda" or "cpu": determines the budget for logits, and whether steps are recorded.
+        memory: bytes of a GPU; some of them decide on more logits at a time and joint products. None: neither.
     """
-    half = rollout_dtype(args)
+    half, memory = rollout_dtype(args), memory if device == "cuda" else None
     parts = _trained_state(models.policy, args, layout) | _players(models, args, layout, half)
-    parts |= _rollout(models, args, layout, half, device) | _loss(models, args, layout, device)
+    parts |= _rollout(models, args, layout, half, device) | _loss(models, args, layout)
+    if memory is not None and (copies := _joint_products(models, args, layout, half)) <= COPIES_SHARE * memory:
+        parts["joint products"] = copies
+    free = None if memory is None else max(0, memory - sum(parts.values()))
+    parts["chunk of logits"] = _chunk(models.policy, args, layout, device, free)
     return RankPlan(layout, {name: size for name, size in parts.items() if size})
 
 
@@ -279,17 +287,48 @@ def _rollout(models: Models, args: NashConfig, layout: Layout, half: torch.dtype
     itemsize = (half or policy.dtype).itemsize
     every = prompts * sum(player.samples for player in players)
     vocabulary = -(-policy.vocabulary // layout.tp_size)  # of a rank's slice
+    if layout.tp_size > 1 and (args.top_k or args.top_p != 1):
+        vocabulary += policy.vocabulary  # filters need all logits, which are gathered from slices
     return rollout_parts(caches, rows, every, length, args.max_new_tokens, vocabulary, itemsize, kept_logprobs=2)
 
 
-def _loss(models: Models, args: NashConfig, layout: Layout, device: str) -> dict[str, int]:
+def _joint_products(models: Models, args: NashConfig, layout: Layout, half: torch.dtype | None) -> int:
+    """Return the bytes of the engine's copies of layers of one input, side by side: query, key and value; gate, up."""
+    opponents = [models.policy] if args.algorithm_spec.own_parameters else []
+    total = 0
+    for model in (models.policy, *opponents, models.reference):
+        if model is None or model.lora or layout.tp_size > 1:
+            continue
+        places = {tuple(name.removesuffix(".weight").rsplit(".", 1)): each for name, each in model.parameters.items()}
+        for names in GROUPS:
+            for place in {place[0] for place in places if place[-1] in names}:
+                group = [places.get((place, name)) for name in names]
+                total += sum(
+                    math.prod(each.shape) * (half.itemsize if half else each.itemsize)
+                    for each in group
+                    if each is not None and None not in group
+                )
+    return total
+
+
+def _chunk(policy: ModelShapes, args: NashConfig, layout: Layout, device: str, free: int | None) -> int:
+    """Return the bytes of logits that the loss holds at a time."""
+    exact = args.kl == "exact" and args.algorithm_spec.loss != "ipo"
+    compute = rollout_dtype(args) or policy.dtype
+    vocabulary = -(-policy.vocabulary // layout.tp_size)  # a rank scores its slice
+    budget = CHUNK_BYTES[device]  # of slices, always
+    if free is not None and layout.tp_size == 1:
+        budget = chunk_bytes_with(free, policy.width, exact)
+    rows = chunk_rows(micro_batch(args)[0] * args.max_new_tokens, vocabulary, compute.itemsize, exact, budget)
+    return rows * vocabulary * compute.itemsize * (2 if exact else 1)
+
+
+def _loss(models: Models, args: NashConfig, layout: Layout) -> dict[str, int]:
     rows, tokens = micro_batch(args)
     policy = models.policy
     scored = rows * args.max_new_tokens
     compute = rollout_dtype(args) or policy.dtype
-    exact = args.kl == "exact" and args.algorithm_spec.loss != "ipo"
     vocabulary = -(-policy.vocabulary // layout.tp_size)  # a rank scores its slice
-    chunk = chunk_rows(scored, vocabulary, compute.itemsize, exact, CHUNK_BYTES[device])
     trained = next((value.trained for name, value in policy.parameters.items() if "lm_head" in name), not policy.lora)
     activations = activation_bytes(policy, rows, tokens, rollout_dtype(args), layout, recomputes(args))
     if args.gradient_accumulation_steps == 1:  # no gradient is there when the backward pass begins
@@ -297,7 +336,6 @@ def _loss(models: Models, args: NashConfig, layout: Layout, device: str) -> dict
         activations = max(activations - policy.bytes(layout, trained=True), activations // layers)
     return {
         "activations": activations,
-        "chunk of logits": chunk * vocabulary * compute.itemsize * (2 if exact else 1),
         "head's gradient": 4 * vocabulary * policy.width * (1 if trained else 0),
         "states for the head": 2 * scored * policy.width * compute.itemsize + rows * tokens * policy.width * 4,
     }

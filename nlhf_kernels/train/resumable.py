@@ -187,7 +187,9 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
                 self.model.config.save_pretrained(output_dir)
                 self.processing_class.save_pretrained(output_dir)
             return
-        if self.is_fsdp_enabled:  # from_pretrained's own split is gathered by save_pretrained
+        if self.is_fsdp_enabled or (
+            self.layout.sharded and is_adapted(self.model)
+        ):  # what transformers does not gather
             state_dict = whole_weights(self.model, keep=self.args.should_save)
         super()._save(output_dir, state_dict)
 

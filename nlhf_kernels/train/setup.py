@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..core import split_adapters
 from ..core.adapters import new_adapter
 from ..core.checks import check_number
 from ..core.loading import check_finite
@@ -70,13 +71,12 @@ def check_processes(args: NashConfig, accelerator: Any, processes: DataParallel,
             )
 
 
-def check_layout(args: NashConfig, model: Any, peft_config: Any, **others: Any) -> Layout:
+def check_layout(args: NashConfig, model: Any, **others: Any) -> Layout:
     """Return how processes share the models; raise where the models or the configuration disagree.
 
     Args:
         args: the configuration, whose sizes need to be set only where models are yet to be loaded.
         model: the policy.
-        peft_config: adapters that it will get, or None.
         others: the other models by their arguments' names; None is skipped.
     """
     if not isinstance(model, torch.nn.Module):
@@ -94,11 +94,8 @@ def check_layout(args: NashConfig, model: Any, peft_config: Any, **others: Any) 
             raise ValueError(
                 f"{OP}: {name}: expected a model that is split as the policy, {layout}; got {layout_of_model(other)}"
             )
-    if layout.tp_size > 1 and (peft_config is not None or is_adapted(model)):
-        raise ValueError(
-            f"{OP}: model: expected adapters on whole matrices: on slices of tensor parallelism they compute something "
-            f"else; got tp_size {layout.tp_size} (fsdp_size shares a model without cutting its matrices)"
-        )
+    if layout.tp_size > 1 and is_adapted(model):
+        split_adapters.widen(model)
     if layout.sharded and layout.processes != args.world_size:
         raise ValueError(f"{OP}: model: expected a layout of {args.world_size} processes; got {layout}")
     return layout

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..core import split_adapters
 from ..core.optional import need
 from ..core.upstream import skeleton
 from ..core.vocabulary import TENSOR_PARALLEL, is_dtensor
@@ -181,6 +182,31 @@ class GatheredModel:
                 local(target.data).copy_(local(gathered(current[name].detach())))
 
 
+def average_split_gradients(model: Any, layout: Layout) -> None:
+    """Average over groups the gradients of adapters that tensor parallelism splits.
+
+    FSDP2 averages those of the parameters that it stores, transformers those of parameters that processes have whole.
+
+    Args:
+        model: the policy, whose other parameters are left alone.
+        layout: of its processes.
+    """
+    if not is_adapted(model) or layout.tp_size == 1 or layout.data_parallel == 1:
+        return
+    rank, groups = torch.distributed.get_rank(), []
+    for first in range(layout.tp_size):  # every process makes all groups, in one order
+        groups.append(torch.distributed.new_group(range(first, layout.processes, layout.tp_size)))
+
+    def average(parameter: torch.Tensor) -> None:
+        own = local(parameter.grad)  # type: ignore[arg-type]
+        torch.distributed.all_reduce(own, group=groups[rank % layout.tp_size])
+        own /= layout.data_parallel
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and is_dtensor(parameter):
+            parameter.register_post_accumulate_grad_hook(average)
+
+
 def fsdp_modules(model: Any) -> Iterator[Any]:
     """Yield the modules that FSDP2 gathers one by one.
 
@@ -215,6 +241,8 @@ def _empty_copy(model: Any) -> Any:
         for other, options in others:
             copy.add_adapter(other, options, low_cpu_mem_usage=True)
     copy.set_adapter(model.active_adapter)
+    if split_adapters.is_split(base):
+        split_adapters.widen(copy)
     return copy
 
 

@@ -58,7 +58,7 @@ from .setup import (
     with_reference,
     without_dropout,
 )
-from .sharded import GatheredModel
+from .sharded import GatheredModel, average_split_gradients
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class NashTrainer(ResumableTrainer):
         others = {"reference_model": reference_model, "eval_opponent": eval_opponent}
         if (plugin := plugin_accelerator(args)) is not None:
             model, peft_config = shard(plugin, args, model, peft_config, *others.values()), None
-        self.layout: Layout = check_layout(args, model, peft_config, **others)
+        self.layout: Layout = check_layout(args, model, **others)
         end_ids, pad_id = special_tokens(processing_class, model)
         model, reference_model = with_reference(
             model, reference_model, peft_config, args.seed, split=self.layout.sharded
@@ -159,6 +159,7 @@ class NashTrainer(ResumableTrainer):
         dtype = rollout_dtype(args)
         if self.layout.sharded:
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True  # else gradients add up unsplit
+            average_split_gradients(self.model, self.layout)
             reference_model, eval_opponent = gather_for_rollouts(args, self.model, reference_model, eval_opponent)
         else:
             freeze_for_rollouts(args, reference_model, eval_opponent)

@@ -22,7 +22,7 @@ LOGGED = ("loss", "grad_norm", "kl", "preference", "length", "entropy")
 SIZES = ("tp_size", "fsdp_size", "dp_replicate_size")
 
 
-def start(folder: Path, processes: int, runs: Mapping[str, Mapping[str, Any]], timeout: int = 300) -> Any:
+def start(folder: Path, processes: int, runs: Mapping[str, Mapping[str, Any]], timeout: int = 600) -> Any:
     """Launch the runs and return the completed launcher."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *launch, "-m", "tests.support.sharded_runs", str(folder), json.dumps(runs)]

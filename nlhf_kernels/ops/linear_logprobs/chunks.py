@@ -49,10 +49,20 @@ def choose_chunk_bytes(device: torch.device, hidden_size: int, compares: bool) -
         hidden_size: of the policy.
         compares: whether a chunk holds both models' logits.
     """
-    least = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     if device.type != "cuda" or is_capturing(device):
-        return least
-    chunk, free = (2 << 30) if hidden_size >= _WIDE else (1 << 30), free_bytes(device)
+        return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    return chunk_bytes_with(free_bytes(device), hidden_size, compares)
+
+
+def chunk_bytes_with(free: int, hidden_size: int, compares: bool) -> int:
+    """Return `choose_chunk_bytes` of a GPU.
+
+    Args:
+        free: bytes of memory that it has free.
+        hidden_size: of the policy.
+        compares: whether a chunk holds both models' logits.
+    """
+    chunk, least = (2 << 30) if hidden_size >= _WIDE else (1 << 30), CHUNK_BYTES["cuda"]
     if compares:
         chunk *= 2
     while chunk > least and chunk * _FREE_SHARE > free:
