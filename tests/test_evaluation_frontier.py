@@ -103,6 +103,10 @@ def test_the_rate_between_two_methods_is_interpolated_in_both_kls() -> None:
     assert rate.mean == pytest.approx(expected) and rate.half == pytest.approx(0.0, abs=1e-9)
     other_way = rate_at_equal_kl(Tournament(names, values), names[2:], names[:2], kl, 3.0625)
     assert other_way.mean == pytest.approx(1 - expected)
+    alone = rate_at_equal_kl(Tournament(names, values), names[:2], ["b3"], kl, 3.0625)
+    assert alone.mean == pytest.approx((1 - a) * 0.3 + a * 0.2), "one policy alone plays at its own KL"
+    both = rate_at_equal_kl(Tournament(names, values), ["a1"], ["b1"], kl, 3.0625)
+    assert both.mean == pytest.approx(0.9)
 
 
 def test_intervals_at_equal_kl_cover_the_true_rate_as_often_as_they_say() -> None:
@@ -165,6 +169,9 @@ def test_frontiers_and_estimates_draw_the_numbers() -> None:
         ends = up.get_segments()[0][:, 1].tolist()
         assert ends == pytest.approx([points[0].rate.low, points[0].rate.high])
         assert across.get_segments()[1][:, 0].tolist() == pytest.approx([points[1].kl.low, points[1].kl.high])
+    (marked,) = plot_frontiers(dict(itertools.islice(series.items(), 1)), at=2.5).axes
+    dotted = [[list(line.get_xdata()) == [2.5, 2.5] for line in each.lines] for each in (marked, axes)]
+    assert sum(dotted[0]) == 1 and not any(dotted[1]), "the KL of a comparison"
     looks = {(line.get_color(), line.get_marker(), str(line.get_linestyle())) for line, *_ in axes.containers}
     assert len(looks) == 10, "no two series look alike"
     figure = plot_estimates({"a": [(2.0, cell(0.6)), (1.0, cell(0.4))]}, "share of cycles", "advantage", level=0.5)

@@ -16,14 +16,16 @@ pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 from nlhf_kernels.core.loading import load_model
 from nlhf_kernels.core.terminal import SILENT
 from nlhf_kernels.evaluation import Sampling, sample_answers
-from nlhf_kernels.experiment import pipeline
+from nlhf_kernels.experiment import pipeline, preferences
 from nlhf_kernels.experiment.best_responses import STARTS, OpponentReward
 from nlhf_kernels.experiment.corpus import Material, load_corpus
 from nlhf_kernels.experiment.pipeline import Experiment
+from nlhf_kernels.experiment.preferences import make_comparison_model
 from nlhf_kernels.experiment.presets import CONTESTANTS, PRESETS, Preset, overridden
 from nlhf_kernels.experiment.runs import configuration
 from nlhf_kernels.experiment.supervised import Setting, answer_loss, encode_examples, new_model
 from nlhf_kernels.experiment.workspace import Workspace
+from nlhf_kernels.preference import train_preference_model
 from tests.support.attention import cudnn_while_learning
 from tests.support.experiment import fake_packages
 from tests.support.tiny_models import one_thread
@@ -59,7 +61,7 @@ def test_every_stage_leaves_its_part(done) -> None:
         marks(folder)
     )
     runs = [name for name in marks(folder) if name.startswith("runs/")]
-    assert len(runs) == (2 + 2) * len(TINY.contestants), "two seeds, and two best responses"
+    assert len(runs) == (2 * 2 + 2) * len(TINY.contestants), "two seeds at two tau, and two best responses"
     assert not list(folder.rglob("*.nlhf-*")) and not list(folder.rglob("trainer"))
     assert results["tournament"]["names"] == ["sft", *TINY.contestants]
     assert set(results["seconds"]) == set(marks(folder))
@@ -71,6 +73,27 @@ def test_the_better_best_response_counts(done) -> None:
     for each in results["exploitability"].values():
         assert each["start"] in STARTS and 0 <= each["mean"] <= 1 and each["prompts"] == TINY.test_prompts
     assert "its best response wins" in (folder / "report" / "report.html").read_text()
+
+
+def test_best_responses_play_the_policies_nearest_to_the_level(done, tmp_path, monkeypatch) -> None:
+    folder, packages, _ = done
+    copy = tmp_path / "out"
+    shutil.copytree(folder, copy)
+    for path in (copy / "exploitability", *(copy / "runs").glob("response-*")):
+        shutil.rmtree(path)
+    facts = json.loads((copy / "tournament" / "tournament.json").read_text())
+    asked = {}
+
+    def seen(work: Path, opponent: Path, start: str, **_: object) -> None:
+        asked[opponent.parent.name, start] = None
+        shutil.copytree(opponent, work / "policy")
+
+    monkeypatch.setattr(pipeline, "make_best_response", seen)
+    with one_thread():
+        experiment(copy, packages).run()
+    assert list(asked) == [
+        (f"{name}-tau{facts['nearest'][name]}-seed0", start) for name in TINY.contestants for start in STARTS
+    ]
 
 
 def test_a_best_response_is_rewarded_for_what_it_wins_against_fresh_answers(done) -> None:
@@ -106,7 +129,22 @@ def test_the_numbers_are_whole(done) -> None:
                     assert cell["mean"] + matrix[j][i]["mean"] == pytest.approx(1.0)
         assert len(facts["judges"][judge]["claims"]) == 3
         assert [point["beta"] for point in facts["judges"][judge]["by_beta"]] == [0.0, 0.5, 1.0]
-    assert facts["policies"]["sft"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    first, *others = facts["policies"]
+    assert first["contestant"] == "sft" and first["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert [(each["contestant"], each["tau"], each["runs"]) for each in others] == [
+        (name, tau, 2) for name in TINY.contestants for tau in TINY.grid(name)
+    ]
+    reached = [max(each["kl"] for each in facts["policies"] if each["contestant"] in ("sft", name))
+               for name in TINY.contestants]  # fmt: skip
+    assert facts["kl"] == pytest.approx(min(TINY.budget, *reached)), "the budget, or as far as all of them come"
+    for name, index in facts["nearest"].items():
+        kls = [each["kl"] for each in others if each["contestant"] == name]
+        assert abs(kls[index] - facts["kl"]) == min(abs(kl - facts["kl"]) for kl in kls)
+    for judge in ("preference-model", "annotators"):
+        for points in facts["judges"][judge]["frontiers"].values():
+            assert len(points) == 3 and points[0]["rate"]["mean"] <= 1, "the reference and two tau"
+        for sample in facts["samples"]:
+            assert sample["chances"][judge][0] == pytest.approx(0.5) and len(sample["chances"][judge]) == 5
     assert results["cycles"]["annotators"]["responses"] == TINY.cycle_responses
     assert results["speed"]["update"]["speedup"] > 0
     assert {each["name"] for each in results["speed"]["operations"]} == {"mixture_sample", "linear_nash_pg_loss"}
@@ -114,7 +152,7 @@ def test_the_numbers_are_whole(done) -> None:
 
 def test_histories_hold_what_the_figures_show(done) -> None:
     _, _, results = done
-    assert len(results["histories"]) == 2 * len(TINY.contestants)
+    assert len(results["histories"]) == 2 * 2 * len(TINY.contestants)
     for run, history in results["histories"].items():
         logged = {name for entry in history for name in entry}
         assert {"loss", "length", "eval_win_rate_reference", "eval_kl"} <= logged, run
@@ -140,7 +178,7 @@ def test_an_interrupted_stage_is_absent_and_the_next_start_goes_on(done, tmp_pat
     folder, packages, results = done
     copy = tmp_path / "out"
     shutil.copytree(folder, copy)
-    for name in ("runs/nash-md-1-seed1", "tournament"):
+    for name in ("runs/nash-md-1-tau1-seed1", "tournament"):
         shutil.rmtree(copy / name)
     times = marks(copy)
 
@@ -152,8 +190,8 @@ def test_an_interrupted_stage_is_absent_and_the_next_start_goes_on(done, tmp_pat
         patch.setattr(pipeline, "make_run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             experiment(copy, packages).run()
-    assert not (copy / "runs" / "nash-md-1-seed1").exists()
-    (copy / "runs" / ".nash-md-1-seed1.abcd1234.nlhf-unfinished").mkdir()  # what kill -9 leaves
+    assert not (copy / "runs" / "nash-md-1-tau1-seed1").exists()
+    (copy / "runs" / ".nash-md-1-tau1-seed1.abcd1234.nlhf-unfinished").mkdir()  # what kill -9 leaves
     with one_thread():
         again = experiment(copy, packages).run()
     assert {name: mark for name, mark in marks(copy).items() if name in times} == times, "finished stages stay"
@@ -171,12 +209,14 @@ def test_folders_of_others_are_refused_and_restart_clears_only_its_own(done, tmp
     with pytest.raises(FileExistsError, match=r"--out: expected a folder; got the file"):
         experiment(tmp_path / "thesis.tex", packages)
     own = tmp_path / "own"
-    experiment(own, packages, overridden(TINY, ["tau=0.7"]))
+    experiment(own, packages, overridden(TINY, ["taus=0.7"]))
     same = experiment(own, packages)  # nothing was made under the other settings: no reason to refuse
     same.workspace.stage("corpus", lambda work: None)
     (own / "notes.txt").write_text("mine")
-    changed = overridden(TINY, ["tau=0.5"])
-    with pytest.raises(ValueError, match=r"whose tau is 0.03; this one's is 0.5 \(--restart starts over"):
+    changed = overridden(TINY, ["taus=0.5,0.4"])
+    with pytest.raises(
+        ValueError, match=r"whose taus is \[0.3, 0.03\]; this one's is \[0.5, 0.4\] \(--restart starts over"
+    ):
         experiment(own, packages, changed)
     experiment(own, packages, changed, restart=True)
     assert not (own / "corpus").exists() and (own / "notes.txt").read_text() == "mine"
@@ -190,7 +230,7 @@ def test_what_has_a_stages_name_but_is_none_stays_and_damage_is_named(done, tmp_
     folder, packages, _ = done
     copy = tmp_path / "out"
     shutil.copytree(folder, copy)
-    for name in ("cycles", "runs/rlhf-seed0"):
+    for name in ("cycles", "runs/rlhf-tau0-seed0"):
         (copy / name / "stage.json").rename(copy / "kept.json")
         (copy / name / "nlhf_manifest.json").rename(copy / "manifest.json")
         for restart in (False, True):
@@ -279,8 +319,35 @@ def test_the_supervised_loss_counts_answers_only(done) -> None:
     assert all(row["input_ids"][-1] == corpus.tokenizer.eos_token_id for row in rows)
 
 
+def test_preference_and_reward_model_are_told_the_same(done, tmp_path, monkeypatch) -> None:
+    """Both models start from the same weights, and see the same pairs with the same settings."""
+    folder, _, _ = done
+    setting = Setting(load_corpus(folder / "corpus"), folder / "sft" / "model", TINY, torch.device("cpu"), SILENT)
+    told = []
+
+    def recorded(model, pairs, settings, held_out, progress):
+        weights = {name: value.clone() for name, value in model.body.state_dict().items()}
+        told.append((weights, list(pairs), settings, list(held_out)))
+        return train_preference_model(model, pairs, settings, held_out=held_out, progress=progress)
+
+    monkeypatch.setattr(preferences, "train_preference_model", recorded)
+    for kind in ("pairwise", "reward"):
+        (tmp_path / kind).mkdir()
+        with one_thread():
+            make_comparison_model(tmp_path / kind, kind, folder / "preferences", setting)
+    (first, *pairwise), (second, *reward) = told
+    assert pairwise == reward and len(pairwise[0]) > 10
+    assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+    losses = [json.loads((tmp_path / kind / "measures.json").read_text())["losses"] for kind in ("pairwise", "reward")]
+    assert len(losses[0]) == len(losses[1]) == TINY.preference_steps
+
+
 def test_budgets_are_equal_and_algorithms_differ(tmp_path) -> None:
-    configs = {name: configuration(name, 1, PRESETS["small"], tmp_path, torch.device("cpu")) for name in CONTESTANTS}
+    small = PRESETS["small"]
+    configs = {name: configuration(name, 1, 1, small, tmp_path, torch.device("cpu")) for name in CONTESTANTS}
+    assert {name: config.tau for name, config in configs.items()} == {
+        name: {"rlhf": small.reward_taus, "ipo-md": small.ipo_taus}.get(name, small.taus)[1] for name in CONTESTANTS
+    }
     for name in ("max_steps", "per_device_train_batch_size", "samples_per_prompt", "learning_rate", "seed"):
         assert len({getattr(config, name) for config in configs.values()}) == 1, name
     assert {config.algorithm for config in configs.values()} == {"rlhf", "nash-md", "nash-ema", "ipo-md"}
@@ -290,9 +357,9 @@ def test_budgets_are_equal_and_algorithms_differ(tmp_path) -> None:
 def test_presets_are_changed_by_name() -> None:
     small = PRESETS["small"]
     changed = overridden(
-        small, ["updates=7", "tau=0.5", "bfloat16=true", "contestants=rlhf, nash-ema", "judge=annotators"]
+        small, ["updates=7", "taus=0.5, 0.1", "bfloat16=true", "contestants=rlhf, nash-ema", "judge=annotators"]
     )
-    assert (changed.updates, changed.tau, changed.bfloat16, changed.judge) == (7, 0.5, True, "annotators")
+    assert (changed.updates, changed.taus, changed.bfloat16, changed.judge) == (7, (0.5, 0.1), True, "annotators")
     assert changed.contestants == ("rlhf", "nash-ema") and changed.examples == small.examples
     for setting, message in {
         "upates=7": r"expected NAME=VALUE .* got 'upates=7' \(is updates meant\?\)",
@@ -303,6 +370,10 @@ def test_presets_are_changed_by_name() -> None:
         "bfloat16=yes": r"bfloat16: expected one of true, false; got 'yes'",
         "contestants=rlhf,dpo": r"contestants: expected one of rlhf, .*; got 'dpo'",
         "contestants=": r"contestants: expected at least one",
+        "taus=0.1,0.2": r"taus: expected one or more falling numbers; got \(0.1, 0.2\)",
+        "reward_taus=": r"reward_taus: expected one or more falling numbers; got \(\)",
+        "ipo_taus=1,0": r"ipo_taus: expected a finite number in \(0.0",
+        "budget=0": r"budget: expected a finite number in \(0.0",
         "judge=me": r"judge: expected one of preference-model, annotators; got 'me'",
         "positions=100": r"positions: expected more than prompt_tokens \+ 2 answer_tokens = \d+; got 100",
     }.items():

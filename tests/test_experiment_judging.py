@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from nlhf_kernels.experiment.claims import (
     by_beta,
     interior_beta,
 )
+from nlhf_kernels.experiment.equal_kl import EqualKL
 from nlhf_kernels.preference import check_antisymmetry
 
 TRUTH = "Return the names of all users."
@@ -106,14 +108,72 @@ def test_majorities_of_transitive_tastes_can_cycle() -> None:
 BETAS = ("nash-md-0", "nash-md-0.25", "nash-md-1")
 
 
-def results(noise: float, runs: int = 3, prompts: int = 200, **means: float) -> Tournament:
-    """Make a tournament with these means ("first>second") and noise over prompts; runs hardly differ."""
+def results(noise: float, runs: int = 3, prompts: int = 200, **means: float) -> EqualKL:
+    """Make a comparison with these means ("first>second") at 1 nat and noise over prompts; runs hardly differ.
+
+    Every contestant has one policy, with a KL of exactly 1, and so is compared as it is.
+    """
     names = list(dict.fromkeys(name for match in means for name in match.split(">")))
     generator = torch.Generator().manual_seed(0)
     spread = 1e-5 * torch.arange(runs)[:, None]
     values = {tuple(match.split(">")): mean + noise * torch.randn(1, prompts, generator=generator) + spread
               for match, mean in means.items()}  # fmt: skip
-    return Tournament(names, values)
+    values |= {("sft", name): torch.full((runs, prompts), 0.4) for name in names}
+    kl = {name: torch.ones(runs, prompts, dtype=torch.float64) for name in names}
+    kl["sft"] = torch.zeros(1, prompts, dtype=torch.float64)
+    return EqualKL(Tournament(["sft", *names], values), kl, {name: [name] for name in names}, "sft", 2.0)
+
+
+def two_taus() -> EqualKL:
+    """Two contestants of two policies each: of KL 1 and 4, and of KL 2.25 and 9, on 200 prompts in 3 runs."""
+    kls = {"rlhf-tau0": 1.0, "rlhf-tau1": 4.0, "nash-md-0-tau0": 2.25, "nash-md-0-tau1": 9.0, "sft": 0.0}
+    generator = torch.Generator().manual_seed(1)
+    names = list(kls)
+    values = {match: torch.rand(3, 200, generator=generator, dtype=torch.float64)
+              for match in combinations(names, 2)}  # fmt: skip
+    kl = {name: torch.full((1 if name == "sft" else 3, 200), each, dtype=torch.float64) for name, each in kls.items()}
+    kl["rlhf-tau1"][:, :100] = 2.0  # and 6 at the other prompts
+    kl["rlhf-tau1"][:, 100:] = 6.0
+    frontiers = {name: [f"{name}-tau{index}" for index in (0, 1)] for name in ("rlhf", "nash-md-0")}
+    return EqualKL(Tournament(names, values), kl, frontiers, "sft", 3.0)
+
+
+def test_contestants_are_compared_at_the_budget_or_where_all_of_them_come() -> None:
+    equal = two_taus()
+    assert equal.names == ["sft", "rlhf", "nash-md-0"]
+    assert equal.level == 3.0 and replace(equal, budget=5.0).level == 4.0, "RLHF goes no farther than 4"
+    assert (equal.nearest("rlhf"), equal.nearest("nash-md-0")) == (1, 0)
+    at = [[0.0, 2 - 3**0.5, 3**0.5 - 1], [0.0, (3 - 3**0.5) / 1.5, (3**0.5 - 1.5) / 1.5]]  # shares of a side's policies
+    sides = [["sft", f"{name}-tau0", f"{name}-tau1"] for name in ("rlhf", "nash-md-0")]
+    expected = sum(
+        p * q * float(equal.tournament.match(a, b).mean())
+        for p, a in zip(at[0], sides[0], strict=True)
+        for q, b in zip(at[1], sides[1], strict=True)
+        if p * q
+    )
+    assert equal.rate("rlhf", "nash-md-0").mean == pytest.approx(expected)
+    alone = sum(p * float(equal.tournament.match(a, "sft").mean()) for p, a in zip(at[0], sides[0], strict=True))
+    assert equal.rate("rlhf", "sft").mean == pytest.approx(alone), "the reference plays as it is"
+    matrix = equal.matrix
+    assert matrix[1][2]["mean"] == pytest.approx(expected) and matrix[2][1]["mean"] == pytest.approx(1 - expected)
+    assert [point.kl.mean for point in equal.points("rlhf", (0.1, 0.01))] == pytest.approx([0.0, 1.0, 4.0])
+    assert equal.points("rlhf", (0.1, 0.01))[0].rate.mean == 0.5
+
+
+def test_on_some_prompts_contestants_are_compared_at_equal_kl_on_these() -> None:
+    equal = two_taus().on(range(100))
+    assert equal.level == 2.0, "there RLHF goes no farther"
+    assert equal.rate("rlhf", "sft").prompts == 100
+    expected = float(two_taus().tournament.match("rlhf-tau1", "sft")[:, :100].mean())
+    assert equal.rate("rlhf", "sft").mean == pytest.approx(expected)
+    claim = beats_rewards(two_taus(), list(range(100)))
+    assert claim is not None and claim["kl"] == 2.0 and claim["prompts"] == 100
+
+
+def test_contestants_that_beat_each_other_in_turn_are_found() -> None:
+    means = {"rlhf>nash-md-0": 0.6, "nash-md-0>nash-md-1": 0.6, "nash-md-1>rlhf": 0.6}
+    assert results(0.01, **means).cycles() == [["rlhf", "nash-md-0", "nash-md-1"]]
+    assert results(0.01, **{**means, "nash-md-1>rlhf": 0.4}).cycles() == []
 
 
 @pytest.mark.parametrize(
@@ -127,8 +187,8 @@ def results(noise: float, runs: int = 3, prompts: int = 200, **means: float) -> 
 )
 def test_the_first_claim_is_decided_by_the_numbers(noise, inner, verdict) -> None:
     zero, quarter, one = BETAS
-    tournament = results(noise, **{f"{quarter}>{zero}": inner[0], f"{quarter}>{one}": inner[1], f"{zero}>{one}": 0.5})
-    claim = interior_beta(tournament)
+    equal = results(noise, **{f"{quarter}>{zero}": inner[0], f"{quarter}>{one}": inner[1], f"{zero}>{one}": 0.5})
+    claim = interior_beta(equal)
     assert claim is not None and claim["verdict"] == verdict
     assert claim["best"] == "Nash-MD 0.25" and len(claim["matches"]) == 2
 
@@ -137,13 +197,13 @@ def test_the_first_claim_is_decided_by_the_numbers(noise, inner, verdict) -> Non
     ("noise", "mean", "verdict"), [(0.1, 0.6, REPRODUCED), (0.1, 0.4, CONTRADICTED), (3.0, 0.6, OPEN)]
 )
 def test_the_second_claim_is_decided_by_the_numbers(noise, mean, verdict) -> None:
-    tournament = results(noise, **{"nash-md-0.25>rlhf": mean, "nash-md-1>rlhf": 0.9, "nash-md-0.25>nash-md-1": 0.5})
-    claim = beats_rewards(tournament, None)
+    equal = results(noise, **{"nash-md-0.25>rlhf": mean, "nash-md-1>rlhf": 0.9, "nash-md-0.25>nash-md-1": 0.5})
+    claim = beats_rewards(equal, None)
     assert claim is not None and claim["verdict"] == verdict
     assert claim["compared"] == 1, "best response is no Nash learning"
-    few = beats_rewards(tournament, [3])
+    few = beats_rewards(equal, [3])
     assert few is not None and few["verdict"] == TOO_SMALL and few["prompts"] == 1
-    some = beats_rewards(tournament, list(range(100)))
+    some = beats_rewards(equal, list(range(100)))
     assert some is not None and some["prompts"] == 100 and "cycle" in some["claim"] and some["verdict"] == verdict
 
 
@@ -153,14 +213,14 @@ def test_little_evidence_decides_nothing(runs, prompts) -> None:
     zero, quarter, one = BETAS
     means = {f"{quarter}>{zero}": 0.9, f"{quarter}>{one}": 0.9, f"{zero}>{one}": 0.5, "rlhf>nash-md-0.25": 0.1,
              "rlhf>nash-md-0": 0.1}  # fmt: skip
-    tournament = results(0.01, runs, prompts, **means)
-    for claim in (interior_beta(tournament), beats_rewards(tournament, None)):
+    equal = results(0.01, runs, prompts, **means)
+    for claim in (interior_beta(equal), beats_rewards(equal, None)):
         assert claim is not None and claim["verdict"] == TOO_SMALL and claim["matches"][0]["mean"] > 0.8
 
 
 def test_claims_that_cannot_be_asked_are_not_answered() -> None:
-    tournament = results(0.1, **{"rlhf>nash-md-1": 0.5})
-    assert interior_beta(tournament) is None
-    assert beats_rewards(tournament, None) is None
-    points = by_beta(tournament)
+    equal = results(0.1, **{"rlhf>nash-md-1": 0.5})
+    assert interior_beta(equal) is None
+    assert beats_rewards(equal, None) is None
+    points = by_beta(equal)
     assert [(point["beta"], point["against"]) for point in points] == [(1.0, "RLHF")]

@@ -31,7 +31,7 @@ DOCUMENTED = sorted(path.parent.name for path in (ROOT / "docs" / "experiment").
 
 def test_the_page_says_what_the_numbers_say() -> None:
     html = page(numbers(), []).replace("\u00a0", " ")
-    assert "The earth is round: <b>contradicted</b> (3 runs of each, 128 prompts; best of 1: Nash-MD 0.25)" in html
+    assert "The earth is round: <b>contradicted</b> (3 runs of each, 128 prompts, at 1.5 nats; best of 1: " in html
     assert 'class="verdict contradicted"' in html
     assert "2 of 40 triples" in html and "(5.0%)" in html and "at 2 of 8 prompts" in html
     assert "SFT &gt; RLHF &gt; Nash-MD 1 &gt; SFT" in html
@@ -40,7 +40,28 @@ def test_the_page_says_what_the_numbers_say() -> None:
     assert "0.580 ± 0.030" in html and "0.420 ± 0.030" in html
     assert "its best response wins" in html and "lower bounds" in html
     assert "Exploitability" not in page({**numbers(), "exploitability": None}, [])
-    assert "<script>" not in html, "what a model or a package wrote is shown, not obeyed"
+    assert "<script>" not in html and "<b>y" not in html, "what a model or a package wrote is shown, not obeyed"
+    assert "<td>&lt;b&gt;y&lt;/b&gt;</td>" in html and '<td class="n">0.88</td>' in html, "answers with probabilities"
+
+
+def test_the_page_says_at_which_kl_contestants_are_compared() -> None:
+    results = numbers()
+    html = page(results, ["<img>"]).replace("\u00a0", " ")
+    parts = ["At 1.5 nats of KL", "At that same distance", "A best response that was trained", "<img>", "The claims",
+             "<h2>Answers", "Win rates at 1.5 nats", "<h2>Policies"]  # fmt: skip
+    assert [html.index(part) for part in parts] == sorted(html.index(part) for part in parts)
+    assert "preferred to it with probability: RLHF 0.54 ± 0.03, Nash-MD 0 0.58 ± 0.03" in html
+    assert "preferred to RLHF with probability: Nash-MD 0 0.54 ± 0.03, Nash-MD 0.25 0.58" in html
+    assert "the farthest that all of them reach, below the budget of 2" in html
+    assert '<td>RLHF</td><td class="n">0.25</td><td class="n">1</td><td class="n">0.500 ± 0.196</td>' in html
+    results["tournament"]["budget"] = 1.5
+    assert "1.5 nats an answer: the budget." in page(results, [])
+    (axes,) = figures.frontiers(results, "annotators").axes
+    assert any(list(line.get_xdata()) == [1.5, 1.5] for line in axes.lines), "a line where they are compared"
+    line = axes.containers[0][0]
+    assert line.get_xdata() == pytest.approx([0.0, 0.9, 1.8]) and line.get_ydata() == pytest.approx([0.5, 0.55, 0.6])
+    assert "1.5 nats" in axes.get_title() and "1.5 nats" in figures.heat_map(results, "annotators").axes[0].get_title()
+    assert "at 1.5 nats.**" in summary(results)
 
 
 def test_other_numbers_give_another_page() -> None:
@@ -54,7 +75,8 @@ def test_other_numbers_give_another_page() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seeds", "prompts", "seen"), [(1, 192, "1 run of each, 192 prompts"), (3, 99, "3 runs of each, 99 prompts")]
+    ("seeds", "prompts", "seen"),
+    [(1, 192, "1 run of each, 192 prompts, at 1.5 nats"), (3, 99, "3 runs of each, 99 prompts, at 1.5 nats")],
 )
 def test_results_of_few_runs_or_prompts_have_no_verdict(seeds, prompts, seen) -> None:
     """The page ignores the verdicts in results of few runs or prompts."""
@@ -72,7 +94,7 @@ def test_those_who_know_the_truth_come_first() -> None:
         places = [html.index(f"Judged by {name}") for name in ("the true annotators", "the preference model")]
         assert places == sorted(places)
     names = [name for name, _, _ in figures.all_figures(numbers())]
-    assert names[:2] == ["matrix-annotators", "matrix-preference-model"]
+    assert names[:3] == ["kl", "matrix-annotators", "matrix-preference-model"]
 
 
 def test_the_page_fits_a_phone_and_numbers_stay_whole() -> None:
@@ -104,24 +126,20 @@ def test_figures_draw_the_numbers() -> None:
     assert "0.58\n±0.03" in {text.get_text() for text in heat.texts}
     line = figures.win_rate_by_beta(results).axes[0].lines[0]
     assert line.get_ydata().tolist() == [0.5, 0.525, 0.6]
-    assert figures.curves(results, "kl")["rlhf"] == pytest.approx({1: 0.1, 2: 0.2})
+    assert figures.curves(results, "kl")["nash-md-1"] == pytest.approx({1: 0.1, 2: 0.2})
+    assert figures.curves(results, "kl")["rlhf"] == pytest.approx({1: 0.2, 2: 0.4}), "of the tau that is nearest"
     assert figures.curves(results, "nothing") == {}
 
 
 def test_axes_start_where_the_quantity_does() -> None:
     results = numbers()
     axes_of = {name: figure.axes[0] for name, _, figure in figures.all_figures(results)}
-    for name in ("beta", "training-win-rate", "kl"):
+    for name in ("beta", "training-win-rate"):
         assert axes_of[name].get_ylim() == (0.0, 1.0), "a win rate's range"
     for name in ("training-win-rate", "training-kl", "training-length"):
         assert axes_of[name].get_xlim()[0] == 0, "the first update"
         assert axes_of[name].lines[0].get_marker() == "o", "few points are seen, a single one too"
-    assert (
-        axes_of["training-kl"].get_ylim()[0]
-        == axes_of["training-length"].get_ylim()[0]
-        == axes_of["kl"].get_xlim()[0]
-        == 0
-    )
+    assert axes_of["training-kl"].get_ylim()[0] == axes_of["training-length"].get_ylim()[0] == 0
     assert axes_of["training-kl"].get_ylim()[1] > 0.2
     for history in results["histories"].values():
         history[0]["kl"] = -0.3

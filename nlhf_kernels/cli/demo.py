@@ -121,17 +121,26 @@ def _show_candidates(results: dict[str, Any]) -> None:
 
 
 def _show_texts(results: dict[str, Any]) -> None:
-    from ..experiment.figures import judges
-    from ..experiment.report import describe_claim, describe_cycles, describe_intervals, describe_speed
+    from ..experiment.figures import judges, nats
+    from ..experiment.report import (
+        answer,
+        describe_claim,
+        describe_cycles,
+        describe_distance,
+        describe_intervals,
+        describe_speed,
+    )
 
     console = new_console()
     facts = results["tournament"]
+    for sentence in answer(results):
+        console.print(sentence)
     for judge, each in judges(results).items():
-        console.print(_matrix(judge, facts["labels"], each["matrix"]))
+        console.print(_matrix(f"{judge}, at {nats(results)}", facts["labels"], each["matrix"]))
         for claim in each["claims"]:
             console.print(describe_claim(claim))
         console.print()
-    for line in (describe_intervals(results), *describe_cycles(results)):
+    for line in (describe_distance(results), describe_intervals(results), *describe_cycles(results)):
         console.print(line)
     for line in describe_speed(results):
         console.print(f"Speed: {line}")
@@ -152,4 +161,4 @@ def _matrix(judge: str, labels: list[str], matrix: list[list[dict[str, float] | 
 def _cell(cell: dict[str, float] | None) -> str:
     if cell is None:
         return ""
-    return f"{cell['mean']:.2f}{'*' if abs(cell['mean'] - 0.5) > cell['half'] else ' '}"
+    return f"{cell['mean']:.2f}{'*' if abs(cell['mean'] - 0.5) > cell['half'] + 1e-9 else ' '}"

@@ -127,7 +127,8 @@ def rate_at_equal_kl(
 
     Args:
         tournament (Tournament): with all policies of both methods.
-        first, second (sequences of names): each method's policies, two or more.
+        first, second (sequences of names): each method's policies; one alone, such as the reference, plays at its own
+            KL.
         kl (mapping name -> tensor (S, P)): KL from the reference of each policy (`kl_values`).
         at (float): the KL, within the range that both methods span.
         comparisons (int): number of estimates from which the best is picked.
@@ -135,7 +136,9 @@ def rate_at_equal_kl(
     rates = torch.stack([torch.stack([tournament.match(a, b) for b in second]) for a in first])  # (N, M, S, P)
     runs, prompts = rates.shape[2:]
     sides = [torch.stack([kl[name].expand(runs, prompts) for name in names]) for names in (first, second)]
-    _check_range({", ".join(names): values for names, values in zip((first, second), sides, strict=True)}, at)
+    several = {", ".join(names): values for names, values in zip((first, second), sides, strict=True) if len(names) > 1}
+    if several:
+        _check_range(several, at)
 
     def rate(weights: Weights) -> torch.Tensor:
         left, right = (interpolation(weights.mean(values), at) for values in sides)
@@ -145,12 +148,15 @@ def rate_at_equal_kl(
 
 
 def interpolation(kl: torch.Tensor, at: float) -> torch.Tensor:
-    """Return weights (B, N) of the two policies around a KL, linear in sqrt(KL); beyond the last policy, 1 for it.
+    """Return weights (B, N) of the two policies around a KL, linear in sqrt(KL); beyond the last policy, and for
+    one alone, 1.
 
     Args:
         kl (tensor (B, N)): of N policies, in any order; estimates below 0 count as 0.
         at (float): the KL.
     """
+    if kl.shape[1] == 1:
+        return torch.ones_like(kl)
     positions, order = kl.clamp(min=0).sqrt().contiguous().sort(1)
     target = torch.full((len(kl), 1), max(at, 0.0) ** 0.5, dtype=positions.dtype, device=kl.device)
     right = torch.searchsorted(positions, target).clamp(1, kl.shape[1] - 1)

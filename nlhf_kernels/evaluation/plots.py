@@ -81,7 +81,11 @@ def plot_estimates(
 
 
 def plot_frontiers(
-    frontiers: Mapping[str, Sequence[FrontierPoint]], opponent: str = "the reference", title: str = ""
+    frontiers: Mapping[str, Sequence[FrontierPoint]],
+    opponent: str = "the reference",
+    title: str = "",
+    *,
+    at: float | None = None,
 ) -> Any:
     """Plot win rate against KL as a matplotlib figure, a line for each method, with the intervals of both.
 
@@ -89,6 +93,7 @@ def plot_frontiers(
         frontiers (mapping label -> sequence of FrontierPoint): of `Frontier.points`.
         opponent (str): name of the opponent of the win rates.
         title (str): above.
+        at (float or None): where a vertical line is drawn, such as the KL of a comparison.
     """
     points = {
         label: [(point.kl.mean, point.kl.half, point.rate.mean, point.rate.half)
@@ -96,7 +101,10 @@ def plot_frontiers(
         for label, each in frontiers.items()
     }  # fmt: skip
     xlabel, ylabel = "KL(policy, reference), nats per answer", f"win rate against {opponent}"
-    return _plot(points, xlabel, ylabel, title, 0.5)
+    figure = _plot(points, xlabel, ylabel, title, 0.5)
+    if at is not None:
+        figure.axes[0].axvline(at, color="0.5", linewidth=1, linestyle=":", zorder=0)
+    return figure
 
 
 def _plot(

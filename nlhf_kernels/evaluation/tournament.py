@@ -68,13 +68,22 @@ class Tournament:
 
     def cycles(self) -> list[list[str]]:
         """Return triples of policies of which each beats the next: mean win rates above 1/2 by more than MARGIN."""
-        cycles = []
-        for a, b, c in combinations(self.names, 3):
-            for way in ((a, b, c), (a, c, b)):
-                matches = zip(way, (*way[1:], way[0]), strict=True)
-                if all(float(self.match(first, second).mean()) > 0.5 + MARGIN for first, second in matches):
-                    cycles.append(list(way))
-        return cycles
+        return beating_in_turn(self.names, lambda first, second: float(self.match(first, second).mean()))
+
+
+def beating_in_turn(names: Sequence[str], rate: Callable[[str, str], float]) -> list[list[str]]:
+    """Return triples of names of which each beats the next and the last the first: rates above 1/2 by more than MARGIN.
+
+    Args:
+        names (sequence of names): the policies.
+        rate (callable): (first, second) -> the mean of P(first > second).
+    """
+    return [
+        [*way]
+        for a, b, c in combinations(names, 3)
+        for way in ((a, b, c), (a, c, b))
+        if all(rate(first, second) > 0.5 + MARGIN for first, second in zip(way, (*way[1:], way[0]), strict=True))
+    ]
 
 
 def play_tournament(

@@ -55,8 +55,8 @@ class OpponentReward:
 
 
 def make_best_response(work: Path, opponent: Path, start: str, judge: Judge, setting: Setting) -> None:
-    """Train against a fixed policy, with a contestant's budget (RLHF whose reward is `OpponentReward`, at the preset's
-    tau), and save the policy.
+    """Train against a fixed policy, with a contestant's budget (RLHF whose reward is `OpponentReward`, at the last of
+    the preset's taus), and save the policy.
 
     Args:
         work (Path): the stage's folder.
@@ -68,8 +68,8 @@ def make_best_response(work: Path, opponent: Path, start: str, judge: Judge, set
     preset, device = setting.preset, setting.device
     opponent_model = load_model("experiment: opponent", opponent, device=device, dtype=torch.float32)
     reward = OpponentReward(opponent_model, judge, setting, seed=1_000_003 * (preset.seed + 1))
-    config = configuration(BASELINE, 500 + STARTS.index(start), preset, work / "trainer", device,
-                           tau=preset.tau, eval_strategy="no", eval_steps=None)  # fmt: skip
+    config = configuration(BASELINE, 0, 500 + STARTS.index(start), preset, work / "trainer", device,
+                           tau=preset.taus[-1], eval_strategy="no", eval_steps=None)  # fmt: skip
     policy = load_model("experiment: policy", opponent, device=device, dtype=torch.float32)
     with setting.reporter.bar(f"best response from the {start}", preset.updates) as advance:
         trainer = make_trainer(config, None, reward, setting, [progress_callback([], advance)],

@@ -8,8 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..core.plots import PALETTE, STYLES, new_figure
-from ..evaluation import plot_win_rates
-from ..evaluation.intervals import NORMAL
+from ..evaluation import Estimate, FrontierPoint, plot_frontiers, plot_win_rates
 from .presets import label
 
 Results = dict[str, Any]
@@ -24,15 +23,15 @@ def judges(results: Results) -> dict[str, Any]:
 
 
 def heat_map(results: Results, judge: str) -> Any:
-    """Plot win rates, row against column, with the numbers in the cells."""
+    """Plot win rates at equal KL, row against column, with the numbers in the cells."""
     facts = results["tournament"]
-    title = f"P(row preferred to column), judged by {JUDGE_LABELS[judge]}"
+    title = f"P(row preferred to column) at {nats(results)},\njudged by {JUDGE_LABELS[judge]}"
     return plot_win_rates(facts["labels"], facts["judges"][judge]["matrix"], title)
 
 
 def win_rate_by_beta(results: Results) -> Any:
-    """Plot win rates of Nash-MD by beta, against one opponent."""
-    figure, axes = _panel("Nash-MD by beta, 95 % intervals")
+    """Plot win rates of Nash-MD at equal KL by beta, against one opponent."""
+    figure, axes = _panel(f"Nash-MD by beta at {nats(results)}, 95 % intervals")
     against = ""
     for index, (judge, facts) in enumerate(judges(results).items()):
         points = facts["by_beta"]
@@ -51,7 +50,7 @@ def win_rate_by_beta(results: Results) -> Any:
 
 
 def training_curves(results: Results, quantity: str, ylabel: str) -> Any:
-    """Plot a logged quantity against the updates, as means over a contestant's runs."""
+    """Plot a logged quantity against the updates, as means over a contestant's runs at the tau nearest to equal KL."""
     figure, axes = _panel("")
     for index, (name, points) in enumerate(curves(results, quantity).items()):
         axes.plot(
@@ -64,52 +63,61 @@ def training_curves(results: Results, quantity: str, ylabel: str) -> Any:
     if "win_rate" in quantity:
         _rates(axes)
     else:
-        _from_zero(axes, "y")
+        _from_zero(axes)
     _legend(figure, axes)
     return figure
 
 
 def curves(results: Results, quantity: str) -> dict[str, dict[int, float]]:
-    """Return contestant -> update -> mean over its runs. Quantities that training does not log come from the
-    evaluations during training: IPO-MD trains on answers of the mixture, not of the policy."""
+    """Return contestant -> update -> mean over its runs at the tau whose KL is nearest to the tournament's. Quantities
+    that training does not log come from the evaluations during training: IPO-MD trains on answers of the mixture, not
+    of the policy."""
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run, history in results["histories"].items():
+        contestant, index, _ = run.rsplit(" ", 2)
+        if int(index) != results["tournament"]["nearest"][contestant]:
+            continue
         name = quantity if any(quantity in entry for entry in history) else f"eval_{quantity}"
         for entry in history:
             if name in entry:
-                values[run.rpartition(" ")[0]][int(entry["step"])].append(float(entry[name]))
+                values[contestant][int(entry["step"])].append(float(entry[name]))
     return {name: {step: fmean(each) for step, each in sorted(steps.items())} for name, steps in values.items()}
 
 
-def distance_and_strength(results: Results, judge: str) -> Any:
-    """Plot each policy's win rate against the reference over its KL from the reference."""
+def frontiers(results: Results, judge: str) -> Any:
+    """Plot win rate against the reference over KL from it, a line through each contestant's policies."""
     facts = results["tournament"]
-    figure, axes = _panel(f"judged by {JUDGE_LABELS[judge]}")
-    for row, name in zip(facts["judges"][judge]["matrix"], facts["names"], strict=True):
-        policy = facts["policies"][name]
-        if row[0] is not None and "kl" in policy:
-            axes.errorbar(policy["kl"], row[0]["mean"], row[0]["half"], NORMAL * policy["kl_error"],
-                          marker="o", capsize=2, linestyle="none", label=label(name))  # fmt: skip
-    axes.set(xlabel="KL(policy, reference), nats per answer", ylabel=f"win rate against {facts['labels'][0]}")
-    _from_zero(axes, "x")
-    _rates(axes)
-    _legend(figure, axes)
-    return figure
+    lines = {
+        label(name): [FrontierPoint(0.0, Estimate(**point["kl"]), Estimate(**point["rate"])) for point in points]
+        for name, points in facts["judges"][judge]["frontiers"].items()
+    }
+    title = f"judged by {JUDGE_LABELS[judge]}; dotted: {nats(results)}"
+    return plot_frontiers(lines, facts["labels"][0], title, at=facts["kl"])
+
+
+def nats(results: Results) -> str:
+    """Return the KL at which contestants are compared, with its unit."""
+    return f"{results['tournament']['kl']:.3g} nats"
 
 
 def all_figures(results: Results) -> Iterable[tuple[str, str, Any]]:
     """Yield (file name, caption, figure)."""
+    yield "kl", "Win rate against KL", frontiers(results, next(iter(judges(results))))
     for judge in judges(results):
-        yield f"matrix-{judge}", f"Win rates in the eyes of {JUDGE_LABELS[judge]}", heat_map(results, judge)
+        caption = f"Win rates at {nats(results)}, judged by {JUDGE_LABELS[judge]}"
+        yield f"matrix-{judge}", caption, heat_map(results, judge)
     if any(facts["by_beta"] for facts in judges(results).values()):
-        yield "beta", "Win rate against beta", win_rate_by_beta(results)
+        yield "beta", f"Win rate at {nats(results)} against beta", win_rate_by_beta(results)
     for quantity, name, ylabel in (
         ("eval_win_rate_reference", "training-win-rate", "win rate against the reference"),
         ("kl", "training-kl", "KL(policy, reference), nats per answer"),
         ("length", "training-length", "tokens of an answer"),
     ):
-        yield name, f"On the way: {ylabel}", training_curves(results, quantity, ylabel)
-    yield "kl", "Strength and distance, 95 % intervals", distance_and_strength(results, next(iter(judges(results))))
+        yield (
+            name,
+            f"On the way: {ylabel}, at the tau nearest to {nats(results)}",
+            training_curves(results, quantity, ylabel),
+        )
 
 
 def _panel(title: str) -> tuple[Any, Any]:
@@ -128,11 +136,10 @@ def _rates(axes: Any) -> None:
     axes.axhline(0.5, color="0.5", linewidth=1)
 
 
-def _from_zero(axes: Any, axis: str) -> None:
-    """Begin the axis at zero, or below it where estimates are negative."""
-    low, high = axes.dataLim.intervalx if axis == "x" else axes.dataLim.intervaly
-    bounds = (min(0.0, low), high + 0.05 * (high - min(0.0, low))) if high > min(0.0, low) else (0.0, 1.0)
-    (axes.set_xlim if axis == "x" else axes.set_ylim)(*bounds)
+def _from_zero(axes: Any) -> None:
+    """Begin the vertical axis at zero, or below it where estimates are negative."""
+    low, high = axes.dataLim.intervaly
+    axes.set_ylim(*((min(0.0, low), high + 0.05 * (high - min(0.0, low))) if high > min(0.0, low) else (0.0, 1.0)))
 
 
 def _legend(figure: Any, axes: Any) -> None:

@@ -14,25 +14,27 @@ from ..core import settings
 from ..core.atomic import atomic_folder
 from ..core.loading import load_model, quiet
 from ..core.terminal import SILENT, Reporter
-from ..evaluation import Answers, Sampling, answer_measures, play_tournament, sample_answers
+from ..evaluation import Answers, Sampling, answer_measures, kl_values, play_tournament, sample_answers
 from ..preference import PreferenceModelJudge, load_preference_model
 from .best_responses import STARTS, make_best_response, measure_exploitability
 from .claims import beats_rewards, by_beta, interior_beta
 from .corpus import Material, load_corpus, make_corpus
+from .equal_kl import EqualKL
 from .preferences import (
     count_all_cycles,
     load_annotators,
     make_comparison_model,
     make_preferences,
 )
-from .presets import START, Preset, as_json, label
+from .presets import START, Preset, as_json, label, policy_name
 from .report import write_report
 from .runs import Rewards, make_run, stage_name
 from .speed import measure
 from .supervised import Setting, make_policy
 from .workspace import KIND, REPORT, RUNS, Workspace, read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
+SAMPLES = 10  # prompts with their answers side by side in the report
 
 
 class Experiment:
@@ -128,19 +130,21 @@ class Experiment:
 
     def _train(self) -> None:
         shared = {"judge": self.judges[self.preset.judge], "reward": self.reward, "setting": self.setting}
-        for contestant in self.preset.contestants:
-            for seed in range(self.preset.seeds):
-                title = f"{label(contestant)}, run {seed + 1} of {self.preset.seeds}"
-                make = partial(make_run, contestant=contestant, seed=seed, **shared)
-                self._stage(stage_name(contestant, seed), title, make)
+        for contestant, index, seed in self.preset.cells():
+            tau = self.preset.grid(contestant)[index]
+            title = f"{label(contestant)}, tau {tau:g}, run {seed + 1} of {self.preset.seeds}"
+            make = partial(make_run, contestant=contestant, index=index, seed=seed, **shared)
+            self._stage(stage_name(contestant, index, seed), title, make)
 
     def _exploit(self) -> None:
-        """Train best responses to the first run of every contestant, judged by the annotators if there are any."""
+        """Train best responses to every contestant's first run at the tau whose KL is nearest to the tournament's,
+        judged by the annotators if there are any."""
+        nearest = read_json(self.workspace.path("tournament") / "tournament.json")["nearest"]
         judge = self.judges.get("annotators", self.judges["preference-model"])
         opponents: dict[str, Path] = {}
         responses: dict[str, list[Path]] = {}
         for contestant in self.preset.contestants:
-            opponents[contestant] = self.workspace.path(stage_name(contestant, 0)) / "policy"
+            opponents[contestant] = self.workspace.path(stage_name(contestant, nearest[contestant], 0)) / "policy"
             responses[contestant] = []
             for start in STARTS[: self.preset.response_starts]:
                 make = partial(make_best_response, opponent=opponents[contestant], start=start, judge=judge,
@@ -153,41 +157,59 @@ class Experiment:
 
     def _tournament(self, work: Path) -> None:
         prompts = [row.prompt for row in self.corpus.test[: self.preset.test_prompts]]
-        answers = self._answers(prompts)
-        names, pairs = list(answers), len(answers) * (len(answers) - 1) // 2
-        facts: dict[str, Any] = {
-            "names": names,
-            "labels": [label(name) for name in names],
-            "prompts": len(prompts),
-            "answers": self.preset.answers,
-            "policies": {name: {**answer_measures(runs), "runs": len(runs)} for name, runs in answers.items()},
-            "samples": _samples(prompts, answers, [row.answer for row in self.corpus.test]),
-            "judges": {},
-        }
-        cycles = read_json(self.workspace.path("cycles") / "cycles.json")
+        preset, answers = self.preset, self._answers(prompts)
+        pairs = len(answers) * (len(answers) - 1) // 2
+        frontiers = {name: [policy_name(name, index) for index in range(len(preset.grid(name)))]
+                     for name in preset.contestants}  # fmt: skip
+        taus = {policy: (name, tau) for name, each in frontiers.items()
+                for policy, tau in zip(each, preset.grid(name), strict=True)}  # fmt: skip
+        kl = {name: kl_values(runs) for name, runs in answers.items()}
+        compared: dict[str, EqualKL] = {}
         for name, judge in self.judges.items():
             with self.reporter.bar(f"matches judged by {name}", pairs) as advance:
                 tournament = play_tournament(judge, prompts, answers, advance)
-            claims = [
-                interior_beta(tournament),
-                beats_rewards(tournament, None),
-                beats_rewards(tournament, cycles[name]["cyclic_prompts"]),
-            ]
-            facts["judges"][name] = {
-                "matrix": tournament.matrix(),
-                "by_beta": by_beta(tournament),
-                "cycles": [[label(name) for name in cycle] for cycle in tournament.cycles()],
-                "claims": [claim for claim in claims if claim is not None],
-            }
-        write_json(work / "tournament.json", facts)
+            compared[name] = EqualKL(tournament, kl, frontiers, START, preset.budget)
+        equal = compared["preference-model"]  # the KL is the policies', whoever judges
+        nearest = {name: equal.nearest(name) for name in preset.contestants}
+        shown = {START: answers[START][0]}
+        shown |= {name: answers[frontiers[name][index]][0] for name, index in nearest.items()}
+        cycles = read_json(self.workspace.path("cycles") / "cycles.json")
+        write_json(work / "tournament.json", {
+            "names": equal.names,
+            "labels": [label(name) for name in equal.names],
+            "prompts": len(prompts),
+            "answers": preset.answers,
+            "budget": preset.budget,
+            "kl": equal.level,
+            "nearest": nearest,
+            "policies": [
+                {"contestant": taus.get(name, (START, None))[0], "tau": taus.get(name, (START, None))[1],
+                 **answer_measures(runs), "runs": len(runs)} for name, runs in answers.items()
+            ],
+            "samples": _samples(prompts, shown, [row.answer for row in self.corpus.test], self.judges),
+            "judges": {name: self._judged(each, cycles[name]["cyclic_prompts"]) for name, each in compared.items()},
+        })  # fmt: skip
+
+    def _judged(self, equal: EqualKL, cyclic_prompts: list[int]) -> dict[str, Any]:
+        """Return one judge's win rates and the claims decided by them."""
+        claims = [interior_beta(equal), beats_rewards(equal, None), beats_rewards(equal, cyclic_prompts)]
+        return {
+            "matrix": equal.matrix,
+            "frontiers": {name: [{"kl": point.kl.to_dict(), "rate": point.rate.to_dict()}
+                                 for point in equal.points(name, self.preset.grid(name))]
+                          for name in self.preset.contestants},
+            "by_beta": by_beta(equal),
+            "cycles": [[label(name) for name in cycle] for cycle in equal.cycles()],
+            "claims": [claim for claim in claims if claim is not None],
+        }  # fmt: skip
 
     def _answers(self, prompts: list[str]) -> dict[str, list[Answers]]:
         """Sample answers of every policy, one `Answers` for each training run, all with the same noise."""
         preset, reference = self.preset, self.setting.fresh_policy()
         folders = {START: [self.policy]}
-        for contestant in preset.contestants:
-            runs = [self.workspace.path(stage_name(contestant, seed)) for seed in range(preset.seeds)]
-            folders[contestant] = [run / "policy" for run in runs]
+        for contestant, index, seed in preset.cells():
+            run = self.workspace.path(stage_name(contestant, index, seed))
+            folders.setdefault(policy_name(contestant, index), []).append(run / "policy")
         sampling = Sampling(
             preset.answer_tokens, preset.prompt_tokens, preset.answers, seed=preset.seed, batch=preset.batch
         )
@@ -204,7 +226,6 @@ class Experiment:
         """Return all numbers of the report, as one JSON document."""
         path = self.workspace.path
         annotators = path("preferences") / "annotators.json"
-        runs = [(name, seed) for name in self.preset.contestants for seed in range(self.preset.seeds)]
         return {
             "preset": as_json(self.preset),
             "material": vars(self.material),
@@ -216,8 +237,8 @@ class Experiment:
             "preference_model": read_json(path("preference-model") / "measures.json"),
             "reward_model": read_json(path("reward-model") / "measures.json"),
             "cycles": read_json(path("cycles") / "cycles.json"),
-            "histories": {f"{name} {seed}": read_json(path(stage_name(name, seed)) / "history.json")
-                          for name, seed in runs},
+            "histories": {f"{name} {index} {seed}": read_json(path(stage_name(name, index, seed)) / "history.json")
+                          for name, index, seed in self.preset.cells()},
             "tournament": read_json(path("tournament") / "tournament.json"),
             "exploitability": (read_json(path("exploitability") / "exploitability.json")
                                if self.preset.response_starts else None),
@@ -244,10 +265,12 @@ def machine(device: torch.device) -> dict[str, Any]:
             "simd": settings.simd_level, "python": platform.python_version()}  # fmt: skip
 
 
-def _samples(prompts: list[str], answers: dict[str, list[Answers]], truths: list[str], count: int = 4) -> Any:
-    """Return the first run's answers to the first prompts."""
+def _samples(prompts: list[str], answers: dict[str, Answers], truths: list[str], judges: dict[str, Any]) -> Any:
+    """Return each policy's first answer to the first prompts, with each judge's P(answer > SFT's)."""
     samples = []
-    for row, (prompt, truth) in enumerate(zip(prompts[:count], truths, strict=False)):
-        texts = {name: runs[0].texts[row][0] for name, runs in answers.items()}
-        samples.append({"prompt": prompt, "truth": truth, "answers": texts})
+    for row, (prompt, truth) in enumerate(zip(prompts[:SAMPLES], truths, strict=False)):
+        texts = {name: each.texts[row][0] for name, each in answers.items()}
+        sides = [prompt] * len(texts), list(texts.values()), [texts[START]] * len(texts)
+        chances = {judge: [float(value) for value in ask(*sides)] for judge, ask in judges.items()}
+        samples.append({"prompt": prompt, "truth": truth, "answers": texts, "chances": chances})
     return samples

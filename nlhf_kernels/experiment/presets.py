@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,23 +26,24 @@ class Contestant:
         label (str): its name in tables and figures.
         algorithm (str): of `NashConfig`.
         beta (float or None): weight of the reference in the opponent, of nash-md and ipo-md.
-        tau (str): the preset's field with its strength of regularisation.
+        taus (str): the preset's field with its grid of strengths of regularisation.
         averaged (bool): whether its opponent is a moving average.
     """
 
     label: str
     algorithm: str
     beta: float | None = None
-    tau: str = "tau"
+    taus: str = "taus"
     averaged: bool = False
 
-    def options(self, preset: Any) -> dict[str, Any]:
+    def options(self, preset: Any, index: int) -> dict[str, Any]:
         """Return the contestant's options of `NashConfig`, beside the budget.
 
         Args:
-            preset (Preset): with tau and the decay of the average.
+            preset (Preset): with the grids and the decay of the average.
+            index (int): which tau of its grid.
         """
-        options: dict[str, Any] = {"algorithm": self.algorithm, "tau": getattr(preset, self.tau)}
+        options: dict[str, Any] = {"algorithm": self.algorithm, "tau": getattr(preset, self.taus)[index]}
         if self.beta is not None:
             options["beta"] = self.beta
         if self.averaged:
@@ -52,16 +54,26 @@ class Contestant:
 NASH_BETAS = (0.0, 0.125, 0.25, 0.5, 1.0)
 BASELINE = "rlhf"
 CONTESTANTS: dict[str, Contestant] = {
-    BASELINE: Contestant("RLHF", "rlhf", tau="reward_tau"),
+    BASELINE: Contestant("RLHF", "rlhf", taus="reward_taus"),
     **{f"nash-md-{beta:g}": Contestant(f"Nash-MD {beta:g}", "nash-md", beta) for beta in NASH_BETAS},
     "nash-ema": Contestant("Nash-EMA", "nash-ema", averaged=True),
-    "ipo-md": Contestant("IPO-MD 0.125", "ipo-md", 0.125, tau="ipo_tau"),
+    "ipo-md": Contestant("IPO-MD 0.125", "ipo-md", 0.125, taus="ipo_taus"),
 }
 
 
 def label(name: str) -> str:
     """Return a policy's name in tables and figures."""
     return "SFT" if name == START else CONTESTANTS[name].label
+
+
+def policy_name(contestant: str, index: int) -> str:
+    """Return the name of a contestant's policies at one tau.
+
+    Args:
+        contestant (str): a key of `CONTESTANTS`.
+        index (int): which tau of its grid.
+    """
+    return f"{contestant}-tau{index}"
 
 
 def beta_of(name: str) -> float | None:
@@ -93,13 +105,14 @@ class Preset:
         preference_learning_rate (float): of preference and reward model.
         cycle_responses (int): answers to each test prompt, among whose triples cycles are counted.
         contestants (tuple of str): keys of `CONTESTANTS`.
-        seeds (int): training runs of each contestant.
+        seeds (int): training runs of each contestant at each tau.
         judge (str): of training, one of `JUDGES`; annotators exist for docstrings only.
         updates, prompts_per_update, samples_per_prompt (int): the budget of a training run.
         learning_rate (float): of a training run.
-        tau (float): strength of the regularisation.
-        reward_tau (float): of the reward baseline, as a reward is on another scale than a probability.
-        ipo_tau (float): of ipo-md, whose targets 1 / (2 tau) are unbounded.
+        taus (tuple of float): strengths of the regularisation, falling.
+        reward_taus (tuple of float): of the reward baseline, as a reward is on another scale than a probability.
+        ipo_taus (tuple of float): of ipo-md, whose targets 1 / (2 tau) are unbounded.
+        budget (float): nats of KL from the supervised policy, per answer, at which policies are compared.
         ema_decay (float): of the opponent that is a moving average.
         prompt_tokens, answer_tokens (int): at most.
         evaluations (int): of each training run.
@@ -139,9 +152,10 @@ class Preset:
     prompts_per_update: int = 16
     samples_per_prompt: int = 2
     learning_rate: float = 3e-4
-    tau: float = 0.03
-    reward_tau: float = 0.1
-    ipo_tau: float = 0.1
+    taus: tuple[float, ...] = (0.3, 0.1, 0.03)
+    reward_taus: tuple[float, ...] = (1.0, 0.3, 0.1)
+    ipo_taus: tuple[float, ...] = (1.0, 0.3, 0.1)
+    budget: float = 1.0
     ema_decay: float = 0.95
     prompt_tokens: int = 160
     answer_tokens: int = 24
@@ -165,10 +179,10 @@ class Preset:
                           "threads": 0, "text_characters": 40, "summary_characters": 10,
                           "vocabulary": 258}.items():  # fmt: skip
             check_integer(OP, name, getattr(self, name), low, 2**31 - 1)
-        for name in ("sft_learning_rate", "vote_scale", "preference_learning_rate", "learning_rate", "ipo_tau"):
+        for name in ("sft_learning_rate", "vote_scale", "preference_learning_rate", "learning_rate", "budget"):
             check_number(OP, name, getattr(self, name), 0.0, open_low=True)
-        for name in ("tau", "reward_tau"):
-            check_number(OP, name, getattr(self, name), 0.0)
+        for name in ("taus", "reward_taus", "ipo_taus"):
+            check_grid(name, getattr(self, name), open_low=name == "ipo_taus")
         check_integer(OP, "response_starts", self.response_starts, 0, 2)
         check_number(OP, "test_fraction", self.test_fraction, 0.0, 0.9, open_low=True)
         check_number(OP, "ema_decay", self.ema_decay, 0.0, 1.0)
@@ -183,28 +197,62 @@ class Preset:
                 f"{self.prompt_tokens + 2 * self.answer_tokens}; got {self.positions}"
             )
 
+    def grid(self, contestant: str) -> tuple[float, ...]:
+        """Return the contestant's taus, falling.
+
+        Args:
+            contestant (str): a key of `CONTESTANTS`.
+        """
+        values: tuple[float, ...] = getattr(self, CONTESTANTS[contestant].taus)
+        return values
+
+    def cells(self) -> list[tuple[str, int, int]]:
+        """Return every training run: contestant, index of its tau, number of the run."""
+        return [
+            (name, index, seed)
+            for name in self.contestants
+            for index in range(len(self.grid(name)))
+            for seed in range(self.seeds)
+        ]
+
+
+def check_grid(name: str, taus: Sequence[float], open_low: bool) -> None:
+    """Raise unless the numbers are one or more, in range and falling.
+
+    Args:
+        name (str): the field.
+        taus (sequence of float): its values.
+        open_low (bool): whether 0 is out of range.
+    """
+    for tau in taus:
+        check_number(OP, name, tau, 0.0, open_low=open_low)
+    if not taus or any(later >= earlier for earlier, later in itertools.pairwise(taus)):
+        raise ValueError(f"{OP}: {name}: expected one or more falling numbers; got {tuple(taus)}")
+
 
 PRESETS = {
     # seconds: a smoke test of the pipeline
     "tiny": Preset(
         examples=60, test_fraction=0.3, text_characters=80, summary_characters=60, vocabulary=300, hidden=16, layers=1,
         heads=2, sft_steps=3, sft_batch=4, pairs=24, preference_steps=3, preference_batch=4, cycle_responses=3,
-        contestants=("rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1"), updates=2, prompts_per_update=4,
-        samples_per_prompt=1, prompt_tokens=48, answer_tokens=6, evaluations=1, test_prompts=6, speed_updates=2,
+        contestants=("rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1"), taus=(0.3, 0.03), reward_taus=(1.0, 0.1),
+        updates=2, prompts_per_update=4, samples_per_prompt=1, prompt_tokens=48, answer_tokens=6, evaluations=1,
+        test_prompts=6, speed_updates=2,
     ),
     # minutes on two CPU cores
     "small": Preset(
         examples=3600, text_characters=160, vocabulary=4096, hidden=96, layers=2, sft_steps=450, sft_batch=16,
         sft_learning_rate=5e-3, pairs=2560, preference_steps=160, preference_batch=16, preference_learning_rate=1e-3,
-        contestants=("rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1", "nash-ema", "ipo-md"), prompt_tokens=112,
-        answer_tokens=20, evaluations=3, test_prompts=192, speed_updates=3,
+        contestants=("rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1"), prompt_tokens=112, answer_tokens=20,
+        evaluations=2, test_prompts=192, speed_updates=3,
     ),
     # one GPU, with several runs of each contestant
     "gpu": Preset(
         examples=11000, vocabulary=8192, hidden=512, layers=8, heads=8, sft_steps=2000, sft_batch=64,
         sft_learning_rate=6e-4, pairs=20000, preference_steps=800, preference_batch=64, preference_learning_rate=1e-4,
-        seeds=3, updates=120, prompts_per_update=64, learning_rate=1e-4, ema_decay=0.98, answer_tokens=32,
-        test_prompts=512, answers=4, bfloat16=True, batch=256, threads=0, speed_updates=10, response_starts=2,
+        contestants=("rlhf", "nash-md-0", "nash-md-0.25", "nash-md-1"), seeds=3, updates=110, prompts_per_update=64,
+        learning_rate=1e-4, ema_decay=0.98, answer_tokens=32, test_prompts=512, answers=3, bfloat16=True, batch=256,
+        threads=0, speed_updates=10, response_starts=2,
     ),
 }  # fmt: skip
 
@@ -250,4 +298,4 @@ def _parse(name: str, text: str, kind: Any) -> Any:
 
 def as_json(preset: Preset) -> dict[str, Any]:
     """Return the preset as a JSON document."""
-    return {**asdict(preset), "contestants": list(preset.contestants)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preset).items()}

@@ -18,8 +18,8 @@ from ..evaluation import plus_minus
 from ..evaluation.intervals import NORMAL
 from ..evaluation.tournament import MARGIN
 from .claims import CONTRADICTED, MIN_PROMPTS, MIN_RUNS, REPRODUCED, TOO_SMALL, evidence, verdict
-from .figures import JUDGE_LABELS, all_figures, judges
-from .presets import label
+from .figures import JUDGE_LABELS, all_figures, judges, nats
+from .presets import BASELINE, START, label
 
 Results = dict[str, Any]
 NUMBER = re.compile(r"-?\d[\d.,]*(\s±\s[\d.]+)?%?")
@@ -65,15 +65,21 @@ def page(results: Results, pictures: Sequence[str]) -> str:
     parts = [
         "<h1>Nash learning from human feedback: the summarisation experiment</h1>",
         f"<p>{_e(source)}: {corpus['train']} examples to train on, {corpus['test']} to test on. "
-        f"{results['sft']['parameters']:,} parameters. {_e(describe_size(results))}</p>",
+        f"{results['sft']['parameters']:,} parameters.</p>",
+        *(f"<p><b>{_e(sentence)}</b></p>" for sentence in answer(results)),
+        *pictures,
         "<h2>The claims</h2>",
         *(_verdicts(judge, each["claims"]) for judge, each in judges(results).items()),
-        f"<p>{_e(describe_intervals(results))}</p>",
+        *(
+            f"<p>{_e(text)}</p>"
+            for text in (describe_size(results), describe_distance(results), describe_intervals(results))
+        ),
+        "<h2>Answers</h2>",
+        _samples(results),
         "<h2>Cycles</h2>",
         *(f"<p>{_e(line)}</p>" for line in describe_cycles(results)),
-        "<h2>Win rates</h2>",
+        f"<h2>Win rates at {nats(results)}</h2>",
         *(_matrix(facts, judge) for judge in judges(results)),
-        *pictures,
         *_exploitability(results),
         "<h2>Policies</h2>",
         _policies(facts),
@@ -81,8 +87,6 @@ def page(results: Results, pictures: Sequence[str]) -> str:
         _models(results),
         "<h2>The kernels on this run</h2>",
         _speed(results),
-        "<h2>Answers</h2>",
-        _samples(facts),
         "<h2>How it was made</h2>",
         _making(results),
     ]
@@ -92,6 +96,45 @@ def page(results: Results, pictures: Sequence[str]) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         "<title>Nash learning: the experiment</title>\n"
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def answer(results: Results) -> list[str]:
+    """Return sentences with the main numbers, judged by the annotators if there are any."""
+    facts = results["tournament"]
+    judge = next(iter(judges(results)))
+    rates = {name: dict(zip(facts["names"], row, strict=True))
+             for name, row in zip(facts["names"], facts["judges"][judge]["matrix"], strict=True)}  # fmt: skip
+
+    def against(rival: str) -> str:
+        others = [name for name in facts["names"] if name not in (START, rival)]
+        return ", ".join(f"{label(name)} {_markdown_cell(rates[name][rival])}" for name in others)
+
+    share = results["cycles"][judge]["share"]
+    sentences = [f"At {nats(results)} of KL from the supervised policy ({label(START)}), judged by "
+                 f"{JUDGE_LABELS[judge]}, whose preferences cycle in {share:.1%} of triples, contestants are preferred "
+                 f"to it with probability: {against(START)}."]  # fmt: skip
+    if BASELINE in facts["names"] and len(facts["names"]) > 2:
+        sentences.append(f"At that same distance they are preferred to {label(BASELINE)} with probability: "
+                         f"{against(BASELINE)}.")  # fmt: skip
+    if results["exploitability"]:
+        beaten = ", ".join(f"{label(name)} {_markdown_cell(each)}" for name, each in results["exploitability"].items())
+        sentences.append(f"A best response that was trained against each wins at least: {beaten}.")
+    return sentences
+
+
+def describe_distance(results: Results) -> str:
+    """Return a paragraph on the KL of the comparison."""
+    facts = results["tournament"]
+    why = (
+        "the budget"
+        if facts["kl"] >= facts["budget"]
+        else f"the farthest that all of them reach, below the budget of {facts['budget']:g}"
+    )
+    return (
+        f"Contestants are compared at equal KL from the supervised policy, {nats(results)} an answer: {why}. Each was "
+        "trained at several tau; its win rates are interpolated, linearly in the root of KL, between the policies "
+        "around that KL, or the first of them and the supervised policy."
     )
 
 
@@ -108,7 +151,8 @@ def describe_size(results: Results) -> str:
     return (
         "Every contestant starts from the supervised policy and has the same budget, "
         f"{_count(preset['updates'], 'update')} on {_count(preset['prompts_per_update'], 'prompt')}, {answers} to each "
-        f"of them trained on{double}; {_count(preset['seeds'], 'training run')} of each. "
+        f"of them trained on{double}; {_count(preset['seeds'], 'training run')} of each at each of "
+        f"{len(preset['taus'])} tau. "
         f"They learn from {JUDGE_LABELS[preset['judge']]}, RLHF from the reward model.{unequal}"
     )
 
@@ -170,6 +214,8 @@ def _grounds(claim: dict[str, Any]) -> str:
     """Return the evidence of a claim, with the required minimum if it is too little."""
     runs, prompts = evidence(claim)
     counts = f"{_count(runs, 'run')} of each, {_count(prompts, 'prompt')}" if runs else _count(prompts, "prompt")
+    if claim["kl"] is not None:
+        counts += f", at {claim['kl']:.3g} nats"
     if verdict(claim) == TOO_SMALL:
         return f"{counts}; a verdict takes {MIN_RUNS} runs and {MIN_PROMPTS} prompts"
     return f"{counts}; best of {claim['compared']}: {claim['best']}"
@@ -213,20 +259,23 @@ def _exploitability(results: Results) -> list[str]:
          f"{each['opponent_kl']:.2f}"]
         for name, each in results["exploitability"].items()
     ]  # fmt: skip
-    head = ["first run of", "its best response wins", "trained from the", "at KL", "against KL"]
+    head = ["run of", "its best response wins", "trained from the", "at KL", "against KL"]
     note = (
-        "A best response is trained against each fixed policy, with the budget that all have; of an equilibrium it "
-        "wins half. What training has not found is not counted: these are lower bounds."
+        "A best response is trained against each fixed policy (its first run, at the tau whose KL is nearest to "
+        f"{nats(results)}), with the budget of updates that all have; of an equilibrium it wins half. What training "
+        "has not found is not counted: these are lower bounds."
     )
     return ["<h2>Exploitability</h2>", f"<p>{_e(note)}</p>", table(head, rows)]
 
 
 def _policies(facts: Results) -> str:
     rows = []
-    for name, each in facts["policies"].items():
-        kl = plus_minus(each["kl"], NORMAL * each["kl_error"]) if "kl" in each else ""
-        rows.append([label(name), str(each["runs"]), kl, f"{each['length']:.1f}", f"{each['end_rate']:.3f}"])
-    return table(["policy", "runs", "KL to the reference, nats per answer", "tokens", "ended by itself"], rows)
+    for each in facts["policies"]:
+        tau = "" if each["tau"] is None else f"{each['tau']:g}"
+        kl = plus_minus(each["kl"], NORMAL * each["kl_error"])
+        rows.append([label(each["contestant"]), tau, str(each["runs"]), kl, f"{each['length']:.1f}",
+                     f"{each['end_rate']:.3f}"])  # fmt: skip
+    return table(["policy", "tau", "runs", "KL to the reference, nats per answer", "tokens", "ended by itself"], rows)
 
 
 def _models(results: Results) -> str:
@@ -247,12 +296,16 @@ def _speed(results: Results) -> str:
     return "<ul>" + "".join(f"<li>{_e(line)}</li>" for line in describe_speed(results)) + "</ul>"
 
 
-def _samples(facts: Results) -> str:
-    blocks = []
-    for sample in facts["samples"]:
-        rows = [["wanted", sample["truth"].strip()]]
-        rows += [[label(name), text.strip()] for name, text in sample["answers"].items()]
-        blocks.append(f'<p class="text">{_e(sample["prompt"].strip())}</p>{table(["", "answer"], rows)}')
+def _samples(results: Results) -> str:
+    names = [name for name in JUDGE_LABELS if name in results["tournament"]["judges"]]
+    blocks = ["<p>One answer of each policy's first run at the tau whose KL is nearest to the comparison's, and the "
+              f"probability that each judge prefers it to {label(START)}'s.</p>"]  # fmt: skip
+    for sample in results["tournament"]["samples"]:
+        rows = [["wanted", *("" for _ in names), sample["truth"].strip()]]
+        for number, (name, text) in enumerate(sample["answers"].items()):
+            rows.append([label(name), *(f"{sample['chances'][judge][number]:.2f}" for judge in names), text.strip()])
+        head = ["", *(judge.replace("-", " ") for judge in names), "answer"]
+        blocks.append(f'<p class="text">{_e(sample["prompt"].strip())}</p>{table(head, rows)}')
     return "".join(blocks)
 
 
@@ -303,9 +356,10 @@ def _e(text: object) -> str:
 def summary(results: Results) -> str:
     """Return the results as Markdown, for documents, without speeds, since results do not name their commit."""
     facts = results["tournament"]
-    parts = [describe_size(results), describe_intervals(results)]
+    parts = [" ".join(answer(results)), *(describe(results) for describe in (describe_size, describe_distance,
+                                                                              describe_intervals))]  # fmt: skip
     for judge, each in judges(results).items():
-        parts.append(f"**Judged by {JUDGE_LABELS[judge]}.**")
+        parts.append(f"**Judged by {JUDGE_LABELS[judge]}, at {nats(results)}.**")
         parts.append("\n".join(f"- {describe_claim(claim)}" for claim in each["claims"]))
         head = ["row against column", *facts["labels"]]
         rows = [[name, *map(_markdown_cell, row)] for name, row in zip(facts["labels"], each["matrix"], strict=True)]

@@ -1,4 +1,4 @@
-"""One training run: a contestant, a seed, the budget that is the same for all."""
+"""One training run: a contestant, a tau, a seed, the budget that is the same for all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ..preference import Judge, RewardModel
 from ..train import NashConfig, NashTrainer
 from ..train.rewards import Reward
-from .presets import CONTESTANTS, Preset, label
+from .presets import CONTESTANTS, Preset, label, policy_name
 from .supervised import Setting, progress_callback
 from .workspace import RUNS, write_json
 
@@ -22,12 +22,15 @@ LOGGED = (
 )
 
 
-def stage_name(contestant: str, seed: int) -> str:
-    return f"{RUNS}/{contestant}-seed{seed}"
+def stage_name(contestant: str, index: int, seed: int) -> str:
+    return f"{RUNS}/{policy_name(contestant, index)}-seed{seed}"
 
 
-def configuration(contestant: str, seed: int, preset: Preset, output: Path, device: torch.device, **more: Any) -> Any:
-    """Return a run's NashConfig: common updates, prompts, answers and learning rate, and the contestant's options."""
+def configuration(
+    contestant: str, index: int, seed: int, preset: Preset, output: Path, device: torch.device, **more: Any
+) -> Any:
+    """Return a run's NashConfig: common updates, prompts, answers and learning rate, the contestant's options at the
+    tau of this index of its grid. Runs of one seed have the same prompts and noise at every tau."""
     options: dict[str, Any] = {
         "max_steps": preset.updates,
         "per_device_train_batch_size": preset.prompts_per_update,
@@ -50,7 +53,7 @@ def configuration(contestant: str, seed: int, preset: Preset, output: Path, devi
         "use_cpu": device.type == "cpu",
         "seed": 1000 * preset.seed + seed,
     }
-    return NashConfig(str(output), **{**options, **CONTESTANTS[contestant].options(preset), **more})
+    return NashConfig(str(output), **{**options, **CONTESTANTS[contestant].options(preset, index), **more})
 
 
 class Rewards:
@@ -87,9 +90,11 @@ def make_trainer(
     return trainer
 
 
-def make_run(work: Path, contestant: str, seed: int, judge: Judge, reward: Rewards, setting: Setting) -> None:
-    config = configuration(contestant, seed, setting.preset, work / "trainer", setting.device)
-    with setting.reporter.bar(f"{label(contestant)}, seed {seed}", setting.preset.updates) as advance:
+def make_run(
+    work: Path, contestant: str, index: int, seed: int, judge: Judge, reward: Rewards, setting: Setting
+) -> None:
+    config = configuration(contestant, index, seed, setting.preset, work / "trainer", setting.device)
+    with setting.reporter.bar(f"{label(contestant)}, tau {config.tau:g}", setting.preset.updates) as advance:
         trainer = make_trainer(config, judge, reward, setting, [progress_callback([], advance)])
         trainer.train()
     trainer.model.save_pretrained(work / "policy")

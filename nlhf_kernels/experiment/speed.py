@@ -38,7 +38,9 @@ def measure(work: Path, judge: Any, reward: Any, setting: Setting) -> None:
         for turn in range(2 * ROUNDS):
             backend = (TORCH, "auto")[turn % 2]
             options = {"backend": backend, "max_steps": preset.speed_updates + 1, "eval_strategy": "no"}
-            config = configuration(algorithm, 0, preset, work / "trainer", setting.device, eval_steps=None, **options)
+            config = configuration(
+                algorithm, 0, 0, preset, work / "trainer", setting.device, eval_steps=None, **options
+            )
             seconds[backend] += _update_seconds(make_trainer(config, judge, reward, setting))
             shutil.rmtree(work / "trainer", ignore_errors=True)
             advance(turn + 1)
@@ -107,7 +109,7 @@ def _loss(model: Any, preset: Preset) -> dict[str, Any]:
     reference = torch.full(targets.shape, -1.0, dtype=torch.float32, device=model.device)
 
     def run(backend: str) -> None:
-        options: dict[str, Any] = {"tau": preset.tau, "kl": "to_go", "reference_logprobs": reference}
+        options: dict[str, Any] = {"tau": preset.taus[0], "kl": "to_go", "reference_logprobs": reference}
         linear_nash_pg_loss(hidden, weight, targets, preference, backend=backend, **options).loss.backward()
 
     size = f"{rows} answers x {tokens} tokens x {weight.shape[0]} words"

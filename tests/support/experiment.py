@@ -44,13 +44,16 @@ def numbers(*, seeds: int = 3, prompts: int = 128, cycles: bool = True) -> dict[
     labels = ["SFT", "RLHF", "Nash-MD 0", "Nash-MD 0.25", "Nash-MD 1"]
     size = {"prompts": prompts, "seeds": seeds}
     cell = lambda i, j: None if i == j else {"mean": 0.5 + 0.04 * (i - j), "half": 0.03, **size}  # noqa: E731
+    estimate = lambda mean: {"mean": mean, "half": 0.02, **size}  # noqa: E731
     judge = {
+        "frontiers": {name: [{"kl": estimate(0.9 * n), "rate": estimate(0.5 + 0.05 * n)} for n in range(3)]
+                      for name in names[1:]},
         "matrix": [[cell(i, j) for j in range(5)] for i in range(5)],
         "by_beta": [{"beta": b, "against": "RLHF", "mean": 0.5 + b / 10, "half": 0.05, **size}
                     for b in (0.0, 0.25, 1.0)],
         "cycles": [["SFT", "RLHF", "Nash-MD 1"]] if cycles else [],
         "claims": [{"claim": "the earth is round", "verdict": "contradicted", "best": "Nash-MD 0.25", "compared": 1,
-                    "matches": [{"first": "Nash-MD 0.25", "second": "RLHF", **cell(3, 1)}]}],
+                    "kl": 1.5, "matches": [{"first": "Nash-MD 0.25", "second": "RLHF", **cell(3, 1)}]}],
     }  # fmt: skip
     test = {"count": 10, "accuracy": 0.7, "log_loss": 0.6, "calibration_error": 0.05, "bins": []}
     cyclic = {"triples": 40, "cyclic": 2, "prompts": 8, "cyclic_prompts": [1, 3], "share": 0.05, "responses": 5}
@@ -58,7 +61,7 @@ def numbers(*, seeds: int = 3, prompts: int = 128, cycles: bool = True) -> dict[
     update = {"kernels_ms": 10.0, "torch_ms": 25.0, "speedup": 2.5}
     return {
         "preset": {"seeds": seeds, "updates": 2, "prompts_per_update": 4, "samples_per_prompt": 1,
-                   "judge": "preference-model", "contestants": names[1:]},
+                   "judge": "preference-model", "contestants": names[1:], "taus": [0.3, 0.1]},
         "material": {"data": None, "split": None, "model": None},
         "machine": {"device": "cpu: x", "cores": 2, "threads": 1, "torch": "2", "transformers": "5"},
         "corpus": {"train": 100, "test": 8, "vocabulary": 300},
@@ -67,12 +70,16 @@ def numbers(*, seeds: int = 3, prompts: int = 128, cycles: bool = True) -> dict[
         "preference_model": {"losses": [0.7], "test": test},
         "reward_model": {"losses": [0.7], "test": test},
         "cycles": {"preference-model": cyclic, "annotators": cyclic},
-        "histories": {f"{name} {seed}": history for name in names[1:] for seed in range(seeds)},
+        "histories": {f"{name} {index} {seed}": [{**entry, "kl": entry["kl"] * (1 + index)} for entry in history]
+                      for name in names[1:] for index in range(2) for seed in range(seeds)},
         "tournament": {"names": names, "labels": labels, "prompts": prompts, "answers": 1,
-                       "policies": {name: {"length": 9.0, "end_rate": 1.0, "runs": 1, "kl": 0.5, "kl_error": 0.1}
-                                    for name in names},
+                       "budget": 2.0, "kl": 1.5, "nearest": {name: int(name == "rlhf") for name in names[1:]},
+                       "policies": [{"contestant": name, "tau": None if name == "sft" else 0.25, "length": 9.0,
+                                     "end_rate": 1.0, "runs": 1, "kl": 0.5, "kl_error": 0.1} for name in names],
                        "samples": [{"prompt": "<script>alert(1)</script>", "truth": "x",
-                                    "answers": dict.fromkeys(names, "y")}],
+                                    "answers": dict.fromkeys(names, "<b>y</b>"),
+                                    "chances": {name: [0.5, 0.125, 0.75, 0.875, 0.625]
+                                                for name in ("preference-model", "annotators")}}],
                        "judges": {"preference-model": judge, "annotators": judge}},
         "speed": {"algorithm": "nash-md-0.25", "update": update, "updates_timed": 4, "threads": 1, "device": "cpu",
                   "operations": [{"name": "mixture_sample", "size": "4 rows", "backend": "cpu", **update}]},
