@@ -1,6 +1,7 @@
-"""The README's speed table, from the result files kept here: `python -m benchmarks.headlines`.
+"""The README's speed tables, from the result files kept here: `python -m benchmarks.headlines`.
 
-Each line compares one measured row with a rival's row of the same run. A test compares README.md with this output.
+Each line compares one measured row with a rival's row of the same run. A test compares README.md with this output: a
+table for each GPU that has a file, then the CPU's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.harness.report import format_ratio, format_us
 from benchmarks.harness.results import ResultRow, RowKey, latest, read_rows
+from benchmarks.targets import measured_cells
 from nlhf_kernels.core.text import markdown_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -84,6 +86,30 @@ def table() -> str:
     return f"{lines}\n\nMedians on one thread of {machines}, float32, at {commits}: `python -m benchmarks.headlines`."
 
 
+def gpu_tables() -> list[str]:
+    """Return a table in Markdown of each GPU's results, with the machine and the commits; none where none are kept."""
+    tables = []
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        rows = [row for row in read_rows(path) if row.key.device == "cuda"]
+        cells = measured_cells(rows)
+        if not cells:
+            continue
+        runs = [row.run for row in rows if row.timing is not None]
+        cards, commits, torches = (
+            ", ".join(sorted({str(fact) for fact in facts}))
+            for facts in (
+                [run.machine["gpu"] for run in runs],
+                [(run.commit or "unknown")[:7] for run in runs],
+                [run.versions["torch"] for run in runs],
+            )
+        )
+        lines = markdown_table(("what", "this library", "best rival", "faster", "of the floor", "target", "met"), cells)
+        tables.append(
+            f"{lines}\n\nMedians on {cards}, torch {torches}, at {commits}: `benchmarks/results/{path.name}`."
+        )
+    return tables
+
+
 def _of(key: RowKey, implementation: str) -> RowKey:
     return RowKey(key.case, key.shape, key.dtype, key.mode, implementation, key.device, key.threads)
 
@@ -96,4 +122,4 @@ def _timed(rows: dict[RowKey, ResultRow], key: RowKey) -> ResultRow:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(*gpu_tables(), table(), sep="\n\n")

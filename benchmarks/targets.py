@@ -275,6 +275,17 @@ def table(rows: Sequence[ResultRow], headlines: Sequence[Headline] = HEADLINES, 
     return [_aligned(cells) for cells in columns]
 
 
+def measured_cells(rows: Sequence[ResultRow], headlines: Iterable[Headline] = HEADLINES) -> list[tuple[str, ...]]:
+    """Return the cells of `table` for the headlines that the library has a time for, uncut.
+
+    Args:
+        rows: of a results file.
+        headlines: what the lines are about.
+    """
+    lines = {each.name: line_of(each, rows) for each in headlines}
+    return [_cells(line, *verdict_of(line, lines)) for line in lines.values() if line.ours is not None]
+
+
 def _cells(line: Line, target: str, met: bool | None) -> tuple[str, ...]:
     verdict = MISSING if met is None else "yes" if met else "NO"
     ours, rival = line.ours, line.rival

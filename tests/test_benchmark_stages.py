@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, run, targets
+from benchmarks import gpu, headlines, run, targets
 from benchmarks.cases import all_cases
 from benchmarks.harness import machine, results, runner, stages
 from benchmarks.harness.results import Floor, ResultRow, RowKey, RunFacts, append_rows, read_rows
@@ -312,6 +312,19 @@ def test_an_update_shows_its_phases() -> None:
     expected = "an update of training, 64 new tokens: rollout 300 ms (75 %), backward 100 ms (25 %)"
     assert targets.phase_lines(rows, [one]) == [expected]
     assert targets.phase_lines(rows)[0].endswith(expected.partition(": ")[2]) and len(targets.phase_lines(rows)) == 1
+
+
+def test_the_readmes_first_tables_are_the_gpus(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(headlines, "RESULTS", tmp_path)
+    assert headlines.gpu_tables() == []
+    one = targets.HEADLINES[0]
+    append_rows(tmp_path / "a-card.jsonl", [row(one, "cuda", 11.0, chosen=True), row(one, "eager", 200.0, "baseline")])
+    append_rows(
+        tmp_path / "cpu.jsonl", [replace(row(one, "cpu", 9.0), key=replace(row(one, "cpu", 9.0).key, device="cpu"))]
+    )
+    (table,) = headlines.gpu_tables()
+    assert "| sample 1 x 128256 | 11 us cuda | 200 us eager | 18.2x | 50 % | 12 us | yes |" in table
+    assert table.endswith("Medians on a card, torch 2, at c0ffee1: `benchmarks/results/a-card.jsonl`.")
 
 
 def test_rivals_of_another_run_say_nothing() -> None:
