@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -161,21 +162,50 @@ def test_steps_that_nobody_recorded_are_those_of_the_rollout_that_takes_them() -
         assert torch.equal(one.lengths, two.lengths) and two.lengths.min() >= 6
 
 
-def test_other_threads_may_use_the_device_during_a_capture(monkeypatch) -> None:
-    """A loader's thread that pins memory, say: in the mode "global" its call fails and invalidates the capture."""
-    options, stream = {}, SimpleNamespace(wait_stream=lambda other: None)
+class StandInGraph:
+    """A torch.cuda.CUDAGraph without a GPU."""
+
+    def pool(self) -> tuple[int, int]:
+        return 0, id(self)
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list[dict]:
+    """Replace PyTorch's captures on the CPU and return the options of each."""
+    options, stream = [], SimpleNamespace(wait_stream=lambda other: None)
     stand_ins = {
         "Stream": lambda device: stream,
         "current_stream": lambda device: stream,
         "stream": nullcontext,
-        "CUDAGraph": lambda: SimpleNamespace(pool=lambda: (0, 1), replay=None),
-        "graph": lambda graph, **given: options.update(given) or nullcontext(),
+        "CUDAGraph": StandInGraph,
+        "graph": lambda graph, **given: options.append(given) or nullcontext(),
     }
     for name, stand_in in stand_ins.items():
-        assert hasattr(torch.cuda, name)
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    return options
+
+
+def test_other_threads_may_use_the_device_during_a_capture(captures) -> None:
+    """A loader's thread that pins memory, say: in the mode "global" its call fails and invalidates the capture."""
     CudaRecorder(torch.device("cuda", 0)).record(lambda: None, [])
-    assert options["capture_error_mode"] == "thread_local"
+    assert captures[0]["capture_error_mode"] == "thread_local"
+
+
+def test_graphs_share_a_pool_that_ends_with_the_last_of_them(captures) -> None:
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    first = recorder.record(lambda: None, [])
+    second = recorder.record(lambda: None, [])
+    assert captures[0]["pool"] is None and captures[1]["pool"] == first.__self__.pool()
+    del first
+    recorder.record(lambda: None, [])
+    assert captures[2]["pool"] == second.__self__.pool()
+    del second
+    gc.collect()
+    recorder.record(lambda: None, [])
+    assert captures[3]["pool"] is None
 
 
 def test_buckets() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -65,12 +66,16 @@ class EagerRecorder:
 
 
 class CudaRecorder:
-    """Graphs share one memory pool, as they replay one after another; each model's forward has a stream of its own."""
+    """Graphs share one memory pool, as they replay one after another; each model's forward has a stream of its own.
+
+    The pool ends with the last graph: PyTorch asserts that a pool given to a capture has a live graph, unless all of
+    its memory has been returned by then.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.streams: list[torch.cuda.Stream] = []
-        self.pool: Any = None
+        self.graphs: WeakSet[Any] = WeakSet()
 
     def record(self, step: Run, state: Sequence[torch.Tensor]) -> Run:
         before = [tensor.clone() for tensor in state]
@@ -83,10 +88,11 @@ class CudaRecorder:
                 for tensor, value in zip(state, before, strict=True):
                     tensor.copy_(value)
         current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode=CAPTURE_ERROR_MODE):
+        graph, live = torch.cuda.CUDAGraph(), next(iter(self.graphs), None)
+        pool = None if live is None else live.pool()
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode=CAPTURE_ERROR_MODE):
             step()
-        self.pool = graph.pool()
+        self.graphs.add(graph)
         return graph.replay
 
     def run_concurrently(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
