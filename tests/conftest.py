@@ -32,11 +32,19 @@ class _FailuresAtOnce:
         self.config = config
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            message = " ".join(str(crash.message if crash is not None else report.longrepr).split())[:300]
-            reporter = self.config.pluginmanager.get_plugin("terminalreporter")
-            reporter.write(f"\nfailed: {report.nodeid} ({report.when}): {message}\n{report.longreprtext}\n", flush=True)
+        self._print(report, report.when)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._print(report, "collection")
+
+    def _print(self, report: pytest.TestReport | pytest.CollectReport, when: str | None) -> None:
+        if not report.failed:
+            return
+        crash = getattr(report.longrepr, "reprcrash", None)
+        last_line = (report.longreprtext.strip().splitlines() or [""])[-1]  # of a file that does not import
+        message = " ".join((last_line if crash is None else crash.message).split())[:300]
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write(f"\nfailed: {report.nodeid} ({when}): {message}\n{report.longreprtext}\n", flush=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -135,6 +135,15 @@ def test_a_failed_test_is_told_before_the_tests_end(tmp_path) -> None:
     assert "def test_wrong" in log.read_text()
 
 
+def test_a_test_file_that_does_not_import_is_told(tmp_path) -> None:
+    (tmp_path / "test_gone.py").write_text("import no_such_module\n")
+    command = (*gpu.PYTEST, "-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path))
+    with (tmp_path / "log").open("wb") as file:
+        assert stages.run_command(command, 60.0, {}, file).startswith("exit code 2")
+    (line,) = gpu.failures(tmp_path / "log", 0)
+    assert line.startswith("failed: test_gone.py (collection): ") and "No module named 'no_such_module'" in line
+
+
 def test_stages_that_all_die_cost_nothing_but_themselves(tmp_path, monkeypatch, capsys) -> None:
     """Every stage of a GPU's run dies in another way; the run reports each, and a second run tries each again."""
     ways = ("raise SystemExit('no memory')", "import os; os.kill(os.getpid(), 9)", "import os; os.abort()")
