@@ -291,10 +291,11 @@ def test_targets_that_are_ratios() -> None:
     for share, verdict in ((96.0, "yes"), (90.0, "NO")):
         rows = [row(by_kind["floor"], "triton", 5.0, chosen=True, percent=share)]
         assert table_row(rows, by_kind["floor"]).endswith(verdict)
-    for kind, good, bad in (("faster", 2000.0, 300.0), ("memory", 100, 30)):
+    faster = 50 * by_kind["faster"].target.value
+    for kind, good, bad in (("faster", faster + 1, faster - 1), ("memory", 100, 30)):
         each = by_kind[kind]
         for size, verdict in ((good, "yes"), (bad, "NO")):
-            ours = row(each, "NashTrainer", 50.0, memory=results.Memory(40, "counted"))
+            ours = row(each, each.ours or "cuda", 50.0, chosen=True, memory=results.Memory(40, "counted"))
             rival = row(each, "TRL 1.13.0", size, "baseline", memory=results.Memory(int(size), "counted"))
             assert table_row([ours, rival], each).endswith(verdict), kind
 
