@@ -124,6 +124,9 @@ def test_the_order_follows_measurements_per_problem() -> None:
         found, words = op.order_of(problem._replace(filtered=filtered))
         assert found == order
         assert words.startswith(" > ".join(order)) and "H200" in words and "2026-11-26" in words
+    games = get_op("mirror_descent")
+    problem = games.describe(torch.zeros(1, 5))._replace(device=torch.device("cuda", 0))
+    assert "H200" in games.order_of(problem)[1] and "H200" not in games.order_of(problem._replace(actions=2048))[1]
     explanation = nlhf_kernels.explain("mixture_sample", torch.zeros(1, 5), top_k=3)
     assert "order of auto: cpu > torch\n" in str(explanation)
     small = Measured("cpu", "small", lambda problem: problem.size < 3, ("torch",), "here")

@@ -185,6 +185,28 @@ NLHF_DEVICE void add_product(const Real* matrix, const Real* weights, Real scale
   }
 }
 
+// Write the opponent's weights of a whole game, exp(logit - top), and the mixture of this iteration into `target`, for
+// actions from `begin` to `end`; return the softmax. `target` may be `policy`: a thread reads an action before it writes
+// it. All threads of the block call; before they return, all have written their weights.
+template <typename Real>
+NLHF_DEVICE Softmax<Real> find_opponent(const MirrorDescent<Real>& p, int64_t game, Real b, const Real* policy,
+                                        Real* weights, Real* target, int begin, int end, Real* max_scratch,
+                                        Real* sum_scratch) {
+  const int actions = static_cast<int>(p.actions), threads = blockDim.x;
+  Real top = -Real(INFINITY), total = 0;
+  for (int a = threadIdx.x; a < actions; a += threads) {
+    const Real own = policy[a], mixture = mix(own, p.log_reference[game * actions + a], b);
+    weights[a] = p.opponent == Opponent::fixed     ? p.log_opponent[game * actions + a]
+                 : p.opponent == Opponent::mixture ? mixture
+                                                   : own;
+    if (a >= begin && a < end) target[a] = mixture;
+    top = std::fmax(top, weights[a]);
+  }
+  top = block_max(top, max_scratch);
+  for (int a = threadIdx.x; a < actions; a += threads) total += weights[a] = std::exp(weights[a] - top);
+  return {top, block_sum(total, sum_scratch)};
+}
+
 // Write log softmax of one game's `policy` to `out`, which may be the policy itself. All threads of the block call.
 template <typename Real>
 NLHF_DEVICE void normalise(const Real* policy, int actions, Real* out, Real* max_scratch, Real* sum_scratch) {
@@ -206,7 +228,6 @@ __global__ void __launch_bounds__(kLargeThreads, 1) large_games(const MirrorDesc
   Real* weights = dynamic_shared<Real>();
   for (int64_t game = blockIdx.x; game < p.games; game += gridDim.x) {
     const Real* matrix = p.preference + game * actions * actions;
-    const Real* log_reference = p.log_reference + game * actions;
     Real* out = p.out + game * actions;
     Real* policy = kMatrixInShared ? weights + actions : out;
     const Real tau = p.tau[game * p.tau_stride];
@@ -219,19 +240,9 @@ __global__ void __launch_bounds__(kLargeThreads, 1) large_games(const MirrorDesc
     }
     for (int64_t k = 0; k < p.iterations; ++k) {
       const Real step = p.step_sizes[k];
-      Real top = -Real(INFINITY), total = 0;
-      for (int a = threadIdx.x; a < actions; a += threads) {
-        const Real mixture = mix(policy[a], log_reference[a], step * tau);
-        weights[a] = p.opponent == Opponent::fixed     ? p.log_opponent[game * actions + a]
-                     : p.opponent == Opponent::mixture ? mixture
-                                                       : policy[a];
-        policy[a] = mixture;
-        top = std::fmax(top, weights[a]);
-      }
-      top = block_max(top, max_scratch);
-      for (int a = threadIdx.x; a < actions; a += threads) total += weights[a] = std::exp(weights[a] - top);
-      total = block_sum(total, sum_scratch);
-      add_product(matrix, weights, step / total, top, actions, 0, actions, policy);
+      const Softmax<Real> opponent =
+          find_opponent(p, game, step * tau, policy, weights, policy, 0, actions, max_scratch, sum_scratch);
+      add_product(matrix, weights, step / opponent.total, opponent.top, actions, 0, actions, policy);
       __syncthreads();  // the policy is complete, and the weights may be overwritten
     }
     normalise(policy, actions, out, max_scratch, sum_scratch);
@@ -247,30 +258,19 @@ template <typename Real>
 __global__ void __launch_bounds__(kLargeThreads, 1)
     split_step(const MirrorDescent<Real> p, const Real* from, Real* to, int64_t k, int parts) {
   __shared__ Real max_scratch[kWarpSize], sum_scratch[kWarpSize];
-  const int actions = static_cast<int>(p.actions), threads = blockDim.x;
+  const int actions = static_cast<int>(p.actions);
   const int64_t game = blockIdx.x / static_cast<unsigned>(parts);
   const int rows = ((actions + parts - 1) / parts + 3) / 4 * 4;  // add_product takes four at once
   const int begin = static_cast<int>(blockIdx.x % static_cast<unsigned>(parts)) * rows;
   const int end = begin + rows < actions ? begin + rows : actions;
   if (begin >= end) return;
   Real* weights = dynamic_shared<Real>();
-  const Real* policy = from + game * actions;
-  const Real* log_reference = p.log_reference + game * actions;
   Real* target = to + game * actions;
   const Real step = p.step_sizes[k], tau = p.tau[game * p.tau_stride];
-  Real top = -Real(INFINITY), total = 0;
-  for (int a = threadIdx.x; a < actions; a += threads) {
-    const Real mixture = mix(policy[a], log_reference[a], step * tau);
-    weights[a] = p.opponent == Opponent::fixed     ? p.log_opponent[game * actions + a]
-                 : p.opponent == Opponent::mixture ? mixture
-                                                   : policy[a];
-    if (a >= begin && a < end) target[a] = mixture;
-    top = std::fmax(top, weights[a]);
-  }
-  top = block_max(top, max_scratch);
-  for (int a = threadIdx.x; a < actions; a += threads) total += weights[a] = std::exp(weights[a] - top);
-  total = block_sum(total, sum_scratch);
-  add_product(p.preference + game * actions * actions, weights, step / total, top, actions, begin, end, target);
+  const Softmax<Real> opponent = find_opponent(p, game, step * tau, from + game * actions, weights, target, begin, end,
+                                               max_scratch, sum_scratch);
+  add_product(p.preference + game * actions * actions, weights, step / opponent.total, opponent.top, actions, begin,
+              end, target);
 }
 
 // Normalise the log-policies in p.out in place, a block a game.

@@ -16,7 +16,7 @@ from ...core.checks import (
     check_option,
     check_tensor,
 )
-from ...core.registry import Backend, Op, register
+from ...core.registry import Backend, Measured, Op, register
 
 _HERE = "nlhf_kernels.ops.mirror_descent"
 OPPONENTS = ("mixture", "policy")
@@ -58,6 +58,12 @@ def _cuda_limits(problem: MirrorDescentProblem) -> list[str]:
     return []
 
 
+#: Microseconds a step of cuda, triton and torch (captured), games x actions:
+#: 1024 x 64 float32  1.04  1.62  58      64 x 512 float32   23.6  -  71
+#: 1024 x 64 float64  2.06  12.9  67       8 x 2048 float32  270   -  92
+#: The last is of one block a game. cuda takes several there now, which nothing has measured.
+_MEASURED = "medians of captured graphs on one H200, torch 2.11, triton 3.6, 2026-11-26, kernels of 765053e"
+
 OP = register(
     Op(
         name="mirror_descent",
@@ -69,6 +75,15 @@ OP = register(
         ),
         order={"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")},
         describe=_describe,
+        measured=(
+            Measured(
+                "cuda",
+                "up to 512 actions",
+                lambda problem: problem.actions <= 512,
+                ("cuda", "triton", "torch"),
+                _MEASURED,
+            ),
+        ),
     )
 )
 
