@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import transformers
 
 import nlhf_kernels
 from nlhf_kernels.core import capabilities
+from nlhf_kernels.core.processes import leave_process_group
 from nlhf_kernels.core.registry import ops
+from nlhf_kernels.core.upstream import distributed_config_class
 from nlhf_kernels.engine import Hooks, RolloutEngine, model_set, nash_md
 from nlhf_kernels.engine.loop import Rollout
+from nlhf_kernels.engine.sharded import Sharding
 from tests.support.capture import DEVICE, CaptureRefused, capturing, no_launches, on_device
 from tests.support.engine import can_be_recorded, settings, tiny, tiny_pair
 from tests.support.tiny_models import BETA, padded, prompts
@@ -66,6 +74,11 @@ def test_engine_steps(architecture, fused, monkeypatch) -> None:
     for model in models:
         model.config.pad_token_id = None  # otherwise transformers reads the prompts to warn about padding
     engine = RolloutEngine(*models, recorder=_Watched(), bucket=16, fused=fused)
+    assert watch_steps(engine, slices=False) == 4
+
+
+def watch_steps(engine: RolloutEngine, *, slices: bool) -> int:
+    """Take a rollout's steps on the meta device, and return their number."""
     batch = padded(prompts((9, 9)))
     request = engine._resolve(batch["input_ids"], None, nash_md(BETA), settings(4, backend="torch"), Hooks())
     assert not request.notes
@@ -73,13 +86,61 @@ def test_engine_steps(architecture, fused, monkeypatch) -> None:
     info = engine.models.info
     engine.models.info = {name: replace(f, model=f.model.to(DEVICE), device=DEVICE) for name, f in info.items()}
     engine.device = DEVICE
-    with torch.no_grad(), engine.models.decoding_mode(False, False), engine.models.fused():
+    with torch.no_grad(), engine.models.decoding_mode(slices, False), engine.models.fused():
         rollout = Rollout(request, engine._workspace(request), engine.graphs)
         with no_launches():
             rollout.prefill()
         for _ in range(3):
             rollout.step()
-    assert rollout.steps == 4
+    return rollout.steps
+
+
+@pytest.fixture
+def two_processes() -> Iterator[None]:
+    """PyTorch's stand-in for a process group of two: collectives return at once, also those of meta tensors."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=fake.FakeStore())
+    try:
+        yield
+    finally:
+        leave_process_group()
+
+
+@contextmanager
+def filling() -> Iterator[None]:
+    """Let the embedding of a split vocabulary fill by `masked_fill_`. PyTorch writes `x[mask] = 0`, which it turns into
+    that on CUDA alone (`canDispatchToMaskedFill`), and not on the meta device."""
+
+    def mask_tensor(ids: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = (ids < first) | (ids >= first + count)
+        return mask, (ids - first).masked_fill_(mask, 0)
+
+    def apply_mask(buffer: Any, values: torch.Tensor) -> None:
+        values.masked_fill_(buffer.data.unsqueeze(-1), 0.0)
+
+    partial = importlib.import_module("torch.distributed.tensor.placement_types")._MaskPartial
+    buffer = importlib.import_module("torch.distributed.tensor._ops._mask_buffer").MaskBuffer
+    masks = mock.patch.object(partial, "_mask_tensor", staticmethod(mask_tensor))
+    with masks, mock.patch.object(buffer, "apply_mask", apply_mask):
+        yield
+
+
+@pytest.mark.skipif(distributed_config_class() is None, reason="transformers is too old for split models")
+def test_a_step_of_split_models(two_processes, tmp_path, monkeypatch) -> None:
+    """Between its collectives, a step of two tensor-parallel models and the sampling from their slices neither copy
+    from the host nor read values. Whether NCCL's collectives can be captured, only GPUs tell."""
+    monkeypatch.setattr(Sharding, "why_not_captured", lambda *_: None)
+    tiny("llama").save_pretrained(tmp_path)
+    split = distributed_config_class()
+    models = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=split(tp_size=2))]
+    models.append(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=split(tp_size=2)))
+    for model in models:
+        model.config.pad_token_id = None
+    engine = RolloutEngine(*models, recorder=_Watched(), bucket=16, fused=False)
+    assert engine.models.sharding.part is not None, "logits stay in slices"
+    with filling():
+        assert watch_steps(engine, slices=True) == 4
+    del engine, models, model
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,13 @@ def test_what_fp16_cannot_be_used_with_is_refused(tmp_path) -> None:
         make_trainer(tmp_path, fp16=True, bf16=True)
 
 
-def test_deepspeed_is_refused_with_the_way_to_shard(tmp_path) -> None:
+def test_deepspeed_is_refused_with_the_way_to_shard(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="deepspeed: expected None, as models are sharded by FSDP2 here, not by Deep"):
         make_trainer(tmp_path, deepspeed={"zero_optimization": {"stage": 3}})
     args = SimpleNamespace(n_gpu=1)  # as under `accelerate launch --use_deepspeed` without the option
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="DEEPSPEED"), num_processes=2)
     with pytest.raises(ValueError, match="sharded by FSDP2 here, not by DeepSpeed; got a DeepSpeed launch"):
         check_processes(args, accelerator, SimpleNamespace(groups=2, name="processes"), {})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # whether deepspeed is installed or not
+    with pytest.raises(ValueError, match="sharded by FSDP2 here, not by DeepSpeed; got a DeepSpeed launch"):
+        make_trainer(tmp_path)

@@ -103,15 +103,26 @@ def torchrun(root: Path, *changes: str, module: str = "nlhf_kernels") -> subproc
         ({}, {"tp_size": 4, "world_size": 4}, "divisor of the num_key_value_heads of model, 2; got 4"),
         ({}, {"tp_size": 2, "world_size": 3}, "expected a multiple of 2 processes"),
         ({}, {"fsdp_size": 2, "dp_replicate_size": 2, "world_size": 2}, "expected 4 processes"),
+        ({}, {"fsdp_size": 2, "world_size": 2, "optim": "adafactor"}, "optim: expected .* got adafactor"),
+        ({"reference_model": "planless"}, {"tp_size": 2, "world_size": 2}, "reference_model: expected .* got gpt2"),
         ({"reference_model": "odd"}, {"tp_size": 2, "world_size": 2}, "vocab_size of reference_model, 97; got 2"),
     ],
 )
 @needs_splitting
 def test_a_bad_layout_is_refused_before_models_are_loaded(changes, sizes, expected, root, monkeypatch) -> None:
     monkeypatch.chdir(root)
+    transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2).save_pretrained(root / "planless")
     transformers.LlamaConfig(**{**SHAPE, "vocab_size": 97}).save_pretrained(root / "odd")  # no weights
     run_file = read_run_file(root / "run.yaml", [f"{key}={json.dumps(value)}" for key, value in changes.items()])
-    args = {"tp_size": 1, "fsdp_size": 1, "dp_replicate_size": None, "bf16": False, "process_index": 0, **sizes}
+    args = {
+        "tp_size": 1,
+        "fsdp_size": 1,
+        "dp_replicate_size": None,
+        "bf16": False,
+        "process_index": 0,
+        "optim": "adamw_torch",
+        **sizes,
+    }
     with pytest.raises((BadInput, ValueError), match=expected):
         train._split(run_file, SimpleNamespace(**args))
     with pytest.raises(SaidByFirst):
@@ -121,7 +132,8 @@ def test_a_bad_layout_is_refused_before_models_are_loaded(changes, sizes, expect
 def test_a_transformers_that_is_too_old(root, monkeypatch) -> None:
     monkeypatch.chdir(root)
     monkeypatch.setattr(upstream, "distributed_config_class", lambda: None)
-    args = SimpleNamespace(tp_size=2, fsdp_size=1, dp_replicate_size=None, bf16=False, process_index=0, world_size=2)
+    sizes = {"tp_size": 2, "fsdp_size": 1, "dp_replicate_size": None, "world_size": 2}
+    args = SimpleNamespace(**sizes, bf16=False, process_index=0, optim="adamw_torch")
     with pytest.raises(BadInput, match="expected a newer transformers"):
         train._split(read_run_file(root / "run.yaml"), args)
 
@@ -135,16 +147,16 @@ def test_models_of_two_layouts() -> None:
         model._is_distributed_loading_by_transformers = True
         return model
 
-    args = SimpleNamespace(tp_size=1, fsdp_size=1, world_size=2)
+    args = SimpleNamespace(tp_size=1, fsdp_size=1, world_size=2, optim="adamw_torch")
     policy = split(tp_size=2)
     assert check_layout(args, policy, reference_model=split(tp_size=2), eval_opponent=None).tp_size == 2
     for other in (tiny_model("llama"), split(fsdp_size=2)):
         with pytest.raises(ValueError, match="reference_model: expected a model that is split as the policy, tp 2"):
             check_layout(args, policy, reference_model=other)
     with pytest.raises(ValueError, match=r"DistributedConfig\(fsdp_size=2\), as args.fsdp_size is; got fsdp_size 1"):
-        check_layout(SimpleNamespace(tp_size=2, fsdp_size=2, world_size=4), policy)
+        check_layout(SimpleNamespace(tp_size=2, fsdp_size=2, world_size=4, optim="adamw_torch"), policy)
     with pytest.raises(ValueError, match="expected a layout of 3 processes; got tp 2"):
-        check_layout(SimpleNamespace(tp_size=1, fsdp_size=1, world_size=3), policy)
+        check_layout(SimpleNamespace(tp_size=1, fsdp_size=1, world_size=3, optim="adamw_torch"), policy)
 
 
 @pytest.mark.parametrize(

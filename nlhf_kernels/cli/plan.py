@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require("nlhf-kernels plan", ("transformers", "accelerate", "yaml"), "train")
-    from ..train.layout import check_divides, layout_of
+    from ..train.layout import check_divides, check_optimizer, layout_of
     from ..train.memory_plan import plan_rank
     from ..train.run_file import option_names, read_run_file
 
@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     run_file = read_run_file(arguments.config, [*arguments.set, "training.use_cpu=true"])  # plan without a GPU too
     args = run_file.config()
     layout = layout_of("train", args.tp_size, args.fsdp_size, args.dp_replicate_size, arguments.gpus)
+    check_optimizer("train", args.optim, layout)
     models = _models(run_file)
     check_divides("train", "model", models.policy.config, layout.tp_size)
     memory = int(arguments.gpu_memory * 2**30)

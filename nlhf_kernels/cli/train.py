@@ -80,18 +80,27 @@ def _split(run_file: RunFile, args: NashConfig) -> Any:
     """Return the DistributedConfig that the run's models are loaded with, or None; refuse a bad layout before any model
     is loaded."""
     from ..core.upstream import distributed_config_class
-    from ..train.layout import check_divides, layout_of
+    from ..train.accelerate_fsdp import plugin_accelerator
+    from ..train.layout import check_divides, check_optimizer, layout_of
+    from ..train.memory_plan import ModelShapes
 
     try:
+        plugin_accelerator(args)  # raises where accelerate's plugin cannot be used
         layout = layout_of("train", args.tp_size, args.fsdp_size, args.dp_replicate_size, args.world_size)
         if not layout.sharded:
             return None
+        check_optimizer("train", args.optim, layout)
         if (kind := distributed_config_class()) is None:
             raise BadInput("train: tp_size, fsdp_size: expected a newer transformers, with DistributedConfig's sizes")
         for key in ("model", "reference_model", "eval_opponent"):
             if (name := getattr(run_file, key)) is not None:
                 config = load_configuration(f"train: {key}", name, trust_remote_code=run_file.trust_remote_code)
                 check_divides("train", key, config, layout.tp_size)
+                if layout.tp_size > 1 and not ModelShapes(config, trust_remote_code=run_file.trust_remote_code).plan:
+                    raise BadInput(
+                        f"train: {key}: expected an architecture with a plan of tensor parallelism; got "
+                        f"{config.model_type} (fsdp_size shares any model)"
+                    )
     except (BadInput, ValueError) as error:
         if args.process_index:
             raise SaidByFirst from error

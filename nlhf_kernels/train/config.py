@@ -7,6 +7,7 @@ import textwrap
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from ..core.checks import check_integer, check_number, check_option
@@ -192,6 +193,8 @@ class NashConfig(TrainingArguments):
         self._check_inherited()
         self._check_unused()
         self._check_fixed()
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            raise ValueError(f"{OP}: deepspeed: expected None, as {FIXED['deepspeed']}; got a DeepSpeed launch")
         super().__post_init__()  # type: ignore[no-untyped-call]
         self._check_batches()
         check_integer(OP, "seed", self.seed, 0, 2**31 - 1)

@@ -99,6 +99,22 @@ def check_divides(op: str, name: str, config: Any, tp_size: int) -> None:
             )
 
 
+def check_optimizer(op: str, optim: Any, layout: Layout) -> None:
+    """Raise for an optimizer that does not work on split parameters.
+
+    Args:
+        op: how an error begins.
+        optim: transformers' name of it.
+        layout: of the run.
+    """
+    name = str(getattr(optim, "value", optim))
+    if layout.sharded and "adafactor" in name:
+        raise ValueError(
+            f"{op}: optim: expected an optimizer whose state has its parameters' shapes, AdamW say, for split models: "
+            f"Adafactor keeps sums over rows and columns, and adds them up as if they were whole; got {name}"
+        )
+
+
 def share_of(name: str, shape: tuple[int, ...], plan: Mapping[str, str], layout: Layout) -> int:
     """Return how many numbers of a parameter the process with the most of them holds.
 

@@ -22,7 +22,7 @@ from ..engine.model_info import clone_with_parameters
 from ..engine.peft_models import is_adapted
 from . import opponents
 from .config import FIXED, NashConfig
-from .layout import Layout
+from .layout import Layout, check_optimizer
 from .processes import DataParallel
 from .sharded import GatheredModel, layout_of_model
 
@@ -94,6 +94,7 @@ def check_layout(args: NashConfig, model: Any, **others: Any) -> Layout:
             raise ValueError(
                 f"{OP}: {name}: expected a model that is split as the policy, {layout}; got {layout_of_model(other)}"
             )
+    check_optimizer(OP, args.optim, layout)
     if layout.tp_size > 1 and is_adapted(model):
         split_adapters.widen(model)
     if layout.sharded and layout.processes != args.world_size:

@@ -14,6 +14,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -49,6 +51,10 @@ class _OperatorRules(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # dispatched again as the operators and collectives it consists of
+        if any(issubclass(kind, FakeTensor) for kind in types):
+            return function(*args, **kwargs)  # DTensor looks for layouts, on the host
         if implementation := torch_op.IMPLEMENTATIONS.get(function):
             with self:
                 return implementation(*args, **kwargs)
