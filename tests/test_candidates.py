@@ -15,6 +15,7 @@ pytest.importorskip("accelerate", reason="the experiment needs accelerate")
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
 from nlhf_kernels.cli.main import main
+from nlhf_kernels.core.plots import PALETTE
 from nlhf_kernels.core.terminal import Reporter
 from nlhf_kernels.evaluation import plus_minus
 from nlhf_kernels.experiment import overridden
@@ -290,6 +291,25 @@ def test_the_report_says_what_training_bought_and_how_far_an_equilibrium_is(done
     for kl, said in ((0.3, "not held back"), (0.95, "nearly all of the budget")):
         changed = {**results, "limits": {**results["limits"], "equilibrium": {"kl": [1.0, kl]}}}
         assert said in describe_distance(changed) and f"spends 1.00, {kl:.2f} of it" in describe_distance(changed)
+
+
+def test_no_more_lines_are_drawn_than_colours_tell_apart(done) -> None:
+    _, results = done
+    more = json.loads(json.dumps(results))
+    for name in CONTESTANTS:
+        for part in ("exploitability", "frontiers"):
+            more[part].setdefault(name, results[part]["rlhf-pairs"])
+        facts = CONTESTANTS[name]
+        more["labels"].setdefault(name, {"label": facts.label, "information": facts.information,
+                                         "algorithm": facts.algorithm})  # fmt: skip
+    more["matrix"][-1]["rates"] = [[None] * len(CONTESTANTS) for _ in CONTESTANTS]
+    for name, caption, figure in all_figures(more):
+        lines = [line for line, *_ in figure.axes[0].containers]
+        colours = [line.get_color() for line in lines]
+        assert len(set(colours)) == len(colours) <= len(PALETTE), name
+        if name in ("exploitability", "frontier"):
+            assert len(lines) >= 6 and "6 of 10 contestants, the others are in the tables" in caption
+    assert all("in the tables" not in caption for _, caption, _ in all_figures(results))
 
 
 def test_the_report_is_drawn_again_from_its_numbers(done, tmp_path, capsys) -> None:

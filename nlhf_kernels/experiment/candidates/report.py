@@ -15,10 +15,12 @@ from ...evaluation import Estimate, plus_minus
 from ...evaluation.plots import plot_estimates, plot_win_rates
 from ..report import STYLE, table
 from .measures import CONTRADICTED, MARGIN, REPRODUCED
-from .presets import CLAIMED, INFORMATION
+from .presets import CLAIMED, CORE, INFORMATION
 
 Results = dict[str, Any]
 MINUS = "\u2212"
+#: Contestants that lines are drawn of first; with the untrained reference no more than there are colours.
+FIRST = (*CORE, "self-play-queries", "best-response-queries")
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -194,16 +196,19 @@ def all_figures(results: Results) -> list[tuple[str, str, Any]]:
     advantages["exact limit, same pairs"] = [
         (x, Estimate(value, 0.0, 0, 0)) for x, value in zip(unrewarded, limit, strict=True)
     ]
+    drawn = sorted(results["labels"], key=lambda name: name not in FIRST)[: len(FIRST)]
+    if len(drawn) < len(labels):
+        most += f"; {len(drawn)} of {len(labels)} contestants, the others are in the tables"
     by_update = {
-        labels[name]: [(mark, Estimate(**value)) for mark, value in facts["by_update"]]
-        for name, facts in results["exploitability"].items()
+        labels[name]: [(mark, Estimate(**value)) for mark, value in results["exploitability"][name]["by_update"]]
+        for name in drawn
     }
     marks = [mark for points in by_update.values() for mark, _ in points]
     untrained = Estimate(**results["limits"]["reference"][-1])
     by_update["untrained reference"] = [(mark, untrained) for mark in (0, max(marks))]
     frontiers = {
-        labels[name]: [(point["budget"], Estimate(**point["worst"])) for point in points]
-        for name, points in results["frontiers"].items()
+        labels[name]: [(point["budget"], Estimate(**point["worst"])) for point in results["frontiers"][name]]
+        for name in drawn
     }
     matrix = results["matrix"][-1]
     return [
@@ -212,7 +217,7 @@ def all_figures(results: Results) -> list[tuple[str, str, Any]]:
                         f"exploitability of RLHF {MINUS} Nash-MD", level=0.0)),
         ("exploitability", f"Exploitability at {budget} on the way, {most}",
          plot_estimates(by_update, "update", "exploitability (0: equilibrium)", level=0.0)),
-        ("matrix", f"Win rates at {budget}, {most}",
+        ("matrix", f"Win rates at {budget}, where {last['cyclic']:.0%} of triples cycle",
          plot_win_rates([labels[name] for name in results["labels"]], matrix["rates"], "P(row preferred to column)")),
         ("frontier", f"Win rate against the best opponent of equal KL, {most}",
          plot_estimates(frontiers, "KL from the reference that both may spend, nats", "win rate at worst", level=0.5)),
