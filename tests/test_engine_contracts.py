@@ -9,8 +9,10 @@ import threading
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlhf_kernels.engine import Hooks, Player, RolloutEngine, RolloutSettings, nash_ema, nash_md
+from nlhf_kernels.engine.request import check_prompts
 from tests.support.engine import settings, tiny, tiny_pair, worst_error
 from tests.support.tiny_models import BETA, VOCABULARY, one_thread, padded, prompts, random_model
 
@@ -346,3 +348,24 @@ def test_a_rotation_that_turns_at_a_length_has_texts_on_one_side_of_it() -> None
     for lengths in ((1, 30), (9, 12)):
         with pytest.raises(ValueError, match="within 16 tokens, or all prompts beyond"):
             rollout(engine, prompts(lengths), players=(Player(),))
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often the host reads a tensor's values in a way that waits for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_prompts_that_are_right_are_read_once_by_the_host(masked) -> None:
+    """No check reads a scalar of its own: each read would wait for the device (`tolist`, once, is not counted)."""
+    ids, mask = torch.full((3, 4), 5), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]])
+    with HostReads() as reads:
+        result = check_prompts("rollout", ids, mask if masked else None, ids.device)
+    assert reads.count == 0 and result.padded is masked

@@ -92,6 +92,21 @@ def test_the_next_rollout_replays_what_this_one_recorded() -> None:
     assert recorder.records == 2 * records
 
 
+@pytest.mark.parametrize("attention", [None, "sdpa"])
+def test_slots_that_no_step_reads_are_not_cleared(attention) -> None:
+    """`decode_attention` reads a row's range only; sdpa reads masked slots, too, which must not hold a NaN."""
+    policy, reference = tiny_pair("llama")
+    engine, _ = recorded(policy, reference, attention=attention)
+    ask = lambda: engine.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(3))  # noqa: E731
+    first = ask()
+    stored = engine._space.runners[0].cache.static_layers[0].values
+    stored.fill_(torch.nan)
+    again = ask()
+    assert torch.equal(first[0].tokens, again[0].tokens) and again[0].ok.all()
+    unread = stored[:, :, engine._space.state.filled + 1 :]
+    assert unread.numel() and (unread.isnan() if attention is None else unread == 0).all()
+
+
 def test_steps_recorded_without_padding_serve_padded_prompts() -> None:
     policy, reference = tiny_pair("llama")
     engine, recorder = recorded(policy, reference)

@@ -182,6 +182,11 @@ def use_attention(models: Sequence[Any], name: str = NAME) -> Iterator[None]:
             set_attention_name(config, previous)
 
 
+def reads_ranges_only(model: Any) -> bool:
+    """Whether a model's steps attend by `decode_attention` now, which reads no slot outside a row's range."""
+    return attention_name(model.config) == NAME
+
+
 def _configs(model: Any) -> list[Any]:
     """Return the configurations of a model and its parts, each of which may name an attention of its own.
 

@@ -139,12 +139,15 @@ class StaticRowsCache(Cache):
         self.state = state
         super().__init__(layers=list(self.static_layers))
 
-    def begin_prefill(self, fan_out: torch.Tensor) -> None:
-        """The next forward pass reads prompts; row r of this cache answers prompt fan_out[r]."""
+    def begin_prefill(self, fan_out: torch.Tensor, masked_slots: bool) -> None:
+        """The next forward pass reads prompts; row r of this cache answers prompt fan_out[r].
+
+        `masked_slots`: whether steps of static shapes read slots that are masked. These are then set to 0, because a
+        NaN from an earlier rollout would reach the output at weight 0.
+        """
         for layer in self.static_layers:
             layer.rows, layer.fan_out = len(fan_out), fan_out
-            # Recorded steps read masked slots, too: a NaN from an earlier rollout would reach the output at weight 0.
-            for stored in layer.storage if self.state.recorded else ():
+            for stored in layer.storage if self.state.recorded and masked_slots else ():
                 stored.zero_()
 
     def end_prefill(self) -> None:

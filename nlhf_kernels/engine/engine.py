@@ -214,7 +214,7 @@ class RolloutEngine:
         self.models.check_padding(prompts, settings.max_new_tokens)
         self.models.check_ids(prompts.ids)
         self.models.check_adapters()
-        shortest, longest = (int(length) for length in torch.aminmax(prompts.mask.sum(1)))
+        shortest, longest = torch.stack(torch.aminmax(prompts.mask.sum(1))).tolist()
         self.models.check_length(longest, settings.max_new_tokens, shortest)
         end_ids = resolve_end_ids(self.op, self.models.policy, settings, self.models.vocabulary)
         sharding = self.models.sharding

@@ -21,6 +21,7 @@ from ..core.split_adapters import laid_out
 from ..core.tokens import count_positions
 from ..core.upstream import plain_lora_layers
 from ..ops import decode_window
+from .attention import reads_ranges_only
 from .batch import Span
 from .caches import StaticRowsCache
 from .contexts import eval_mode, exact_products, locked, no_autocast
@@ -55,7 +56,8 @@ class OnePassRunner:
         self.layers = adapted_layers(self.info.model)
         count = len(prompts.ids)
         policy, reference = (fan_out[slice(*self.spans[role])] for role in self.roles)
-        self.cache.begin_prefill(torch.cat([policy, reference + count]))
+        both = torch.cat([policy, reference + count])
+        self.cache.begin_prefill(both, masked_slots=not reads_ranges_only(self.info.model))
         ids, mask, positions = (
             torch.cat([value, value]) for value in (prompts.ids, prompts.mask, count_positions(prompts.mask))
         )

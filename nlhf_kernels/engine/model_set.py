@@ -218,7 +218,7 @@ class ModelSet:
 
     def check_ids(self, ids: torch.Tensor) -> None:
         """Check ids, padding included: on a GPU an id without an embedding would abort the process."""
-        lowest, highest = (int(value) for value in torch.aminmax(ids))
+        lowest, highest = torch.stack(torch.aminmax(ids)).tolist()
         for role, info in self.info.items():
             count = getattr(info.model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
             if lowest < 0 or (count is not None and highest >= count):

@@ -232,7 +232,7 @@ class Request:
 
 
 def check_prompts(op: str, ids: Any, mask: Any, device: torch.device) -> Prompts:
-    """Check ids and mask. This is the one place that reads a mask's values on the host."""
+    """Check ids and mask. This is the one place that reads a mask's values on the host: once, where it is right."""
     sizes: Sizes = {}
     check_tensor(op, "input_ids", ids, ("rows", "prompt"), INTEGERS, sizes, device)
     if not ids.numel():
@@ -241,15 +241,18 @@ def check_prompts(op: str, ids: Any, mask: Any, device: torch.device) -> Prompts
         return Prompts(ids, torch.ones_like(ids), padded=False)
     check_tensor(op, "attention_mask", mask, ("rows", "prompt"), _MASKS, sizes, device)
     mask = mask.long()
-    empty = (mask.sum(1) == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"{op}: attention_mask: expected a token in every prompt; got only padding in rows {empty}")
-    if not mask[:, -1].all():
+    empty, holes = mask.sum(1) == 0, (mask.diff(dim=1) < 0).any(1)  # (P,)
+    facts = torch.stack([empty.any(), ~mask[:, -1].all(), holes.any(), ~mask.all()])
+    any_empty, any_open_end, any_holes, padded = facts.tolist()
+    if any_empty:
+        rows = empty.nonzero().flatten().tolist()
+        raise ValueError(f"{op}: attention_mask: expected a token in every prompt; got only padding in rows {rows}")
+    if any_open_end:
         raise ValueError(f"{op}: attention_mask: expected padding on the left; got a row whose last token is masked")
-    holes = (mask.diff(dim=1) < 0).any(1).nonzero().flatten().tolist()
-    if holes:
-        raise ValueError(f"{op}: attention_mask: expected padding on the left only; got holes in rows {holes}")
-    return Prompts(ids, mask, padded=not bool(mask.all()))
+    if any_holes:
+        rows = holes.nonzero().flatten().tolist()
+        raise ValueError(f"{op}: attention_mask: expected padding on the left only; got holes in rows {rows}")
+    return Prompts(ids, mask, padded)
 
 
 def check_settings(op: str, settings: RolloutSettings) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from ..core.tokens import count_positions
 from ..ops import decode_window
+from .attention import reads_ranges_only
 from .batch import Span
 from .caches import StaticRowsCache
 from .decode_state import DecodeState
@@ -76,7 +77,7 @@ class CachedRunner:
     def prefill(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
         self.span = spans[self.info.role]
         fan_out = fan_out[slice(*self.span)]
-        self.cache.begin_prefill(fan_out)
+        self.cache.begin_prefill(fan_out, masked_slots=not reads_ranges_only(self.info.model))
         logits = last_logits(
             self.info,
             input_ids=prompts.ids,
