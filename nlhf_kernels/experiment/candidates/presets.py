@@ -195,7 +195,7 @@ CANDIDATE_PRESETS = {
     "small": CandidatePreset(contestants=(*CORE, "self-play-queries", "best-response-queries")),
     # an hour or two on two CPU cores: all contestants, more runs, more games, a finer grid of taus
     "standard": CandidatePreset(
-        contestants=tuple(CONTESTANTS), games=16, runs=5, taus=(0.4, 0.2, 0.1, 0.06), reward_taus=(2.0, 1.0, 0.5, 0.2),
+        contestants=tuple(CONTESTANTS), games=16, runs=10, taus=(0.4, 0.2, 0.1, 0.06), reward_taus=(2.0, 1.0, 0.5, 0.2),
         updates=200, samples_per_prompt=8, pairs=20000, comparison_steps=1500, checkpoints=10,
         response_taus=(0.1, 0.05),
     ),
