@@ -131,7 +131,24 @@ def _plot(
     axes.set_ylabel(ylabel, fontsize=LARGE)
     axes.set_title(title, fontsize=LARGE)
     if series:
-        legend = figure.legend(loc="outside lower center", ncols=min(3, len(series)), fontsize=SMALL, frameon=False)
+        columns = legend_columns(list(series))
+        legend = figure.legend(loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
     return figure
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """Return the most columns, at most 3, in which a legend of these labels is not wider than the figure.
+
+    Args:
+        labels (sequence of str): one or more, filled in column by column.
+    """
+    em = SMALL  # points; a letter takes 0.57 of it, a sample of a line and its gap 2.8, the gap between columns 2
+    for columns in range(min(3, len(labels)), 1, -1):
+        rows, longer = divmod(len(labels), columns)
+        ends = list(itertools.accumulate(rows + (column < longer) for column in range(columns)))
+        letters = sum(max(map(len, labels[start:end])) for start, end in itertools.pairwise([0, *ends]))
+        if em * (0.57 * letters + 2.8 * columns + 2 * (columns - 1)) <= 72 * WIDTH:
+            return columns
+    return 1
