@@ -32,7 +32,7 @@ from nlhf_kernels.experiment.candidates.learners import (
     make_start,
     save_table,
 )
-from nlhf_kernels.experiment.candidates.measures import Measures, claims, estimate, limits
+from nlhf_kernels.experiment.candidates.measures import Measures, claims, estimate, least_exploitable, limits
 from nlhf_kernels.experiment.candidates.presets import CONTESTANTS
 from nlhf_kernels.experiment.candidates.report import all_figures, answer, describe_distance, page, tables
 from nlhf_kernels.experiment.candidates.world import load_world, make_world, save_world
@@ -228,6 +228,26 @@ def test_matches_count_all_pairs_of_runs_and_the_noise_of_both_sides(setting) ->
     assert float(spent.max()) <= LEARNING.budget + 1e-9
 
 
+def test_a_contestant_may_stop_where_it_is_least_exploitable(setting) -> None:
+    """A frontier that only makes its policies easier to beat is left at its beginning, the reference."""
+    world, log_reference = setting.world, setting.log_reference
+    losing = (log_reference - 8 * (world.preference @ log_reference.exp().unsqueeze(-1)).squeeze(-1)).log_softmax(-1)
+    winning = (log_reference + 2 * (world.preference @ log_reference.exp().unsqueeze(-1)).squeeze(-1)).log_softmax(-1)
+    groups = [torch.arange(len(world.prompts))]
+    facts = {}
+    for name, policy in {"nash-md-pairs": losing, "rlhf-pairs": winning}.items():
+        measures = Measures(setting, {name: policy.expand(2, 3, 1, *policy.shape)})
+        kl, values = measures.frontier(name)
+        assert float(kl[0].abs().max()) < 1e-9 and (kl.diff(dim=0) >= -1e-9).all()
+        assert float(kl.max()) <= LEARNING.budget + 1e-9
+        torch.testing.assert_close(values[0, 0], measures.exploitability(log_reference.unsqueeze(0))[0])
+        torch.testing.assert_close(values[-1], measures.exploitability(measures.policies(name)))
+        ((spent, least),) = least_exploitable(measures, name, groups)
+        torch.testing.assert_close(least.mean(), values.mean((1, 2)).min())
+        facts[name] = spent
+    assert facts["nash-md-pairs"] < 1e-9 < 0.05 < facts["rlhf-pairs"]
+
+
 def test_an_interval_covers_runs_and_prompts() -> None:
     alike = torch.full((3, 4), 0.6, dtype=torch.float64)
     assert estimate(alike).half == pytest.approx(0, abs=1e-12)
@@ -241,10 +261,11 @@ def test_an_interval_covers_runs_and_prompts() -> None:
     [(0.1, 0.05, "reproduced"), (0.1, 0.095, "not resolved"), (-0.1, 0.05, "contradicted"), (0.0, 0.3, "not resolved")],
 )
 def test_verdicts_take_the_whole_interval(mean, half, verdict) -> None:
-    row = {"less_exploitable": {"mean": mean, "half": half}, "win_rate": {"mean": 0.5 + mean, "half": half}}
+    gap = {"mean": mean, "half": half}
+    row = {"less_exploitable": gap, "less_exploitable_at_best": gap, "win_rate": {"mean": 0.5 + mean, "half": half}}
     even = {"less_exploitable": {"mean": 0.0, "half": 0.01}, "win_rate": {"mean": 0.505, "half": 0.01}}
     decided = claims({"advantages": {"pairs": [even, row]}})
-    assert [claim["verdict"] for claim in decided] == [verdict, verdict, verdict, "reproduced"]
+    assert [claim["verdict"] for claim in decided] == [verdict, verdict, verdict, verdict, "reproduced"]
 
 
 def test_every_stage_leaves_its_part_and_the_results_are_numbers(done) -> None:
@@ -255,6 +276,8 @@ def test_every_stage_leaves_its_part_and_the_results_are_numbers(done) -> None:
     assert votes == {"rlhf-pairs": 0, "nash-md-pairs": 0, "rlhf-queries": 2 * 2 * 4, "nash-md-queries": 2 * 2 * 4}
     assert [knob["cyclic"] for knob in results["knobs"]] == [0.0, 1.0]
     for facts in results["exploitability"].values():
+        for least, compared in zip(facts["at_best"], facts["by_knob"], strict=True):
+            assert least["mean"] <= compared["mean"] + 1e-9 and 0 <= least["kl"] <= 1 + 1e-9
         for each in facts["trained"]:
             assert each["best"]["mean"] <= each["exact"] + 1e-9
 

@@ -191,6 +191,18 @@ def test_intervals_at_one_place_stand_beside_each_other() -> None:
     plot_estimates({"a": [(1.0, cell(0.6))], "b": [(1.0, cell(0.6))], "c": []}, "x", "y")
 
 
+@pytest.mark.parametrize(
+    "labels", [["a"] * 11, ["Nash-MD 0.25, pairs", "untrained reference"] * 5, ["best response to it, queries"] * 4]
+)
+def test_a_legend_is_no_wider_than_its_figure(labels) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    names = [f"{label}{index}" for index, label in enumerate(labels)]
+    figure = plot_estimates({name: [(1.0, cell(0.6)), (2.0, cell(0.5))] for name in names}, "x", "y")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x0 >= 0 and legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 #: Linear RGB as seen by dichromats (Vienot, Brettel and Mollon 1999; Machado 2009 for tritanopia).
 SIGHT = {
     "protanopia": [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],

@@ -87,6 +87,19 @@ class Measures:
         setting = self.setting
         return exploitability_within(policies, setting.world.preference, setting.log_reference, setting.preset.budget)
 
+    def frontier(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return KL and exploitability, (1 + GRID, R, M) each, of the finished policies along the contestant's
+        frontier: at none to all of the budget, in equal steps; the first is the reference.
+
+        Args:
+            name: of the contestant.
+        """
+        setting, table = self.setting, self.tables[name][:, :, -1]
+        budgets = [setting.preset.budget * (step + 1) / GRID for step in range(GRID)]
+        policies = torch.stack([setting.log_reference.expand_as(table[0]),
+                                *(at_budget(table, setting.log_reference, budget) for budget in budgets)])  # fmt: skip
+        return kl_divergence(policies, setting.log_reference), self.exploitability(policies)
+
     def match(self, first: str, second: str) -> torch.Tensor:
         """Return P(first > second) at the budget over all pairs of runs, as values (R, M): their mean is that of all
         pairs, and their spread over runs includes both sides' (each run's mean over the other side's runs).
@@ -178,6 +191,11 @@ def claims(facts: dict[str, Any]) -> list[dict[str, Any]]:
         most = "where preferences cycle most, Nash-MD is"
         decided += [
             _decide(f"{most} less exploitable than RLHF ({information})", last, 0.0),
+            _decide(
+                f"{most} less exploitable than RLHF, each at its best distance ({information})",
+                rows[-1]["less_exploitable_at_best"],
+                0.0,
+            ),
             _decide(f"{most} preferred to RLHF ({information})", last_rate, 0.5),
             _decide(f"the difference of their exploitabilities grows with the cycling ({information})", grown, 0.0),
             _decide_equal(f"where a reward exists, neither is preferred to the other ({information})", first_rate),
@@ -202,8 +220,24 @@ def _decide_equal(claim: str, rate: Mapping[str, float]) -> dict[str, Any]:
 def _advantage(measures: Measures, nash: str, rival: str, groups: list[torch.Tensor]) -> list[dict[str, Any]]:
     wins = measures.match(nash, rival)
     gap = measures.exploitability(measures.policies(rival)) - measures.exploitability(measures.policies(nash))
-    return [{"win_rate": asdict(estimate(wins[:, group])), "less_exploitable": asdict(estimate(gap[:, group]))}
-            for group in groups]  # fmt: skip
+    least = [least_exploitable(measures, name, groups) for name in (rival, nash)]
+    return [{"win_rate": asdict(estimate(wins[:, group])), "less_exploitable": asdict(estimate(gap[:, group])),
+             "less_exploitable_at_best": asdict(estimate(theirs - ours))}
+            for group, (_, theirs), (_, ours) in zip(groups, *least, strict=True)]  # fmt: skip
+
+
+def least_exploitable(measures: Measures, name: str, groups: list[torch.Tensor]) -> list[tuple[float, torch.Tensor]]:
+    """Return KL and exploitability (R, P) of every group where a contestant's frontier is least exploitable: the best
+    choice of its distance, made in hindsight, one for all runs and prompts of a group.
+
+    Args:
+        measures: the trained policies.
+        name: of the contestant.
+        groups: prompts of each group.
+    """
+    kl, values = measures.frontier(name)
+    best = [int(values[:, :, group].mean((1, 2)).argmin()) for group in groups]
+    return [(float(kl[at, :, group].mean()), values[at][:, group]) for at, group in zip(best, groups, strict=True)]
 
 
 def _exact_advantages(measures: Measures, groups: list[torch.Tensor]) -> dict[str, Any]:
@@ -231,6 +265,8 @@ def _exploitability(
                       for index, mark in enumerate(marks)],
         "by_knob": [asdict(estimate(measures.exploitability(measures.policies(name))[:, group])) for group in groups],
         "mixture": [asdict(estimate(measures.exploitability(measures.mixtures(name))[:, group])) for group in groups],
+        "at_best": [{"kl": spent, **asdict(estimate(values))}
+                    for spent, values in least_exploitable(measures, name, groups)],
         "limit": None,
         "trained": None,
     }  # fmt: skip

@@ -21,6 +21,8 @@ Results = dict[str, Any]
 MINUS = "\u2212"
 #: Contestants that lines are drawn of first; with the untrained reference no more than there are colours.
 FIRST = (*CORE, "self-play-queries", "best-response-queries")
+#: The differences of exploitability: where both are compared.
+GAPS = {"less_exploitable": "", "less_exploitable_at_best": ", each at its best distance"}
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -104,20 +106,23 @@ def answer(results: Results) -> list[str]:
     """
     budget, last = results["preset"]["budget"], results["knobs"][-1]
     untrained = results["limits"]["reference"][-1]
-    exploited, won, equal = [], [], []
+    exploited, best, won, equal = [], [], [], []
     for information, rows in results["advantages"].items():
         values = [results["exploitability"][name]["by_knob"][-1] for name in reversed(CLAIMED[information])]
         described = {"pairs": "told the same human pairs", "queries": "given the same number of votes"}[information]
         exploited.append(
             f"{_plain(values[0], 0.5)} against RLHF and {_plain(values[1], 0.5)} against Nash-MD ({described})"
         )
+        best.append(f"{_plain(rows[-1]['less_exploitable_at_best'])} ({information})")
         won.append(f"{_plain(rows[-1]['win_rate'])} ({information})")
         equal.append(f"{_plain(rows[0]['win_rate'])} ({information})")
     return [
         f"Where preferences cycle most ({last['cyclic']:.0%} of triples), the best opponent that goes no further than "
         f"{_nats(budget)} from the reference wins {_plain(untrained, 0.5)} against the untrained reference, "
         f"{', '.join(exploited)}.",
-        f"At that same distance Nash-MD is preferred to RLHF with probability {', '.join(won)} there.",
+        f"Where each may stop earlier, at the distance where it is least exploitable, that opponent wins "
+        f"{', '.join(best)} more against RLHF than against Nash-MD; at the full distance Nash-MD is preferred to RLHF "
+        f"with probability {', '.join(won)}.",
         f"Where the preferences come from a reward, it is preferred with probability {', '.join(equal)}.",
     ]
 
@@ -187,11 +192,9 @@ def all_figures(results: Results) -> list[tuple[str, str, Any]]:
     budget = _nats(results["preset"]["budget"])
     unrewarded = [knob["unrewarded"] for knob in results["knobs"]]
     advantages = {
-        f"same {information}": [
-            (x, Estimate(**row["less_exploitable"])) for x, row in zip(unrewarded, rows, strict=True)
-        ]
-        for information, rows in results["advantages"].items()
-    }
+        f"same {information}{where}": [(x, Estimate(**row[field])) for x, row in zip(unrewarded, rows, strict=True)]
+        for field, where in GAPS.items() for information, rows in results["advantages"].items()
+    }  # fmt: skip
     limit = results["exact_advantages"]["less_exploitable"]
     advantages["exact limit, same pairs"] = [
         (x, Estimate(value, 0.0, 0, 0)) for x, value in zip(unrewarded, limit, strict=True)
@@ -238,17 +241,19 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
     limits, star = results["limits"], f"equilibrium within {_nats(results['preset']['budget'])}"
     games = [[f"{knob['knob']:g}", str(knob["prompts"]), f"{knob['cyclic']:.3f}", f"{knob['unrewarded']:.3f}"]
              for knob in knobs]  # fmt: skip
-    gaps, wins = ([[information, *(_cell(row[field]) for row in rows)]
-                   for information, rows in results["advantages"].items()]
-                  for field in ("less_exploitable", "win_rate"))  # fmt: skip
+    advantages = results["advantages"].items()
+    gaps = [[f"{information}{where}", *(_cell(row[field]) for row in rows)]
+            for field, where in GAPS.items() for information, rows in advantages]  # fmt: skip
+    wins = [[information, *(_cell(row["win_rate"]) for row in rows)] for information, rows in advantages]
     for rows, field in ((gaps, "less_exploitable"), (wins, "win_rate")):
         rows.append(["exact limit", *(f"{value:.3f}" for value in results["exact_advantages"][field])])
     exploited: list[list[str]] = [["untrained reference", *map(_cell, limits["reference"])]]
-    mixtures, trained, spent = [], [], []
+    mixtures, trained, spent, least = [], [], [], []
     for name, facts in results["exploitability"].items():
         exploited.append([labels[name], *map(_cell, facts["by_knob"])])
         if facts["limit"] is not None:
             exploited.append([f"{labels[name]}, exact limit", *(f"{value:.3f}" for value in facts["limit"])])
+        least.append([labels[name], *(f"{_cell(each)} at {each['kl']:.2f}" for each in facts["at_best"])])
         mixtures.append([labels[name], *map(_cell, facts["mixture"])])
         trained.append([labels[name], *(f"{_cell(each['best'])} of {each['exact']:.3f}" for each in facts["trained"])])
         spent.append([labels[name], *(f"{knob['at_budget']:.2f}" for knob in results["policies"][name])])
@@ -267,9 +272,14 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
     models = [[name.replace("-", " "), *_model(facts)] for name, facts in results["comparison_models"].items()]
     return [
         ("The annotators", ["knob", "prompts", "cyclic triples", "log-odds no reward explains"], games),
-        ("Exploitability of RLHF less that of Nash-MD, at equal KL", ["", *heads], gaps),
+        ("Exploitability of RLHF less that of Nash-MD", ["", *heads], gaps),
         ("Nash-MD against RLHF, at equal KL", ["", *heads], wins),
         ("Exploitability at equal KL", ["", *heads], exploited),
+        (
+            f"Least exploitability along each frontier, and its KL, at most {_nats(results['preset']['budget'])}",
+            ["", *heads],
+            least,
+        ),
         ("The mixture of a run's checkpoints", ["", *heads], mixtures),
         ("Trained best responses: the best win rate less 1/2, of the exact value", ["first run", *heads], trained),
         ("KL at which they are compared, nats", ["", *heads], spent),
