@@ -59,8 +59,9 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
         return (sys.executable, "-m", f"benchmarks.{name}", "--device", device.type, "--out", str(out), "--resume",
                 *preset_options)  # fmt: skip
 
-    def rollout(width: int) -> tuple[str, ...]:
-        return benchmark("rollout", "headline", "--rival", "eager", "--repeats", "2", "--shape", f"width={width}")
+    def rollout(width: int, *options: str) -> tuple[str, ...]:
+        rounds = ("--repeats", "2", "--shape", f"width={width}", *options)
+        return benchmark("rollout", "headline", "--rival", "eager", *rounds)
 
     def update(new: int) -> tuple[str, ...]:
         return benchmark("train_step", "headline", "--rival", TRL, "--repeats", "2", "--shape", f"new={new}")
@@ -84,7 +85,13 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
             missing=no_gpu or _no_program("compute-sanitizer"),
             least=TOOL_S,
         ),
-        Stage("plans", 90, (tune,), {"NLHF_KERNELS_TUNING": str(out.with_suffix(".plans.json"))}, missing=no_gpu),
+        Stage(
+            "plans",
+            150,
+            (tune, rollout(896, "--tuned"), rollout(3584, "--tuned")),
+            {"NLHF_KERNELS_TUNING": str(out.with_suffix(".plans.json"))},
+            missing=no_gpu,
+        ),
         Stage("sweeps", 20, sweeps, missing=no_more),
         Stage("growth", 10, (benchmark("run", "growth", "--no-compile"),), missing=no_more),
     ]

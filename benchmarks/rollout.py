@@ -35,6 +35,7 @@ SDPA, COMPILED = "engine, sdpa", "engine, compiled"  # without decode_attention;
 UNFUSED, PRODUCTS, LAYERS = "engine, unfused", "engine, products", "engine, layers"
 COMPILED_UNFUSED = "engine, compiled, unfused"
 LINEAR, COMPILED_LINEAR = "engine, linear", "engine, compiled, linear"  # products of a step by decode_linear
+TUNED, COMPILED_TUNED = "engine, tuned", "engine, compiled, tuned"  # with plans that `nlhf-kernels tune` measured
 LORA, LORA_RANK = "engine, LoRA", 16  # a policy with adapters and its base, in one pass; "engine" has two models
 FIRST, STEP = ": the first token", ": a token step"
 #: Nats, of any log-probability. Rounding to bfloat16 gave a mean of 0.04 at 7B; wrong positions give several nats.
@@ -219,6 +220,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     COMPILED_UNFUSED: {"compile": True, "fused": False},
     LINEAR: {"linear": True},
     COMPILED_LINEAR: {"compile": True, "linear": True},
+    TUNED: {},
+    COMPILED_TUNED: {"compile": True},
     LORA: {},
 }
 
@@ -241,6 +244,11 @@ def groups_of(shape: Shape, device: torch.device, chosen: Sequence[str] | None =
     large = shape.sizes["width"] >= 2048
     compiled_variants = [] if large else [[COMPILED_LINEAR], [COMPILED_UNFUSED]]
     return [["engine", *rivals], [COMPILED], [LINEAR, PRODUCTS, LAYERS, UNFUSED, SDPA], *lora, *compiled_variants]
+
+
+def tuned_groups(shape: Shape, device: torch.device) -> list[list[str]]:
+    """Return what --tuned measures; compiled on a GPU only."""
+    return [[TUNED], [COMPILED_TUNED]] if device.type == "cuda" else [[TUNED]]
 
 
 def run_shape(shape: Shape, context: RunContext, plan: TimingPlan, names: Sequence[str]) -> list[ResultRow]:
@@ -317,9 +325,11 @@ def print_rates(shape: Shape, rows: Sequence[ResultRow], console: Console) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser("rollout", __doc__).parse_args(argv)
+    parser = build_parser("rollout", __doc__)
+    parser.add_argument("--tuned", action="store_true", help="only the engine, under names of its own: after tune")
+    arguments = parser.parse_args(argv)
     check_rivals("rollout", arguments.rival, RIVALS)
-    groups = partial(groups_of, chosen=arguments.rival)
+    groups = tuned_groups if arguments.tuned else partial(groups_of, chosen=arguments.rival)
     rows = run_rounds("rollout", arguments, SHAPES, run_shape, print_rates, groups)
     return 0 if all(row.status == "ok" for row in rows) else 1
 

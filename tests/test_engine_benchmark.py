@@ -123,5 +123,16 @@ def test_the_groups_of_a_gpu_are_all_engines_with_the_targets_first() -> None:
         names = [name for group in groups for name in group]
         large = shape.sizes["width"] >= 2048
         few = {rollout.COMPILED_UNFUSED, rollout.COMPILED_LINEAR} if large else set()
+        few |= {rollout.TUNED, rollout.COMPILED_TUNED}  # in a run of their own
         assert set(names) == {*rollout.ENGINES, "eager"} - few
         assert groups[:2] == [["engine", "eager"], [rollout.COMPILED]] and len(set(names)) == len(names)
+
+
+def test_plans_that_were_measured_are_timed_under_another_name(tmp_path) -> None:
+    out = tmp_path / "rows.jsonl"
+    with one_thread():
+        assert rollout.main(["--preset", "tiny", "--device", "cpu", "--out", str(out), "--tuned"]) == 0
+    rows = [row for row in read_rows(out) if row.kind != "part"]
+    assert [row.key.implementation for row in rows] == [rollout.TUNED] and rows[0].timing is not None
+    headline = rollout.SHAPES["headline"][0]
+    assert rollout.tuned_groups(headline, torch.device("cuda")) == [[rollout.TUNED], [rollout.COMPILED_TUNED]]
