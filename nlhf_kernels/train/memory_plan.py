@@ -99,7 +99,7 @@ class ModelShapes:
             if not self.lora:
                 return model
             peft = need("peft", "plan: lora")
-            return peft.get_peft_model(model, self.lora, low_cpu_mem_usage=True)
+            return peft.get_peft_model(model, self.lora)
 
     def bytes(self, layout: Layout, *, trained: bool = False, size: Callable[[Parameter], float] | None = None) -> int:
         """Return the bytes that a rank holds.
