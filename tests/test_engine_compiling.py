@@ -72,6 +72,34 @@ def test_compiled_from_the_rollout_on_that_repays_it(compilations) -> None:
             assert worst_error(responses, policy, reference, rows, beta) < 5e-5
 
 
+def test_a_compilers_error_ends_no_run(compilations, monkeypatch) -> None:
+    """The first rollout that compiles takes uncompiled steps if that fails; other errors are raised."""
+    policy, reference = tiny_pair("llama")
+    compiled, rows = RolloutEngine(policy, reference, compile="auto", bucket=16), prompts()
+    ask = lambda: compiled.rollout(**padded(rows), players=nash_md(BETA), settings=settings(STEPS))  # noqa: E731
+    first = ask()
+    before, compiled.rollouts_to_come = compiled.models.fused_layers, 10**6
+
+    def fails(**inputs):
+        raise RuntimeError("no C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda model: fails)
+    for result in (ask(), ask()):
+        assert result.notes == ("not compiled: RuntimeError: no C++ compiler found",)
+        assert torch.equal(result[0].tokens, first[0].tokens)
+    assert compiled.models.compiled == {} and compiled.models.fused_layers is before
+
+    def broken(*arguments, **options):
+        raise RuntimeError("another cause")
+
+    again = RolloutEngine(policy, reference, compile="auto", bucket=16)
+    again.rollout(**padded(rows), players=nash_md(BETA), settings=settings(STEPS))
+    again.rollouts_to_come = 10**6
+    monkeypatch.setattr(policy.model.norm, "forward", broken)
+    with pytest.raises(RuntimeError, match="another cause"):
+        again.rollout(**padded(rows), players=nash_md(BETA), settings=settings(STEPS))
+
+
 def test_eager_steps_are_not_compiled(compilations) -> None:
     compiled = RolloutEngine(*tiny_pair("llama"), compile="auto", bucket=16)
     ask = lambda: compiled.rollout(**padded(prompts()), players=nash_md(BETA), settings=settings(STEPS))  # noqa: E731

@@ -148,9 +148,17 @@ class RolloutEngine:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(f"{self.op}: expected one rollout at a time; got a second while one is running")
         try:
-            self._compile_where_it_repays(request)
+            tries_compiling = self._compile_where_it_repays(request)
             with no_autocast(self.device), self.models.decoding_mode(request.part is not None, request.gather):
-                return self._run(request)
+                try:
+                    return self._run(request)
+                except Exception as error:
+                    if not tries_compiling:
+                        raise
+                    # A long run must not end with a compiler's error; one of another cause comes again, and is raised.
+                    note = self.models.give_compiling_up(error)
+                self.release()
+                return self._run(replace(request, notes=(*request.notes, note)))
         finally:
             self._busy.release()
 
@@ -270,14 +278,17 @@ class RolloutEngine:
             reasons += self.models.why_not_recorded()
         return [f"eager steps: {reason}" for reason in reasons]
 
-    def _compile_where_it_repays(self, request: Request) -> None:
+    def _compile_where_it_repays(self, request: Request) -> bool:
+        """Compile the models' steps if that is decided now; return whether this rollout is the first to compile."""
         steps = self.rollouts_to_come * request.settings.max_new_tokens
         if self._compile_decision is None or request.eager or not self._compile_decision.repays(steps):
-            return
+            return False
         _log.info("%s: compiling: %d steps are expected, of %s", self.op, steps, self._compile_decision)
         self._compile_decision = None
-        if self.models.compile_steps():
+        compiled = self.models.compile_steps()
+        if compiled:
             self.release()  # runners and recorded steps of models that are not compiled
+        return compiled
 
     def _run(self, request: Request) -> RolloutResult:
         space = self._workspace(request)

@@ -155,8 +155,14 @@ class ModelSet:
         """Compile the steps of runners that are made from now on; return whether there are any to compile."""
         self.compiled = self._compile()
         if self.compiled:
-            self.fused_layers = None
+            self.fused_layers, self._uncompiled_layers = None, self.fused_layers
         return bool(self.compiled)
+
+    def give_compiling_up(self, error: Exception) -> str:
+        """Undo `compile_steps` and return the note that says why."""
+        self.compiled, self.fused_layers = {}, self._uncompiled_layers
+        self._note(f"not compiled: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+        return self.notes[-1]
 
     def _fuse_layers(self, models: Sequence[torch.nn.Module], fused: bool | str) -> FusedLayers | None:
         reason = why_not_usable(self.device)
