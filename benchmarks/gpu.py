@@ -77,7 +77,7 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
         Stage("headlines", 110, (headlines,)),
         Stage("rollout", 110, (rollout(896),) if tiny else (rollout(896), rollout(3584)), least=0 if tiny else 50),
         Stage("train_step", 80, (update(64),) if tiny else (update(64), update(256)), least=0 if tiny else 35),
-        Stage("one_model", 60, (benchmark("one_model", "headline"),), least=0 if tiny else 30),
+        Stage("one_model", 80, (benchmark("one_model", "headline", "--patience", "25"),), least=0 if tiny else 30),
         Stage(
             "sanitizers",
             40,

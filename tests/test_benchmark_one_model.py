@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -37,7 +38,7 @@ def test_every_contender_has_a_time_or_a_reason(tmp_path) -> None:
 
 def test_a_rival_that_fails_costs_its_own_row(monkeypatch) -> None:
     faults = {"ours": "", "eager": "slow", "fast": "fast", "killed": "killed", "wrong": "wrong", "nan": "nan",
-              "absent": "absent"}  # fmt: skip
+              "absent": "absent", "late": "compiles"}  # fmt: skip
     contenders = {name: one_model.Contender(fault) for name, fault in faults.items()}
     monkeypatch.setattr(one_model, "CONTENDERS", {"tokens": contenders})
     monkeypatch.setattr(one_model, "OURS", {"tokens": "ours"})
@@ -45,16 +46,18 @@ def test_a_rival_that_fails_costs_its_own_row(monkeypatch) -> None:
     context = open_run(Settings(CPU, "tiny"), [])
     context.ceilings.matmul_flops_per_s["float32"] = 1e9
     plan = TimingPlan(budget_s=0.0, min_repeats=2, max_repeats=2, warmups=1, batch_s=0.0, flush_bytes=0)
-    rows = {row.key.implementation: row for row in one_model.run_shape(one_model.SHAPES["tiny"][0], context, plan)}
+    run = partial(one_model.run_shape, one_model.SHAPES["tiny"][0], context, plan)
+    rows = {row.key.implementation: row for row in run(patience=20.0)}
     assert {name: row.status for name, row in rows.items()} == {
         "ours": "ok", "eager": "ok", "fast": "ok", "killed": "failed", "wrong": "red", "nan": "red",
-        "absent": "unavailable",
+        "absent": "unavailable", "late": "failed",
     }  # fmt: skip
     assert rows["killed"].reasons == ("its process ended with SIGKILL",)
     assert rows["wrong"].reasons[0].startswith("error 0.5, allowed ")
     assert rows["absent"].reasons == ("ModuleNotFoundError: No module named 'cutlass'",)
     assert rows["fast"].speedup == Speedup(2.0, None) and rows["ours"].timing.repeats == 2
-    only = one_model.run_shape(one_model.SHAPES["tiny"][0], context, plan, ["fast"])
+    assert rows["late"].reasons == ("not ready in time",)
+    only = run(["fast"])
     assert [row.key.implementation for row in only] == ["ours", "fast"]
 
 

@@ -34,7 +34,10 @@ class Remote:
         self._process.start()
         theirs.close()  # so that the end of the process ends the pipe
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until the object exists, at most `seconds`; raise RemoteError if that fails."""
+        if seconds is not None and not self._pipe.poll(max(seconds, 0.0)):
+            raise RemoteError((), "not ready in time")
         self._answer()
 
     def call(self, method: str, *arguments: Any) -> Any:

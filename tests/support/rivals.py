@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 
@@ -50,6 +51,8 @@ class Scorer:
         self.fault, self.samples = fault, 0
         if fault == "absent":
             raise ModuleNotFoundError("No module named 'cutlass'")
+        if fault == "compiles":
+            time.sleep(600)
 
     def error(self) -> float:
         return 0.5 if self.fault == "wrong" else float("nan") if self.fault == "nan" else 1e-6
