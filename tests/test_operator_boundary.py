@@ -14,9 +14,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import nlhf_kernels
-from nlhf_kernels.core import capabilities, settings
+from nlhf_kernels.core import capabilities, settings, tuning
+from nlhf_kernels.core.calls import Calls
 from nlhf_kernels.core.checks import overlap
 from nlhf_kernels.core.registry import BackendUnavailable
+from nlhf_kernels.ops.mixture_sample import op as op_of_the_sampler
+from nlhf_kernels.ops.mixture_sample.layout import MixtureSampleInputs
 from tests.support.backends import DEVICE, device_of, every_rival
 from tests.test_operators import ROOMS, WITH_OPERATORS, recorded_operator_calls
 
@@ -165,6 +168,63 @@ def sampler_call(**changes: Any) -> list[Any]:
 def test_the_sampler_refuses(changes, message) -> None:
     with pytest.raises(ValueError, match=f"mixture_sample: .*{message}"):
         OPERATOR.mixture_sample(*sampler_call(**changes))
+
+
+SAME_SHAPE_BUT_BAD = [
+    ({"settings": torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.7, 0.3]]).half()}, "settings: expected float32"),
+    ({"settings": torch.ones(1, 8)[:, :6].expand(ROWS, 6)}, "settings: expected neighbouring elements"),
+    ({"logits": [torch.randn(VOCABULARY, ROWS).T] * 2}, "logits: expected neighbouring elements"),
+    ({"logits": [torch.randn(ROWS, VOCABULARY), torch.randn(ROWS, VOCABULARY).double()]}, "logits: expected float32"),
+    ({"logits": [torch.randn(ROWS, VOCABULARY)]}, "settings: expected float32 .1, 5."),
+    ({"uniforms": torch.full((ROWS,), 0.5)}, "uniforms: expected float64"),
+    ({"uniforms": torch.full((2 * ROWS,), 0.5, dtype=torch.float64)[::2]}, "uniforms: expected neighbouring elements"),
+    ({"bias": torch.zeros(VOCABULARY, dtype=torch.float64)}, "bias: expected float32"),
+    ({"stream": 256}, "stream: expected an integer in .0, 255.; got 256"),
+    ({"logprob_mask": 8}, "logprob_mask: expected an integer in .0, 7.; got 8"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), SAME_SHAPE_BUT_BAD)
+def test_a_bad_call_after_good_ones_is_refused(change, message) -> None:
+    """A signature that has passed the checks vouches for itself only, in the operator and past the dispatcher."""
+    call = op_of_the_sampler._operator
+    for _ in range(2):
+        good = call(MixtureSampleInputs(*sampler_call()))
+        assert good[2].all()
+    bad = sampler_call(**change)
+    for function in (lambda: OPERATOR.mixture_sample(*bad), lambda: call(MixtureSampleInputs(*bad))):
+        with pytest.raises((ValueError, TypeError), match=f"mixture_sample: .*{message}"):
+            function()
+
+
+def test_a_known_signature_is_not_checked_again_and_follows_the_backend(monkeypatch) -> None:
+    checked = []
+    check = op_of_the_sampler._check_operands
+    calls = Calls(op_of_the_sampler.OP, MixtureSampleInputs, lambda inputs: (checked.append(1), check(inputs))[1])
+    inputs = MixtureSampleInputs(*sampler_call())
+    assert calls.known(inputs) is None
+    for _ in range(3):
+        calls.run(inputs)
+    assert len(checked) == 1 and calls.known(inputs) is not None
+    with nlhf_kernels.use_backend("cuda"), pytest.raises(BackendUnavailable):
+        calls.run(inputs)
+    assert calls.known(inputs._replace(filtered=1)) is None, "1 is equal to True and no bool"
+    with tuning.record_launches():
+        assert calls.known(inputs) is None, "a launch that is recorded asks for its plan"
+
+
+def test_what_only_the_dispatcher_does_is_left_to_it() -> None:
+    """Signs that wait in the dispatcher, gradients, profilers: such calls do not go past it."""
+    inputs = MixtureSampleInputs(*sampler_call())
+    sample = op_of_the_sampler._operator
+    expected = sample(inputs)[0]
+    negative = [torch._neg_view(-model) for model in inputs.logits]
+    assert torch.equal(sample(inputs._replace(logits=negative))[0], expected)
+    wanting = [model.clone().requires_grad_() for model in inputs.logits]
+    assert op_of_the_sampler._calls.known(inputs._replace(logits=wanting)) is None
+    with torch.profiler.profile() as profile:
+        sample(inputs)
+    assert "nlhf_kernels::mixture_sample" in {event.key for event in profile.key_averages()}
 
 
 def test_settings_of_ones_own_are_read_right_or_refused() -> None:

@@ -32,9 +32,9 @@ def tunable(monkeypatch, tmp_path):
     monkeypatch.setattr(Tunable, "instances", dict(Tunable.instances))
     monkeypatch.setattr(settings, "tuning", str(tmp_path / "cache" / "plans.json"))
     monkeypatch.setattr(tuning, "card_name", lambda device: CARD)
-    tuning.tuned_plans.cache_clear()
+    tuning.forget_plans()
     yield Tunable("logprobs", "triton", Plan, lambda default: [Plan(tile, 4) for tile in (16, 32, 64)])
-    tuning.tuned_plans.cache_clear()
+    tuning.forget_plans()
 
 
 WORKLOAD = tuning.make_workload(0, (50_257,), (torch.empty(0, dtype=torch.bfloat16, device="cpu"),), "forward")
@@ -137,7 +137,7 @@ def test_plans_of_other_gpus_and_ops_stay(tunable, tmp_path) -> None:
 def test_plans_of_other_sources_are_not_used(tunable, monkeypatch) -> None:
     tuning.keep(CARD, [swept(tunable, {8: 10.0, 16: 12.0, 32: 5.0, 64: 7.0})])
     monkeypatch.setattr(tuning, "sources_digest", lambda op, backend: "changed")
-    tuning.tuned_plans.cache_clear()
+    tuning.forget_plans()
     assert tunable.plan(GPU, WORKLOAD, DEFAULT) == DEFAULT
 
 
@@ -151,7 +151,7 @@ def test_a_broken_file_is_ignored_with_one_warning(tunable, content) -> None:
     if content.startswith("PLAN"):
         content = path.read_text().replace('"tile": 32', f'"tile": {content.removeprefix("PLAN ")}')
     path.write_text(content)
-    tuning.tuned_plans.cache_clear()
+    tuning.forget_plans()
     with pytest.warns(UserWarning, match="expected launch plans that `nlhf-kernels tune` wrote"):
         assert tunable.plan(GPU, WORKLOAD, DEFAULT) == DEFAULT
     with warnings.catch_warnings():
@@ -171,7 +171,7 @@ def test_a_file_of_something_else_is_not_replaced(tunable, tmp_path) -> None:
 def test_off_means_off(tunable, monkeypatch) -> None:
     tuning.keep(CARD, [swept(tunable, {8: 10.0, 16: 12.0, 32: 5.0, 64: 7.0})])
     monkeypatch.setattr(settings, "tuning", "off")
-    tuning.tuned_plans.cache_clear()
+    tuning.forget_plans()
     assert tunable.plan(GPU, WORKLOAD, DEFAULT) == DEFAULT
     assert tuning.keep(CARD, []) is None
 
@@ -257,7 +257,7 @@ def test_every_tunable_kernel_is_launched_by_some_operation() -> None:
 def test_tuning_on_a_gpu(tmp_path, monkeypatch, capsys) -> None:
     """Plans are found, stored and used by the next call, whose tokens do not change."""
     monkeypatch.setattr(settings, "tuning", str(tmp_path / "plans.json"))
-    tuning.tuned_plans.cache_clear()
+    tuning.forget_plans()
     logits = torch.randn(8, 32_000, dtype=torch.bfloat16, device="cuda")
     draws = {"seed": 1, "row_ids": torch.arange(8, dtype=torch.int64, device="cuda"), "step": 0, "backend": "triton"}
     before = nlhf_kernels.mixture_sample(logits, **draws).tokens
@@ -265,4 +265,4 @@ def test_tuning_on_a_gpu(tmp_path, monkeypatch, capsys) -> None:
     assert (tmp_path / "plans.json").exists()
     assert torch.equal(nlhf_kernels.mixture_sample(logits, **draws).tokens, before)
     assert main(["info"]) == 0
-    tuning.tuned_plans.cache_clear()
+    tuning.forget_plans()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import ast
 import importlib.machinery
 import inspect
+import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +63,67 @@ def test_finite_attention_gradients() -> None:
                 assert not torch.backends.cuda.cudnn_sdp_enabled()
                 raise KeyError
             assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+
+
+def test_is_unobserved() -> None:
+    """Whatever sees an operator's call, or transforms it, is noticed; gradients being off is nothing of that."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    assert upstream.is_unobserved()
+    with torch.no_grad():
+        assert upstream.is_unobserved()
+    with torch.inference_mode():
+        assert upstream.is_unobserved()
+    for observer in (TorchDispatchMode(), torch.device("cpu"), torch.profiler.profile()):
+        with observer:
+            assert not upstream.is_unobserved(), observer
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(upstream.is_unobserved()), x)[1])(torch.zeros(2))
+    torch.jit.trace(lambda x: (seen.append(upstream.is_unobserved()), x + 1)[1], torch.zeros(2), check_trace=False)
+    assert seen == [False, False]
+    assert upstream.is_unobserved()
+
+
+# ---- triton ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory) -> list[dict[str, Any]]:
+    """What reached Triton's driver from five prepared calls of two launches; see tests/support/launches.py."""
+    pytest.importorskip("triton")
+    if upstream._triton_version() not in upstream.TRITON_LAUNCHED_BY_ADDRESS:
+        pytest.skip("this triton launches its own way only")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.support.launches"], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_launcher_of(launches) -> None:
+    """Launched by addresses, a kernel gets what it got from Triton: grid, stream, function, arguments."""
+    first, second = launches[:2], launches[2:4]
+    assert [launch["own_way"] for launch in (*first, *second)] == [True, True, False, False]
+    for triton_way, by_address in zip(first, second, strict=True):
+        assert by_address["arguments"] == triton_way["arguments"]
+    assert [launch["arguments"][0] for launch in second] == [7, 8]
+
+
+def test_launcher_of_serves_one_alignment(launches) -> None:
+    """Another alignment compiles another kernel, by Triton's way; the earlier one is known still."""
+    assert [launch["own_way"] for launch in launches[4:8]] == [True, True, False, False]
+
+
+def test_triton_is_observed(launches) -> None:
+    assert [launch["own_way"] for launch in launches[8:]] == [True, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_current_raw_stream() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert upstream.current_raw_stream(torch.cuda.current_device()) == torch.cuda.current_stream().cuda_stream
 
 
 # ---- transformers: models --------------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ class Backend:
     path: str  # "module:function", imported at first use: importing the package needs neither triton nor a compiler
     limits: Callable[[Any], list[str]] = lambda problem: []
     backward: str = ""  # "module:function" of the gradient, where the op has one
+    preparation: str = (
+        ""  # "module:function": inputs -> a function that runs all calls of their signature (core/calls.py)
+    )
 
     def why_not(self, problem: Problem) -> list[str]:
         """Return the reasons why this backend cannot run `problem`; empty where it can."""
@@ -50,6 +53,10 @@ class Backend:
     @cached_property
     def run(self) -> Callable[..., Any]:
         return _imported(self.path)
+
+    @cached_property
+    def prepare(self) -> Callable[..., Any]:
+        return _imported(self.preparation)
 
     @cached_property
     def run_backward(self) -> Callable[..., Any]:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 
+from .upstream import is_unobserved
+
 NAMESPACE = "nlhf_kernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -45,6 +47,7 @@ def define(
     run: Callable[[Inputs], Result],
     fake: Callable[[Inputs], Result],
     overwrites: str = "",
+    known: Callable[[Inputs], Callable[[Inputs], Result] | None] | None = None,
 ) -> Callable[[Inputs], Result]:
     """Register `torch.ops.nlhf_kernels.<name>` and return it as a function of its inputs.
 
@@ -55,6 +58,8 @@ def define(
         run: the implementation, on CPU and CUDA tensors; its result may not alias an input.
         fake: the result's shapes, dtypes and devices for the same inputs, without reading values.
         overwrites: the argument of the schema that `run` writes into; empty for none.
+        known: `Calls.known` of a room whose operator has no gradient. Eager calls that nothing observes (a compiler, a
+            mode, a profiler) then leave out PyTorch's dispatcher, whose cost is that of all checks together.
     """
     arguments = _schema(inputs, overwrites)
     nested = len(arguments) > len(inputs._fields)
@@ -73,7 +78,18 @@ def define(
     IMPLEMENTATIONS[operator] = implementation
     if nested:
         return lambda inputs: operator(*_flatten(inputs))
-    return lambda inputs: operator(*inputs)
+    if known is None:
+        return lambda inputs: operator(*inputs)
+
+    def call(inputs: Inputs) -> Result:
+        if not torch.compiler.is_compiling() and is_unobserved():
+            run = known(inputs)
+            if run is not None:
+                return run(inputs)
+        result: Result = operator(*inputs)
+        return result
+
+    return call
 
 
 def asks_for_gradient(*tensors: torch.Tensor | None) -> bool:

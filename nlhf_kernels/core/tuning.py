@@ -107,6 +107,24 @@ class Launch(NamedTuple):
 
 _forced: ContextVar[dict[tuple[str, str], Numbers]] = ContextVar("nlhf_kernels_plans", default={})  # noqa: B039
 _launches: list[Launch] | None = None  # one list for all threads: autograd runs backward passes in its own
+_generation = 0
+
+
+def is_overridden() -> bool:
+    """Return whether `use_plan` or `record_launches` is active, so that each launch must ask for its plan."""
+    return _launches is not None or bool(_forced.get())
+
+
+def generation() -> int:
+    """Return a number that changes when tuned plans may have changed."""
+    return _generation
+
+
+def forget_plans() -> None:
+    """Read the file of tuned plans again at the next launch."""
+    global _generation
+    _generation += 1
+    tuned_plans.cache_clear()
 
 
 @contextmanager
@@ -380,5 +398,5 @@ def keep(card: str, sweeps: Iterable[Sweep]) -> Path | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"schema": SCHEMA, "cards": {**cards, card: list(entries.values())}}
     write_atomic(path, json.dumps(content, indent=1) + "\n")
-    tuned_plans.cache_clear()
+    forget_plans()
     return path

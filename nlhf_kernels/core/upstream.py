@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -69,6 +70,87 @@ def keep_unsharded(module: Any) -> Iterator[None]:
             group.post_forward_mesh_info = mesh_info
         if automatic is not None:
             state._auto_reshard_after_forward = automatic
+
+
+def _included_keys() -> int:
+    keys: int = torch._C._dispatch_tls_local_include_set().raw_repr()
+    return keys
+
+
+def _usual_keys() -> frozenset[int]:
+    with torch.inference_mode():
+        inference = _included_keys()
+    return frozenset((_included_keys(), inference))
+
+
+_USUAL_KEYS = _usual_keys()
+
+
+def is_unobserved() -> bool:
+    """Return whether an operator's call would only reach its implementation: no mode (of dispatch, of functions, of
+    torch.func, of a tracer) is active in this thread, and no profiler."""
+    return (
+        _included_keys() in _USUAL_KEYS
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._autograd._profiler_enabled()
+    )
+
+
+# ---- triton ----------------------------------------------------------------------------------------------------------
+
+TRITON_LAUNCHED_BY_ADDRESS = ((3, 6), (3, 7))  # versions whose compiled kernels `launcher_of` can launch
+
+
+def launcher_of(
+    compiled: Any, kernel: Any, programs: int, pointers: int, integers: Sequence[int], options: Mapping[str, Any]
+) -> Callable[[int, Sequence[int]], None] | None:
+    """Return a launch of a compiled kernel by (stream, addresses); None where Triton's own way is the only one.
+
+    Args:
+        compiled: what `kernel[grid](...)` returned, for the same grid, integers and options.
+        kernel: a triton.JITFunction.
+        programs: of the grid.
+        pointers: how many of the addresses it takes.
+        integers: its further arguments.
+        options: its constants, the last of its parameters, and the launch's options.
+    """
+    if compiled is None or _triton_version() not in TRITON_LAUNCHED_BY_ADDRESS:
+        return None
+    constants = [options[name] for name in kernel.arg_names[pointers + len(integers) :]]
+    rest, run = (*integers, *constants), compiled.run
+    function, metadata = compiled.function, compiled.packed_metadata
+
+    def launch(stream: int, addresses: Sequence[int]) -> None:
+        # The three None are the launch's description for hooks, and the hooks; see `triton_is_observed`.
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses[:pointers], *rest)
+
+    return launch
+
+
+def triton_is_observed() -> bool:
+    """Return whether launches must be reported to hooks, as those of Triton's profiler Proton."""
+    runtime = _triton_runtime()
+    return bool(runtime is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def current_raw_stream(index: int) -> int:
+    """Return the address of PyTorch's current stream on GPU `index`, without making a Stream of it."""
+    stream: int = torch._C._cuda_getCurrentRawStream(index)
+    return stream
+
+
+@cache
+def _triton_version() -> tuple[int, int]:
+    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@cache
+def _triton_runtime() -> Any:
+    """Return Triton's settings for launches; None where they are not as in TRITON_LAUNCHED_BY_ADDRESS."""
+    if _triton_version() not in TRITON_LAUNCHED_BY_ADDRESS:
+        return None
+    return importlib.import_module("triton.knobs").runtime
 
 
 # ---- transformers: models --------------------------------------------------------------------------------------------

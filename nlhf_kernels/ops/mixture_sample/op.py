@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ...core import torch_op
+from ...core.calls import Calls
 from ...core.checks import (
     FLOATS,
     INTEGERS,
@@ -112,7 +113,7 @@ OP = register(
         name="mixture_sample",
         backends=(
             Backend("torch", f"{_HERE}.oracle:mixture_sample"),
-            Backend("triton", f"{_HERE}.triton_kernels:mixture_sample"),
+            Backend("triton", f"{_HERE}.triton_kernels:mixture_sample", preparation=f"{_HERE}.triton_kernels:prepare"),
             Backend("cuda", f"{_HERE}.native:mixture_sample_cuda"),
             Backend("cpu", f"{_HERE}.native:mixture_sample_cpu"),
         ),
@@ -126,16 +127,7 @@ OP = register(
 )
 
 
-def _run(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check_operands(inputs)
-    logits = inputs.logits
-    first, dtypes = logits[0], tuple([model.dtype for model in logits])
-    problem = MixtureSampleProblem(first.device, dtypes, first.shape[1], inputs.filtered)
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = OP.resolve(inputs.backend, problem).run(inputs)
-    return result
-
-
-def _check_operands(inputs: MixtureSampleInputs) -> None:
+def _check_operands(inputs: MixtureSampleInputs) -> MixtureSampleProblem:
     logits, settings, _, bias, uniforms, seed, row_ids, step, stream, logprob_mask, _ = inputs
     if not 1 <= len(logits) <= MAX_MODELS:
         raise ValueError(f"{OP.name}: logits: expected 1 to {MAX_MODELS} models; got {len(logits)}")
@@ -163,9 +155,13 @@ def _check_operands(inputs: MixtureSampleInputs) -> None:
     if not (0 <= stream <= 255 and 0 <= logprob_mask <= most):
         check_integer(OP.name, "stream", stream, 0, 255)
         check_integer(OP.name, "logprob_mask", logprob_mask, 0, most)
+    return MixtureSampleProblem(device, tuple([model.dtype for model in logits]), vocabulary, inputs.filtered)
 
 
-_operator = torch_op.define("mixture_sample", MixtureSampleInputs, "(Tensor, Tensor, Tensor)", _run, empty_sample)
+_calls = Calls(OP, MixtureSampleInputs, _check_operands)
+_operator: Callable[[MixtureSampleInputs], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = torch_op.define(
+    "mixture_sample", MixtureSampleInputs, "(Tensor, Tensor, Tensor)", _calls.run, empty_sample, known=_calls.known
+)
 
 
 def mixture_sample(

@@ -20,7 +20,17 @@ import triton
 import triton.language as tl
 
 from .layout import MixtureSampleInputs
-from .triton_tiles import A_PROGRAM_PER_ROW, combine_tiles, exp_of, kernel_arguments, load_tile, sum_of, temperature_of
+from .triton_tiles import (
+    A_PROGRAM_PER_ROW,
+    combine_tiles,
+    exp_of,
+    kernel_arguments,
+    kernel_tensors,
+    load_tile,
+    load_weights,
+    sum_of,
+    temperature_of,
+)
 
 _ROUNDS = tl.constexpr(2)  # of counting: of Gaussian logits at any scale a tenth or far less is left to the search
 _PIVOTS = tl.constexpr(8)
@@ -40,7 +50,8 @@ def _task(tops, sums, settings, row, settings_stride, vocabulary, tiles, SLOTS: 
     temperature, to_log2, greedy = temperature_of(settings, row, settings_stride)
     tile = tl.arange(0, TILES)
     here = tile < tiles
-    tile_tops, top, _, masses = combine_tiles(tops, sums, (row * tiles + tile) * SLOTS, here, to_log2)
+    tile_tops = tl.load(tops + row * SLOTS * tiles + tile, mask=here, other=float("-inf"))
+    top, masses = combine_tiles(tile_tops, tl.load(sums + row * SLOTS * tiles + tile, mask=here, other=0.0), to_log2)
     total = tl.sum(masses, axis=0)
     searched = (total > 0) & (total < float("inf")) & (greedy == 0)
     k = tl.load(settings + row * settings_stride + 1)
@@ -171,8 +182,9 @@ def count_kernel(
         counts, masses, brackets, chunks, row, chunk, top, k, p, spacing, ROUND, CHUNKS
     )
     _, to_log2, _ = temperature_of(settings, row, settings_stride)
+    w0, w1, w2, w3 = load_weights(settings, row, settings_stride, MODELS)
     y, _, _, _, _ = load_tile(
-        z0, z1, z2, z3, bias, settings, stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary,
+        z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
         row, chunk * CHUNK, MODELS, HAS_BIAS, 0, CHUNK,
     )  # fmt: skip
     e = exp_of(y, top, to_log2)
@@ -210,8 +222,9 @@ def gather_kernel(
     of_row = counts + row * _ROUNDS * _PIVOTS * chunks + chunk
     before = tl.load(of_row + floor_at * chunks, mask=chunk < own, other=0)
     before -= tl.load(of_row + upper_at * chunks, mask=chunk < tl.where(upper_at < 0, 0, own), other=0)
+    w0, w1, w2, w3 = load_weights(settings, row, settings_stride, MODELS)
     y, _, _, _, _ = load_tile(
-        z0, z1, z2, z3, bias, settings, stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary,
+        z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
         row, own * CHUNK, MODELS, HAS_BIAS, 0, CHUNK,
     )  # fmt: skip
     inside = tl.arange(0, CHUNK) < vocabulary - own * CHUNK
@@ -309,8 +322,8 @@ def search_kernel(
 
 def find_thresholds(inputs: MixtureSampleInputs, tops: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """Return thresholds (rows,) float32, from the sums of the unfiltered tiles."""
-    device, rows, vocabulary, tiles = tops.device, inputs.rows, inputs.vocabulary, tops.shape[1]
-    arguments = kernel_arguments(inputs)
+    device, rows, vocabulary, tiles = tops.device, inputs.rows, inputs.vocabulary, tops.shape[2]
+    arguments, tensors = kernel_arguments(inputs), kernel_tensors(inputs)
     width = max(256, min(_CHUNK, triton.next_power_of_2(vocabulary)))
     width = max(width, triton.next_power_of_2(triton.cdiv(vocabulary, _MAX_CHUNKS)))
     chunks = triton.cdiv(vocabulary, width)
@@ -328,9 +341,9 @@ def find_thresholds(inputs: MixtureSampleInputs, tops: torch.Tensor, sums: torch
     wide = max(16, triton.next_power_of_2(tiles))
     for round_ in range(_ROUNDS.value):
         count_kernel[(rows * chunks,)](
-            *arguments.tensors, *arguments.sizes, tops, sums, tiles, *tables, **flags, TILES=wide, ROUND=round_
+            *tensors, *arguments.sizes, tops, sums, tiles, *tables, **flags, TILES=wide, ROUND=round_
         )  # fmt: skip
-    gather_kernel[(rows * chunks,)](*arguments.tensors, *arguments.sizes, *tables, gathered, **flags)
+    gather_kernel[(rows * chunks,)](*tensors, *arguments.sizes, *tables, gathered, **flags)
     search_kernel[(rows,)](
         inputs.settings, settings_stride, vocabulary, tasks, brackets, gathered, thresholds,
         BLOCK=_BLOCK, enable_fp_fusion=False, **A_PROGRAM_PER_ROW,

@@ -8,7 +8,7 @@ by these functions only, and every launch disables multiply-add fusion, which co
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,22 +24,45 @@ _LANES = tl.constexpr(8)  # elements summed in float32 before float64: a dominan
 
 
 class KernelArguments(NamedTuple):
-    """The arguments that all kernels share, in the kernels' order."""
+    """The arguments that all kernels share and that calls of one signature share, in the kernels' order."""
 
-    tensors: tuple[torch.Tensor, ...]  # four models, of which the absent ones repeat the first; bias; settings
+    pointers: int  # the number of `kernel_tensors`
     sizes: tuple[int, ...]  # the row strides of all these; vocabulary
-    flags: dict[str, object]  # constexpr arguments of every kernel, and the option that all launches share
+    flags: dict[str, Any]  # constexpr arguments of every kernel, and the option that all launches share
+
+
+def kernel_tensors(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, ...]:
+    """Return four models, of which the absent ones repeat the first; bias; settings."""
+    logits, settings, bias = inputs.logits, inputs.settings, inputs.bias
+    first = logits[0]
+    return (*logits, *(first,) * (4 - len(logits)), settings if bias is None else bias, settings)
 
 
 def kernel_arguments(inputs: MixtureSampleInputs) -> KernelArguments:
-    logits, settings, bias = inputs.logits, inputs.settings, inputs.bias
-    models = [*logits, *[logits[0]] * (4 - len(logits))]
-    strides = [model.stride(0) for model in models]
+    settings, bias = inputs.settings, inputs.bias
+    tensors = kernel_tensors(inputs)
+    strides = [model.stride(0) for model in tensors[:4]]
     strides.append(bias.stride(0) if bias is not None and bias.ndim == 2 else 0)
     strides.append(settings.stride(0) if settings.shape[0] > 1 else 0)
-    flags = {"MODELS": len(logits), "HAS_BIAS": bias is not None, "enable_fp_fusion": False}
-    tensors = (*models, settings if bias is None else bias, settings)
-    return KernelArguments(tensors, (*strides, inputs.vocabulary), flags)
+    flags = {"MODELS": len(inputs.logits), "HAS_BIAS": bias is not None, "enable_fp_fusion": False}
+    return KernelArguments(len(tensors), (*strides, inputs.vocabulary), flags)
+
+
+@triton.jit
+def load_weights(settings, row, settings_stride, MODELS: tl.constexpr):
+    """Load the models' weights; those of absent models repeat the first."""
+    weights = settings + row * settings_stride + 4
+    w0 = tl.load(weights)
+    w1 = w0
+    w2 = w0
+    w3 = w0
+    if MODELS > 1:
+        w1 = tl.load(weights + 1)
+    if MODELS > 2:
+        w2 = tl.load(weights + 2)
+    if MODELS > 3:
+        w3 = tl.load(weights + 3)
+    return w0, w1, w2, w3
 
 
 @triton.jit
@@ -57,28 +80,23 @@ def _weighted(z, weight):
 
 @triton.jit
 def load_tile(
-    z0, z1, z2, z3, bias, settings, stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary,
+    z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
     row, start, MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, WANTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Load y (TILE,), -inf beyond the vocabulary, and the logits (TILE,) of the models that WANTED names."""
     lane = tl.arange(0, TILE)
     length = vocabulary - start
     inside = lane < length
-    weights = settings + row * settings_stride + 4
-    w0 = tl.load(weights)
     m0 = _load(z0 + row * stride0 + start, lane, length, w0, WANTED & 1)
     m1 = m0
     m2 = m0
     m3 = m0
     # All loads precede the first use, so that their latencies overlap.
     if MODELS > 1:
-        w1 = tl.load(weights + 1)
         m1 = _load(z1 + row * stride1 + start, lane, length, w1, WANTED & 2)
     if MODELS > 2:
-        w2 = tl.load(weights + 2)
         m2 = _load(z2 + row * stride2 + start, lane, length, w2, WANTED & 4)
     if MODELS > 3:
-        w3 = tl.load(weights + 3)
         m3 = _load(z3 + row * stride3 + start, lane, length, w3, WANTED & 8)
     if HAS_BIAS:
         shift = tl.load(bias + row * bias_stride + start + lane, mask=inside, other=0.0)
@@ -116,13 +134,10 @@ def sum_of(e, TILE: tl.constexpr):
 
 
 @triton.jit
-def combine_tiles(tops, sums, slot, here, to_log2):
-    """Return the tiles' maxima, the row's maximum, the factors that rescale tiles' sums to it, and the scaled sums.
+def combine_tiles(tile_tops, tile_sums, to_log2):
+    """Return the row's maximum and the tiles' sums (TILES,), scaled to it.
 
     A row with +inf or NaN, or -inf everywhere, has sums of NaN.
     """
-    tile_tops = tl.load(tops + slot, mask=here, other=float("-inf"))
-    tile_sums = tl.load(sums + slot, mask=here, other=0.0)
     top = tl.max(tile_tops, axis=0)
-    factors = exp_of(tile_tops, top, to_log2).to(tl.float64)
-    return tile_tops, top, factors, tile_sums * factors
+    return top, tile_sums * exp_of(tile_tops, top, to_log2).to(tl.float64)
