@@ -26,7 +26,7 @@ def _example(device, dtypes, vocabulary, **options):
 EXAMPLES = [
     partial(_example, dtypes=(F32, F32), vocabulary=50),
     partial(_example, dtypes=(BF16, BF16), vocabulary=4097),
-    partial(_example, dtypes=(BF16, F32), vocabulary=300, top_k=20, top_p=0.9, min_p=0.01, temperature=0.8),
+    partial(_example, dtypes=(BF16, F32), vocabulary=2100, top_k=20, top_p=0.9, min_p=0.01, temperature=0.8),
 ]
 
 

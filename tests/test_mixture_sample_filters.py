@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import nlhf_kernels
+from nlhf_kernels.core import tuning
 from nlhf_kernels.ops.mixture_sample import oracle
+from nlhf_kernels.ops.mixture_sample.layout import MixtureSampleInputs
 from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
 from tests.support.backends import SIMD_LEVELS, call, device_of, every_backend
 from tests.support.mixture import assert_right, logits_pair, uniforms_for
@@ -124,6 +126,43 @@ def test_a_filtered_token_is_never_drawn(backend) -> None:
         tokens = call("mixture_sample", backend, policy, uniforms=uniforms, **filters).tokens
         assert set(tokens.tolist()) <= allowed
         assert int(policy[0].argmax()) in set(tokens.tolist())
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 9}, {"top_p": 0.6}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}], ids=str)
+@pytest.mark.parametrize(("bins", "listed"), [(64, 1024), (64, 4), (4, 16)])
+def test_triton_finds_thresholds_in_few_bins_and_short_lists(bins, listed, filters) -> None:
+    """Lists too short for the candidates, several chunks and tiles: the row itself is searched. No result depends on
+    the numbers of a plan."""
+    device = device_of("triton")
+    policy, reference = logits_pair(2, 1200, device)
+    uniforms = uniforms_for(2, device)
+    arguments = {"uniforms": uniforms, "temperature": 0.7, **filters}
+    expected = call("mixture_sample", "triton", policy, reference, 0.4, **arguments)
+    tunable = tuning.Tunable.instances["mixture_sample", "triton"]
+    plan = tunable.make((256, 4, 4, 2, bins, listed))
+    with tuning.use_plan(tunable, plan):
+        result = nlhf_kernels.mixture_sample(policy, reference, 0.4, **arguments, backend="triton")
+    assert_right(result, policy, reference, 0.4, uniforms, temperature=0.7, **filters)
+    assert torch.equal(result.tokens, expected.tokens)
+
+
+def test_triton_filters_with_four_launches_and_little_memory() -> None:
+    pytest.importorskip("triton")
+    from nlhf_kernels.ops.mixture_sample import triton_kernels
+
+    launches, scratch = triton_kernels.launches_of(_filtered_inputs(rows=3, vocabulary=151_936))
+    assert len(launches) == 4
+    assert scratch.size < 3 * 151_936, "less than a byte a logit"
+    launches, scratch = triton_kernels.launches_of(_filtered_inputs(3, 151_936)._replace(filtered=False))
+    assert len(launches) == 2
+    assert scratch.size < 3 * 151_936 // 10
+
+
+def _filtered_inputs(rows: int, vocabulary: int) -> MixtureSampleInputs:
+    logits = torch.empty(rows, vocabulary, dtype=torch.bfloat16, device="meta")
+    settings = torch.empty(1, 6, dtype=torch.float32, device="meta")
+    uniforms = torch.empty(rows, dtype=torch.float64, device="meta")
+    return MixtureSampleInputs([logits, logits], settings, True, None, uniforms, None, None, None, 0, 7, "")
 
 
 BAD = [

@@ -108,8 +108,25 @@ def compiled() -> Callable[..., Any]:
 
 
 def parts(inputs: Inputs) -> Mapping[str, Callable[[], Any] | Unavailable]:
-    """Return the floor and FlashInfer's sampler."""
-    return {"floor: logits read": _floor(inputs), "flashinfer, pre-mixed": _flashinfer(inputs)}
+    """Return the floor, FlashInfer's sampler, and the layers below the public function."""
+    return {"floor: logits read": _floor(inputs), "flashinfer, pre-mixed": _flashinfer(inputs), **_layers(inputs)}
+
+
+def _layers(inputs: Inputs) -> Mapping[str, Callable[[], Any]]:
+    """Return the operator and the engine's entrance, with settings packed beforehand."""
+    from nlhf_kernels.ops.mixture_sample.op import sample_packed
+    from nlhf_kernels.ops.mixture_sample.settings import mixture_settings
+
+    policy, reference, beta = inputs.args
+    kwargs = inputs.kwargs
+    filters = {name: kwargs[name] for name in FILTERS if name in kwargs}
+    packed = mixture_settings([1 - beta, beta], device=policy.device, **filters)
+    logits, counter = [policy, reference], {name: kwargs[name] for name in ("seed", "row_ids", "step")}
+    operands = (logits, packed.packed, packed.filtered, None, None, *counter.values(), 0, 0b111, "")
+    return {
+        "torch.ops, packed settings": lambda: torch.ops.nlhf_kernels.mixture_sample.default(*operands),
+        "sample_packed": lambda: sample_packed(logits, packed, **counter, logprob_mask=0b111),
+    }
 
 
 def _floor(inputs: Inputs) -> Callable[[], Any] | Unavailable:

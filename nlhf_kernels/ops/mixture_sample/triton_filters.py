@@ -2,236 +2,254 @@
 """The filters of mixture_sample in Triton: one threshold per row; smaller y are masked out. (3)-(5) of README.md.
 
 Top-k asks for the largest x with  #{y >= x} >= k,  top-p for the largest x with  mass{y >= x} >= p mass{y >= top-k's x}
-(strictly larger values then have less than p: the same set). Both functions decrease in x, so x is found by search:
+(strictly larger values then have less than p: the same set). Two passes over the logits and a search find them:
 
-    count    a program per chunk of a row: count and mass at or above each of eight pivots, whose sums over the row
-             bracket x between two pivots; done twice, the second time with pivots inside the bracket
-    gather   a program per chunk: the values inside the last bracket, compacted
-    search   a program per row: the 2^32 bit patterns of a float, in the floats' order, narrowed to a sixteenth per pass
+    bin_sums    a program per chunk of a row: the tiles' sums, as without filters, and a histogram of y
+    bracket     a program per row: the few bins that hold both x, from the bins' counts and bounds of their masses
+    gather      a program per chunk: each tile's mass above those bins, and a list of the values in them
+    find_threshold, called by the drawing kernel: the floats' bit patterns between the bins' ends, in the floats' order,
+                narrowed to a sixteenth per pass over the list; over the row where the list is too short for them
 
-The first pivots are guessed from the tiles' sums. A bad guess costs time, as more values are gathered (at worst all),
-and does not change the result. The search ends after eight passes on any input. Rows without top-k and top-p skip it.
+No launch adds atomically: each chunk has its own histogram, from which follows where its values stand in the list. So
+every sum has one order, and the list that of the vocabulary, in every run. The bins lie around the values of a sample
+of the row. A bad sample, as of a row whose values are nearly all equal or masked, makes the list too short and costs
+time, not exactness. Each search ends after eight passes on any input. Rows without top-k and top-p skip it.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from .layout import MixtureSampleInputs
 from .triton_tiles import (
-    A_PROGRAM_PER_ROW,
     combine_tiles,
     exp_of,
-    kernel_arguments,
-    kernel_tensors,
+    load_elements,
     load_tile,
     load_weights,
+    store_sums,
     sum_of,
     temperature_of,
 )
 
-_ROUNDS = tl.constexpr(2)  # of counting: of Gaussian logits at any scale a tenth or far less is left to the search
-_PIVOTS = tl.constexpr(8)
+_SEGMENTS, _SEGMENT = tl.constexpr(16), tl.constexpr(32)  # of a row's sample
+_WINDOW = tl.constexpr(44.0)  # most that the bins span: e^-44 of the mass is none
+_CHUNKS = tl.constexpr(16)  # read at a time
 _SPLITS = tl.constexpr(16)
-_COLUMNS = tl.constexpr(8)  # floor, upper, spacing, upper's index, values inside, count and mass above, row's mass
-_CHUNK = 4096  # with 4 warps 32 elements a thread: a pivot's reductions cost less than its comparisons
-_MAX_CHUNKS = 256  # per row, which one program sums; beyond a million tokens the chunks grow instead
-_BLOCK = 1024  # gathered values by 16 splits: 64 elements a thread with 8 warps
+_BLOCK = tl.constexpr(1024)  # values by 16 splits: 64 elements a thread with 8 warps
+
+
+def sample_step(vocabulary: int) -> int:
+    """Return the distance of the sample's segments, a multiple of their length."""
+    segment, segments = _SEGMENT.value, _SEGMENTS.value
+    return max(segment, vocabulary // segments // segment * segment)
 
 
 @triton.jit
-def _task(tops, sums, settings, row, settings_stride, vocabulary, tiles, SLOTS: tl.constexpr, TILES: tl.constexpr):
-    """Return a row's maximum, top-k's k or 0, top-p's p or 1, and the spacing of the first pivots.
+def _window(y, BINS: tl.constexpr):
+    """Return the upper end of the bins, and bins per unit of y, for a sample of a row.
 
-    Greedy rows and rows without a valid distribution have k = 0 and p = 1.
+    A sixth lies above the sample, whose maximum is below the row's, and a sixth below.
     """
-    temperature, to_log2, greedy = temperature_of(settings, row, settings_stride)
-    tile = tl.arange(0, TILES)
-    here = tile < tiles
-    tile_tops = tl.load(tops + row * SLOTS * tiles + tile, mask=here, other=float("-inf"))
-    top, masses = combine_tiles(tile_tops, tl.load(sums + row * SLOTS * tiles + tile, mask=here, other=0.0), to_log2)
-    total = tl.sum(masses, axis=0)
-    searched = (total > 0) & (total < float("inf")) & (greedy == 0)
-    k = tl.load(settings + row * settings_stride + 1)
-    k = tl.where(searched & (k > 0) & (k < vocabulary), k, 0.0)
-    p = tl.load(settings + row * settings_stride + 2)
-    p = tl.where(searched & (p < 1), p, 1.0)
-    # Tokens with less than (1 - p) / V of the mass each have less than 1 - p together: the nucleus ends above them. The
-    # k-th largest value is at least the smallest of the tiles' maxima if there are k tiles; with fewer, guess deeper.
-    nucleus = -temperature * tl.log(((1 - p) * total / vocabulary).to(tl.float32))
-    deepest = top - tl.min(tl.where(tile_tops > float("-inf"), tile_tops, float("inf")), axis=0)
-    depth = tl.where(k > 0, tl.where(k <= tiles, deepest, 4 * deepest), nucleus)
-    return top, k, p, depth / _PIVOTS
+    finite = (y > float("-inf")) & (y < float("inf"))
+    highest = tl.max(tl.where(finite, y, float("-inf")), axis=0)
+    lowest = tl.min(tl.where(finite, y, float("inf")), axis=0)
+    some = highest >= lowest
+    window = tl.where(some, tl.minimum(tl.maximum(1.5 * (highest - lowest), 1e-30), _WINDOW), _WINDOW)
+    return tl.where(some, highest, 0.0) + window / 6, BINS / window
 
 
 @triton.jit
-def _pivot(upper, floor, spacing, j):
-    """Return pivot j. Pivots decrease with j and end at the floor."""
-    return tl.where(j == _PIVOTS - 1, floor, tl.maximum(upper - (j + 1.0) * spacing, floor))
+def _bin_of(y, origin, per_unit, BINS: tl.constexpr):
+    """Return the bin of y, which grows as y falls: rounding is monotone. The first and the last bin have no end."""
+    distance = (origin - y) * per_unit
+    distance = tl.where(distance > 0, distance, 0.0)  # of NaN, too
+    return tl.minimum(distance, BINS - 1.0).to(tl.int32)
 
 
 @triton.jit
-def _narrow(counts, masses, chunks, k, p, count_above, mass_above, whole, CHUNKS: tl.constexpr):
-    """Return the pivots that bracket every requested x, low <= x < high; high = -1 keeps the bracket's upper end.
-
-    The inputs are one round's counts and masses, (_PIVOTS, chunks), and the count and mass at or above the old upper
-    end. Also returned: the count at or above `low`, the count and mass at or above `high`, and the row's mass.
-    """
-    pivot = tl.arange(0, _PIVOTS)
-    chunk = tl.arange(0, CHUNKS)
-    slot = pivot[:, None] * chunks + chunk[None, :]
-    here = (pivot[:, None] >= 0) & (chunk[None, :] < chunks)
-    count = tl.sum(tl.load(counts + slot, mask=here, other=0), axis=1)
-    mass = tl.sum(tl.load(masses + slot, mask=here, other=0.0), axis=1)
-    whole = tl.where(whole >= 0, whole, tl.sum(tl.where(pivot == _PIVOTS - 1, mass, 0.0), axis=0))
-    # Top-k's x lies between the first pivot with k values and the pivot above it. So top-k leaves top-p a mass between
-    # `least` and `most`, which bracket top-p's x; without top-k, the whole mass is left.
-    low_k = tl.min(tl.where(count >= k, pivot, _PIVOTS - 1), axis=0)
-    above_k = tl.where(low_k > 0, tl.sum(tl.where(pivot == low_k - 1, mass, 0.0), axis=0), mass_above)
-    most = tl.where(k > 0, tl.sum(tl.where(pivot == low_k, mass, 0.0), axis=0), whole)
-    least = tl.where(k > 0, above_k, whole)
-    share = p.to(tl.float64)
-    low_p = tl.min(tl.where(mass >= share * most, pivot, _PIVOTS - 1), axis=0)
-    high_p = tl.max(tl.where(mass < share * least, pivot, -1), axis=0)
-    low = tl.where(k > 0, low_k, low_p)
-    high = tl.where(p < 1, high_p, low_k - 1)
-    reach_low = tl.sum(tl.where(pivot == low, count, 0), axis=0)
-    count_above = tl.where(high >= 0, tl.sum(tl.where(pivot == high, count, 0), axis=0), count_above)
-    mass_above = tl.where(high >= 0, tl.sum(tl.where(pivot == high, mass, 0.0), axis=0), mass_above)
-    return low, high, reach_low, count_above, mass_above, whole
-
-
-@triton.jit
-def _bracket(
-    counts, masses, brackets, chunks, row, chunk, top, k, p, spacing, ROUND: tl.constexpr, CHUNKS: tl.constexpr
-):
-    """Return the bracket after ROUND rounds: floor <= x < upper for every requested x, the next pivots' spacing, and
-    the indices of the counts at floor and upper (-1: upper is +inf).
-
-    The launch that first computes a bracket stores it for later launches: kernels that sum the same numbers in
-    different orders may differ in the last bit, and so choose different pivots.
-    """
-    floor = tl.minimum(top, float("-inf"))
-    upper = tl.maximum(top, float("inf"))
-    floor_at, upper_at, count_above, mass_above, whole = 0, -1, 0, 0.0, -1.0
-    if ROUND > 1:
-        last = brackets + (row * _ROUNDS + ROUND - 2) * _COLUMNS
-        floor, upper = tl.load(last).to(tl.float32), tl.load(last + 1).to(tl.float32)
-        spacing, upper_at = tl.load(last + 2).to(tl.float32), tl.load(last + 3).to(tl.int32)
-        count_above, mass_above, whole = tl.load(last + 5).to(tl.int32), tl.load(last + 6), tl.load(last + 7)
-    if ROUND > 0:
-        table = (row * _ROUNDS + ROUND - 1) * _PIVOTS * chunks
-        low, high, reach_low, count_above, mass_above, whole = _narrow(
-            counts + table, masses + table, chunks, k, p, count_above, mass_above, whole, CHUNKS
-        )
-        start, old_floor = tl.minimum(upper, top), floor
-        floor = _pivot(start, old_floor, spacing, low)
-        upper = tl.where(high >= 0, _pivot(start, old_floor, spacing, high), upper)
-        floor_at = (ROUND - 1) * _PIVOTS + low
-        upper_at = tl.where(high >= 0, (ROUND - 1) * _PIVOTS + high, upper_at)
-        bounded = floor > float("-inf")
-        spacing = tl.where(bounded, (tl.minimum(upper, top) - floor) / _PIVOTS, _PIVOTS * spacing)
-        if chunk == 0:
-            new = brackets + (row * _ROUNDS + ROUND - 1) * _COLUMNS
-            tl.store(new, floor)
-            tl.store(new + 1, upper)
-            tl.store(new + 2, spacing)
-            tl.store(new + 3, upper_at)
-            tl.store(new + 4, reach_low - count_above)
-            tl.store(new + 5, count_above)
-            tl.store(new + 6, mass_above)
-            tl.store(new + 7, whole)
-    return floor, upper, spacing, floor_at, upper_at
-
-
-@triton.jit
-def count_kernel(
+def bin_sums_kernel(
     z0, z1, z2, z3,  # (rows, vocabulary)
     bias,  # (vocabulary,) or (rows, vocabulary)
     settings,  # (rows or 1, 4 + MODELS)
-    stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary,
-    tops,  # (rows, tiles, 1 + MODELS) float32
-    sums,  # (rows, tiles, 1 + MODELS) float64
-    tiles,
-    tasks,  # (rows, 4) float32: see _task
-    brackets,  # (rows, _ROUNDS, _COLUMNS) float64: see _bracket
-    counts,  # (rows, _ROUNDS, _PIVOTS, chunks) int32: values at or above each pivot
-    masses,  # (rows, _ROUNDS, _PIVOTS, chunks) float64: their exp(y - the row's maximum)
-    chunks,
-    MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr,
-    ROUND: tl.constexpr,
+    tops,  # (rows, 1 + MODELS, tiles) float32: as in tile_sums_kernel
+    sums,  # (rows, 1 + MODELS, tiles) float64
+    windows,  # (rows, 2) float32: see _window
+    bins,  # (rows, chunks, BINS) int32: elements other than -inf
+    stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary, tiles,
+    chunks, step,
+    MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, WANTED: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row = (program // chunks).to(tl.int64)
     chunk = program % chunks
-    task = tasks + row * 4
-    if ROUND == 0:
-        top, k, p, spacing = _task(tops, sums, settings, row, settings_stride, vocabulary, tiles, 1 + MODELS, TILES)
-        if chunk == 0:
-            tl.store(task, top)
-            tl.store(task + 1, k)
-            tl.store(task + 2, p)
-            tl.store(task + 3, spacing)
-    else:
-        top, k, p, spacing = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
-    if (k == 0) & (p == 1):
-        return
-    floor, upper, spacing, _, _ = _bracket(
-        counts, masses, brackets, chunks, row, chunk, top, k, p, spacing, ROUND, CHUNKS
-    )
-    _, to_log2, _ = temperature_of(settings, row, settings_stride)
     w0, w1, w2, w3 = load_weights(settings, row, settings_stride, MODELS)
-    y, _, _, _, _ = load_tile(
+    _, to_log2, _ = temperature_of(settings, row, settings_stride)
+    lane = tl.arange(0, _SEGMENTS * _SEGMENT)
+    sample, _, _, _, _ = load_elements(
         z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
-        row, chunk * CHUNK, MODELS, HAS_BIAS, 0, CHUNK,
+        row, 0, lane // _SEGMENT * step + lane % _SEGMENT, MODELS, HAS_BIAS, 0,
     )  # fmt: skip
-    e = exp_of(y, top, to_log2)
-    inside = tl.arange(0, CHUNK) < vocabulary - chunk * CHUNK
-    y = tl.where(inside, y, float("nan"))  # NaN reaches no pivot; -inf would reach a pivot of -inf
-    for j in tl.static_range(_PIVOTS):
-        reached = y >= _pivot(tl.minimum(upper, top), floor, spacing, j)
-        slot = ((row * _ROUNDS + ROUND) * _PIVOTS + j) * chunks + chunk
-        tl.store(counts + slot, tl.sum(reached.to(tl.int32), axis=0))
-        tl.store(masses + slot, sum_of(tl.where(reached, e, 0.0), CHUNK))
+    origin, per_unit = _window(sample, BINS)
+    if chunk == 0:
+        tl.store(windows + row * 2, origin)
+        tl.store(windows + row * 2 + 1, per_unit)
+    bin = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for tile in range(chunk * GROUP, tl.minimum(chunk * GROUP + GROUP, tiles)):
+        y, m0, m1, m2, m3 = load_tile(
+            z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+            row, tile * TILE, MODELS, HAS_BIAS, WANTED, TILE,
+        )  # fmt: skip
+        store_sums(y, m0, m1, m2, m3, to_log2, tops, sums, row * (1 + MODELS) * tiles + tile, tiles, WANTED, TILE)
+        absent = tl.sum((y == float("-inf")).to(tl.int32), axis=0)
+        counts += tl.histogram(_bin_of(y, origin, per_unit, BINS), BINS) - tl.where(bin == BINS - 1, absent, 0)
+    tl.store(bins + (row * chunks + chunk) * BINS + bin, counts)
+
+
+@triton.jit
+def _bounds(counts, total, above, per_unit, to_log2, BINS: tl.constexpr):
+    """Return bounds of the mass in each bin and those before it, from below and from above.
+
+    A count times the exponentials at a bin's ends bounds the mass up to a bin. So does the row's mass less what the
+    later bins hold. Ends are a hundredth of a bin wider, for the rounding of `_bin_of`.
+    """
+    bin = tl.arange(0, BINS)
+    high = tl.where(bin == 0, 0.0, tl.minimum(above - (bin - 0.01) / per_unit, 0.0))
+    low = tl.where(bin == BINS - 1, float("-inf"), above - (bin + 1.01) / per_unit)
+    most = tl.cumsum(counts * (1.0001 * tl.exp2(high * to_log2)).to(tl.float64), axis=0)
+    least = tl.cumsum(counts * (0.9999 * tl.exp2(low * to_log2)).to(tl.float64), axis=0)
+    later_most = tl.max(most, axis=0) - most
+    later_least = tl.max(least, axis=0) - least
+    return tl.maximum(least, total * (1 - 1e-5) - later_most), tl.minimum(most, total * (1 + 1e-5) - later_least)
+
+
+@triton.jit
+def _bins_with(counts, k, p, total, above, per_unit, to_log2, BINS: tl.constexpr):
+    """Return the first and the last bin in which the thresholds may lie, and whether there is one of top-k.
+
+    With top-k alone both are the bin of the k-th largest; there is none where fewer than k elements are above -inf.
+    """
+    bin = tl.arange(0, BINS)
+    least, most = _bounds(counts, total, above, per_unit, to_log2, BINS)
+    reached = tl.where(k > 0, tl.cumsum(counts, axis=0) >= k.to(tl.int32), False)
+    bin_of_k = tl.min(tl.where(reached, bin, BINS), axis=0)
+    by_count = bin_of_k < BINS
+    # Top-k leaves top-p a mass between these two; without top-k, all of it.
+    left_least = tl.where(by_count, tl.sum(tl.where(bin == bin_of_k - 1, least, 0.0), axis=0), total * (1 - 1e-5))
+    left_most = tl.where(by_count, tl.sum(tl.where(bin == bin_of_k, most, 0.0), axis=0), total * (1 + 1e-5))
+    share = p.to(tl.float64)
+    first_of_p = tl.min(tl.where(most >= share * left_least, bin, BINS - 1), axis=0)
+    last_of_p = tl.min(tl.where(least >= share * left_most, bin, BINS - 1), axis=0)
+    first = tl.where(p < 1, tl.minimum(first_of_p, bin_of_k), bin_of_k)
+    return first, tl.where(by_count, bin_of_k, last_of_p), by_count
+
+
+@triton.jit
+def bracket_kernel(
+    z0, z1, z2, z3, bias,  # not read
+    settings,  # (rows or 1, 4 + MODELS)
+    tops, sums, windows, bins,  # as in bin_sums_kernel
+    states,  # (rows, 8) float64: the row's maximum, first and last bin, number of elements in these bins and before
+             # them, whether top-k and top-p are searched, min-p's threshold or -inf
+    offsets,  # (rows, chunks) int32: the elements in these bins in earlier chunks
+    stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary, tiles,
+    chunks,
+    MODELS: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, TILES)
+    here = tile < tiles
+    slot = row * (1 + MODELS) * tiles + tile
+    tile_tops = tl.load(tops + slot, mask=here, other=float("-inf"))
+    tile_sums = tl.load(sums + slot, mask=here, other=0.0)
+    temperature, to_log2, greedy = temperature_of(settings, row, settings_stride)
+    own = settings + row * settings_stride
+    k, p, min_p = tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
+    origin, per_unit = tl.load(windows + row * 2), tl.load(windows + row * 2 + 1)
+    bin = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    line = tl.arange(0, _CHUNKS)
+    for first_chunk in range(0, chunks, _CHUNKS):
+        chunk = first_chunk + line
+        of_chunk = bins + (row * chunks + chunk[:, None]) * BINS + bin[None, :]
+        counts += tl.sum(tl.load(of_chunk, mask=(chunk < chunks)[:, None] & (bin >= 0)[None, :], other=0), axis=0)
+
+    top, masses = combine_tiles(tile_tops, tile_sums, to_log2)
+    total = tl.sum(masses, axis=0)
+    searched = (total > 0) & (total < float("inf")) & (greedy == 0)
+    k = tl.where(searched & (k > 0) & (k < vocabulary), k, 0.0)
+    p = tl.where(searched & (p < 1), p, 1.0)
+    least = tl.where(min_p < 1, top + temperature * tl.log(min_p), top)
+    first, last, by_count = _bins_with(counts, k, p, total, origin - top, per_unit, to_log2, BINS)
+    # Where min-p's threshold lies above those bins, it alone decides.
+    decided = (least > float("-inf")) & (_bin_of(least, origin, per_unit, BINS) < first)
+    by_count = by_count & (decided == 0)
+    by_mass = (p < 1) & (decided == 0)
+    inside = (bin >= first) & (bin <= last) & (by_count | by_mass)
+    state = states + row * 8
+    tl.store(state, top)
+    tl.store(state + 1, first)
+    tl.store(state + 2, last)
+    tl.store(state + 3, tl.sum(tl.where(inside, counts, 0), axis=0))
+    tl.store(state + 4, tl.sum(tl.where(bin < first, counts, 0), axis=0))
+    tl.store(state + 5, by_count)
+    tl.store(state + 6, by_mass)
+    tl.store(state + 7, least)
+    earlier = 0
+    for first_chunk in range(0, chunks, _CHUNKS):
+        chunk = first_chunk + line
+        of_chunk = bins + (row * chunks + chunk[:, None]) * BINS + bin[None, :]
+        taken = tl.load(of_chunk, mask=(chunk < chunks)[:, None] & inside[None, :], other=0)
+        taken = tl.sum(taken, axis=1)
+        tl.store(offsets + row * chunks + chunk, earlier + tl.cumsum(taken, axis=0) - taken, mask=chunk < chunks)
+        earlier += tl.sum(taken, axis=0)
 
 
 @triton.jit
 def gather_kernel(
-    z0, z1, z2, z3,  # (rows, vocabulary)
-    bias,  # (vocabulary,) or (rows, vocabulary)
-    settings,  # (rows or 1, 4 + MODELS)
-    stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary,
-    tasks, brackets, counts, masses, chunks,  # as in count_kernel
-    gathered,  # (rows, vocabulary) float32
-    MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    z0, z1, z2, z3, bias, settings,  # as in bin_sums_kernel
+    tops, sums, windows, bins, states, offsets,  # as in bracket_kernel
+    kept,  # (rows, tiles) float64: the mass above the bins of the thresholds, or above a known threshold
+    starts,  # (rows, tiles) int32: how many values of the list belong to earlier tiles
+    values,  # (rows, LIST) float32: the list
+    stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary, tiles,
+    chunks,
+    MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, BINS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row = (program // chunks).to(tl.int64)
-    own = program % chunks
-    task = tasks + row * 4
-    top, k, p, spacing = tl.load(task), tl.load(task + 1), tl.load(task + 2), tl.load(task + 3)
-    if (k == 0) & (p == 1):
-        return
-    floor, upper, _, floor_at, upper_at = _bracket(
-        counts, masses, brackets, chunks, row, own, top, k, p, spacing, _ROUNDS, CHUNKS
-    )
-    # The chunk's offset follows from the counts: values are gathered in the vocabulary's order in every run.
-    chunk = tl.arange(0, CHUNKS)
-    of_row = counts + row * _ROUNDS * _PIVOTS * chunks + chunk
-    before = tl.load(of_row + floor_at * chunks, mask=chunk < own, other=0)
-    before -= tl.load(of_row + upper_at * chunks, mask=chunk < tl.where(upper_at < 0, 0, own), other=0)
+    chunk = program % chunks
+    state = states + row * 8
+    top, first, last = tl.load(state).to(tl.float32), tl.load(state + 1).to(tl.int32), tl.load(state + 2).to(tl.int32)
+    searched = (tl.load(state + 5) + tl.load(state + 6)) > 0
+    least = tl.load(state + 7).to(tl.float32)
+    origin, per_unit = tl.load(windows + row * 2), tl.load(windows + row * 2 + 1)
+    start = tl.load(offsets + row * chunks + chunk)
     w0, w1, w2, w3 = load_weights(settings, row, settings_stride, MODELS)
-    y, _, _, _, _ = load_tile(
-        z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
-        row, own * CHUNK, MODELS, HAS_BIAS, 0, CHUNK,
-    )  # fmt: skip
-    inside = tl.arange(0, CHUNK) < vocabulary - own * CHUNK
-    y = tl.where(inside, y, float("nan"))
-    taken = (y >= floor) & (y < upper)
-    place = tl.sum(before, axis=0) + tl.cumsum(taken.to(tl.int32), axis=0) - 1
-    tl.store(gathered + row * vocabulary + place, y, mask=taken)
+    _temperature, to_log2, _greedy = temperature_of(settings, row, settings_stride)
+    for tile in range(chunk * GROUP, tl.minimum(chunk * GROUP + GROUP, tiles)):
+        slot = row * (1 + MODELS) * tiles + tile
+        tile_top, mass = tl.load(tops + slot), tl.load(sums + slot)
+        tl.store(starts + row * tiles + tile, start)
+        if searched | (least > float("-inf")):  # otherwise everything is kept
+            mass = 0.0 * mass
+            reached = tl.where(searched, _bin_of(tile_top, origin, per_unit, BINS) <= last, tile_top >= least)
+            if reached:
+                y, _, _, _, _ = load_tile(
+                    z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+                    row, tile * TILE, MODELS, HAS_BIAS, 0, TILE,
+                )  # fmt: skip
+                bin = _bin_of(y, origin, per_unit, BINS)
+                above = tl.where(searched, bin < first, y >= least)
+                mass = sum_of(tl.where(above, exp_of(y, tile_top, to_log2), 0.0), TILE)
+                taken = tl.where(searched, (bin >= first) & (bin <= last) & (y > float("-inf")), False)
+                place = start + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+                tl.store(values + row * LIST + place, y, mask=taken & (place < LIST))
+                start += tl.sum(taken.to(tl.int32), axis=0)
+        tl.store(kept + row * tiles + tile, mass * exp_of(tile_top, top, to_log2).to(tl.float64))
 
 
 @triton.jit
@@ -248,104 +266,133 @@ def _value(key):
 
 
 @triton.jit
-def _reach(values, n, x, top, to_log2, by_mass, BLOCK: tl.constexpr):
-    """Return for each of x (_SPLITS,) the count or mass of the n gathered values >= x; float64 over blocks."""
-    reached = tl.zeros((_SPLITS,), tl.float64)
-    lane = tl.arange(0, BLOCK)
-    for first in range(0, n, BLOCK):
-        y = tl.load(values + first + lane, mask=lane < n - first, other=float("nan"))  # NaN reaches nothing
-        e = tl.where(by_mass, exp_of(y, top, to_log2), 1.0)
-        reached += tl.sum(tl.where(y[:, None] >= x[None, :], e[:, None], 0.0), axis=0).to(tl.float64)
-    return reached
-
-
-@triton.jit
-def _search(values, n, low, high, above, target, top, to_log2, by_mass, BLOCK: tl.constexpr):
-    """Return the largest key in [low, high) with `above` plus the gathered values from it on >= `target`; else low."""
-    split = tl.arange(0, _SPLITS).to(tl.int64)
-    while high - low > 1:
-        keys = low + (((high - low) * split) >> 4)  # the first is `low`; every key once high - low <= 16
-        enough = above + _reach(values, n, _value(keys), top, to_log2, by_mass, BLOCK) >= target
-        next_high = tl.min(tl.where(enough | (keys == low), high, keys), axis=0)
-        low = tl.max(tl.where(enough, keys, low), axis=0)
-        high = next_high
-    return low
-
-
-@triton.jit
-def _extent(values, n, BLOCK: tl.constexpr):
-    """Return the least and the largest of the n gathered values."""
-    lane = tl.arange(0, BLOCK)
-    least = tl.full((BLOCK,), float("inf"), tl.float32)
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for first in range(0, n, BLOCK):
-        inside = lane < n - first
-        least = tl.minimum(least, tl.load(values + first + lane, mask=inside, other=float("inf")))
-        largest = tl.maximum(largest, tl.load(values + first + lane, mask=inside, other=float("-inf")))
-    return tl.min(least, axis=0), tl.max(largest, axis=0)
-
-
-@triton.jit
-def search_kernel(
-    settings,  # (rows or 1, 4 + MODELS)
-    settings_stride,
-    vocabulary,
-    tasks, brackets, gathered,  # as in gather_kernel
-    thresholds,  # (rows,) float32: smaller values are masked out
-    BLOCK: tl.constexpr,
+def _block(
+    first, values, n, listed,
+    z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+    row, origin, per_unit, first_bin, last_bin, MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    top, k, p = tl.load(tasks + row * 4), tl.load(tasks + row * 4 + 1), tl.load(tasks + row * 4 + 2)
-    temperature, to_log2, _ = temperature_of(settings, row, settings_stride)
-    min_p = tl.load(settings + row * settings_stride + 3)
-    threshold = tl.where(min_p < 1, top + temperature * tl.log(min_p), top)
-    if (k > 0) | (p < 1):
-        bracket = brackets + (row * _ROUNDS + _ROUNDS - 1) * _COLUMNS
-        n, count_above = tl.load(bracket + 4).to(tl.int32), tl.load(bracket + 5)
-        mass_above, whole = tl.load(bracket + 6), tl.load(bracket + 7)
-        values = gathered + row * vocabulary
-        least, largest = _extent(values, n, BLOCK)
-        low = _key(least).to(tl.int64)
-        end = _key(largest).to(tl.int64) + 1
-        for phase in range(2):  # top-k, then top-p; one loop body, so that its registers are allocated once
-            by_mass = phase == 1
-            x = tl.zeros((_SPLITS,), tl.float32) + _value(low)
-            counted = tl.where(by_mass & (k > 0), n, 0)
-            left = mass_above + tl.max(_reach(values, counted, x, top, to_log2, by_mass, BLOCK), axis=0)
-            target = tl.where(by_mass, p.to(tl.float64) * tl.where(k > 0, left, whole), k.to(tl.float64))
-            above = tl.where(by_mass, mass_above, count_above)
-            high = tl.where(tl.where(by_mass, p < 1, k > 0), end, low)
-            low = _search(values, n, low, high, above, target, top, to_log2, by_mass, BLOCK)
-        threshold = tl.maximum(threshold, _value(low))
-    tl.store(thresholds + row, threshold)
-
-
-def find_thresholds(inputs: MixtureSampleInputs, tops: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """Return thresholds (rows,) float32, from the sums of the unfiltered tiles."""
-    device, rows, vocabulary, tiles = tops.device, inputs.rows, inputs.vocabulary, tops.shape[2]
-    arguments, tensors = kernel_arguments(inputs), kernel_tensors(inputs)
-    width = max(256, min(_CHUNK, triton.next_power_of_2(vocabulary)))
-    width = max(width, triton.next_power_of_2(triton.cdiv(vocabulary, _MAX_CHUNKS)))
-    chunks = triton.cdiv(vocabulary, width)
-    table = (rows, _ROUNDS.value, _PIVOTS.value, chunks)
-    counts = torch.empty(table, dtype=torch.int32, device=device)
-    masses = torch.empty(table, dtype=torch.float64, device=device)
-    gathered = torch.empty((rows, vocabulary), dtype=torch.float32, device=device)
-    thresholds = torch.empty(rows, dtype=torch.float32, device=device)
-    tasks = torch.empty((rows, 4), dtype=torch.float32, device=device)
-    brackets = torch.empty((rows, _ROUNDS.value, _COLUMNS.value), dtype=torch.float64, device=device)
-    settings_stride = inputs.settings.stride(0) if inputs.settings.shape[0] > 1 else 0
-    tables = (tasks, brackets, counts, masses, chunks)
-    flags = {**arguments.flags, "CHUNK": width, "CHUNKS": max(16, triton.next_power_of_2(chunks))}
-    flags["num_warps"] = min(16, max(4, width // 1024))
-    wide = max(16, triton.next_power_of_2(tiles))
-    for round_ in range(_ROUNDS.value):
-        count_kernel[(rows * chunks,)](
-            *tensors, *arguments.sizes, tops, sums, tiles, *tables, **flags, TILES=wide, ROUND=round_
+    """Return a block of the list's n values, from `first` on, or of the row's: NaN for those outside of the bins."""
+    lane = tl.arange(0, _BLOCK)
+    if listed:
+        y = tl.load(values + first + lane, mask=lane < n - first, other=float("nan"))
+    else:
+        y, _, _, _, _ = load_elements(
+            z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+            row, first, lane, MODELS, HAS_BIAS, 0,
         )  # fmt: skip
-    gather_kernel[(rows * chunks,)](*tensors, *arguments.sizes, *tables, gathered, **flags)
-    search_kernel[(rows,)](
-        inputs.settings, settings_stride, vocabulary, tasks, brackets, gathered, thresholds,
-        BLOCK=_BLOCK, enable_fp_fusion=False, **A_PROGRAM_PER_ROW,
-    )  # fmt: skip
-    return thresholds
+        bin = _bin_of(y, origin, per_unit, BINS)
+        y = tl.where((bin >= first_bin) & (bin <= last_bin) & (y > float("-inf")), y, float("nan"))
+    return y
+
+
+@triton.jit
+def find_threshold(
+    values, listed, states, windows, top, total, mass_above, p, k, to_log2,
+    z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+    row, MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Return the largest x of (3) and (4): what a row's elements must reach to be kept by top-k and top-p.
+
+    Each pass takes the mass or the count at or above 16 keys between `low`, which is enough, and `high`, which is not.
+    The first finds the smallest and the largest value, so that equal values need no more. Top-k's x is the smallest
+    that top-p's can be.
+    """
+    state = states + row * 8
+    first_bin, last_bin = tl.load(state + 1).to(tl.int32), tl.load(state + 2).to(tl.int32)
+    n, count_above = tl.load(state + 3).to(tl.int32), tl.load(state + 4)
+    by_count, by_share = tl.load(state + 5) > 0, tl.load(state + 6) > 0
+    origin, per_unit = tl.load(windows + row * 2), tl.load(windows + row * 2 + 1)
+    size = tl.where(listed, n, vocabulary)
+    split = tl.arange(0, _SPLITS).to(tl.int64)
+    low = tl.zeros((), tl.int64)
+    high, end = low, low
+    target = tl.zeros((), tl.float64)
+    above = target
+    # Phases: 0 extent, 1 top-k, 2 the mass that top-k leaves, 3 top-p. One loop serves them, so that its registers are
+    # allocated once.
+    phase = tl.zeros((), tl.int32)
+    while phase < 4:
+        keys = low + (((high - low) * split) >> 4)  # the first is `low`; every key once high - low <= 16
+        x = _value(keys)
+        by_mass = phase > 1
+        reached = tl.zeros((_SPLITS,), tl.float64)
+        least = tl.full((), float("inf"), tl.float32)
+        largest = tl.full((), float("-inf"), tl.float32)
+        for first in range(0, size, _BLOCK):
+            y = _block(
+                first, values, n, listed,
+                z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+                row, origin, per_unit, first_bin, last_bin, MODELS, HAS_BIAS, BINS,
+            )  # fmt: skip
+            if phase == 0:
+                least = tl.minimum(least, tl.min(tl.where(y == y, y, float("inf")), axis=0))
+                largest = tl.maximum(largest, tl.max(tl.where(y == y, y, float("-inf")), axis=0))
+            else:
+                e = tl.where(by_mass, exp_of(y, top, to_log2), 1.0)
+                reached += tl.sum(tl.where(y[:, None] >= x[None, :], e[:, None], 0.0), axis=0).to(tl.float64)
+        if phase == 0:
+            low = _key(least).to(tl.int64)
+            end = _key(largest).to(tl.int64) + 1
+            high = end
+            target = tl.where(by_count, k.to(tl.float64), p.to(tl.float64) * total)
+            above = tl.where(by_count, count_above, mass_above)
+            phase = tl.where(by_count, 1, 3)
+        elif phase == 2:
+            high = end
+            target = p.to(tl.float64) * (mass_above + tl.max(reached, axis=0))
+            above = mass_above
+            phase = phase + 1
+        else:
+            enough = above + reached >= target
+            next_high = tl.min(tl.where(enough | (keys == low), high, keys), axis=0)
+            low = tl.max(tl.where(enough, keys, low), axis=0)
+            high = next_high
+        found = high - low <= 1
+        phase = tl.where((phase == 1) & found, tl.where(by_share, 2, 4), phase)
+        phase = tl.where((phase == 3) & found, 4, phase)
+    return tl.minimum(_value(low), top)
+
+
+@triton.jit
+def masses_of_bins(
+    values, listed, starts, states, windows, top, threshold, to_log2, tiles,
+    z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+    row, MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Return for each tile (TILES,) the mass of its elements in the bins that reach the threshold.
+
+    The list is overwritten: by sums up to each value, of which a tile's mass is a difference.
+    """
+    state = states + row * 8
+    n = tl.load(state + 3).to(tl.int32)
+    tile = tl.arange(0, TILES)
+    here = tile < tiles
+    result = tl.zeros((TILES,), tl.float64)
+    if listed:
+        lane = tl.arange(0, _BLOCK)
+        before = tl.zeros((), tl.float64)
+        for first in range(0, n, _BLOCK):
+            inside = lane < n - first
+            y = tl.load(values + first + lane, mask=inside, other=float("-inf"))
+            e = tl.where(inside & (y >= threshold), exp_of(y, top, to_log2), 0.0).to(tl.float64)
+            tl.store(values + first + lane, (before + tl.cumsum(e, axis=0)).to(tl.float32), mask=inside)
+            before += tl.sum(e, axis=0)
+        begin = tl.load(starts + row * tiles + tile, mask=here, other=0)
+        end = tl.load(starts + row * tiles + tile + 1, mask=tile + 1 < tiles, other=0)
+        end = tl.where(tile + 1 == tiles, n, end)
+        tl.debug_barrier()  # other threads of the program wrote what this one reads
+        result = tl.load(values + end - 1, mask=here & (end > begin), other=0.0).to(tl.float64)
+        result -= tl.load(values + begin - 1, mask=here & (end > begin) & (begin > 0), other=0.0).to(tl.float64)
+    else:
+        first_bin, last_bin = tl.load(state + 1).to(tl.int32), tl.load(state + 2).to(tl.int32)
+        origin, per_unit = tl.load(windows + row * 2), tl.load(windows + row * 2 + 1)
+        for each in range(tiles):
+            y, _, _, _, _ = load_tile(
+                z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+                row, each * TILE, MODELS, HAS_BIAS, 0, TILE,
+            )  # fmt: skip
+            bin = _bin_of(y, origin, per_unit, BINS)
+            kept = (bin >= first_bin) & (bin <= last_bin) & (y >= threshold)
+            mass = sum_of(tl.where(kept, exp_of(y, top, to_log2), 0.0), TILE)
+            result += tl.where(tile == each, mass, 0.0)
+    return result

@@ -1,12 +1,11 @@
 """mixture_sample in Triton: one launch sums every tile of every row, a second draws a tile and a token in it.
 
-Equation numbers are those of README.md. Filters add a stage between the two, see triton_filters.py.
+Equation numbers are those of README.md. Filters add two launches between these, see triton_filters.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,11 +13,17 @@ import triton
 import triton.language as tl
 
 from ...core import tuning
-from ...core.native import on_device
 from ...core.rng_triton import open_unit, random_bits
 from ...core.triton_launch import Launch, PreparedLaunches, Scratch
 from .layout import MixtureSampleInputs, empty_sample
-from .triton_filters import find_thresholds
+from .triton_filters import (
+    bin_sums_kernel,
+    bracket_kernel,
+    find_threshold,
+    gather_kernel,
+    masses_of_bins,
+    sample_step,
+)
 from .triton_tiles import (
     A_PROGRAM_PER_ROW,
     LOG2_E,
@@ -28,7 +33,7 @@ from .triton_tiles import (
     kernel_tensors,
     load_tile,
     load_weights,
-    sum_of,
+    store_sums,
     temperature_of,
 )
 
@@ -43,27 +48,30 @@ Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, logprobs, ok
 
 
 class Plan(NamedTuple):
-    tile: int  # elements per program, a power of two
+    tile: int  # elements summed at a time, a power of two
     warps: int  # of the programs that sum tiles
     draw_warps: int  # of those that choose a token
+    group: int = 1  # with filters: tiles a program; each writes one histogram
+    bins: int = 1  # of a histogram, a power of two
+    listed: int = 1  # most values between the bins' ends that a row's search keeps in a list
 
 
 def _candidates(default: Plan) -> Iterator[Plan]:
     for tile in (1024, 2048, 4096, 8192):
         for warps in (4, 8):
             for draw_warps in (4, 8, 16):
-                yield Plan(tile, warps, draw_warps)
+                yield default._replace(tile=tile, warps=warps, draw_warps=draw_warps)
+    if default.bins > 1:
+        for bins in (64, 128, 256, 512):
+            for group in (1, 2, 4, 8):
+                yield default._replace(bins=bins, group=group)
 
 
 _TUNABLE = tuning.Tunable("mixture_sample", "triton", Plan, _candidates)
-
-
-@triton.jit
-def _store_sum(x, to_log2, tops, sums, slot, TILE: tl.constexpr):
-    top = tl.max(x, axis=0)
-    e = exp_of(x, tl.where(top == float("-inf"), 0.0, top), to_log2)
-    tl.store(tops + slot, top)
-    tl.store(sums + slot, sum_of(e, TILE))
+_UNFILTERED = Plan(_TILE, min(16, max(4, _TILE // 512)), A_PROGRAM_PER_ROW["num_warps"])
+#: Triton counts a value in a histogram by ten to twenty instructions and one of a quarter's speed for every 32 bins. Of
+#: 151,936 Gaussian logits of any scale, a bin at a threshold of top-p then holds about 2,700, and two or three may.
+_FILTERED = _UNFILTERED._replace(warps=8, group=4, bins=128, listed=16_384)
 
 
 @triton.jit
@@ -73,35 +81,19 @@ def tile_sums_kernel(
     settings,  # (rows or 1, 4 + MODELS)
     tops,  # (rows, 1 + MODELS, tiles) float32: of y and of each wanted model, the maximum of a tile
     sums,  # likewise float64: the sum of exp(. - maximum)
-    thresholds,  # (rows,)
     stride0, stride1, stride2, stride3, bias_stride, settings_stride, vocabulary, tiles,
-    MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, WANTED: tl.constexpr, FILTERED: tl.constexpr, TILE: tl.constexpr,
+    MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, WANTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
     tile = program % tiles
-    slot = row * (1 + MODELS) * tiles + tile
-    if FILTERED:
-        threshold = tl.load(thresholds + row)
-        if threshold == float("-inf"):
-            return  # nothing is filtered: keep the sums
     w0, w1, w2, w3 = load_weights(settings, row, settings_stride, MODELS)
     y, m0, m1, m2, m3 = load_tile(
         z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
         row, tile * TILE, MODELS, HAS_BIAS, WANTED, TILE,
     )  # fmt: skip
-    if FILTERED:
-        y = tl.where(y < threshold, float("-inf"), y)
     _, to_log2, _ = temperature_of(settings, row, settings_stride)
-    _store_sum(y, to_log2, tops, sums, slot, TILE)
-    if WANTED & 1:
-        _store_sum(m0, LOG2_E, tops, sums, slot + tiles, TILE)
-    if WANTED & 2:
-        _store_sum(m1, LOG2_E, tops, sums, slot + 2 * tiles, TILE)
-    if WANTED & 4:
-        _store_sum(m2, LOG2_E, tops, sums, slot + 3 * tiles, TILE)
-    if WANTED & 8:
-        _store_sum(m3, LOG2_E, tops, sums, slot + 4 * tiles, TILE)
+    store_sums(y, m0, m1, m2, m3, to_log2, tops, sums, row * (1 + MODELS) * tiles + tile, tiles, WANTED, TILE)
 
 
 @triton.jit
@@ -131,7 +123,7 @@ def draw_kernel(
     settings,  # (rows or 1, 4 + MODELS)
     tops,  # (rows, 1 + MODELS, tiles) float32
     sums,  # (rows, 1 + MODELS, tiles) float64
-    thresholds,  # (rows,)
+    windows, bins, states, offsets, kept, starts, values,  # as in gather_kernel, or one number that is not read
     uniforms,  # (rows,) float64
     seed, row_ids, step,  # () or (rows,); (rows,); () or (rows,) int64
     tokens,  # (rows,)
@@ -141,6 +133,7 @@ def draw_kernel(
     seed_stride, step_stride, rows,
     MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, WANTED: tl.constexpr, FILTERED: tl.constexpr,
     HAS_UNIFORMS: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr,
+    BINS: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     # All loads but those of the chosen tile precede the first reduction, so that their latencies overlap.
@@ -158,7 +151,11 @@ def draw_kernel(
     w0, w1, w2, w3 = load_weights(settings, row, settings_stride, MODELS)
     temperature, to_log2, greedy = temperature_of(settings, row, settings_stride)
     if FILTERED:
-        threshold = tl.load(thresholds + row)
+        state = states + row * 8
+        mass_of_tile = tl.load(kept + row * tiles + tile, mask=here, other=0.0)
+        k, p = tl.load(settings + row * settings_stride + 1), tl.load(settings + row * settings_stride + 2)
+        n, searched = tl.load(state + 3), (tl.load(state + 5) + tl.load(state + 6)) > 0
+        threshold = tl.load(state + 7).to(tl.float32)
     if HAS_UNIFORMS:
         u = tl.load(uniforms + row)
     else:
@@ -168,6 +165,22 @@ def draw_kernel(
     top, masses = combine_tiles(tile_tops, tile_sums, to_log2)
     total = tl.sum(masses, axis=0)
     right = (total > 0) & (total < float("inf"))
+    if FILTERED:
+        if searched:
+            list_of_row, listed = values + row * LIST, n <= LIST
+            found = find_threshold(
+                list_of_row, listed, states, windows, top, total, tl.sum(mass_of_tile, axis=0), p, k, to_log2,
+                z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+                row, MODELS, HAS_BIAS, BINS,
+            )  # fmt: skip
+            threshold = tl.maximum(threshold, found)
+            mass_of_tile += masses_of_bins(
+                list_of_row, listed, starts, states, windows, top, threshold, to_log2, tiles,
+                z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+                row, MODELS, HAS_BIAS, BINS, TILE, TILES,
+            )  # fmt: skip
+        masses = mass_of_tile
+        total = tl.sum(masses, axis=0)
     # A greedy row is the draw u = 0 from equal masses on its maxima.
     target = tl.where(greedy, 0.0, u * total)
     masses = tl.where(greedy, ((tile_tops == top) & here).to(tl.float64), masses)
@@ -219,56 +232,67 @@ def mixture_sample(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, torch.Ten
 
 def prepare(inputs: MixtureSampleInputs) -> Callable[[MixtureSampleInputs], Sample]:
     """Return the function that samples with inputs of this signature: what depends on sizes is computed here, once."""
-    rows, vocabulary, device, filtered = inputs.rows, inputs.vocabulary, inputs.device, inputs.filtered
-    if not rows:
+    if not inputs.rows:
         return empty_sample
-    workload = tuning.make_workload(0, (vocabulary,), inputs.logits, "filtered" if filtered else "")
-    plan = _TUNABLE.plan(device, workload, Plan(_TILE, min(16, max(4, _TILE // 512)), A_PROGRAM_PER_ROW["num_warps"]))
-    width = max(256, min(plan.tile, triton.next_power_of_2(vocabulary)))
-    width = max(width, triton.next_power_of_2(triton.cdiv(vocabulary, _MAX_TILES)))
-    tiles = triton.cdiv(vocabulary, width)
-    models = len(inputs.logits)
-    shape = (rows, 1 + models, tiles)
-    scratch = Scratch(device, (shape, torch.float32), (shape, torch.float64), ((rows,), torch.float32))
-    pointers, sizes, flags = kernel_arguments(inputs)
-    # The mixture's log-probability needs no further sums.
-    flags |= {"TILE": width, "WANTED": inputs.logprob_mask & ((1 << models) - 1)}
-    sizes = (*sizes, tiles)
-    sums = Launch(
-        tile_sums_kernel, rows * tiles, pointers + 3, sizes, flags | {"FILTERED": False, "num_warps": plan.warps}
-    )
-    draw_flags = {
-        "FILTERED": filtered, "HAS_UNIFORMS": inputs.uniforms is not None, "STREAM": inputs.stream,
-        "TILES": max(16, triton.next_power_of_2(tiles)), "SLOTS": triton.next_power_of_2(models),
-        **A_PROGRAM_PER_ROW, "num_warps": plan.draw_warps,
-    }  # fmt: skip
-    strides = tuple([0 if x is None else x.ndim for x in (inputs.seed, inputs.step)])
-    draw = Launch(draw_kernel, rows, pointers + 10, (*sizes, *strides, rows), flags | draw_flags)
-    launches = PreparedLaunches(device, scratch, (sums, draw))
+    launches, scratch = launches_of(inputs)
+    prepared = PreparedLaunches(inputs.device, scratch, launches)
 
     def sample(inputs: MixtureSampleInputs) -> Sample:
         result = empty_sample(inputs)
-        launches(kernel_tensors(inputs), (*_draw_tensors(inputs), *result))
+        prepared(kernel_tensors(inputs), (*_draw_tensors(inputs), *result))
         return result
 
-    return partial(_sample_filtered, scratch=scratch, sums=sums, draw=draw) if filtered else sample
+    return sample
 
 
-def _sample_filtered(inputs: MixtureSampleInputs, scratch: Scratch, sums: Launch, draw: Launch) -> Sample:
-    result, memory = empty_sample(inputs), scratch.allocate()
-    views = scratch.views(memory)
-    pointers = [*kernel_tensors(inputs), *views, *_draw_tensors(inputs), *result]
+def launches_of(inputs: MixtureSampleInputs) -> tuple[list[Launch], Scratch]:
+    """Return the launches for inputs of this signature, and their working memory."""
+    rows, vocabulary, device, filtered = inputs.rows, inputs.vocabulary, inputs.device, inputs.filtered
+    workload = tuning.make_workload(0, (vocabulary,), inputs.logits, "filtered" if filtered else "")
+    plan = _TUNABLE.plan(device, workload, _FILTERED if filtered else _UNFILTERED)
+    width = max(256, min(plan.tile, triton.next_power_of_2(vocabulary)))
+    width = max(width, triton.next_power_of_2(triton.cdiv(vocabulary, _MAX_TILES)))
+    tiles, models = triton.cdiv(vocabulary, width), len(inputs.logits)
+    chunks = triton.cdiv(tiles, plan.group)
+    pointers, sizes, shared = kernel_arguments(inputs)
+    sizes = (*sizes, tiles)
+    # The mixture's log-probability needs no further sums.
+    wanted = {"WANTED": inputs.logprob_mask & ((1 << models) - 1)}
+    tiled = {**shared, "TILE": width}
+    combined = {"TILES": max(16, triton.next_power_of_2(tiles)), "BINS": plan.bins}
+    if filtered:
+        grouped = {**tiled, "GROUP": plan.group, "BINS": plan.bins, "num_warps": plan.warps}
+        sampled = (*sizes, chunks, sample_step(vocabulary))
+        bracket = {"MODELS": models, "enable_fp_fusion": False, "num_warps": A_PROGRAM_PER_ROW["num_warps"], **combined}
+        launches = [
+            Launch(bin_sums_kernel, rows * chunks, pointers + 4, sampled, grouped | wanted),
+            Launch(bracket_kernel, rows, pointers + 6, (*sizes, chunks), bracket),
+            Launch(gather_kernel, rows * chunks, pointers + 9, (*sizes, chunks), grouped | {"LIST": plan.listed}),
+        ]
+    else:
+        sums = {**tiled, **wanted, "num_warps": plan.warps}
+        launches = [Launch(tile_sums_kernel, rows * tiles, pointers + 2, sizes, sums)]
+    draw = {
+        **tiled, **wanted, **combined, "FILTERED": filtered, "LIST": plan.listed, "STREAM": inputs.stream,
+        "HAS_UNIFORMS": inputs.uniforms is not None, "SLOTS": triton.next_power_of_2(models),
+        **A_PROGRAM_PER_ROW, "num_warps": plan.draw_warps,
+    }  # fmt: skip
+    strides = tuple([0 if x is None else x.ndim for x in (inputs.seed, inputs.step)])
+    launches.append(Launch(draw_kernel, rows, pointers + 16, (*sizes, *strides, rows), draw))
+    return launches, _scratch(device, rows, models, tiles, chunks, plan, filtered)
 
-    def start(launch: Launch, **options: object) -> None:
-        taken = pointers[: launch.pointers]
-        launch.kernel[(launch.programs,)](*taken, *launch.integers, **launch.options | options)
 
-    with on_device(inputs.device):
-        start(sums)
-        views[2].copy_(find_thresholds(inputs, *views[:2]))
-        start(sums, WANTED=0, FILTERED=True)
-        start(draw)
-    return result
+def _scratch(
+    device: torch.device, rows: int, models: int, tiles: int, chunks: int, plan: Plan, filtered: bool
+) -> Scratch:
+    """Return the memory from tops to values; without filters one number for each that they alone need."""
+    f32, f64, i32 = torch.float32, torch.float64, torch.int32
+    sums = (rows, 1 + models, tiles)
+    pieces: list[tuple[tuple[int, ...], torch.dtype]] = [
+        ((rows, 2), f32), ((rows, chunks, plan.bins), i32), ((rows, 8), f64), ((rows, chunks), i32),
+        ((rows, tiles), f64), ((rows, tiles), i32), ((rows, plan.listed), f32),
+    ]  # fmt: skip
+    return Scratch(device, (sums, f32), (sums, f64), *(pieces if filtered else [((1,), kind) for _, kind in pieces]))
 
 
 def _draw_tensors(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, ...]:

@@ -79,12 +79,11 @@ def _weighted(z, weight):
 
 
 @triton.jit
-def load_tile(
+def load_elements(
     z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
-    row, start, MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, WANTED: tl.constexpr, TILE: tl.constexpr,
+    row, start, lane, MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, WANTED: tl.constexpr,
 ):  # fmt: skip
-    """Load y (TILE,), -inf beyond the vocabulary, and the logits (TILE,) of the models that WANTED names."""
-    lane = tl.arange(0, TILE)
+    """Load y at start + lane, -inf beyond the vocabulary, and the logits of the models that WANTED names."""
     length = vocabulary - start
     inside = lane < length
     m0 = _load(z0 + row * stride0 + start, lane, length, w0, WANTED & 1)
@@ -113,6 +112,18 @@ def load_tile(
 
 
 @triton.jit
+def load_tile(
+    z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+    row, start, MODELS: tl.constexpr, HAS_BIAS: tl.constexpr, WANTED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Load y (TILE,), -inf beyond the vocabulary, and the logits (TILE,) of the models that WANTED names."""
+    return load_elements(
+        z0, z1, z2, z3, bias, w0, w1, w2, w3, stride0, stride1, stride2, stride3, bias_stride, vocabulary,
+        row, start, tl.arange(0, TILE), MODELS, HAS_BIAS, WANTED,
+    )  # fmt: skip
+
+
+@triton.jit
 def temperature_of(settings, row, settings_stride):
     """Load the temperature, 1 for a greedy row; log2(e) / temperature; greedy."""
     temperature = tl.load(settings + row * settings_stride)
@@ -131,6 +142,30 @@ def exp_of(y, top, to_log2):
 def sum_of(e, TILE: tl.constexpr):
     """Return the float64 sum of e (TILE,)."""
     return tl.sum(tl.sum(tl.reshape(e, (TILE // _LANES, _LANES)), axis=1).to(tl.float64), axis=0)
+
+
+@triton.jit
+def _store_sum(x, to_log2, tops, sums, slot, TILE: tl.constexpr):
+    top = tl.max(x, axis=0)
+    e = exp_of(x, tl.where(top == float("-inf"), 0.0, top), to_log2)
+    tl.store(tops + slot, top)
+    tl.store(sums + slot, sum_of(e, TILE))
+
+
+@triton.jit
+def store_sums(
+    y, m0, m1, m2, m3, to_log2, tops, sums, slot, tiles, WANTED: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Store the maximum and the sum of one tile, of y and of each wanted model."""
+    _store_sum(y, to_log2, tops, sums, slot, TILE)
+    if WANTED & 1:
+        _store_sum(m0, LOG2_E, tops, sums, slot + tiles, TILE)
+    if WANTED & 2:
+        _store_sum(m1, LOG2_E, tops, sums, slot + 2 * tiles, TILE)
+    if WANTED & 4:
+        _store_sum(m2, LOG2_E, tops, sums, slot + 3 * tiles, TILE)
+    if WANTED & 8:
+        _store_sum(m3, LOG2_E, tops, sums, slot + 4 * tiles, TILE)
 
 
 @triton.jit
