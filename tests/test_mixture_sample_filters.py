@@ -199,6 +199,8 @@ BAD = [
     ({"row_ids": torch.arange(4)}, ValueError, r"row_ids: expected shape \(rows\) with rows=3; got \(4,\)"),
     ({"step": torch.zeros(2, dtype=torch.int64)}, ValueError, "step: expected shape"),
     ({"stream": 300}, ValueError, "stream: expected an integer"),
+    ({"stream": [0]}, TypeError, "stream: expected an integer; got list"),
+    ({"stream": False}, TypeError, "stream: expected an integer; got bool"),
     ({"uniforms": torch.zeros(3)}, TypeError, "uniforms: expected dtype float64"),
     ({"bias": torch.zeros(49)}, ValueError, "bias: expected shape"),
     ({"bias": torch.zeros(50, dtype=torch.bool)}, TypeError, "bias: expected dtype float32; got bool"),
@@ -213,6 +215,8 @@ BAD = [
 def test_bad_input_is_named(change, error, message) -> None:
     good = {"policy_logits": torch.zeros(3, 50), "reference_logits": torch.zeros(3, 50), "beta": 0.3}
     good |= {"seed": torch.tensor(1), "row_ids": torch.arange(3), "step": torch.tensor(0)}
+    for _ in range(2):  # known by then, which vouches for no other call
+        assert nlhf_kernels.mixture_sample(**good).ok.all()
     with pytest.raises(error, match=message):
         nlhf_kernels.mixture_sample(**{**good, **change})
 

@@ -19,13 +19,14 @@ from .registry import Op, Problem
 Inputs = TypeVar("Inputs", bound=NamedTuple)
 _MAX_SIGNATURES = 4096  # per op; bounds memory where shapes keep changing
 _TENSORS = frozenset((torch.Tensor, type(None)))
+_VALUES = frozenset((bool, int, float, str, torch.dtype))
 
 
 class Signature(Generic[Inputs]):
     """The function from an operator's inputs to what their checks depend on.
 
     Args:
-        inputs (type): a NamedTuple of tensors, lists of tensors, None, and hashable values.
+        inputs (type): a NamedTuple of tensors, lists of tensors, numbers, texts and dtypes.
     """
 
     def __init__(self, inputs: type[Inputs]) -> None:
@@ -46,7 +47,8 @@ class Signature(Generic[Inputs]):
         return tensors
 
     def __call__(self, inputs: Inputs) -> Any:
-        """Return a hashable value; None where a tensor is of a subclass, which may report anything, or not dense.
+        """Return a hashable value; None for other types than the fields', subclasses of Tensor, which may report
+        anything, and tensors that are not dense.
 
         Types belong to it, as 1, 1.0 and True are equal.
         """
@@ -54,11 +56,14 @@ class Signature(Generic[Inputs]):
         if not _TENSORS.issuperset(map(type, tensors)):
             return None
         others = self._others(inputs)
+        kinds = tuple(map(type, others))
+        if not _VALUES.issuperset(kinds):
+            return None
         try:
             facts = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
         except RuntimeError:  # no strides
             return None
-        return (*facts, others, *map(type, others))
+        return (*facts, others, kinds)
 
 
 class Calls(Generic[Inputs]):

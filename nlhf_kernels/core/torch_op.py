@@ -82,14 +82,18 @@ def define(
         return lambda inputs: operator(*inputs)
 
     def call(inputs: Inputs) -> Result:
-        if not torch.compiler.is_compiling() and is_unobserved():
-            run = known(inputs)
-            if run is not None:
-                return run(inputs)
-        result: Result = operator(*inputs)
+        run = past_dispatcher(known, inputs)
+        result: Result = operator(*inputs) if run is None else run(inputs)
         return result
 
     return call
+
+
+def past_dispatcher(
+    known: Callable[[Inputs], Callable[[Inputs], Result] | None], inputs: Inputs
+) -> Callable[[Inputs], Result] | None:
+    """Return what runs a call in place of its operator: None for a call that is observed, or whose signature is new."""
+    return None if torch.compiler.is_compiling() or not is_unobserved() else known(inputs)
 
 
 def asks_for_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -339,6 +339,19 @@ def _sample(
     backend: str | None,
 ) -> PackedSample:
     """Check the arguments under the caller's names, bring tensors into the operator's layout, sample."""
+    if vocab_size is None and isinstance(settings, MixtureSettings):
+        # What the operator has taken before as it is passes the checks below, and needs no other layout.
+        logits = [*named_logits.values()]
+        if uniforms is None and type(logits[0]) is torch.Tensor:
+            seed, step = (_filled(x, logits[0].device) if type(x) is int else x for x in (seed, step))
+        counter: tuple[Any, Any, Any] = (seed, row_ids, step) if uniforms is None else (None, None, None)
+        packed, filtered = settings
+        inputs = MixtureSampleInputs(
+            logits, packed, filtered, bias, uniforms, *counter, stream, logprob_mask, backend or ""
+        )  # fmt: skip
+        run = torch_op.past_dispatcher(_calls.known, inputs)
+        if run is not None:
+            return PackedSample(*run(inputs))
     named_logits, bias, part = local_logits(op, named_logits, bias, vocab_size)
     if part is not None:
         vocab_size = None  # the columns beyond are left out already
@@ -399,9 +412,13 @@ def _checked_settings(
     return MixtureSettings(packed.contiguous(), settings.filtered)
 
 
+def _filled(value: int, device: torch.device) -> torch.Tensor:
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
 def _as_tensor(op: str, name: str, value: Integer, device: torch.device) -> torch.Tensor:
     if isinstance(value, int) and not isinstance(value, bool):
-        return torch.full((), value, dtype=torch.int64, device=device)
+        return _filled(value, device)
     check_is_tensor(op, name, value)
     return value  # type: ignore[return-value]
 

@@ -19,7 +19,7 @@ from .layout import MixtureSampleInputs
 LOG2_E = tl.constexpr(1.4426950408889634)
 #: Launches with one program per row are bound by memory latency, so they get many warps. Their programs are too few to
 #: share a multiprocessor, but without a limit ptxas saves registers for that, and spills.
-A_PROGRAM_PER_ROW = {"num_warps": 8, "maxnreg": 168}
+A_PROGRAM_PER_ROW = {"num_warps": 8, "maxnreg": 192}
 _LANES = tl.constexpr(8)  # elements summed in float32 before float64: a dominant token absorbs 7 others at most
 
 
