@@ -58,6 +58,8 @@ TWO = {
         "tp_size": 2, "per_device_train_batch_size": 8, **SAVED, **ALL_ADAPTED, "resume": True,
         "of": "tp_adapters_begun", "saves": True,
     },
+    "tp_mixtral": {"tp_size": 2, "per_device_train_batch_size": 8, "model": "mixtral"},
+    "fsdp_mixtral": {"fsdp_size": 2, "per_device_train_batch_size": 4, "model": "mixtral"},
     "half": {"fsdp_size": 2, "per_device_train_batch_size": 4, "bf16": True},
     "straight": {"fsdp_size": 2, "per_device_train_batch_size": 4, **EMA},
     "begun": {"fsdp_size": 2, "per_device_train_batch_size": 4, **SAVED, "max_steps": 2},
@@ -96,6 +98,8 @@ def models(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
     random_model(transformers.LlamaConfig(**SHAPE), 0).save_pretrained(root / "llama")
     random_model(transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True), 1).save_pretrained(root / "tied")
+    experts = transformers.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)
+    random_model(experts, 2).save_pretrained(root / "mixtral")
     return root
 
 
@@ -184,6 +188,12 @@ def test_snapshots_act_on_parts(two, alone) -> None:
 def test_adapters_over_a_split_base(two, alone) -> None:
     """Adapters over a sharded base learn the same, with the exact KL from the base."""
     assert_same(two.results["adapters"], alone(ADAPTERS))
+
+
+@pytest.mark.parametrize("name", ["tp_mixtral", "fsdp_mixtral"])
+def test_a_mixture_of_experts(name, two, alone) -> None:
+    """Tensor parallelism splits every expert, FSDP2 the tensors that hold all of them."""
+    assert_same(two.results[name], alone({}, "mixtral"))
 
 
 def test_adapters_on_split_matrices(two, alone) -> None:

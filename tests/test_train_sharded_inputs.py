@@ -150,6 +150,8 @@ def test_models_of_two_layouts() -> None:
     args = SimpleNamespace(tp_size=1, fsdp_size=1, world_size=2, optim="adamw_torch")
     policy = split(tp_size=2)
     assert check_layout(args, policy, reference_model=split(tp_size=2), eval_opponent=None).tp_size == 2
+    with pytest.raises(ValueError, match="reference_model: expected .* of tp_size, .*; got ep_size 2"):
+        check_layout(args, policy, reference_model=split(tp_size=2, ep_size=2))
     for other in (tiny_model("llama"), split(fsdp_size=2)):
         with pytest.raises(ValueError, match="reference_model: expected a model that is split as the policy, tp 2"):
             check_layout(args, policy, reference_model=other)

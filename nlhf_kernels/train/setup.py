@@ -82,6 +82,14 @@ def check_layout(args: NashConfig, model: Any, **others: Any) -> Layout:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{OP}: model: expected a causal language model; got {type(model).__name__}")
     layout = layout_of_model(model)
+    for name, each in {"model": model, **others}.items():
+        split = getattr(getattr(each, "config", None), "distributed_config", None)
+        for size in ("ep_size", "pp_size"):
+            if (getattr(split, size, None) or 1) > 1:
+                raise ValueError(
+                    f"{OP}: {name}: expected a DistributedConfig of tp_size, fsdp_size and dp_replicate_size alone, "
+                    f"which split mixtures of experts too; got {size} {getattr(split, size)}"
+                )
     for name in ("tp_size", "fsdp_size"):
         size = getattr(layout, name)
         if getattr(args, name) not in (1, size):
