@@ -48,8 +48,11 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "--failures-at-once", "-o", "add
 
 
 def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
-    """List the stages by importance. A share is what the stage may take of nine minutes, in seconds, about a third more
-    than it needs: what is left goes to the stages after it."""
+    """List the stages by importance.
+
+    Shares are such that in nine minutes the first stages have more than they need, whatever comes after them: at most
+    100 s for the build, 130 for the tests, about as much for headlines and rollouts. What they leave goes to the rest.
+    """
     tiny = preset == "tiny"
     no_gpu = "" if device.type == "cuda" else f"needs a GPU; got --device {device.type}"
     no_more = "preset tiny has no more shapes" if tiny else ""
@@ -67,16 +70,16 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
         return benchmark("train_step", "headline", "--rival", TRL, "--repeats", "2", "--shape", f"new={new}")
 
     products = ("896x1152", "896x896", "896x9728", "4864x896", "3584x4608", "3584x3584", "3584x37888", "18944x3584")
-    tune = (sys.executable, "-m", "nlhf_kernels", "tune", "--minutes", "1.2", "--rows", "32", "--products", *products)
+    tune = (sys.executable, "-m", "nlhf_kernels", "tune", "--minutes", "0.9", "--rows", "32", "--products", *products)
     few = ("--no-compile", "--case", "mirror_descent", "--backend", "torch", "cpu")
     headlines = (*benchmark("run", "headline", "--no-compile"), *(few if tiny else ()))
     sweeps = tuple(benchmark(name, "standard") for name in ("run", "rollout", "train_step"))
     return [
         _build(device, no_gpu),
-        Stage("tests", 150, (_tests(1 if tiny else None),)),
-        Stage("headlines", 110, (headlines,)),
-        Stage("rollout", 110, (rollout(896),) if tiny else (rollout(896), rollout(3584)), least=0 if tiny else 50),
-        Stage("train_step", 80, (update(64),) if tiny else (update(64), update(256)), least=0 if tiny else 35),
+        Stage("tests", 240, (_tests(1 if tiny else None),)),
+        Stage("headlines", 170, (headlines,)),
+        Stage("rollout", 170, (rollout(896),) if tiny else (rollout(896), rollout(3584)), least=0 if tiny else 50),
+        Stage("train_step", 110, (update(64),) if tiny else (update(64), update(256)), least=0 if tiny else 35),
         Stage("one_model", 80, (benchmark("one_model", "headline", "--patience", "25"),), least=0 if tiny else 30),
         Stage(
             "sanitizers",
@@ -87,10 +90,11 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
         ),
         Stage(
             "plans",
-            150,
+            60,
             (tune, rollout(896, "--tuned"), rollout(3584, "--tuned")),
             {"NLHF_KERNELS_TUNING": str(out.with_suffix(".plans.json"))},
             missing=no_gpu,
+            least=65,  # tune keeps its plans at its end
         ),
         Stage("sweeps", 20, sweeps, missing=no_more),
         Stage("growth", 10, (benchmark("run", "growth", "--no-compile"),), missing=no_more),
@@ -106,7 +110,7 @@ def _build(device: torch.device, no_gpu: str) -> Stage:
     architecture = "" if no_gpu else "{}{}".format(*torch.cuda.get_device_capability(device))
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     environment = {"CUDAARCHS": architecture}
-    return Stage("build", 150, (command, (sys.executable, "-c", CHECK_BUILD)), environment, missing=no_gpu, least=15)
+    return Stage("build", 200, (command, (sys.executable, "-c", CHECK_BUILD)), environment, missing=no_gpu, least=15)
 
 
 def _tests(count: int | None) -> tuple[str, ...]:
