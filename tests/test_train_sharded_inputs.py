@@ -18,6 +18,7 @@ pytest.importorskip("accelerate", reason="training needs accelerate")
 
 from nlhf_kernels.cli import train
 from nlhf_kernels.cli.errors import BadInput, SaidByFirst
+from nlhf_kernels.cli.main import main
 from nlhf_kernels.core import upstream
 from nlhf_kernels.core.split_adapters import check_splittable
 from nlhf_kernels.preference import save_preference_model
@@ -127,6 +128,17 @@ def test_a_bad_layout_is_refused_before_models_are_loaded(changes, sizes, expect
         train._split(run_file, SimpleNamespace(**args))
     with pytest.raises(SaidByFirst):
         train._split(run_file, SimpleNamespace(**{**args, "process_index": 1}))
+
+
+def test_a_bad_run_file_is_reported_once(root, monkeypatch, capsys) -> None:
+    """Of a machine's processes the first one reports it; all end with the same exit code."""
+    monkeypatch.chdir(root)
+    reports = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["train", "--config", "run.yaml", "--set", "training.beta=2"]) == 2
+        reports.append(capsys.readouterr().err)
+    assert "training.beta: expected" in reports[0] and not reports[1]
 
 
 def test_a_transformers_that_is_too_old(root, monkeypatch) -> None:

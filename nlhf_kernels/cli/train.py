@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
     from ..train.run_file import option_names, read_run_file
 
     arguments.option_names.update(option_names())
-    run_file = read_run_file(arguments.config, arguments.set)
-    arguments.output = run_file.training["output_dir"]
-    place = Path(arguments.output) / POLICY
-    _check_policy(run_file, place, replaces=arguments.resume or run_file.training.get("overwrite_output_dir", False))
-    args = run_file.config()
+    with _said_once_per_machine():
+        run_file = read_run_file(arguments.config, arguments.set)
+        arguments.output = run_file.training["output_dir"]
+        place = Path(arguments.output) / POLICY
+        replaces = arguments.resume or run_file.training.get("overwrite_output_dir", False)
+        _check_policy(run_file, place, replaces=replaces)
+        args = run_file.config()
     split = _split(run_file, args)
     if arguments.check or args.process_index:
         code = _train(arguments, run_file, args, split, place)
@@ -74,6 +77,19 @@ def run(arguments: argparse.Namespace) -> int:
             code = _train(arguments, run_file, args, split, place)
     leave_process_group()
     return code
+
+
+@contextmanager
+def _said_once_per_machine() -> Iterator[None]:
+    """Let the first of a machine's processes report what is wrong with a run file; all of them end."""
+    from accelerate.utils import get_int_from_env
+
+    try:
+        yield
+    except (BadInput, ValueError, TypeError, OSError) as error:
+        if get_int_from_env(("LOCAL_RANK",), 0) > 0:
+            raise SaidByFirst from error
+        raise
 
 
 def _split(run_file: RunFile, args: NashConfig) -> Any:
