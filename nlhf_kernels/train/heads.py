@@ -18,8 +18,9 @@ import torch
 
 from ..core.tokens import count_positions
 from ..core.upstream import plain_class
+from ..engine.sharded import fsdp_modules
 from ..ops import Head
-from .sharded import fsdp_modules, reshard, whole
+from .sharded import reshard, whole
 
 OP = "NashTrainer"
 _scales: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # of models whose heads have been checked

@@ -79,10 +79,12 @@ def check_layout(args: NashConfig, model: Any, **others: Any) -> Layout:
         model: the policy.
         others: the other models by their arguments' names; None is skipped.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{OP}: model: expected a causal language model; got {type(model).__name__}")
+    models = {"model": model, **{name: other for name, other in others.items() if other is not None}}
+    for name, each in models.items():
+        if not isinstance(each, torch.nn.Module):
+            raise TypeError(f"{OP}: {name}: expected a causal language model; got {type(each).__name__}")
     layout = layout_of_model(model)
-    for name, each in {"model": model, **others}.items():
+    for name, each in models.items():
         split = getattr(getattr(each, "config", None), "distributed_config", None)
         for size in ("ep_size", "pp_size"):
             if (getattr(split, size, None) or 1) > 1:
@@ -97,10 +99,10 @@ def check_layout(args: NashConfig, model: Any, **others: Any) -> Layout:
                 f"{OP}: model: expected one that from_pretrained has split by DistributedConfig({name}="
                 f"{getattr(args, name)}), as args.{name} is; got {name} {size}"
             )
-    for name, other in others.items():
-        if other is not None and layout_of_model(other) != layout:
+    for name, each in models.items():
+        if layout_of_model(each) != layout:
             raise ValueError(
-                f"{OP}: {name}: expected a model that is split as the policy, {layout}; got {layout_of_model(other)}"
+                f"{OP}: {name}: expected a model that is split as the policy, {layout}; got {layout_of_model(each)}"
             )
     check_optimizer(OP, args.optim, layout)
     if layout.tp_size > 1 and is_adapted(model):
@@ -117,8 +119,6 @@ def with_reference(model: Any, reference: Any, peft_config: Any, seed: int, *, s
             f"{OP}: model: expected peft's own model around an adapter and its base; got an adapter that transformers "
             "has put into the base (peft's AutoPeftModelForCausalLM loads it, with is_trainable=True)"
         )
-    if not isinstance(reference, (torch.nn.Module, type(None))):
-        raise TypeError(f"{OP}: reference_model: expected a causal language model; got {type(reference).__name__}")
     if reference is model:
         raise ValueError(f"{OP}: reference_model: expected another model than the trained one; got the same object")
     if peft_config is not None:

@@ -8,7 +8,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..core.optional import need
 from ..core.upstream import skeleton
 from ..core.vocabulary import TENSOR_PARALLEL, is_dtensor
 from ..engine.peft_models import is_adapted
+from ..engine.sharded import fsdp_modules
 from .layout import Layout
 
 Tensors = Mapping[str, torch.Tensor]
@@ -205,18 +206,6 @@ def average_split_gradients(model: Any, layout: Layout) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and is_dtensor(parameter):
             parameter.register_post_accumulate_grad_hook(average)
-
-
-def fsdp_modules(model: Any) -> Iterator[Any]:
-    """Yield the modules that FSDP2 gathers one by one.
-
-    Args:
-        model: any module.
-    """
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule
-
-        yield from (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def reshard(model: Any) -> None:
