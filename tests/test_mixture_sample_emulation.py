@@ -35,6 +35,13 @@ def _emulated_cuda(emulation, monkeypatch) -> None:
     monkeypatch.setattr(native, "cuda_stream", lambda device: 0)
     monkeypatch.setattr(native, "on_device", lambda device: contextlib.nullcontext())
     monkeypatch.setitem(OP.backend("cpu").__dict__, "run", native.mixture_sample_cuda)
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Ask the emulated device for its default plans again, after another was chosen."""
+    native._call.cache_clear()
+    native._default_plan.cache_clear()
 
 
 @pytest.mark.parametrize("dtypes", shared.DTYPE_PAIRS, ids=str)
@@ -111,6 +118,7 @@ def test_the_grid_does_not_matter(emulation, options) -> None:
     expected = None
     for device in (ROOMY, CRAMPED):
         emulation.library.emulation_set_device(device)
+        forget_plans()
         results = []
         for seed in (0, 1, 2):
             emulation.library.emulation_set_seed(ctypes.c_uint64(seed))
@@ -252,7 +260,7 @@ def test_too_long_a_row_is_an_error(emulation) -> None:
     models = ((8, 0, 2**31),)  # 8: an address that is not read
     with pytest.raises(RuntimeError, match=r"mixture_sample: CUDA error 1 \(invalid argument\)"):
         call = (models, 8, 0, False, 0, 0, 8, 0, 0, 0, 0, 0, 0, 1, 2**31, 0, 8, 8, 8)
-        emulation.module.mixture_sample(*call, 1, 1, 0, 0, 0)
+        emulation.module.mixture_sample(*call, 1, 1, 8, 1, 0, 0, 0)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -269,6 +277,7 @@ def test_the_floor_reads_every_logit(emulation, dtype, device) -> None:
 
 
 PLANS = [native.Plan(1, 1), native.Plan(1, 64), native.Plan(2, 3), native.Plan(4, 1), native.Plan(3, 8)]
+PLANS += [native.Plan(1, 2, 7), native.Plan(4, 2, 6), native.Plan(2, 2, 8, 2), native.Plan(4, 3, 6, 2)]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -279,6 +288,57 @@ def test_every_plan_is_right(plan, options) -> None:
         assert_right(sample(logits, uniforms, **options), *logits, 0.3, uniforms, **options)
 
 
+def test_a_row_of_more_blocks_than_a_cluster_is_an_error() -> None:
+    logits, uniforms = logits_pair(2, 9001, "cpu", (BF16, BF16)), uniforms_for(2, "cpu")
+    with (
+        tuning.use_plan(native._TUNABLE, native.Plan(1, 2, 8, 2)),  # nine blocks
+        pytest.raises(RuntimeError, match=r"mixture_sample: CUDA error 1 \(invalid argument\)"),
+    ):
+        sample(logits, uniforms)
+
+
+FMA = [native.Plan(1, 8, ex2) for ex2 in (7, 6)]
+
+
+@pytest.mark.parametrize("plan", FMA, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_exponentials_on_fma_units_are_as_accurate(plan, dtype) -> None:
+    """Elements that take the polynomial hold nearly all mass of some rows, or NaN, infinities and masks."""
+    logits, uniforms = logits_pair(24, 1031, "cpu", (dtype, dtype)), uniforms_for(24, "cpu")
+    for row in range(8):
+        logits[0][row, row::8] += 20.0  # one position of every eight holds the mass
+    logits[0][8:16, ::3] = -math.inf
+    logits[1][16:20] = torch.finfo(dtype).min
+    logits[0][16:18] = torch.finfo(dtype).min
+    with tuning.use_plan(native._TUNABLE, plan):
+        result = sample(logits, uniforms)
+        assert_right(result, *logits, 0.3, uniforms)
+        for fault in (math.nan, math.inf):
+            for column in (0, 6, 7, 1023, 1030):
+                broken = [logits[0][:2].clone(), logits[1][:2]]
+                broken[0][1, column] = fault
+                ok = sample(broken, uniforms[:2]).ok
+                assert ok.tolist() == [True, False], (fault, column)
+    torch.testing.assert_close(result.mixture_logprob, sample(logits, uniforms).mixture_logprob, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("tile_steps", [1, 2])
+@pytest.mark.parametrize("k", [1, 2, 8, 9, 10, 17, 18, 19, 255, 256, 257])
+def test_top_k_bounded_by_the_maxima_of_tiles(tile_steps, k) -> None:
+    """9,001 tokens make 18 or 9 tiles: a k of up to that many needs no histogram where so many tiles have mass."""
+    uniforms = torch.linspace(0, 1, 8, dtype=torch.float64)
+    logits = logits_pair(8, 9001, "cpu", (F32,))[0]
+    logits[1] = logits[1].sort().values  # the largest are in one tile
+    logits[2, 512:] = -math.inf  # fewer tiles with mass than k
+    logits[3] = 0.25  # more candidates than fit
+    logits[4] = logits[4].round()  # ties at the bound
+    logits[5, 1024:] -= 86.0  # tiles of hardly any mass
+    logits[6] *= 1e30
+    with tuning.use_plan(native._TUNABLE, native.Plan(tile_steps, 2)):
+        for options in ({"top_k": k}, {"top_k": k, "top_p": 0.6}, {"top_k": k, "min_p": 0.3}):
+            assert_right(sample([logits], uniforms, **options), logits, None, None, uniforms, **options)
+
+
 def test_the_plan_is_the_one_that_launches(monkeypatch, emulation) -> None:
     plans = []
 
@@ -287,7 +347,7 @@ def test_the_plan_is_the_one_that_launches(monkeypatch, emulation) -> None:
             return getattr(emulation.module, name)
 
         def mixture_sample(self, *arguments):
-            plans.append(arguments[-5:-3])
+            plans.append(arguments[-7:-3])
             emulation.module.mixture_sample(*arguments)
 
     monkeypatch.setattr(native.capabilities, "native", lambda name: Module())
@@ -295,10 +355,10 @@ def test_the_plan_is_the_one_that_launches(monkeypatch, emulation) -> None:
     sample(logits, uniforms)
     with tuning.use_plan(native._TUNABLE, native.Plan(3, 5)):
         sample(logits, uniforms)
-    assert plans == [emulation.module.mixture_sample_plan(3, 9001), (3, 5)]
-    for wrong in ((0, 1), (5, 1), (1, 0)):
+    assert plans == [emulation.module.mixture_sample_plan(3, 9001), (3, 5, 8, 1)]
+    for wrong in ((0, 1), (5, 1), (1, 0), (1, 1, 5), (1, 1, 9), (1, 1, 8, 0), (1, 1, 8, 3)):
         with (
             tuning.use_plan(native._TUNABLE, native.Plan(*wrong)),
-            pytest.raises(ValueError, match="mixture_sample: plan: expected tile_steps from 1 to 4"),
+            pytest.raises(ValueError, match="mixture_sample: plan: expected (tile_steps|ex2) from"),
         ):
             sample(logits, uniforms)

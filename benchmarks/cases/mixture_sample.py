@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..harness.case import Baseline, Case, Inputs, Shape, Unavailable
+from ..harness.case import Baseline, Case, Function, Inputs, Shape, Unavailable, Variant
 from ..harness.check import CheckContext, CheckResult, Tensors
 
 BETA = 0.3
@@ -61,12 +62,16 @@ def draw_check(result: Tensors, expected: Tensors, context: CheckContext) -> Che
     tokens, *logprobs = result[:4]
     if not logprobs:  # the floor's maxima, or FlashInfer's own draws
         return CheckResult(bool(tokens.isfinite().all()), 0.0, 0.0)
-    if logprobs[0].ndim == 2:  # from the layers below the public function: one tensor
+    if logprobs[0].dtype == torch.bool:  # `ok`: tokens alone were asked for
+        logprobs = []
+    elif logprobs[0].ndim == 2:  # from the layers below the public function: one tensor
         logprobs = list(logprobs[0])
     agree = tokens == expected[0]
     if int((~agree).sum()) > 1 + TIES * len(tokens):
         return CheckResult(False, float("inf"), LOGPROB_ERROR)
-    errors = [(ours[agree] - true[agree].float()).abs() for ours, true in zip(logprobs, expected[1:], strict=True)]
+    errors = [
+        (ours[agree] - true[agree].float()).abs() for ours, true in zip(logprobs, expected[1:], strict=bool(logprobs))
+    ]
     error = max((float(error.max()) for error in errors if error.numel()), default=0.0)
     return CheckResult(error <= LOGPROB_ERROR, error, LOGPROB_ERROR)
 
@@ -109,6 +114,11 @@ def geometric_mixture_wrapper(
 
 def compiled() -> Callable[..., Any]:
     return torch.compile(eager)
+
+
+def without_logprobs(function: Function) -> Function:
+    """Return the call that samples tokens alone, which is to take no longer than a plain read of the logits."""
+    return partial(function, logprobs=())
 
 
 def parts(inputs: Inputs) -> Mapping[str, Callable[[], Any] | Unavailable]:
@@ -207,4 +217,5 @@ CASE = Case(
     flops=flops,
     check=draw_check,
     parts=parts,
+    variants={"no log-probabilities": Variant(without_logprobs, ("forward",))},
 )

@@ -1,6 +1,6 @@
 // The host side of every CUDA operation: device limits and kernel launches.
 //
-// Launches go through cudaLaunchKernel instead of <<<>>>, so that the same sources also compile as plain C++ against
+// Launches go through cudaLaunchKernel and cudaLaunchKernelEx instead of <<<>>>, so that the same sources also compile as plain C++ against
 // the emulated runtime in tests/emulation.
 #pragma once
 
@@ -52,6 +52,7 @@ struct LaunchShape {
   dim3 blocks;
   dim3 threads;
   size_t shared_bytes;  // dynamic shared memory of one block
+  unsigned cluster = 1;  // blocks that form a cluster, on sm_90 and newer
 };
 
 // Launch on the current device. `arguments` are converted to the kernel's own parameter types, as in a call.
@@ -64,10 +65,18 @@ static cudaError_t launch(void (*kernel)(Parameters...), const LaunchShape& shap
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shape.shared_bytes));
   }
-  if (error == cudaSuccess) {
+  if (error == cudaSuccess && shape.cluster == 1) {
     void* addresses[sizeof...(Parameters) + 1] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
     error = cudaLaunchKernel(kernel, shape.blocks, shape.threads, addresses, shape.shared_bytes,
                              static_cast<cudaStream_t>(cuda_stream));
+  } else if (error == cudaSuccess) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = shape.cluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = shape.blocks, config.blockDim = shape.threads, config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(cuda_stream), config.attrs = &cluster, config.numAttrs = 1;
+    error = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
   if (error != cudaSuccess) cudaGetLastError();  // clear the error, or the next call would report it again
   return error;

@@ -55,6 +55,8 @@ int64_t mixture_sample_counters(int64_t rows);
 struct MixtureSamplePlan {
   int tile_steps;  // 1 to 4
   int part_tiles;
+  int ex2;      // of every eight exponentials, those that the special-function units compute: 8, 7 or 6
+  int arrival;  // how a row's blocks meet: 1 by a counter in memory, 2 as a cluster (at most 8 blocks, sm_90 and newer)
 };
 
 // Write the default plan for the current device. Return a cudaError_t, as the functions below do.

@@ -7,7 +7,8 @@
 // Rows with filters need two more launches, which read z again from the caches; thresholds are not found by sorting:
 //
 //   count_bins    Compute a histogram over the distance to the maximum; a row's last block finds the few bins that
-//                 contain the thresholds of top-k and top-p.
+//                 contain the thresholds of top-k and top-p. Not needed for min-p alone, nor for a small k, for which
+//                 the tiles' maxima suffice.
 //   gather_rows   Sum the elements above those bins per tile and list the elements in them; a row's last block finds
 //                 the exact thresholds in the list, then chooses a tile and scans it as above. If the list overflows
 //                 (thousands of equal values), the row itself is searched: slower, as exact.
@@ -29,41 +30,53 @@ struct BlockWork {  // the tiles of one block
 NLHF_DEVICE BlockWork work_of_block(const Plan& plan) {
   const unsigned parts = static_cast<unsigned>(plan.parts);
   const int part = static_cast<int>(blockIdx.x % parts);
-  const int first = part * plan.part_tiles, end = first + plan.part_tiles;
-  return {static_cast<int>(blockIdx.x / parts), part, first, end < plan.tiles ? end : plan.tiles};
+  const bool larger = part < plan.larger_parts;
+  const int first = part * plan.part_tiles + (larger ? part : plan.larger_parts);
+  return {static_cast<int>(blockIdx.x / parts), part, first, first + plan.part_tiles + larger};
 }
 
 // Compute the sums of the block's tiles, a warp a tile.
-template <Pass kPass, Storage kStorage, int kModels>
+template <Pass kPass, int kEx2, Storage kStorage, int kModels>
 NLHF_DEVICE void sum_tiles(const Params& params, const Row<kStorage, kModels>& row, const BlockWork& work) {
-  constexpr bool kAll = kPass == Pass::plain_all_logprobs, kNone = kPass == Pass::plain_no_logprobs;
-  const int lane = threadIdx.x % kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, models = params.p.models;
+  float2* const stored = params.tile_sums(work.row, 0);
+  const auto store = [&](int series, int tile, int writer, float2 sum) {
+    if (lane == writer) stored[int64_t{series} * params.plan.tiles + tile] = sum;
+  };
   for (int tile = work.first_tile + threadIdx.x / kWarpSize; tile < work.end_tile; tile += kWarps) {
-    LogSum mixture, models[kModels];
+    LogSum series[kModels + 1];  // the mixture last
     const int end = (tile + 1) * params.tile_elements();
     for (int first = end - params.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
       float z[kPerLane];
       read_step<kPass>(row, first, z, [&](int m, const float (&values)[kPerLane], float highest) {
-        models[m].add(values, highest);
+        series[m].template add<kEx2>(values, highest);
       });
-      mixture.add(z, highest_of(z));
+      series[kModels].template add<kEx2>(z, highest_of(z));
     }
-#pragma unroll
-    for (int m = 0; m < kModels; ++m) {
-      if (kNone || !(kAll || row.is_requested(m))) continue;
-      const float2 sum = models[m].over_warp();
-      if (lane == 0) params.tile_sums(work.row, m)[tile] = sum;
+    if constexpr (kPass == Pass::plain_no_logprobs) {
+      store(models, tile, 0, sums_over_warp<1>(series + kModels));
+    } else if constexpr (kModels < 4) {
+      const float2 sum = sums_over_warp<kModels + 1>(series);
+      const int own = lane / 8;
+      store(own < kModels ? own : models, tile, own < models || own == kModels ? own * 8 : -1, sum);
+    } else {
+      const float2 sum = sums_over_warp<4>(series);
+      const int own = lane / 8;
+      store(own, tile, own < models ? own * 8 : -1, sum);
+      store(models, tile, 0, sums_over_warp<1>(series + kModels));
     }
-    const float2 sum = mixture.over_warp();
-    if (lane == 0) params.tile_sums(work.row, params.p.models)[tile] = sum;
   }
 }
 
 template <Storage kStorage, int kModels>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) stream_rows(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kThreads, resident_blocks(kModels))
+    stream_rows(const __grid_constant__ Params params) {
   __shared__ bool is_last;
+  __shared__ double uniform;
   const BlockWork work = work_of_block(params.plan);
   const Row<kStorage, kModels> row = open_row<kStorage, kModels>(params.p, work.row);
+  // Every block, since any may be the row's last: after the sums, its loads and its rounds would be waited for.
+  if (threadIdx.x == kThreads - kWarpSize) uniform = uniform_of(params.p, work.row);
   if (params.p.filtered) {
     unsigned* bins = params.bins + int64_t{work.row} * kBins;
     for (int i = work.part * kThreads + threadIdx.x; i < kBins; i += params.plan.parts * kThreads) bins[i] = 0;
@@ -71,24 +84,35 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) stream_rows(const _
   // Other combinations are rare: one version of the loop serves them.
   constexpr bool kMayBePlain = kModels <= 2 && kStorage != Storage::mixed;
   const Pass pass = kMayBePlain ? pass_over(row) : Pass::general;
-  if (kMayBePlain && pass == Pass::plain_all_logprobs) {
-    sum_tiles<kMayBePlain ? Pass::plain_all_logprobs : Pass::general>(params, row, work);
-  } else if (kMayBePlain && pass == Pass::plain_no_logprobs) {
-    sum_tiles<kMayBePlain ? Pass::plain_no_logprobs : Pass::general>(params, row, work);
+  // Only where three exponentials an element take longer than its bytes.
+  constexpr bool kMayShare = kMayBePlain && kModels == 2 && Slice<kStorage>::kPacked;
+  constexpr Pass kAll = kMayBePlain ? Pass::plain_all_logprobs : Pass::general;
+  constexpr Pass kNone = kMayBePlain ? Pass::plain_no_logprobs : Pass::general;
+  if (kMayShare && pass == kAll && params.ex2 < kAllEx2) {
+    if (params.ex2 == kLeastEx2) {
+      sum_tiles<kAll, kMayShare ? kLeastEx2 : kAllEx2>(params, row, work);
+    } else {
+      sum_tiles<kAll, kMayShare ? kLeastEx2 + 1 : kAllEx2>(params, row, work);
+    }
+  } else if (kMayBePlain && pass == kAll) {
+    sum_tiles<kAll, kAllEx2>(params, row, work);
+  } else if (kMayBePlain && pass == kNone) {
+    sum_tiles<kNone, kAllEx2>(params, row, work);
   } else {
-    sum_tiles<Pass::general>(params, row, work);
+    sum_tiles<Pass::general, kAllEx2>(params, row, work);
   }
-  if (!last_of_row(params.counters + int64_t{work.row} * kCounters + kStreamed, params.plan.parts, &is_last)) return;
-  finish_streaming<kStorage, kModels>(params, work.row);
+  if (!streamed_last(params, work.row, &is_last)) return;
+  finish_streaming<kStorage, kModels>(params, work.row, uniform);
 }
 
 template <Storage kStorage, int kModels>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) count_bins(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kThreads, resident_blocks(kModels))
+    count_bins(const __grid_constant__ Params params) {
   __shared__ unsigned counts[kBins];
   __shared__ bool is_last;
   const BlockWork work = work_of_block(params.plan);
   RowState& state = params.states[work.row];
-  if (!(state.search & (kSearchTopK | kSearchTopP))) return;
+  if (!(state.search & kSearchHistogram)) return;
   const Row<kStorage, kModels> row = open_row<kStorage, kModels>(params.p, work.row);
   const Bins scale = bins_of(row, state.top);
   for (int i = threadIdx.x; i < kBins; i += kThreads) counts[i] = 0;
@@ -244,7 +268,8 @@ __device__ __noinline__ void finish_filtered(const Params& params, int64_t index
 }
 
 template <Storage kStorage, int kModels>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) gather_rows(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kThreads, resident_blocks(kModels))
+    gather_rows(const __grid_constant__ Params params) {
   __shared__ bool is_last;
   const BlockWork work = work_of_block(params.plan);
   const RowState& state = params.states[work.row];
@@ -312,17 +337,24 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 // Check what a kernel's grid and indices depend on, and divide the rows.
 cudaError_t prepare(const MixtureSample& problem, MixtureSamplePlan plan, Params& params) {
   const bool valid = plan.tile_steps >= 1 && plan.tile_steps <= kMaxTileSteps && plan.part_tiles >= 1 &&
-                     problem.vocabulary <= kMaxVocabulary && problem.models >= 1 && problem.models <= kMaxModels;
+                     plan.ex2 >= kLeastEx2 && plan.ex2 <= kAllEx2 && plan.arrival >= kByCounter &&
+                     plan.arrival <= kByCluster && problem.vocabulary <= kMaxVocabulary && problem.models >= 1 &&
+                     problem.models <= kMaxModels;
   if (!valid) return cudaErrorInvalidValue;
   params.p = problem;
   params.plan = divide_row(problem.vocabulary, plan.tile_steps, plan.part_tiles);
+  params.ex2 = plan.ex2;
+  params.arrival = plan.arrival;
+  if (plan.arrival == kByCluster && params.plan.parts > kLargestCluster) return cudaErrorInvalidValue;
   return problem.rows * params.plan.parts > INT32_MAX ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 template <Storage kStorage, int kModels>
 cudaError_t launch_kernels(const Params& params, void* cuda_stream) {
-  const LaunchShape shape{static_cast<unsigned>(params.p.rows * params.plan.parts), kThreads, 0};
+  LaunchShape shape{static_cast<unsigned>(params.p.rows * params.plan.parts), kThreads, 0};
+  if (params.arrival == kByCluster) shape.cluster = static_cast<unsigned>(params.plan.parts);
   cudaError_t error = launch(stream_rows<kStorage, kModels>, shape, cuda_stream, params);
+  shape.cluster = 1;
   if (error != cudaSuccess || !params.p.filtered) return error;
   constexpr int kAtLeastTwo = kModels < 2 ? 2 : kModels;  // one model gains nothing from its own instantiation here
   error = launch(count_bins<kStorage, kAtLeastTwo>, shape, cuda_stream, params);

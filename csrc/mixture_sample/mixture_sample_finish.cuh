@@ -33,7 +33,6 @@ using StagedSums = float2[kStagedTiles + kWarpSize];
 
 struct FinishScratch {
   Normaliser normalisers[kMaxModels + 1];  // of the models, and of z over the support at [models]
-  double uniform;
   int tile;         // the chosen one, or a NoTile
   double fraction;  // the share of the tile's mass below the uniform
   float row_top;    // the largest z
@@ -75,7 +74,7 @@ NLHF_DEVICE void normalise(const TileSums& sums, int tiles, Normaliser& result) 
   const TileRun run = run_of(tiles, sums.run);
   float top = -INFINITY;
   for (int t = run.first; t < run.end; ++t) top = std::fmax(top, sums(t).x);
-  top = warp_max(top);
+  top = warp_max_ordered(top);
   double mass = 0;
   for (int t = run.first; t < run.end; ++t) mass += mass_below(sums(t), top);
   mass = warp_sum(mass);
@@ -96,15 +95,16 @@ NLHF_DEVICE double choose_tile(int tiles, int a_lane, double uniform, MassOf mas
   const int lane = threadIdx.x % kWarpSize;
   if (chosen < 0 && lane == 0) tile = kInvalidRow;
   if (chosen == lane) {
-    double running = sums.before;
+    double running = sums.before, before = 0, own = 1;
     for (int t = run.first; t < run.end; ++t) {
-      const double own = mass_of(t);
-      if (!(own > 0)) continue;  // where rounding leaves none beyond the target, the last that has mass
+      const double next = mass_of(t);
+      if (!(next > 0)) continue;  // where rounding leaves none beyond the target, the last that has mass
       tile = t;
-      fraction = (target - running) / own;
-      running += own;
+      before = running, own = next;
+      running += next;
       if (running > target) break;
     }
+    fraction = (target - before) / own;
   }
   return sums.all;
 }
@@ -125,6 +125,7 @@ NLHF_DEVICE void write_row(const Row<kStorage, kModels>& row, bool ok, int token
     } else if (ok) {
       logprob = draw.greedy ? 0.0 : (z - normalisers[m].top) - normalisers[m].log_mass;
     }
+    if (logprob > 0) logprob = 0;  // the sum of a row with one likely token may be rounded to less than its term
     p.logprobs[m * p.rows + row.index] = static_cast<float>(logprob);
     all_numbers &= logprob == logprob;
   }
@@ -147,9 +148,15 @@ NLHF_DEVICE void draw_in_tile(const Params& params, const Row<kStorage, kModels>
     read_step(row, first, z);
 #pragma unroll
     for (int c = 0; c < S::kChunks; ++c) {
-      mass[c] = 0;
+      double pairs[S::kWidth];
 #pragma unroll
-      for (int i = 0; i < S::kWidth; ++i) mass[c] += draw.weight(z[c * S::kWidth + i]);
+      for (int i = 0; i < S::kWidth; ++i) pairs[i] = draw.weight(z[c * S::kWidth + i]);
+#pragma unroll
+      for (int distance = S::kWidth / 2; distance > 0; distance /= 2) {  // a tree: additions overlap
+#pragma unroll
+        for (int i = 0; i < distance; ++i) pairs[i] += pairs[i + distance];
+      }
+      mass[c] = pairs[0];
       chunks[c] = warp_sums(mass[c]);
       own += chunks[c].all;
     }
@@ -161,17 +168,18 @@ NLHF_DEVICE void draw_in_tile(const Params& params, const Row<kStorage, kModels>
     if (warp < steps && lane == 0) s.step_mass[warp] = own;
     __syncthreads();
     all = 0;
-    for (int w = 0; w < steps; ++w) all += s.step_mass[w];
+#pragma unroll
+    for (int w = 0; w < kMaxTileSteps; ++w) all += w < steps ? s.step_mass[w] : 0.0;
   }
   const double target = std::fmax(s.fraction, 0.0) * all;
   if (steps > 1) {
     double running = 0;
-    for (int w = 0; w < steps; ++w) {
-      if (!(s.step_mass[w] > 0)) continue;  // as in choose_tile
+#pragma unroll
+    for (int w = 0; w < kMaxTileSteps; ++w) {
+      if (w >= steps || running > target || !(s.step_mass[w] > 0)) continue;  // as in choose_tile
       chosen = w;
       before = running;
       running += s.step_mass[w];
-      if (running > target) break;
     }
   }
   if (warp != chosen) return;
@@ -236,7 +244,8 @@ NLHF_DEVICE void stage_sums(const Params& params, int64_t index, int run, Staged
 // Choose the row's tile from the sums of z, by one warp; or find that the row is invalid, or that filters must be
 // applied first, and then store what they need in the row's state.
 template <typename RowType>
-NLHF_DEVICE void choose_from_sums(const Params& params, const RowType& row, const TileSums& sums, FinishScratch& s) {
+NLHF_DEVICE void choose_from_sums(const Params& params, const RowType& row, const TileSums& sums, double uniform,
+                                  FinishScratch& s) {
   const MixtureSample& p = row.p;
   const TileRun run = run_of(params.plan.tiles, sums.run);
   const bool greedy = row.is_greedy();
@@ -247,7 +256,7 @@ NLHF_DEVICE void choose_from_sums(const Params& params, const RowType& row, cons
     top = std::fmax(top, sum.x);
     broken |= sum.y != sum.y;
   }
-  top = warp_max(top);
+  top = warp_max_ordered(top);
   Filters filters{0, 1.0f, -INFINITY};
   if (p.filtered) filters = filters_of(p, row.index, top);
   // No finite maximum, a NaN somewhere, or a min_p beyond 1, which keeps nothing.
@@ -258,7 +267,7 @@ NLHF_DEVICE void choose_from_sums(const Params& params, const RowType& row, cons
     if (lane == 0 && p.filtered) params.states[row.index].search = 0;
     return;
   }
-  const double total = choose_tile(params.plan.tiles, sums.run, greedy ? 0.0 : s.uniform, [&](int t) {
+  const double total = choose_tile(params.plan.tiles, sums.run, greedy ? 0.0 : uniform, [&](int t) {
     const float2 sum = sums(t);
     if (greedy) return static_cast<double>(sum.x == top);
     return static_cast<double>(mass_below(sum, top));
@@ -271,7 +280,7 @@ NLHF_DEVICE void choose_from_sums(const Params& params, const RowType& row, cons
   state.search = 0;
   if (greedy || !filters.any()) return;
   const bool searched = filters.top_k > 0 || filters.top_p < 1.0f;
-  state.search = kSearchPending | (searched ? kSearchTopK | kSearchTopP : 0);
+  state.search = kSearchPending | (searched ? kSearchHistogram : 0);
   state.total = total;
   state.top = top;
   state.floor = filters.floor;
@@ -280,31 +289,56 @@ NLHF_DEVICE void choose_from_sums(const Params& params, const RowType& row, cons
   s.tile = kFiltersPending;
 }
 
+// Bound the threshold of top-k by the tiles' maxima, by the block, so that the row needs no histogram: if k tiles have
+// their maximum at `bound` or above, the k-th largest element is there, too. The bound is found by bisection, one barrier
+// a step; a lower one only adds candidates. Only for a k of at most a tile a thread.
+template <typename RowType>
+NLHF_DEVICE void bound_top_k(const Params& params, const RowType& row, const TileSums& sums, float row_top) {
+  constexpr int kHalvings = 10;
+  const Filters filters = filters_of(row.p, row.index, row_top);
+  if (filters.top_k == 0 || filters.top_k > kThreads) return;
+  float own = -INFINITY;  // of several tiles the largest: it stands for one element
+  for (int t = threadIdx.x; t < params.plan.tiles; t += kThreads) own = std::fmax(own, sums.of_any(t).x);
+  float reach = -kSmallestExponent / kLog2E;  // what is further below the maximum has no mass
+  float bound = row_top - reach;
+  if (__syncthreads_count(own >= bound && has_mass(own, row_top)) < filters.top_k) return;
+#pragma unroll 1
+  for (int i = 0; i < kHalvings; ++i) {
+    reach *= 0.5f;
+    if (__syncthreads_count(own >= bound + reach) >= filters.top_k) bound += reach;
+  }
+  if (threadIdx.x != 0) return;
+  RowState& state = params.states[row.index];
+  state.first_bin = state.above = 0;
+  state.last_bin = bins_of(row, row_top).of(bound);
+  state.search = kSearchPending | kSearchTopK | (filters.top_p < 1.0f ? kSearchTopP : 0);
+}
+
 // After the last of a row's sums: sample its token or, where filters need further passes, store its state for them.
 template <Storage kStorage, int kModels>
-__device__ __noinline__ void finish_streaming(const Params& params, int64_t index) {
+__device__ __noinline__ void finish_streaming(const Params& params, int64_t index, double uniform) {
   __shared__ StagedSums staged_sums[kModels + 1];
   __shared__ FinishScratch s;
   const MixtureSample& p = params.p;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, tiles = params.plan.tiles;
+  const int warp = threadIdx.x / kWarpSize, tiles = params.plan.tiles;
   const int a_lane = tiles_a_lane(tiles);
   const bool staged = tiles <= kStagedTiles;
   const auto sums_of = [&](int series) {
     return TileSums{staged ? staged_sums[series] : params.tile_sums(index, series), a_lane, staged};
   };
   if (staged) stage_sums<kModels>(params, index, a_lane, staged_sums);
-  if (warp == kWarps - 1 && lane == 0) s.uniform = uniform_of(p, index);
   const Row<kStorage, kModels> row = open_row<kStorage, kModels>(p, index);
   __syncthreads();
   const int series = warp - 1;
   if (warp == 0) {
-    choose_from_sums(params, row, sums_of(p.models), s);
+    choose_from_sums(params, row, sums_of(p.models), uniform, s);
   } else if (series <= p.models && p.logprob_mask >> series & 1) {
     normalise(sums_of(series), tiles, s.normalisers[series]);
   }
   __syncthreads();
   Draw draw{s.row_top, -INFINITY, row.is_greedy()};
   if (s.tile == kFiltersPending) {
+    bound_top_k(params, row, sums_of(p.models), s.row_top);
     if (threadIdx.x == 0) {
       for (int m = 0; m < kMaxModels; ++m) params.states[index].normalisers[m] = s.normalisers[m];
     }

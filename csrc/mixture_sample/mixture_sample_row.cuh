@@ -37,12 +37,13 @@ struct Row {
   }
   __device__ __forceinline__ const float* bias() const { return p.bias + index * p.bias_stride; }
 
-  static constexpr int kRequested = 8, kAligned = 16, kFolded = 29, kGreedy = 30, kDivides = 31;
+  static constexpr int kRequested = 8, kAligned = 16, kAllAligned = 28, kFolded = 29, kGreedy = 30, kDivides = 31;
   __device__ __forceinline__ bool is_used(int m) const { return flags >> m & 1; }  // its weight is not 0
   // Whether the model's log-probability is requested.
   __device__ __forceinline__ bool is_requested(int m) const { return flags >> (kRequested + m) & 1; }
   // Whether the row's address allows loads of whole chunks; index kModels is the bias.
   __device__ __forceinline__ bool is_aligned(int m) const { return flags >> (kAligned + m) & 1; }
+  __device__ __forceinline__ bool all_aligned() const { return flags >> kAllAligned & 1; }  // of the models
   __device__ __forceinline__ bool is_folded() const { return flags >> kFolded & 1; }
   __device__ __forceinline__ bool is_greedy() const { return flags >> kGreedy & 1; }
   __device__ __forceinline__ bool divides() const { return flags >> kDivides & 1; }
@@ -94,6 +95,7 @@ NLHF_DEVICE Row<kStorage, kModels> open_row(const MixtureSample& p, int64_t inde
     }
   }
   row.flags |= (p.logprob_mask & ((1u << p.models) - 1)) << RowType::kRequested;
+  bool all_aligned = true;
 #pragma unroll
   for (int m = 0; m < kModels; ++m) {
     row.weights[m] = m < p.models ? settings[kWeights + m] : 0.0f;
@@ -104,8 +106,13 @@ NLHF_DEVICE Row<kStorage, kModels> open_row(const MixtureSample& p, int64_t inde
     const Logits& logits = p.logits[m];
     const unsigned bytes = logits.dtype == DType::f32 ? 4 : 2;
     row.data[m] = static_cast<const unsigned char*>(logits.data) + index * logits.row_stride * bytes;
-    if (is_multiple(row.data[m], Slice<kStorage>::kWidth * bytes)) row.flags |= 1u << (RowType::kAligned + m);
+    if (is_multiple(row.data[m], Slice<kStorage>::kWidth * bytes)) {
+      row.flags |= 1u << (RowType::kAligned + m);
+    } else if (m < p.models) {
+      all_aligned = false;
+    }
   }
+  if (all_aligned) row.flags |= 1u << RowType::kAllAligned;
   if (is_multiple(row.bias(), 16)) row.flags |= 1u << (RowType::kAligned + kModels);
   return row;
 }
@@ -170,9 +177,16 @@ NLHF_DEVICE void read_step(const Row<kStorage, kModels>& row, int first, float (
   // Four 16-byte loads are issued before the first is used: of both models, or of one where it has four itself.
   constexpr bool kTogether = Slice<kStorage>::kPacked && kModels <= 2;
   Slice<kStorage> slices[kTogether ? kModels : 1];
+  if (kTogether && row.all_aligned() && first + kStep <= row.vocabulary()) {  // one branch for all of nearly every step
 #pragma unroll
-  for (int m = 0; kTogether && m < kModels; ++m) {
-    if (is_used(m) || is_visited(m)) load_slice(row, m, first, slices[m]);
+    for (int m = 0; m < kModels; ++m) {
+      if (kTogether && (is_used(m) || is_visited(m))) load_whole(row.data[m], first, slices[kTogether ? m : 0]);
+    }
+  } else {
+#pragma unroll
+    for (int m = 0; kTogether && m < kModels; ++m) {
+      if (is_used(m) || is_visited(m)) load_slice(row, m, first, slices[m]);
+    }
   }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) z[i] = 0.0f;

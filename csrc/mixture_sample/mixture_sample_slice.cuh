@@ -100,6 +100,20 @@ NLHF_DEVICE uint32_t masked(uint32_t word, int j, int inside) {
   return high | (inside > 2 * j ? word & 0xFFFFu : outside);
 }
 
+// Load the lane's chunks of a step that is inside an aligned row.
+template <Storage kStorage>
+NLHF_DEVICE void load_whole(const unsigned char* data, int first, Slice<kStorage>& slice) {
+  using S = Slice<kStorage>;
+  constexpr int kBytes = 16 / S::kWidth;  // of an element
+#pragma unroll
+  for (int c = 0; c < S::kChunks; ++c) {
+    const int64_t index = first + slice.offset(c * S::kWidth);
+    const uint4 chunk = __ldg(reinterpret_cast<const uint4*>(data + index * kBytes));
+    slice.word[4 * c] = chunk.x, slice.word[4 * c + 1] = chunk.y;
+    slice.word[4 * c + 2] = chunk.z, slice.word[4 * c + 3] = chunk.w;
+  }
+}
+
 // Load whole blocks of 16 bytes, also where the row ends within one: allocations are multiples of larger blocks.
 template <bool kAligned, Storage kStorage>
 NLHF_DEVICE void load_chunks(const Model& model, int first, int vocabulary, Slice<kStorage>& slice) {

@@ -78,6 +78,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATED_LOCATION) {
   }
   return ballot;
 }
+inline int __reduce_max_sync(unsigned mask, int value, EMULATED_LOCATION) {
+  const uint64_t own = static_cast<uint32_t>(value);
+  const uint64_t* values = emulation::warp_exchange(mask, own, {"__reduce_max_sync", file, line});
+  int largest = value;
+  for (int lane = 0; lane < warpSize; ++lane) {
+    if (mask >> lane & 1) largest = std::max(largest, static_cast<int>(static_cast<uint32_t>(values[lane])));
+  }
+  return largest;
+}
 inline int __any_sync(unsigned mask, int predicate, EMULATED_LOCATION) {
   return __ballot_sync(mask, predicate, file, line) != 0;
 }
@@ -260,4 +269,36 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 blocks, dim3 th
   return emulation::launch(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, [=] {
     emulation::call(kernel, arguments, std::index_sequence_for<Parameters...>());
   });
+}
+
+// The part of the extensible launch that the kernels use. Blocks of a cluster run one after the other like any others.
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+template <typename... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               std::common_type_t<Parameters>... arguments) {
+  constexpr unsigned kPortableCluster = 8;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const dim3& cluster = config->attrs[i].val.clusterDim;
+    const unsigned blocks = cluster.x * cluster.y * cluster.z;
+    if (blocks == 0 || blocks > kPortableCluster || config->gridDim.x % cluster.x != 0 ||
+        config->gridDim.y % cluster.y != 0 || config->gridDim.z % cluster.z != 0) {
+      return cudaErrorInvalidConfiguration;
+    }
+  }
+  void* addresses[sizeof...(Parameters) + 1] = {&arguments...};
+  return cudaLaunchKernel(kernel, config->gridDim, config->blockDim, addresses, config->dynamicSmemBytes,
+                          config->stream);
 }

@@ -55,12 +55,19 @@ def mixture_sample_cpu(inputs: MixtureSampleInputs) -> Sample:
 class Plan(NamedTuple):
     tile_steps: int  # of 512 elements, 1 to 4
     part_tiles: int  # tiles per block
+    ex2: int = 8  # of every eight exponentials, those that special-function units compute: 8, 7 or 6
+    arrival: int = 1  # how a row's blocks meet: 1 by a counter in memory, 2 as a cluster (8 blocks, sm_90 and newer)
 
 
 def _candidates(default: Plan) -> Iterator[Plan]:
+    """Yield plans worth a measurement; one that this GPU or this vocabulary does not allow fails and is passed over."""
+    part_tiles = (1, 2, 4, 8, 16, 24, 32, 48, 64)
     for tile_steps in (1, 2, 3, 4):
-        for part_tiles in (1, 2, 4, 8, 16, 24, 32, 48, 64):
-            yield Plan(tile_steps, part_tiles)
+        for tiles in part_tiles:
+            yield Plan(tile_steps, tiles)
+    for tiles in part_tiles[3:]:
+        for tile_steps in (1, 2, 4):
+            yield from (Plan(tile_steps, tiles, 7), Plan(tile_steps, tiles, 6), Plan(tile_steps, tiles, 8, 2))
 
 
 _TUNABLE = tuning.Tunable("mixture_sample", "cuda", Plan, _candidates)
@@ -72,25 +79,40 @@ def _default_plan(device: torch.device, rows: int, vocabulary: int) -> Plan:
     return Plan(*capabilities.native("_cuda").mixture_sample_plan(rows, vocabulary))
 
 
+class _Call(NamedTuple):
+    """What calls of one shape share."""
+
+    workload: tuning.Workload
+    plan: Plan  # unless another was tuned
+    workspace_bytes: int
+    counter_bytes: int
+
+
 @lru_cache(maxsize=4096)
-def _workload(rows: int, vocabulary: int, dtypes: tuple[torch.dtype, ...], filtered: bool) -> tuning.Workload:
+def _call(device: torch.device, rows: int, vocabulary: int, dtypes: tuple[torch.dtype, ...], filtered: bool) -> _Call:
+    module = capabilities.native("_cuda")
     tensors = [torch.empty(0, dtype=dtype, device="meta") for dtype in dtypes]
-    return tuning.make_workload(rows, (vocabulary,), tensors, "filtered" if filtered else "")
+    return _Call(
+        tuning.make_workload(rows, (vocabulary,), tensors, "filtered" if filtered else ""),
+        _default_plan(device, rows, vocabulary),
+        module.mixture_sample_workspace(rows, vocabulary, len(dtypes), filtered),
+        module.mixture_sample_counters(rows),
+    )
 
 
 def mixture_sample_cuda(inputs: MixtureSampleInputs) -> Sample:
-    logits, filtered, device, sample = inputs.logits, inputs.filtered, inputs.device, empty_sample(inputs)
+    logits, device, sample = inputs.logits, inputs.device, empty_sample(inputs)
     rows, vocabulary = logits[0].shape
-    module = capabilities.native("_cuda")
-    # From PyTorch's allocator, so it belongs to the stream: two streams never share it, a captured graph owns its own.
-    size = module.mixture_sample_workspace(rows, vocabulary, len(logits), filtered)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
     with on_device(device):
-        workload = _workload(rows, vocabulary, tuple([model.dtype for model in logits]), filtered)
-        plan = _TUNABLE.plan(device, workload, _default_plan(device, rows, vocabulary))
+        call = _call(device, rows, vocabulary, tuple([model.dtype for model in logits]), inputs.filtered)
+        plan = _TUNABLE.plan(device, call.workload, call.plan)
+        # PyTorch's allocator keeps it for this stream: two streams never share it, a captured graph owns its own.
+        workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=device)
         stream = cuda_stream(device)
-        counters = _counters.address(device, stream, module.mixture_sample_counters(rows))
-        module.mixture_sample(*binding_arguments(inputs, sample), *plan, workspace.data_ptr(), counters, stream)
+        counters = _counters.address(device, stream, call.counter_bytes)
+        capabilities.native("_cuda").mixture_sample(
+            *binding_arguments(inputs, sample), *plan, workspace.data_ptr(), counters, stream
+        )
     return sample
 
 
