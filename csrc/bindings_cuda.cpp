@@ -76,11 +76,12 @@ py::tuple mirror_descent_plan(bool is_double, int64_t games, int64_t actions) {
 }
 
 void read_plan(nlhf::Arguments& arguments, nlhf::MixtureSamplePlan& plan) {
-  arguments >> plan.tile_steps >> plan.part_tiles >> plan.ex2 >> plan.arrival;
+  arguments >> plan.tile_steps >> plan.part_tiles >> plan.ex2 >> plan.arrival >> plan.lookahead;
   nlhf::require(plan.tile_steps >= 1 && plan.tile_steps <= 4 && plan.part_tiles >= 1,
                 "mixture_sample: plan: expected tile_steps from 1 to 4 and part_tiles of at least 1");
-  nlhf::require(plan.ex2 >= 6 && plan.ex2 <= 8 && (plan.arrival == 1 || plan.arrival == 2),
-                "mixture_sample: plan: expected ex2 from 6 to 8 and arrival of 1 or 2");
+  const auto one_or_two = [](int number) { return number == 1 || number == 2; };
+  nlhf::require(plan.ex2 >= 6 && plan.ex2 <= 8 && one_or_two(plan.arrival) && one_or_two(plan.lookahead),
+                "mixture_sample: plan: expected ex2 from 6 to 8, arrival and lookahead of 1 or 2");
 }
 
 void mixture_sample(const py::args& values) {
@@ -98,7 +99,7 @@ void mixture_sample(const py::args& values) {
 py::tuple mixture_sample_plan(int64_t rows, int64_t vocabulary) {
   nlhf::MixtureSamplePlan plan;
   require_success("mixture_sample_plan", nlhf::mixture_sample_plan(rows, vocabulary, &plan));
-  return py::make_tuple(plan.tile_steps, plan.part_tiles, plan.ex2, plan.arrival);
+  return py::make_tuple(plan.tile_steps, plan.part_tiles, plan.ex2, plan.arrival, plan.lookahead);
 }
 
 // For benchmarks. Returns the number of parts that a row was divided into.

@@ -162,6 +162,17 @@ def test_more_candidates_than_there_is_room_for(emulation, options, scale) -> No
     assert_right(sample(logits, uniforms, **options), *logits, 0.3, uniforms, **options)
 
 
+@pytest.mark.parametrize("candidates", [255, 256, 257])
+@pytest.mark.parametrize("options", [{"top_k": 200}, {"top_p": 0.7}, {"top_k": 90, "top_p": 0.5}], ids=str)
+def test_few_candidates_are_ranked_and_more_are_searched(candidates, options) -> None:
+    """Up to a candidate a thread, each is compared with all others; the distances of these share a bin."""
+    logits = torch.linspace(0, 0.003, candidates).expand(3, -1).contiguous()
+    logits[1] = logits[1].flip(0) // 2e-5 * 2e-5  # ties
+    logits[2] = torch.where(torch.arange(candidates) % 3 == 0, -math.inf, logits[2])
+    uniforms = torch.tensor([0.02, 0.5, 0.97], dtype=torch.float64)
+    assert_right(sample([logits], uniforms, **options), logits, None, None, uniforms, **options)
+
+
 @pytest.mark.parametrize("head", [0, 100_003, 200_000])
 @pytest.mark.parametrize("options", [{}, {"top_p": 1 - 1e-6}], ids=str)
 def test_heavy_tail(emulation, head, options) -> None:
@@ -260,7 +271,7 @@ def test_too_long_a_row_is_an_error(emulation) -> None:
     models = ((8, 0, 2**31),)  # 8: an address that is not read
     with pytest.raises(RuntimeError, match=r"mixture_sample: CUDA error 1 \(invalid argument\)"):
         call = (models, 8, 0, False, 0, 0, 8, 0, 0, 0, 0, 0, 0, 1, 2**31, 0, 8, 8, 8)
-        emulation.module.mixture_sample(*call, 1, 1, 8, 1, 0, 0, 0)
+        emulation.module.mixture_sample(*call, 1, 1, 8, 1, 1, 0, 0, 0)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -277,7 +288,7 @@ def test_the_floor_reads_every_logit(emulation, dtype, device) -> None:
 
 
 PLANS = [native.Plan(1, 1), native.Plan(1, 64), native.Plan(2, 3), native.Plan(4, 1), native.Plan(3, 8)]
-PLANS += [native.Plan(1, 2, 7), native.Plan(4, 2, 6), native.Plan(2, 2, 8, 2), native.Plan(4, 3, 6, 2)]
+PLANS += [native.Plan(1, 2, 7), native.Plan(4, 2, 6), native.Plan(2, 2, 8, 2, 2), native.Plan(4, 3, 6, 2)]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -347,7 +358,7 @@ def test_the_plan_is_the_one_that_launches(monkeypatch, emulation) -> None:
             return getattr(emulation.module, name)
 
         def mixture_sample(self, *arguments):
-            plans.append(arguments[-7:-3])
+            plans.append(arguments[-8:-3])
             emulation.module.mixture_sample(*arguments)
 
     monkeypatch.setattr(native.capabilities, "native", lambda name: Module())
@@ -355,8 +366,8 @@ def test_the_plan_is_the_one_that_launches(monkeypatch, emulation) -> None:
     sample(logits, uniforms)
     with tuning.use_plan(native._TUNABLE, native.Plan(3, 5)):
         sample(logits, uniforms)
-    assert plans == [emulation.module.mixture_sample_plan(3, 9001), (3, 5, 8, 1)]
-    for wrong in ((0, 1), (5, 1), (1, 0), (1, 1, 5), (1, 1, 9), (1, 1, 8, 0), (1, 1, 8, 3)):
+    assert plans == [emulation.module.mixture_sample_plan(3, 9001), (3, 5, 8, 1, 1)]
+    for wrong in ((0, 1), (5, 1), (1, 0), (1, 1, 5), (1, 1, 9), (1, 1, 8, 0), (1, 1, 8, 3), (1, 1, 8, 1, 3)):
         with (
             tuning.use_plan(native._TUNABLE, native.Plan(*wrong)),
             pytest.raises(ValueError, match="mixture_sample: plan: expected (tile_steps|ex2) from"),

@@ -57,6 +57,7 @@ struct MixtureSamplePlan {
   int part_tiles;
   int ex2;      // of every eight exponentials, those that the special-function units compute: 8, 7 or 6
   int arrival;  // how a row's blocks meet: 1 by a counter in memory, 2 as a cluster (at most 8 blocks, sm_90 and newer)
+  int lookahead;  // 1, or 2: a warp's next step is fetched into the second-level cache while it computes one
 };
 
 // Write the default plan for the current device. Return a cudaError_t, as the functions below do.

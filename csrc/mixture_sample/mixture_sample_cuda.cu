@@ -35,6 +35,16 @@ NLHF_DEVICE BlockWork work_of_block(const Plan& plan) {
   return {static_cast<int>(blockIdx.x / parts), part, first, first + plan.part_tiles + larger};
 }
 
+// Fetch the lines of a step of all models, one a lane: more bytes are then on their way than registers could wait for.
+template <Storage kStorage, int kModels>
+NLHF_DEVICE void prefetch_step(const Row<kStorage, kModels>& row, int first) {
+  constexpr int kBytes = 16 / Slice<kStorage>::kWidth, kLine = 128 / kBytes, kLines = kStep / kLine;
+  static_assert(kModels * kLines <= kWarpSize, "a line a lane");
+  const int lane = threadIdx.x % kWarpSize, index = first + lane % kLines * kLine;
+  const unsigned char* const data = kModels == 2 && lane >= kLines ? row.data[kModels - 1] : row.data[0];
+  if (lane < kModels * kLines && index < row.vocabulary()) prefetch(data + int64_t{index} * kBytes);
+}
+
 // Compute the sums of the block's tiles, a warp a tile.
 template <Pass kPass, int kEx2, Storage kStorage, int kModels>
 NLHF_DEVICE void sum_tiles(const Params& params, const Row<kStorage, kModels>& row, const BlockWork& work) {
@@ -47,6 +57,11 @@ NLHF_DEVICE void sum_tiles(const Params& params, const Row<kStorage, kModels>& r
     LogSum series[kModels + 1];  // the mixture last
     const int end = (tile + 1) * params.tile_elements();
     for (int first = end - params.tile_elements(); first < end && first < row.vocabulary(); first += kStep) {
+      if constexpr (kPass == Pass::plain_all_logprobs || kPass == Pass::plain_no_logprobs) {
+        const bool has_next = tile + kWarps < work.end_tile;
+        const int next_tile = has_next ? (tile + kWarps) * params.tile_elements() : row.vocabulary();
+        if (params.lookahead > 1) prefetch_step(row, first + kStep < end ? first + kStep : next_tile);
+      }
       float z[kPerLane];
       read_step<kPass>(row, first, z, [&](int m, const float (&values)[kPerLane], float highest) {
         series[m].template add<kEx2>(values, highest);
@@ -338,13 +353,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 cudaError_t prepare(const MixtureSample& problem, MixtureSamplePlan plan, Params& params) {
   const bool valid = plan.tile_steps >= 1 && plan.tile_steps <= kMaxTileSteps && plan.part_tiles >= 1 &&
                      plan.ex2 >= kLeastEx2 && plan.ex2 <= kAllEx2 && plan.arrival >= kByCounter &&
-                     plan.arrival <= kByCluster && problem.vocabulary <= kMaxVocabulary && problem.models >= 1 &&
+                     plan.arrival <= kByCluster && plan.lookahead >= 1 && plan.lookahead <= 2 && problem.vocabulary <= kMaxVocabulary && problem.models >= 1 &&
                      problem.models <= kMaxModels;
   if (!valid) return cudaErrorInvalidValue;
   params.p = problem;
   params.plan = divide_row(problem.vocabulary, plan.tile_steps, plan.part_tiles);
   params.ex2 = plan.ex2;
   params.arrival = plan.arrival;
+  params.lookahead = plan.lookahead;
   if (plan.arrival == kByCluster && params.plan.parts > kLargestCluster) return cudaErrorInvalidValue;
   return problem.rows * params.plan.parts > INT32_MAX ? cudaErrorInvalidValue : cudaSuccess;
 }

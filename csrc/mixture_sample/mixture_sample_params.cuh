@@ -63,6 +63,7 @@ struct Params {
   Plan plan;
   int ex2;                      // of every eight exponentials, where some may be computed otherwise
   int arrival;                  // of Arrival
+  int lookahead;                // 2: a step's lines are fetched into the second-level cache a step earlier
   unsigned* counters;           // (rows, kCounters), all 0 between calls
   float2* sums;                 // (rows, models + 1, tiles) top and mass, the mixture last
   RowState* states;             // (rows); from here on only with filters
@@ -151,7 +152,7 @@ inline MixtureSamplePlan default_plan(int64_t rows, int64_t vocabulary, int mult
       const int64_t cost = std::max(work, latency) + waves * kBlockCycles + plan.parts * kArrivalCycles;
       if (cost < least) {
         least = cost;
-        best = {tile_steps, part_tiles, kAllEx2, kByCounter};
+        best = {tile_steps, part_tiles, kAllEx2, kByCounter, 1};
       }
       if (plan.parts == 1) break;
     }

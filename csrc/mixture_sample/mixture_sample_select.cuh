@@ -148,6 +148,45 @@ NLHF_DEVICE double eligible_mass(const Source& source, const KeySearch& search, 
   return search.fixed.mass(total);
 }
 
+// find_threshold for at most a candidate a thread, as top-k leaves them: each thread compares its own with all others,
+// which gives both its rank and the mass above it. Four barriers instead of five for each digit of each threshold.
+template <typename Source>
+NLHF_DEVICE bool rank_candidates(const Source& source, const RowState& state, const Filters& filters, int vocabulary,
+                                 double mass_above, unsigned count_above, SelectScratch& s, float* threshold) {
+  const FixedPoint fixed = fixed_point(vocabulary);
+  const int index = threadIdx.x;
+  const float own = index < source.size ? source.z(index) : -INFINITY;
+  bool kept = has_mass(own, state.top);
+  const unsigned long long weight = kept ? fixed.of(exp_below(own, state.top)) : 0;
+  s.weights[index] = weight;
+  if (index == 0) s.lowest = 0xFFFFFFFFu;
+  __syncthreads();
+  int rank = 0;
+  unsigned long long above = 0;
+  for (int i = 0; i < source.size; ++i) {
+    if (!(source.z(i) > own)) continue;
+    ++rank;
+    above += s.weights[i];
+  }
+  if (state.search & kSearchTopK) kept = kept && rank < filters.top_k - static_cast<int>(count_above);
+  unsigned long long total;
+  block_sum_before(kept ? weight : 0, s.sums, &total);
+  if (total == 0) return false;
+  if (state.search & kSearchTopP) {
+    const bool below_top_k = state.search & kSearchTopK;
+    const double share = below_top_k ? mass_above + fixed.mass(total) : state.total;
+    const double limit = std::ceil((filters.top_p * share - mass_above) * fixed.scale);
+    // As in find_threshold: the nucleus must end among the candidates.
+    if (count_above > 0 && !(limit > 0)) return false;
+    if (!below_top_k && state.last_bin < kBins - 1 && !(fixed.mass(total) * fixed.scale >= limit)) return false;
+    kept = kept && above < (limit >= 1 ? static_cast<unsigned long long>(limit) : 1ull);
+  }
+  if (kept) atomicMin(&s.lowest, key_of(own));
+  __syncthreads();
+  *threshold = std::fmax(value_of(s.lowest), state.floor);
+  return true;
+}
+
 // Find the value that a row's elements must reach to be kept, (3)-(5). `mass_above` and `count_above` are of the
 // elements above the bracket, which are kept and not in `source`. Return false where the threshold turns out not to be
 // in `source`. All threads call. Not inlined: all kernels share one copy.
@@ -155,6 +194,9 @@ template <typename Source>
 __device__ __noinline__ bool find_threshold(const Source& source, const RowState& state, const Filters& filters,
                                             int vocabulary, double mass_above, unsigned count_above,
                                             SelectScratch& s, float* threshold) {
+  if (!Source::kWhole && source.size <= kThreads && state.search & (kSearchTopK | kSearchTopP)) {
+    return rank_candidates(source, state, filters, vocabulary, mass_above, count_above, s, threshold);
+  }
   KeySearch search{state.top, 0, fixed_point(vocabulary), false};
   double share = state.total;
   if (state.search & kSearchTopK) {

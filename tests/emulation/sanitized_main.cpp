@@ -58,9 +58,11 @@ int run_games(int64_t games, int64_t actions, int64_t iterations, bool opponent_
   return 0;
 }
 
-// Two models in buffers of exactly their size; logits take few values, so that filters see ties. The second model is
-// bfloat16 where `mixed`.
-int run_sampler(int64_t rows, int64_t vocabulary, bool filtered, bool mixed) {
+enum class Dtypes { f32, mixed, bf16 };
+
+// Two models in buffers of exactly their size; logits take few values, so that filters see ties. Models of bfloat16 have
+// no bias, and their plan looks ahead: unfiltered, they run the versions of the loop for plain rows.
+int run_sampler(int64_t rows, int64_t vocabulary, bool filtered, Dtypes dtypes) {
   std::mt19937 random(2);
   // Logits are read in blocks of 16 bytes; the last one may extend beyond the tensor.
   const int64_t logits = (rows * vocabulary + 7) / 8 * 8;
@@ -78,14 +80,16 @@ int run_sampler(int64_t rows, int64_t vocabulary, bool filtered, bool mixed) {
   problem.models = 2;
   problem.logits[0] = {policy.data(), nlhf::DType::f32, vocabulary};
   problem.logits[1] = {reference.data(), nlhf::DType::f32, vocabulary};
-  if (mixed) problem.logits[1] = {narrow.data(), nlhf::DType::bf16, vocabulary};
+  if (dtypes != Dtypes::f32) problem.logits[1] = {narrow.data(), nlhf::DType::bf16, vocabulary};
+  if (dtypes == Dtypes::bf16) problem.logits[0] = problem.logits[1];
   problem.settings = settings.data(), problem.filtered = filtered;
-  problem.bias = bias.data(), problem.uniforms = uniforms.data();
+  problem.bias = dtypes == Dtypes::bf16 ? nullptr : bias.data(), problem.uniforms = uniforms.data();
   problem.rows = rows, problem.vocabulary = vocabulary, problem.logprob_mask = 7;
   problem.tokens = tokens.data(), problem.logprobs = logprobs.data(), problem.ok = ok.get();
   nlhf::MixtureSamplePlan plan;
   if (nlhf::mixture_sample_plan(rows, vocabulary, &plan) != 0) return -1;
-  if (!mixed) {
+  if (dtypes == Dtypes::bf16) plan.ex2 = 7, plan.lookahead = 2;
+  if (dtypes != Dtypes::mixed) {
     std::vector<float> highest(rows * 2 * nlhf::mixture_sample_parts(vocabulary, plan));
     if (nlhf::mixture_sample_floor_cuda(problem, plan, highest.data(), nullptr) != 0) return -1;
   }
@@ -118,7 +122,9 @@ int main() {
       emulation_set_device(device);
       int status = 0;
       for (const bool filtered : {false, true}) {
-        for (const bool mixed : {false, true}) status |= run_sampler(2, vocabulary, filtered, mixed);
+        for (const Dtypes dtypes : {Dtypes::f32, Dtypes::mixed, Dtypes::bf16}) {
+          status |= run_sampler(2, vocabulary, filtered, dtypes);
+        }
       }
       if (status != 0) return std::printf("mixture_sample failed with %d tokens\n", int(vocabulary)), 1;
     }

@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     part_tiles: int  # tiles per block
     ex2: int = 8  # of every eight exponentials, those that special-function units compute: 8, 7 or 6
     arrival: int = 1  # how a row's blocks meet: 1 by a counter in memory, 2 as a cluster (8 blocks, sm_90 and newer)
+    lookahead: int = 1  # 2: a warp's next step is fetched into the second-level cache while it computes one
 
 
 def _candidates(default: Plan) -> Iterator[Plan]:
@@ -67,7 +68,9 @@ def _candidates(default: Plan) -> Iterator[Plan]:
             yield Plan(tile_steps, tiles)
     for tiles in part_tiles[3:]:
         for tile_steps in (1, 2, 4):
-            yield from (Plan(tile_steps, tiles, 7), Plan(tile_steps, tiles, 6), Plan(tile_steps, tiles, 8, 2))
+            plan = Plan(tile_steps, tiles)
+            yield from (plan._replace(lookahead=2), plan._replace(arrival=2), plan._replace(arrival=2, lookahead=2))
+            yield from (plan._replace(ex2=7), plan._replace(ex2=7, lookahead=2), plan._replace(ex2=6))
 
 
 _TUNABLE = tuning.Tunable("mixture_sample", "cuda", Plan, _candidates)
