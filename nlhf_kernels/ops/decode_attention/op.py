@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from ...core import torch_op
+from ...core.calls import Calls
 from ...core.checks import (
     FLOATS,
     INTEGERS,
@@ -73,7 +75,7 @@ OP = register(
 )
 
 
-def _check(inputs: DecodeAttentionInputs) -> None:
+def _check(inputs: DecodeAttentionInputs) -> DecodeAttentionProblem:
     query, keys, values, starts, ends, _, window, _, sinks, _ = inputs
     op = OP.name
     sizes: Sizes = {}
@@ -97,10 +99,13 @@ def _check(inputs: DecodeAttentionInputs) -> None:
     if sinks is not None:
         check_tensor(op, "sinks", sinks, ("heads",), FLOATS, sizes, device)
     check_integer(op, "window", window, 1, _NO_WINDOW)
+    return DecodeAttentionProblem(device, query.dtype, query.shape[2], values.shape[3])
+
+
+_calls = Calls(OP, DecodeAttentionInputs, _check)
 
 
 def _run(inputs: DecodeAttentionInputs) -> torch.Tensor:
-    _check(inputs)
     query, keys, values, starts, ends, scale, window, softcap, sinks, backend = inputs
     if not (
         query.is_contiguous()
@@ -108,11 +113,11 @@ def _run(inputs: DecodeAttentionInputs) -> torch.Tensor:
         and (starts is None or starts.is_contiguous())
         and (sinks is None or sinks.is_contiguous())
     ):
+        _check(inputs)
         query, ends = query.contiguous(), ends.contiguous()
         starts, sinks = (None if tensor is None else tensor.contiguous() for tensor in (starts, sinks))
         inputs = DecodeAttentionInputs(query, keys, values, starts, ends, scale, window, softcap, sinks, backend)
-    problem = DecodeAttentionProblem(query.device, query.dtype, query.shape[2], values.shape[3])
-    result: torch.Tensor = OP.resolve(backend, problem).run(inputs)
+    result: torch.Tensor = _calls.run(inputs)
     return result
 
 
@@ -128,7 +133,9 @@ def _fake(inputs: DecodeAttentionInputs) -> torch.Tensor:
     return empty_result(inputs)
 
 
-_operator = torch_op.define("decode_attention", DecodeAttentionInputs, "Tensor", _run, _fake)
+_operator: Callable[[DecodeAttentionInputs], torch.Tensor] = torch_op.define(
+    "decode_attention", DecodeAttentionInputs, "Tensor", _run, _fake, known=_calls.known
+)
 
 
 def decode_attention(
