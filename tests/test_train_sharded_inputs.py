@@ -136,7 +136,8 @@ def test_a_bad_run_file_is_reported_once(root, monkeypatch, capsys) -> None:
     reports = []
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert main(["train", "--config", "run.yaml", "--set", "training.beta=2"]) == 2
+        changes = ["--set", "training.beta=2", "--set", "training.output_dir=once"]
+        assert main(["train", "--config", "run.yaml", *changes]) == 2
         reports.append(capsys.readouterr().err)
     assert "training.beta: expected" in reports[0] and not reports[1]
 
