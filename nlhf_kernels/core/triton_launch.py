@@ -1,6 +1,6 @@
 """Launches of Triton kernels at little cost on the host.
 
-`kernel[grid](...)` examines every argument on every call, for about 20 us. What it finds out depends on types and
+`kernel[grid](...)` examines every argument on every call. What it finds out depends on types and
 sizes, which a prepared call fixes, and on which addresses are multiples of 16. So the first launch for each pattern of
 addresses goes that way, and later ones pass addresses to the compiled kernel it returned. Where that is not possible
 (in the interpreter, under Triton's profiling hooks, in versions that core/upstream.py does not know) all go that way.

@@ -32,7 +32,7 @@ SCHEMA = 1
 PACKAGE = Path(__file__).resolve().parent.parent
 LEAST_GAIN = 1.02  # a plan that is faster by less than that is noise
 FLUSH_BYTES = 256 << 20  # written between two repeats, so that the inputs come from memory
-FLUSHES = 5  # about 0.3 ms: the GPU must still be busy when the host has launched the kernel, or its time counts too
+FLUSHES = 5  # the GPU must still be busy when the host has launched the kernel, or its time counts too
 
 Numbers = tuple[int, ...]
 Plan = TypeVar("Plan", bound=Numbers)  # a NamedTuple of integers

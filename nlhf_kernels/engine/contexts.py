@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock, RLock
 from typing import Any
@@ -23,6 +23,19 @@ def no_autocast(device: torch.device) -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+@contextmanager
+def replaced_forwards(forwards: Sequence[tuple[torch.nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Replace modules' forwards, except those that another library has replaced already."""
+    replaced = [(module, forward) for module, forward in forwards if "forward" not in vars(module)]
+    for module, forward in replaced:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, _ in replaced:
+            del module.forward  # the class's own again
 
 
 @contextmanager

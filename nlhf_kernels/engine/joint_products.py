@@ -21,6 +21,7 @@ import torch
 
 from ..core.upstream import version_of
 from ..core.vocabulary import is_dtensor
+from .contexts import replaced_forwards
 from .peft_models import adapted_layers
 from .step_products import Linear
 
@@ -80,13 +81,10 @@ class JointProducts:
         for product in products.values():
             product.load()
         forwards = [pair for product in products.values() for pair in product.forwards]
-        for layer, forward in forwards:
-            layer.forward = forward  # type: ignore[method-assign, assignment]
         try:
-            yield
+            with replaced_forwards(forwards):
+                yield
         finally:
-            for layer, _ in forwards:
-                del layer.forward  # the class's own again
             for product in products.values():
                 product.forget()
 

@@ -6,8 +6,8 @@ more vectors than a step has, as prompts are, go to PyTorch's product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from ..core.checks import FLOATS
 from ..core.vocabulary import is_dtensor
 from ..ops import decode_linear
 from ..ops.decode_linear.op import LEAST_ROWS, MAX_ROWS, DecodeLinearProblem, measured_faster
+from .contexts import replaced_forwards
 from .peft_models import adapted_layers
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -51,17 +52,9 @@ class StepProducts:
             rows.append(2 * rows[-1])
         return _as_measured if any(measured_faster(problem._replace(rows=count)) for count in rows) else None
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Replace the forwards, except those that are replaced already, by joint products or another library."""
-        replaced = [(layer, forward) for layer, forward in self.forwards if "forward" not in vars(layer)]
-        for layer, forward in replaced:
-            layer.forward = forward  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            for layer, _ in replaced:
-                del layer.forward  # the class's own again
+        return replaced_forwards(self.forwards)
 
 
 def _forward(layer: torch.nn.Linear, linear: Linear, x: torch.Tensor) -> torch.Tensor:

@@ -61,14 +61,21 @@ class Tournament:
 
     def matrix(self) -> list[list[dict[str, Any] | None]]:
         """Win rates of row against column, as dicts; None on the diagonal."""
-        return [
-            [None if row == column else self.rate(row, column).to_dict() for column in self.names]
-            for row in self.names
-        ]  # fmt: skip
+        return rate_matrix(self.names, self.rate)
 
     def cycles(self) -> list[list[str]]:
         """Return triples of policies of which each beats the next: mean win rates above 1/2 by more than MARGIN."""
         return beating_in_turn(self.names, lambda first, second: float(self.match(first, second).mean()))
+
+
+def rate_matrix(names: Sequence[str], rate: Callable[[str, str], Estimate]) -> list[list[dict[str, Any] | None]]:
+    """Return win rates of row against column, as dicts; None on the diagonal.
+
+    Args:
+        names (sequence of str): rows and columns.
+        rate (function of two names): the win rate of the first against the second.
+    """
+    return [[None if row == column else rate(row, column).to_dict() for column in names] for row in names]
 
 
 def beating_in_turn(names: Sequence[str], rate: Callable[[str, str], float]) -> list[list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..evaluation import Estimate, Frontier, FrontierPoint, Tournament, rate_at_equal_kl
-from ..evaluation.tournament import beating_in_turn
+from ..evaluation.tournament import beating_in_turn, rate_matrix
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,7 @@ class EqualKL:
     @cached_property
     def matrix(self) -> list[list[dict[str, Any] | None]]:
         """Win rates of row against column, as dicts; None on the diagonal."""
-        return [
-            [None if row == column else self.rate(row, column).to_dict() for column in self.names]
-            for row in self.names
-        ]  # fmt: skip
+        return rate_matrix(self.names, self.rate)
 
     def cycles(self) -> list[list[str]]:
         """Return triples of `names` of which each beats the next, by the means."""

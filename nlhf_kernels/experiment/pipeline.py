@@ -169,7 +169,7 @@ class Experiment:
             with self.reporter.bar(f"matches judged by {name}", pairs) as advance:
                 tournament = play_tournament(judge, prompts, answers, advance)
             compared[name] = EqualKL(tournament, kl, frontiers, START, preset.budget)
-        equal = compared["preference-model"]  # the KL is the policies', whoever judges
+        equal = compared["preference-model"]  # the policies' KL does not depend on the judge
         nearest = {name: equal.nearest(name) for name in preset.contestants}
         shown = {START: answers[START][0]}
         shown |= {name: answers[frontiers[name][index]][0] for name, index in nearest.items()}

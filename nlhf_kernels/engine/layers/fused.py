@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from types import FunctionType, MethodType
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ import torch
 
 from ...core.capabilities import triton_missing
 from ...core.checks import FLOATS
+from ..contexts import replaced_forwards
 from ..peft_models import adapted_layers
 
 NORM = """
@@ -91,17 +92,9 @@ class FusedLayers:
                 if (forward := fused_forward(module, functions)) is not None:
                     self.forwards.append((module, forward))
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Replace the forwards, except those that another library has replaced already."""
-        replaced = [(module, forward) for module, forward in self.forwards if "forward" not in vars(module)]
-        for module, forward in replaced:
-            module.forward = forward
-        try:
-            yield
-        finally:
-            for module, _ in replaced:
-                del module.forward  # the class's own again
+        return replaced_forwards(self.forwards)
 
 
 def fused_forward(module: torch.nn.Module, functions: LayerFunctions) -> Forward | None:
