@@ -23,6 +23,7 @@ from ..logprobs.op import (
     check_extras,
     check_saved,
     check_targets,
+    token_symbols,
 )
 from ..logprobs.op import OP as LOGPROBS
 from .chunks import CHUNK_BYTES, Chunked, Gradients, Needs, ScoredRows, Side, choose_chunk_bytes, compares_models
@@ -335,7 +336,7 @@ def linear_logprobs(
         backend: see `use_backend`; None leaves the choice to it.
     """
     op = "linear_logprobs"
-    shape = {2: ("tokens",), 3: ("sequences", "tokens")}.get(getattr(hidden, "ndim", 2), ("...",))
+    shape = token_symbols(hidden)
     sizes: Sizes = {}
     models = check_linear(op, hidden, head, shape, sizes, reference_hidden, reference_head, chunk_bytes)
     check_tensor(op, "targets", targets, shape, INTEGERS, sizes, hidden.device)

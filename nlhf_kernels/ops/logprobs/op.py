@@ -57,6 +57,11 @@ def _describe(
     reference_logits: torch.Tensor | None = None,
     **_: object,
 ) -> LogprobsProblem:
+    return problem_of(policy_logits, reference_logits)
+
+
+def problem_of(policy_logits: torch.Tensor, reference_logits: torch.Tensor | None) -> LogprobsProblem:
+    """Describe a call by its logits, of any shape."""
     logits = [policy_logits] if reference_logits is None else [policy_logits, reference_logits]
     return LogprobsProblem(policy_logits.device, tuple(model.dtype for model in logits))
 
@@ -112,9 +117,7 @@ def _checked(inputs: LogprobsInputs) -> LogprobsInputs:
 
 
 def _resolve(inputs: LogprobsInputs) -> Backend:
-    policy, reference = inputs.policy, inputs.reference
-    dtypes = (policy.dtype,) if reference is None else (policy.dtype, reference.dtype)
-    return OP.resolve(inputs.backend, LogprobsProblem(policy.device, dtypes))
+    return OP.resolve(inputs.backend, problem_of(inputs.policy, inputs.reference))
 
 
 def check_beta(op: str, beta: torch.Tensor | None, count: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -230,7 +233,7 @@ def logprobs(
         backend: see `use_backend`; None leaves the choice to it.
     """
     op = "logprobs"
-    shape = _symbols(policy_logits)
+    shape = token_symbols(policy_logits)
     sizes: Sizes = {}
     check_tensor(op, "policy_logits", policy_logits, (*shape, "vocabulary"), DTYPES, sizes)
     device = policy_logits.device
@@ -329,8 +332,10 @@ def check_targets(op: str, targets: torch.Tensor, vocabulary: int) -> None:
             raise ValueError(f"{op}: targets: expected token ids in [0, {vocabulary}) or {IGNORED}; got {value}")
 
 
-def _symbols(logits: object) -> tuple[str, ...]:
-    ndim = logits.ndim if isinstance(logits, torch.Tensor) else 2
+def token_symbols(vectors: object) -> tuple[str, ...]:
+    """Return the symbolic shape of tokens that have a vector each: (N, D) or (B, T, D); vectors of no such shape are
+    refused for it later."""
+    ndim = vectors.ndim if isinstance(vectors, torch.Tensor) else 2
     return {2: ("tokens",), 3: ("sequences", "tokens")}.get(ndim, ("...",))
 
 

@@ -7,15 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...core import torch_op
-from ...core.checks import (
-    REALS,
-    Sizes,
-    check_is_tensor,
-    check_not_empty,
-    check_number,
-    check_option,
-    check_tensor,
-)
+from ...core.checks import REALS, Sizes, check_is_tensor, check_not_empty, check_number, check_option, check_tensor
 from ...core.registry import Backend, Measured, Op, register
 
 _HERE = "nlhf_kernels.ops.mirror_descent"
@@ -76,16 +68,11 @@ OP = register(
         order={"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")},
         describe=_describe,
         measured=(
-            Measured(
-                "cuda",
-                "up to 512 actions",
-                lambda problem: problem.actions <= 512,
-                ("cuda", "triton", "torch"),
-                _MEASURED,
-            ),
+            Measured("cuda", "up to 512 actions", lambda problem: problem.actions <= 512, ("cuda", "triton", "torch"),
+                     _MEASURED),
         ),
     )
-)
+)  # fmt: skip
 
 
 def _check(inputs: MirrorDescentInputs) -> None:
@@ -108,18 +95,10 @@ def _check(inputs: MirrorDescentInputs) -> None:
 
 def _run(inputs: MirrorDescentInputs) -> torch.Tensor:
     _check(inputs)
-    problem = MirrorDescentProblem(inputs.log_policy.device, inputs.log_policy.dtype, inputs.log_policy.shape[1])
-    contiguous = MirrorDescentInputs(
-        inputs.log_policy.contiguous(),
-        inputs.preference.contiguous(),
-        inputs.log_reference.contiguous(),
-        inputs.tau.contiguous(),
-        inputs.step_sizes.contiguous(),
-        inputs.opponent,
-        None if inputs.log_opponent is None else inputs.log_opponent.contiguous(),
-        inputs.backend,
+    contiguous = MirrorDescentInputs._make(
+        value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs
     )
-    result: torch.Tensor = OP.resolve(inputs.backend, problem).run(contiguous)
+    result: torch.Tensor = OP.resolve(inputs.backend, _describe(inputs.log_policy)).run(contiguous)
     return result
 
 

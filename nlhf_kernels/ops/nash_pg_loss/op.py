@@ -10,7 +10,7 @@ import torch
 from ...core.checks import Sizes, check_number, check_option, check_tensor
 from ...core.registry import built_on
 from ..logprobs.layout import IGNORED, Output
-from ..logprobs.op import DTYPES, LogprobsProblem, check_constant, logprobs
+from ..logprobs.op import DTYPES, LogprobsProblem, check_constant, logprobs, problem_of
 from ..logprobs.op import OP as LOGPROBS
 from .sequences import Layout, Sequences, check_layout, layout_symbols
 from .weights import KL_MODES, surrogate, token_weights
@@ -46,8 +46,7 @@ def _describe(
     reference_logits: torch.Tensor | None = None,
     **_: object,
 ) -> LogprobsProblem:
-    logits = [policy_logits] if reference_logits is None else [policy_logits, reference_logits]
-    return LogprobsProblem(policy_logits.device, tuple(model.dtype for model in logits))
+    return problem_of(policy_logits, reference_logits)
 
 
 OP = built_on(LOGPROBS, "nash_pg_loss", _describe)
@@ -177,17 +176,31 @@ def check_terms(
     check_option(op, "kl", kl, KL_MODES)
     layout = check_layout(op, targets, mask, cu_seqlens, sizes, device)
     advantage = _check_advantage(op, advantage, preference, baseline, sizes, device)
-    if (reference_model is None) is (reference_logprobs is None):
-        got = "neither" if reference_model is None else "both"
-        raise ValueError(f"{op}: reference_logprobs: expected either them or the reference model's; got {got}")
+    given = check_reference(op, reference_model, reference_logprobs, layout, sizes, device)
+    if reference_logprobs is not None:
+        check_constant(op, "reference_logprobs", reference_logprobs)
     if kl == "exact" and reference_model is None:
         raise ValueError(f"{op}: kl: 'exact' needs the reference model, over the vocabulary; got reference_logprobs")
-    if reference_logprobs is not None:
-        check_tensor(op, "reference_logprobs", reference_logprobs, layout.symbols, DTYPES, sizes, device)
-        check_constant(op, "reference_logprobs", reference_logprobs)
-        reference_logprobs = reference_logprobs.detach().reshape(-1).masked_fill(layout.targets == IGNORED, 0)
     normalizer = check_normalizer(op, normalizer, layout.sequences, device)
-    return Terms(layout, advantage, normalizer, reference_logprobs)
+    return Terms(layout, advantage, normalizer, given)
+
+
+def check_reference(
+    op: str,
+    model: torch.Tensor | None,  # its logits or hidden states
+    logprobs: torch.Tensor | None,  # as targets
+    layout: Layout,
+    sizes: Sizes,
+    device: torch.device,
+) -> torch.Tensor | None:  # (N,)
+    """Check that one of the two is given; return the log-probabilities, 0 where ignored, if it is they."""
+    if (model is None) is (logprobs is None):
+        got = "neither" if model is None else "both"
+        raise ValueError(f"{op}: reference_logprobs: expected either them or the reference model's; got {got}")
+    if logprobs is None:
+        return None
+    check_tensor(op, "reference_logprobs", logprobs, layout.symbols, DTYPES, sizes, device)
+    return logprobs.detach().reshape(-1).masked_fill(layout.targets == IGNORED, 0)
 
 
 def _check_advantage(
@@ -207,14 +220,13 @@ def _check_advantage(
         check_constant(op, "advantage", check_tensor(op, "advantage", advantage, ("sequences",), DTYPES, sizes, device))
         return advantage.detach().double()
     preference = check_tensor(op, "preference", preference, ("sequences",), DTYPES, sizes, device)
-    check_probabilities(op, "preference", preference)
+    probability = as_probabilities(op, "preference", preference)
     if isinstance(baseline, torch.Tensor):
         shape = ("sequences",) if baseline.ndim else ()
         baseline = check_tensor(op, "baseline", baseline, shape, DTYPES, sizes, device).detach().double()
     else:
         baseline = 0.5 if baseline is None else check_number(op, "baseline", baseline)
-    probability = preference.detach().double()
-    return torch.where((probability >= 0) & (probability <= 1), probability, torch.nan) - baseline
+    return probability - baseline
 
 
 def check_normalizer(op: str, normalizer: Scalar | None, count: int, device: torch.device) -> Scalar:
@@ -225,13 +237,14 @@ def check_normalizer(op: str, normalizer: Scalar | None, count: int, device: tor
     return max(count, 1) if normalizer is None else check_number(op, "normalizer", normalizer, 0.0, open_low=True)
 
 
-def check_probabilities(op: str, name: str, value: torch.Tensor) -> None:
-    """Raise for values outside [0, 1] on the CPU, where reading them needs no synchronisation; elsewhere, and in a
-    compiled graph, the caller turns them into NaN."""
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ~((value >= 0) & (value <= 1))
-        if bool(wrong.any()):
-            raise ValueError(f"{op}: {name}: expected probabilities in [0, 1]; got {float(value[wrong][0])}")
+def as_probabilities(op: str, name: str, value: torch.Tensor) -> torch.Tensor:  # float64
+    """Return constants in [0, 1]. Others raise on the CPU, where reading them needs no synchronisation; elsewhere, and
+    in a compiled graph, they become NaN."""
+    value = value.detach().double()
+    inside = (value >= 0) & (value <= 1)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(inside.all()):
+        raise ValueError(f"{op}: {name}: expected probabilities in [0, 1]; got {float(value[~inside][0])}")
+    return torch.where(inside, value, torch.nan)
 
 
 def as_result(

@@ -9,7 +9,7 @@ from ..linear_logprobs.head import Head
 from ..linear_logprobs.op import linear_logprobs
 from ..logprobs.layout import IGNORED
 from ..logprobs.op import DTYPES
-from ..nash_pg_loss.op import Scalar
+from ..nash_pg_loss.op import Scalar, check_reference
 from ..nash_pg_loss.sequences import Sequences, check_layout, layout_symbols
 from .op import KINDS, PreferenceLoss, preference_loss
 
@@ -66,9 +66,7 @@ def linear_preference_loss(
     layout = check_layout(_OP, targets, mask, cu_seqlens, sizes, hidden.device)
     if layout.sequences % 2:
         raise ValueError(f"{_OP}: hidden: expected B preferred responses, then B others; got {layout.sequences}")
-    if (reference_hidden is None) is (reference_logprobs is None):
-        got = "neither" if reference_hidden is None else "both"
-        raise ValueError(f"{_OP}: reference_logprobs: expected either them or reference_hidden; got {got}")
+    given = check_reference(_OP, reference_hidden, reference_logprobs, layout, sizes, hidden.device)
     scored = linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         head,
@@ -79,10 +77,7 @@ def linear_preference_loss(
         chunk_bytes=chunk_bytes,
         backend=backend,
     )
-    reference = scored.reference
-    if reference_logprobs is not None:
-        check_tensor(_OP, "reference_logprobs", reference_logprobs, symbols, DTYPES, sizes, hidden.device)
-        reference = reference_logprobs.detach().reshape(-1).masked_fill(layout.targets == IGNORED, 0)
+    reference = scored.reference if given is None else given
     assert reference is not None, "checked: one of the two is given"
     sequences = Sequences.from_offsets(layout.offsets(hidden.device), layout.targets.numel())
     ratios = sequences.sums(scored.policy - reference)

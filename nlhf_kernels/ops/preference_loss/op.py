@@ -8,8 +8,9 @@ import torch
 
 from ...core.checks import Sizes, check_number, check_option, check_tensor
 from ...core.registry import Backend, Op, register
+from ..logprobs.layout import real_dtype
 from ..logprobs.op import DTYPES
-from ..nash_pg_loss.op import Scalar, check_normalizer, check_probabilities
+from ..nash_pg_loss.op import Scalar, as_probabilities, check_normalizer
 
 KINDS = ("ipo", "dpo")
 _NOTHING_TO_FUSE = (
@@ -85,30 +86,23 @@ def preference_loss(
     check_tensor(op, "second", second, ("pairs",), DTYPES, sizes, first.device)
     check_number(op, "tau", tau, 0.0, open_low=True)
     check_option(op, "kind", kind, KINDS)
+    p: torch.Tensor | float = 1.0
     if preference is not None:
         check_tensor(op, "preference", preference, ("pairs",), DTYPES, sizes, first.device)
-        check_probabilities(op, "preference", preference)
+        p = as_probabilities(op, "preference", preference)
     if lengths is not None:
         first, second = (_per_token(op, *pair, sizes) for pair in zip((first, second), lengths, strict=True))
     divisor = check_normalizer(op, normalizer, sizes["pairs"], first.device)
     margin = first.double() - second.double()
-    p = _probability(preference, margin)
     if kind == "ipo":
         target = 1 / (2 * tau)
         each = p * (margin - target) ** 2 + (1 - p) * (margin + target) ** 2
     else:
         log_sigmoid = torch.nn.functional.logsigmoid
         each = -p * log_sigmoid(tau * margin) - (1 - p) * log_sigmoid(-tau * margin)
-    real = torch.promote_types(first.dtype, torch.float32)
+    real = real_dtype(first.dtype)
     loss = (each.sum() / divisor).to(real)
     return PreferenceLoss(loss, margin.detach().to(real), first.detach(), second.detach())
-
-
-def _probability(preference: torch.Tensor | None, margin: torch.Tensor) -> torch.Tensor:
-    if preference is None:
-        return torch.ones_like(margin)
-    p = preference.detach().double()
-    return torch.where((p >= 0) & (p <= 1), p, torch.nan)
 
 
 def _per_token(op: str, log_ratio: torch.Tensor, length: torch.Tensor, sizes: Sizes) -> torch.Tensor:

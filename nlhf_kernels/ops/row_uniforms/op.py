@@ -44,20 +44,22 @@ OP = register(
 )
 
 
+def _check(inputs: RowUniformsInputs) -> None:
+    check_counter(OP.name, inputs.seed, inputs.row_ids, inputs.step, {}, inputs.row_ids.device)
+    check_integer(OP.name, "stream", inputs.stream, 0, 255)
+
+
 def _run(inputs: RowUniformsInputs) -> torch.Tensor:
+    _check(inputs)
     seed, row_ids, step, stream, backend = inputs
-    device = row_ids.device
-    check_counter(OP.name, seed, row_ids, step, {}, device)
-    check_integer(OP.name, "stream", stream, 0, 255)
     if not (seed.is_contiguous() and row_ids.is_contiguous() and step.is_contiguous()):
         inputs = RowUniformsInputs(seed.contiguous(), row_ids.contiguous(), step.contiguous(), stream, backend)
-    result: torch.Tensor = OP.resolve(backend, RowUniformsProblem(device)).run(inputs)
+    result: torch.Tensor = OP.resolve(backend, RowUniformsProblem(row_ids.device)).run(inputs)
     return result
 
 
 def _fake(inputs: RowUniformsInputs) -> torch.Tensor:
-    check_counter(OP.name, inputs.seed, inputs.row_ids, inputs.step, {}, inputs.row_ids.device)
-    check_integer(OP.name, "stream", inputs.stream, 0, 255)
+    _check(inputs)
     return torch.empty_like(inputs.row_ids, dtype=torch.float64, memory_format=torch.contiguous_format)
 
 
