@@ -83,7 +83,7 @@ def mixing(flatten: bool) -> torch.nn.Module:
     ("flatten", "reason"),
     [
         (True, "LlamaForCausalLM mixes the rows of a batch"),
-        (False, "an adapted layer gets 5 vectors from a batch of 6"),
+        (False, "a layer gets 5 vectors from a batch of 6"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -18,7 +18,7 @@ from .cpu_head import fast_cpu_heads
 from .decode_state import DecodeState
 from .joint_products import JointProducts
 from .layers.fused import FusedLayers, why_not_usable
-from .lora import BaseRunner, OnePassRunner, why_not_one_pass, why_one_pass_differs
+from .lora import AdapterRunner, BaseRunner, why_not_one_pass, why_one_pass_differs
 from .model_info import clone_with_parameters, inspect_model, rotations
 from .peft_models import adapted_layers, adapter_state, check_base, is_adapted
 from .probes import examine, why_not_static
@@ -274,7 +274,7 @@ class ModelSet:
 
     def runners(self, rows: Mapping[str, int], length: int, state: DecodeState) -> list[Runner]:
         if self.one_pass and "policy" in rows:
-            both = OnePassRunner(self.info["policy"], rows["policy"] + rows["reference"], length, state)
+            both = AdapterRunner(self.info["policy"], rows["policy"] + rows["reference"], length, state)
             others = [role for role in rows if role not in both.roles]
             return [both, *(self._runner(role, rows[role], length, state) for role in others)]
         return [self._runner(role, count, length, state) for role, count in rows.items()]

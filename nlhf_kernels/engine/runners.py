@@ -1,7 +1,7 @@
 """Runners: one model's forward passes over its rows, the prompts once and then a token per row and step.
 
-A runner owns its cache. `roles` names the models whose logits it returns: one, or with shared weights the policy and
-the reference at once (lora.py).
+A runner owns its cache. `roles` names the models whose logits it returns: one, or the policy and the reference at once
+(one_pass.py).
 """
 
 from __future__ import annotations
