@@ -139,6 +139,11 @@ class StaticRowsCache(Cache):
         self.state = state
         super().__init__(layers=list(self.static_layers))
 
+    def assign(self, rows: int) -> None:
+        """Hold this many rows from now on."""
+        for layer in self.static_layers:
+            layer.rows = rows
+
     def begin_prefill(self, fan_out: torch.Tensor, masked_slots: bool) -> None:
         """The next forward pass reads prompts; row r of this cache answers prompt fan_out[r].
 
@@ -146,7 +151,7 @@ class StaticRowsCache(Cache):
         NaN from an earlier rollout would reach the output at weight 0.
         """
         for layer in self.static_layers:
-            layer.rows, layer.fan_out = len(fan_out), fan_out
+            layer.fan_out = fan_out
             for stored in layer.storage if self.state.recorded and masked_slots else ():
                 stored.zero_()
 

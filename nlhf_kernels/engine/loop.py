@@ -72,7 +72,8 @@ class Rollout:
         self.output_rows = list(range(len(fan_out)))  # batch.output_rows on the host
         logits: dict[str, torch.Tensor] = {}
         for runner in space.runners:
-            logits |= runner.prefill(prompts, fan_out, batch.spans)
+            runner.assign(batch.spans)
+            logits |= runner.prefill(prompts, fan_out)
         self._sample(logits)
         self._count()
 

@@ -32,9 +32,9 @@ from .runners import Runner
 class AdapterRunner(OnePassRunner):
     """The policy's rows with the adapter and the reference's without."""
 
-    def prefill(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
+    def assign(self, spans: Mapping[str, Span]) -> None:
         self.layers = adapted_layers(self.info.model)
-        return super().prefill(prompts, fan_out, spans)
+        super().assign(spans)
 
     def split(self, first: int, rows: int) -> AbstractContextManager[None]:
         return adapters_on_first_rows(self.layers, first, rows)
@@ -46,9 +46,12 @@ class BaseRunner:
     def __init__(self, adapted_model: Any, runner: Runner) -> None:
         self.adapted_model, self.runner, self.roles = adapted_model, runner, runner.roles
 
-    def prefill(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
+    def assign(self, spans: Mapping[str, Span]) -> None:
+        self.runner.assign(spans)
+
+    def prefill(self, prompts: Prompts, fan_out: torch.Tensor) -> dict[str, torch.Tensor]:
         with adapters_off(self.adapted_model):
-            return self.runner.prefill(prompts, fan_out, spans)
+            return self.runner.prefill(prompts, fan_out)
 
     def decode(self, tokens: torch.Tensor, state: DecodeState) -> dict[str, torch.Tensor]:
         with adapters_off(self.adapted_model):

@@ -47,8 +47,11 @@ class OnePassRunner:
         """Treat the `first` of a pass's `rows` as the policy's, and the rest as the reference's."""
         raise NotImplementedError
 
-    def prefill(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
+    def assign(self, spans: Mapping[str, Span]) -> None:
         self.spans = {role: spans[role] for role in self.roles}
+        self.cache.assign(sum(stop - start for start, stop in self.spans.values()))
+
+    def prefill(self, prompts: Prompts, fan_out: torch.Tensor) -> dict[str, torch.Tensor]:
         count = len(prompts.ids)
         policy, reference = (fan_out[slice(*self.spans[role])] for role in self.roles)
         both = torch.cat([policy, reference + count])

@@ -270,7 +270,8 @@ class _DecodedRows:
         fan_out = torch.arange(rows, dtype=torch.int64, device=info.device)
         state.reset(prompts, fan_out, recorded=bucket > 0)
         with use_attention([info.model]) if by_kernel else nullcontext():
-            logits = [runner.prefill(prompts, fan_out, {info.role: (0, rows)})[info.role]]
+            runner.assign({info.role: (0, rows)})
+            logits = [runner.prefill(prompts, fan_out)[info.role]]
             for step in range(STEPS):
                 state.bucket = bucket
                 state.open_slot()

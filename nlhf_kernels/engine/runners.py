@@ -28,10 +28,13 @@ class Runner(Protocol):
     def roles(self) -> tuple[str, ...]:
         """The models whose logits it returns."""
 
-    def prefill(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
+    def assign(self, spans: Mapping[str, Span]) -> None:
+        """Take the rows of a new batch. What the host keeps of a rollout is set here, as `prefill` may be recorded."""
+
+    def prefill(self, prompts: Prompts, fan_out: torch.Tensor) -> dict[str, torch.Tensor]:
         """Read the prompts. Returns the logits of the first new token, {role: (rows of its span, V)}.
 
-        `fan_out` (rows,): each row's prompt.
+        `fan_out` (rows,): the prompt of each row of the batch.
         """
 
     def decode(self, tokens: torch.Tensor, state: DecodeState) -> dict[str, torch.Tensor]:
@@ -74,8 +77,11 @@ class CachedRunner:
         self.static_forward = static_forward
         self.cache = StaticRowsCache(info.layers, rows, length, state, info.device)
 
-    def prefill(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
+    def assign(self, spans: Mapping[str, Span]) -> None:
         self.span = spans[self.info.role]
+        self.cache.assign(self.span[1] - self.span[0])
+
+    def prefill(self, prompts: Prompts, fan_out: torch.Tensor) -> dict[str, torch.Tensor]:
         fan_out = fan_out[slice(*self.span)]
         self.cache.begin_prefill(fan_out, masked_slots=not reads_ranges_only(self.info.model))
         logits = last_logits(
@@ -114,8 +120,10 @@ class WholeTextRunner:
         self.info, self.roles, self.span = info, (info.role,), (0, 0)
         self.text = torch.zeros(rows, length, dtype=torch.int64, device=info.device)
 
-    def prefill(self, prompts: Prompts, fan_out: torch.Tensor, spans: Mapping[str, Span]) -> dict[str, torch.Tensor]:
+    def assign(self, spans: Mapping[str, Span]) -> None:
         self.span = spans[self.info.role]
+
+    def prefill(self, prompts: Prompts, fan_out: torch.Tensor) -> dict[str, torch.Tensor]:
         fan_out = fan_out[slice(*self.span)]
         self.text[: len(fan_out), : prompts.width] = prompts.ids[fan_out]
         return {self.info.role: self._read(prompts.ids, prompts.mask if prompts.padded else None)[fan_out]}
