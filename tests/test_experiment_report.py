@@ -21,7 +21,8 @@ from nlhf_kernels.experiment import figures
 from nlhf_kernels.experiment.__main__ import main as redraw
 from nlhf_kernels.experiment.candidates import CANDIDATE_PRESETS
 from nlhf_kernels.experiment.candidates.report import all_figures
-from nlhf_kernels.experiment.report import page, summary, table, write_report
+from nlhf_kernels.experiment.page import table
+from nlhf_kernels.experiment.report import page, summary, write_report
 from tests.support.experiment import fake_packages, numbers
 from tests.support.tiny_models import one_thread
 

@@ -5,38 +5,20 @@ Verdicts on the claims are computed from the numbers, by `claims.py`.
 
 from __future__ import annotations
 
-import base64
-import html
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.plots import as_svg
 from ..core.text import markdown_table
 from ..evaluation import plus_minus
 from ..evaluation.intervals import NORMAL
 from ..evaluation.tournament import MARGIN
 from .claims import CONTRADICTED, MIN_PROMPTS, MIN_RUNS, REPRODUCED, TOO_SMALL, evidence, verdict
 from .figures import JUDGE_LABELS, all_figures, judges, nats
+from .page import capitalised, escaped, framed, paragraphs, table, write_figures, write_page
 from .presets import BASELINE, START, label
 
 Results = dict[str, Any]
-NUMBER = re.compile(r"-?\d[\d.,]*(\s±\s[\d.]+)?%?")
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#222}
-h1{font-size:clamp(1.4rem,5vw,2rem);line-height:1.2}
-table{border-collapse:separate;border-spacing:0;border:solid #ccc;border-width:1px 0 0 1px;font-size:.85rem}
-td,th{border:solid #ccc;border-width:0 1px 1px 0;padding:.25rem .4rem;text-align:left}
-td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-.scroll{overflow-x:auto;margin:.8rem 0}
-td:first-child{white-space:nowrap}.text{white-space:pre-line}
-td:first-child,th:first-child{position:sticky;left:0;background:#fff}
-figure{margin:1.5rem 0}figure img{width:100%;max-width:36rem;height:auto}figcaption{color:#555;font-size:.9rem}
-.verdict{border-left:4px solid #888;padding:.2rem .8rem;margin:1rem 0}.verdict p{margin:.2rem 0}
-.reproduced{border-color:#0072b2}.contradicted{border-color:#d55e00}
-@media(max-width:40rem){td:first-child{white-space:normal;min-width:5rem}td,th{padding:.2rem}table{font-size:.8rem}}
-@media print{body{max-width:none;font-size:10pt}.scroll{overflow:visible}table{font-size:7.5pt}
-td:first-child{white-space:normal}figure,table,.verdict{break-inside:avoid}h2,h3{break-after:avoid}}"""
 
 
 def write_report(results: Results, folder: Path) -> Path:
@@ -46,16 +28,8 @@ def write_report(results: Results, folder: Path) -> Path:
         results (dict): of `Experiment.run`.
         folder (Path): made where it is not there.
     """
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for name, caption, figure in all_figures(results):
-        svg = as_svg(figure)
-        (folder / "figures" / f"{name}.svg").write_bytes(svg)
-        if not name.startswith("matrix-"):
-            pictures.append(_picture(svg, caption))
-    path = folder / "report.html"
-    path.write_text(page(results, pictures), encoding="utf-8")
-    return path
+    pictures = write_figures(folder, all_figures(results))
+    return write_page(folder, page(results, [pictures[name] for name in pictures if not name.startswith("matrix-")]))
 
 
 def page(results: Results, pictures: Sequence[str]) -> str:
@@ -64,20 +38,17 @@ def page(results: Results, pictures: Sequence[str]) -> str:
     source = results["material"]["data"] or "Docstrings of the installed Python packages"
     parts = [
         "<h1>Nash learning from human feedback: the summarisation experiment</h1>",
-        f"<p>{_e(source)}: {corpus['train']} examples to train on, {corpus['test']} to test on. "
+        f"<p>{escaped(source)}: {corpus['train']} examples to train on, {corpus['test']} to test on. "
         f"{results['sft']['parameters']:,} parameters.</p>",
-        *(f"<p><b>{_e(sentence)}</b></p>" for sentence in answer(results)),
+        *(f"<p><b>{escaped(sentence)}</b></p>" for sentence in answer(results)),
         *pictures,
         "<h2>The claims</h2>",
         *(_verdicts(judge, each["claims"]) for judge, each in judges(results).items()),
-        *(
-            f"<p>{_e(text)}</p>"
-            for text in (describe_size(results), describe_distance(results), describe_intervals(results))
-        ),
+        *paragraphs((describe_size(results), describe_distance(results), describe_intervals(results))),
         "<h2>Answers</h2>",
         _samples(results),
         "<h2>Cycles</h2>",
-        *(f"<p>{_e(line)}</p>" for line in describe_cycles(results)),
+        *paragraphs(describe_cycles(results)),
         f"<h2>Win rates at {nats(results)}</h2>",
         *(_matrix(facts, judge) for judge in judges(results)),
         *_exploitability(results),
@@ -90,13 +61,7 @@ def page(results: Results, pictures: Sequence[str]) -> str:
         "<h2>How it was made</h2>",
         _making(results),
     ]
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        "<title>Nash learning: the experiment</title>\n"
-        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
-    )
+    return framed("Nash learning: the experiment", parts)
 
 
 def answer(results: Results) -> list[str]:
@@ -207,7 +172,7 @@ def describe_claim(claim: dict[str, Any]) -> str:
     matches = ", ".join(
         f"{m['first']} against {m['second']} {plus_minus(m['mean'], m['half'])}" for m in claim["matches"]
     )
-    return f"{_capital(claim['claim'])}: {verdict(claim)} ({_grounds(claim)}). {matches}".rstrip(". ") + "."
+    return f"{capitalised(claim['claim'])}: {verdict(claim)} ({_grounds(claim)}). {matches}".rstrip(". ") + "."
 
 
 def _grounds(claim: dict[str, Any]) -> str:
@@ -224,7 +189,7 @@ def _grounds(claim: dict[str, Any]) -> str:
 def _verdicts(judge: str, claims: Iterable[dict[str, Any]]) -> str:
     kinds, boxes = {REPRODUCED: "reproduced", CONTRADICTED: "contradicted"}, ""
     for claim in claims:
-        heading = f"<p>{_e(_capital(claim['claim']))}: <b>{verdict(claim)}</b> ({_e(_grounds(claim))})</p>"
+        heading = f"<p>{escaped(capitalised(claim['claim']))}: <b>{verdict(claim)}</b> ({escaped(_grounds(claim))})</p>"
         rows = [(m["first"], m["second"], plus_minus(m["mean"], m["half"])) for m in claim["matches"]]
         matches = table(["policy", "against", "win rate"], rows) if rows else ""
         boxes += f'<div class="verdict {kinds.get(verdict(claim), "")}">{heading}{matches}</div>'
@@ -265,7 +230,7 @@ def _exploitability(results: Results) -> list[str]:
         f"{nats(results)}), with the budget of updates that all have; of an equilibrium it wins half. What training "
         "has not found is not counted: these are lower bounds."
     )
-    return ["<h2>Exploitability</h2>", f"<p>{_e(note)}</p>", table(head, rows)]
+    return ["<h2>Exploitability</h2>", f"<p>{escaped(note)}</p>", table(head, rows)]
 
 
 def _policies(facts: Results) -> str:
@@ -293,7 +258,7 @@ def _models(results: Results) -> str:
 
 
 def _speed(results: Results) -> str:
-    return "<ul>" + "".join(f"<li>{_e(line)}</li>" for line in describe_speed(results)) + "</ul>"
+    return "<ul>" + "".join(f"<li>{escaped(line)}</li>" for line in describe_speed(results)) + "</ul>"
 
 
 def _samples(results: Results) -> str:
@@ -305,7 +270,7 @@ def _samples(results: Results) -> str:
         for number, (name, text) in enumerate(sample["answers"].items()):
             rows.append([label(name), *(f"{sample['chances'][judge][number]:.2f}" for judge in names), text.strip()])
         head = ["", *(judge.replace("-", " ") for judge in names), "answer"]
-        blocks.append(f'<p class="text">{_e(sample["prompt"].strip())}</p>{table(head, rows)}')
+        blocks.append(f'<p class="text">{escaped(sample["prompt"].strip())}</p>{table(head, rows)}')
     return "".join(blocks)
 
 
@@ -319,38 +284,8 @@ def _making(results: Results) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], colours: Sequence[Sequence[str]] = ()) -> str:
-    """Return an HTML table that scrolls sideways beside its first column; `colours` are the cells', "" for none."""
-    cells = "".join(f"<th>{_e(name)}</th>" for name in head)
-    lines = ""
-    for number, row in enumerate(rows):
-        shades = colours[number] if colours else [""] * len(row)
-        lines += "<tr>" + "".join(map(_cell, row, shades)) + "</tr>"
-    return f'<div class="scroll"><table><tr>{cells}</tr>{lines}</table></div>'
-
-
-def _cell(text: str, colour: str) -> str:
-    kind = ' class="n"' if NUMBER.fullmatch(text) else ""
-    style = f' style="background:{colour}"' if colour else ""
-    return f"<td{kind}{style}>{_e(text)}</td>"
-
-
-def _picture(svg: bytes, caption: str) -> str:
-    data = base64.b64encode(svg).decode()
-    image = f'<img alt="{_e(caption)}" src="data:image/svg+xml;base64,{data}">'
-    return f"<figure>{image}<figcaption>{_e(caption)}</figcaption></figure>"
-
-
 def _count(number: int, name: str) -> str:
     return f"{number} {name}" if number == 1 else f"{number} {name}s"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _e(text: object) -> str:
-    return html.escape(str(text))
 
 
 def summary(results: Results) -> str:
@@ -366,7 +301,7 @@ def summary(results: Results) -> str:
         parts.append(markdown_table(head, rows, numbers=True))
     parts.append("\n".join(f"- {line}" for line in describe_cycles(results)))
     parts.append(_judge_sentences(results))
-    parts.append(_machine_sentence(results))
+    parts.append(machine_sentence(results))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -386,7 +321,8 @@ def _judge_sentences(results: Results) -> str:
     return " ".join(sentences)
 
 
-def _machine_sentence(results: Results) -> str:
+def machine_sentence(results: Results) -> str:
+    """Return what the results of an experiment were made with."""
     machine = results["machine"]
     facts = ", ".join(f"{name} {machine[name]}" for name in ("device", "cores", "threads", "torch", "transformers"))
     return f"Made with {facts}."

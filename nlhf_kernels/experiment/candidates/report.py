@@ -3,17 +3,15 @@ side by side, then tables."""
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...core.plots import as_svg
 from ...core.text import markdown_table
 from ...evaluation import Estimate, plus_minus
 from ...evaluation.plots import plot_estimates, plot_win_rates
-from ..report import STYLE, table
+from ..page import capitalised, escaped, framed, paragraphs, table, write_figures, write_page
+from ..report import machine_sentence
 from .measures import CONTRADICTED, MARGIN, REPRODUCED
 from .presets import CLAIMED, CORE, INFORMATION
 
@@ -32,48 +30,35 @@ def write_report(results: Results, folder: Path) -> Path:
         results: of `CandidateExperiment.run`.
         folder: of the report.
     """
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    pictures = []
-    for name, caption, figure in all_figures(results):
-        drawing = as_svg(figure)
-        (folder / "figures" / f"{name}.svg").write_bytes(drawing)
-        pictures.append((drawing, caption))
-    path = folder / "report.html"
-    path.write_text(page(results, pictures), encoding="utf-8")
-    return path
+    pictures = write_figures(folder, all_figures(results))
+    return write_page(folder, page(results, list(pictures.values())))
 
 
-def page(results: Results, pictures: Sequence[tuple[bytes, str]]) -> str:
+def page(results: Results, pictures: Sequence[str]) -> str:
     """Return the HTML page.
 
     Args:
         results: of `CandidateExperiment.run`.
-        pictures: SVG and caption of every figure.
+        pictures: of `write_figures`.
     """
     parts = [
         "<h1>Nash learning from human feedback where preferences cycle</h1>",
-        *(f"<p><b>{_e(sentence)}</b></p>" for sentence in answer(results)),
-        *(_picture(*each) for each in pictures),
+        *(f"<p><b>{escaped(sentence)}</b></p>" for sentence in answer(results)),
+        *pictures,
         "<h2>The claims</h2>",
-        *(f'<div class="verdict {_colour(claim)}"><p>{_e(describe_claim(claim))}</p></div>'
+        *(f'<div class="verdict {_colour(claim)}"><p>{escaped(describe_claim(claim))}</p></div>'
           for claim in results["claims"]),
-        *(f"<p>{_e(text)}</p>" for text in (describe_setting(results), describe_distance(results))),
+        *paragraphs((describe_setting(results), describe_distance(results))),
         "<h2>Answers</h2>",
         f"<p>{len(results['samples'])} prompts, in per cent: how often each judge prefers an answer to the "
         "reference's, and how often each policy (its first run, at equal KL) gives it.</p>",
         *(_sample(results, sample) for sample in results["samples"]),
         "<h2>Numbers</h2>",
-        *(f"<h3>{_e(title)}</h3>{table(head, rows)}" for title, head, rows in tables(results)),
+        *(f"<h3>{escaped(title)}</h3>{table(head, rows)}" for title, head, rows in tables(results)),
         "<h2>How it was made</h2>",
         _making(results),
     ]  # fmt: skip
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        "<title>Nash learning where preferences cycle</title>\n"
-        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
-    )
+    return framed("Nash learning where preferences cycle", parts)
 
 
 def summary(results: Results) -> str:
@@ -82,15 +67,13 @@ def summary(results: Results) -> str:
     Args:
         results: of `CandidateExperiment.run`.
     """
-    machine = results["machine"]
-    facts = ", ".join(f"{name} {machine[name]}" for name in ("device", "cores", "threads", "torch", "transformers"))
     parts = [
         " ".join(answer(results)),
         "\n".join(f"- {describe_claim(claim)}" for claim in results["claims"]),
         describe_setting(results),
         describe_distance(results),
         *(f"**{title}.**\n\n{markdown_table(head, rows)}" for title, head, rows in tables(results)),
-        f"Made with {facts}.",
+        machine_sentence(results),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -133,8 +116,7 @@ def describe_claim(claim: Mapping[str, Any]) -> str:
     Args:
         claim: of `measures.claims`.
     """
-    text = str(claim["claim"])
-    return f"{text[:1].upper()}{text[1:]}: {claim['verdict']} ({plus_minus(claim['mean'], claim['half'])})."
+    return f"{capitalised(claim['claim'])}: {claim['verdict']} ({plus_minus(claim['mean'], claim['half'])})."
 
 
 def describe_setting(results: Results) -> str:
@@ -301,7 +283,7 @@ def _sample(results: Results, sample: Mapping[str, Any]) -> str:
     parts |= {labels.get(name, name): values for name, values in sample["answers"].items()}
     rows = [[name, *(f"{100 * value:.0f}" for value in values)] for name, values in parts.items()]
     title = f'"{sample["prompt"]}" (knob {sample["knob"]:g})'
-    return f"<h3>{_e(title)}</h3>{table(['', *results['candidates']], rows)}"
+    return f"<h3>{escaped(title)}</h3>{table(['', *results['candidates']], rows)}"
 
 
 def _making(results: Results) -> str:
@@ -309,12 +291,6 @@ def _making(results: Results) -> str:
     total = sum(seconds.values())
     facts = [[name, str(value)] for name, value in {**results["machine"], **results["preset"]}.items()]
     return f"<p>{total:.0f} seconds in all {len(seconds)} stages together.</p>{table(['setting', 'value'], facts)}"
-
-
-def _picture(drawing: bytes, caption: str) -> str:
-    data = base64.b64encode(drawing).decode()
-    image = f'<img alt="{_e(caption)}" src="data:image/svg+xml;base64,{data}">'
-    return f"<figure>{image}<figcaption>{_e(caption)}</figcaption></figure>"
 
 
 def _labels(results: Results) -> dict[str, str]:
@@ -341,7 +317,3 @@ def _cell(value: Mapping[str, Any]) -> str:
 
 def _plain(value: Mapping[str, Any], shift: float = 0.0) -> str:
     return plus_minus(value["mean"] + shift, value["half"], 2)
-
-
-def _e(text: object) -> str:
-    return html.escape(str(text))
