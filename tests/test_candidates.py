@@ -377,7 +377,7 @@ def test_the_demo_shows_the_answer(done, capsys) -> None:
     [
         ("knobs=0.5,0.1", "knobs: expected rising numbers"),
         ("knobs=2", r"knobs: expected a finite number in \[0"),
-        ("taus=0.1,0.2", "taus: expected falling numbers"),
+        ("taus=0.1,0.2", "taus: expected one or more falling numbers"),
         ("contestants=dpo", "contestants: expected one of"),
         ("checkpoints=9", "checkpoints: expected an integer in"),
         ("hidden=10", "hidden: expected a multiple of 2 heads"),

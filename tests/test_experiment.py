@@ -23,7 +23,8 @@ from nlhf_kernels.experiment.pipeline import Experiment
 from nlhf_kernels.experiment.preferences import make_comparison_model
 from nlhf_kernels.experiment.presets import CONTESTANTS, PRESETS, Preset, overridden
 from nlhf_kernels.experiment.runs import configuration
-from nlhf_kernels.experiment.supervised import Setting, answer_loss, encode_examples, new_model
+from nlhf_kernels.experiment.supervised import Setting, answer_loss, encode_examples
+from nlhf_kernels.experiment.training import new_model
 from nlhf_kernels.experiment.workspace import Workspace
 from nlhf_kernels.preference import train_preference_model
 from tests.support.attention import cudnn_while_learning
@@ -308,7 +309,7 @@ def test_the_supervised_loss_counts_answers_only(done) -> None:
     folder, _, _ = done
     corpus = load_corpus(folder / "corpus")
     rows = encode_examples(corpus.tokenizer, corpus.test[:7], TINY, whole=False)
-    model = new_model(corpus.tokenizer, TINY).eval().requires_grad_(False)
+    model = new_model(corpus.tokenizer, TINY, TINY.positions).eval().requires_grad_(False)
     expected, count = 0.0, 0
     for row in rows:
         logs = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)

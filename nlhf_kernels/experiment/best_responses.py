@@ -6,19 +6,18 @@ compared with the exact value where answers come from a few candidates (`candida
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core.loading import load_model
 from ..evaluation import Sampling, play_tournament, sample_answers
 from ..preference import Judge, checked
 from .presets import BASELINE
 from .runs import configuration, make_trainer
-from .supervised import Setting, progress_callback
+from .supervised import Setting
+from .training import AfterStep, save_policy, train_silently
 from .workspace import write_json
 
 STARTS = ("reference", "opponent")
@@ -66,18 +65,14 @@ def make_best_response(work: Path, opponent: Path, start: str, judge: Judge, set
         setting (Setting): shared by all stages.
     """
     preset, device = setting.preset, setting.device
-    opponent_model = load_model("experiment: opponent", opponent, device=device, dtype=torch.float32)
-    reward = OpponentReward(opponent_model, judge, setting, seed=1_000_003 * (preset.seed + 1))
+    reward = OpponentReward(setting.load_policy(opponent), judge, setting, seed=1_000_003 * (preset.seed + 1))
     config = configuration(BASELINE, 0, 500 + STARTS.index(start), preset, work / "trainer", device,
                            tau=preset.taus[-1], eval_strategy="no", eval_steps=None)  # fmt: skip
-    policy = load_model("experiment: policy", opponent, device=device, dtype=torch.float32)
+    policy = setting.fresh_policy() if start == "reference" else setting.load_policy(opponent)
     with setting.reporter.bar(f"best response from the {start}", preset.updates) as advance:
-        trainer = make_trainer(config, None, reward, setting, [progress_callback([], advance)],
-                               policy if start == "opponent" else None)  # fmt: skip
-        trainer.train()
-    trainer.model.save_pretrained(work / "policy")
-    setting.corpus.tokenizer.save_pretrained(work / "policy")
-    shutil.rmtree(work / "trainer", ignore_errors=True)
+        trainer = make_trainer(config, None, reward, setting, [AfterStep(advance)], policy)
+        train_silently(trainer)
+    save_policy(trainer.model, setting.corpus.tokenizer, work / "policy")
 
 
 def measure_exploitability(
@@ -103,8 +98,7 @@ def measure_exploitability(
             players = {"the opponent": folder, **dict(zip(STARTS, responses[name], strict=False))}
             answers = {}
             for player, path in players.items():
-                model = load_model("experiment: policy", path, device=setting.device, dtype=torch.float32)
-                answers[player] = [sample_answers(model, reference, tokenizer, prompts, sampling)]
+                answers[player] = [sample_answers(setting.load_policy(path), reference, tokenizer, prompts, sampling)]
             tournament = play_tournament(judge, prompts, answers)
             starts = [player for player in answers if player != "the opponent"]
             rates = {start: tournament.rate(start, "the opponent", comparisons=len(starts)) for start in starts}

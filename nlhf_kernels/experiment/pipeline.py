@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..core import settings
-from ..core.atomic import atomic_folder
-from ..core.loading import load_model, quiet
 from ..core.terminal import SILENT, Reporter
 from ..evaluation import Answers, Sampling, answer_measures, kl_values, play_tournament, sample_answers
 from ..preference import PreferenceModelJudge, load_preference_model
@@ -20,25 +15,21 @@ from .best_responses import STARTS, make_best_response, measure_exploitability
 from .claims import beats_rewards, by_beta, interior_beta
 from .corpus import Material, load_corpus, make_corpus
 from .equal_kl import EqualKL
-from .preferences import (
-    count_all_cycles,
-    load_annotators,
-    make_comparison_model,
-    make_preferences,
-)
+from .preferences import count_all_cycles, load_annotators, make_comparison_model, make_preferences
 from .presets import START, Preset, as_json, label, policy_name
 from .report import write_report
 from .runs import Rewards, make_run, stage_name
 from .speed import measure
+from .staged import StagedExperiment, machine
 from .supervised import Setting, make_policy
-from .workspace import KIND, REPORT, RUNS, Workspace, read_json, write_json
+from .workspace import RUNS, read_json, write_json
 
 FORMAT = 2
 SAMPLES = 10  # prompts with their answers side by side in the report
 
 
-class Experiment:
-    """An experiment in a folder: `run` completes the stages that are missing, `write` makes the report.
+class Experiment(StagedExperiment):
+    """The experiment on texts.
 
     Args:
         folder (Path): of the experiment; an interrupted one goes on.
@@ -55,68 +46,44 @@ class Experiment:
         restart: bool = False, folders: Any = None,
     ) -> None:  # fmt: skip
         check_fits(preset, material)
-        self.preset, self.material, self.device, self.reporter, self.folders = (
-            preset,
-            material,
-            device,
-            reporter,
-            folders,
-        )
-        identity = {"format": FORMAT, "device": device.type, **as_json(preset), **vars(material)}
-        self.workspace = Workspace(folder, identity, restart)
+        identity = {"format": FORMAT, **as_json(preset), **vars(material)}
+        super().__init__(folder, identity, preset.threads, device, reporter, restart)
+        self.preset, self.material, self.folders = preset, material, folders
         self.policy = self.workspace.path("sft") / "model"
 
-    def run(self) -> dict[str, Any]:
-        """Complete the missing stages; returns the results, one JSON document."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.preset.threads or before)
-        try:
-            with self.workspace.lock(), quiet():
-                return self._run()
-        finally:
-            torch.set_num_threads(before)
-
-    def _run(self) -> dict[str, Any]:
-        self._stage("corpus", "collecting texts", lambda work: make_corpus(
+    def make_stages(self) -> None:
+        """Make the stages that are missing."""
+        self.stage("corpus", "collecting texts", lambda work: make_corpus(
             work, self.preset, self.material, self.reporter, self.folders))  # fmt: skip
         self.corpus = load_corpus(self.workspace.path("corpus"))
-        self._stage("sft", "supervised policy", lambda work: make_policy(
+        self.stage("sft", "supervised policy", lambda work: make_policy(
             work, self.corpus, self.preset, self.material, self.device, self.reporter))  # fmt: skip
         self.setting = Setting(self.corpus, self.policy, self.preset, self.device, self.reporter)
         self._learn_preferences()
-        self._stage("cycles", "counting cycles", lambda work: count_all_cycles(work, self.judges, self.setting))
+        self.stage("cycles", "counting cycles", lambda work: count_all_cycles(work, self.judges, self.setting))
         self._train()
-        self._stage("tournament", "tournament", self._tournament)
+        self.stage("tournament", "tournament", self._tournament)
         if self.preset.response_starts:
             self._exploit()
-        self._stage("speed", "kernels against the PyTorch oracle", lambda work: measure(
+        self.stage("speed", "kernels against the PyTorch oracle", lambda work: measure(
             work, self.judges[self.preset.judge], self.reward, self.setting))  # fmt: skip
-        return self.results()
 
-    def write(self, results: dict[str, Any]) -> Path:
-        """Write `results.json`, `report.html` and its figures, replacing older ones; returns their folder.
+    def write_report(self, results: dict[str, Any], folder: Path) -> Path:
+        """Write `report.html` and its figures; return its path.
 
         Args:
             results (dict): of `run`.
+            folder (Path): of the report.
         """
-        place = self.workspace.path(REPORT)
-        with self.workspace.lock(), atomic_folder(place, KIND, overwrite=True) as work:
-            write_json(work / "results.json", results)
-            write_report(results, work)
-        return place
-
-    def _stage(self, name: str, title: str, make: Any) -> None:
-        suffix = " (kept)" if self.workspace.has(name) else ""
-        self.reporter.say(f"{title}{suffix}")
-        self.workspace.stage(name, make)
+        return write_report(results, folder)
 
     def _learn_preferences(self) -> None:
-        self._stage("preferences", "preference pairs", lambda work: make_preferences(work, self.setting))
+        self.stage("preferences", "preference pairs", lambda work: make_preferences(work, self.setting))
         pairs = self.workspace.path("preferences")
         kinds = {"preference model": "pairwise", "reward model": "reward"}
         for title, kind in kinds.items():
             make = partial(make_comparison_model, kind=kind, pairs=pairs, setting=self.setting)
-            self._stage(title.replace(" ", "-"), title, make)
+            self.stage(title.replace(" ", "-"), title, make)
         annotators = load_annotators(self.corpus, pairs)
         preference_model, reward_model = (
             load_preference_model(self.workspace.path(f"{kind}-model") / "model", device=self.device)
@@ -134,7 +101,7 @@ class Experiment:
             tau = self.preset.grid(contestant)[index]
             title = f"{label(contestant)}, tau {tau:g}, run {seed + 1} of {self.preset.seeds}"
             make = partial(make_run, contestant=contestant, index=index, seed=seed, **shared)
-            self._stage(stage_name(contestant, index, seed), title, make)
+            self.stage(stage_name(contestant, index, seed), title, make)
 
     def _exploit(self) -> None:
         """Train best responses to every contestant's first run at the tau whose KL is nearest to the tournament's,
@@ -150,9 +117,9 @@ class Experiment:
                 make = partial(make_best_response, opponent=opponents[contestant], start=start, judge=judge,
                                setting=self.setting)  # fmt: skip
                 name = f"{RUNS}/response-{contestant}-{start}"
-                self._stage(name, f"best response to {label(contestant)}, from the {start}", make)
+                self.stage(name, f"best response to {label(contestant)}, from the {start}", make)
                 responses[contestant].append(self.workspace.path(name) / "policy")
-        self._stage("exploitability", "exploitability", lambda work: measure_exploitability(
+        self.stage("exploitability", "exploitability", lambda work: measure_exploitability(
             work, opponents, responses, judge, self.setting))  # fmt: skip
 
     def _tournament(self, work: Path) -> None:
@@ -217,8 +184,8 @@ class Experiment:
         policies = [(name, folder) for name, each in folders.items() for folder in each]
         with self.reporter.bar("answers to the test prompts", len(policies)) as advance:
             for done, (name, folder) in enumerate(policies, start=1):
-                model = load_model("experiment: policy", folder, device=self.device, dtype=torch.float32)
-                answers[name].append(sample_answers(model, reference, self.corpus.tokenizer, prompts, sampling))
+                policy = self.setting.load_policy(folder)
+                answers[name].append(sample_answers(policy, reference, self.corpus.tokenizer, prompts, sampling))
                 advance(done)
         return answers
 
@@ -254,15 +221,6 @@ def check_fits(preset: Preset, material: Material) -> None:
                          "got 'annotators'")  # fmt: skip
     if material.model is None and not preset.sft_steps:
         raise ValueError("experiment: sft_steps: expected at least 1 for a model that starts from nothing; got 0")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    import transformers
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": f"{device.type}: {name}", "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "transformers": transformers.__version__,
-            "simd": settings.simd_level, "python": platform.python_version()}  # fmt: skip
 
 
 def _samples(prompts: list[str], answers: dict[str, Answers], truths: list[str], judges: dict[str, Any]) -> Any:

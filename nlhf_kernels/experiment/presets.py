@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -187,10 +187,7 @@ class Preset:
         check_number(OP, "test_fraction", self.test_fraction, 0.0, 0.9, open_low=True)
         check_number(OP, "ema_decay", self.ema_decay, 0.0, 1.0)
         check_option(OP, "judge", self.judge, JUDGES)
-        if not self.contestants or len(set(self.contestants)) < len(self.contestants):
-            raise ValueError(f"{OP}: contestants: expected at least one, each once; got {self.contestants}")
-        for name in self.contestants:
-            check_option(OP, "contestants", name, tuple(CONTESTANTS))
+        check_contestants(self.contestants, CONTESTANTS)
         if self.prompt_tokens + 2 * self.answer_tokens >= self.positions:
             raise ValueError(
                 f"{OP}: positions: expected more than prompt_tokens + 2 answer_tokens = "
@@ -214,6 +211,30 @@ class Preset:
             for index in range(len(self.grid(name)))
             for seed in range(self.seeds)
         ]
+
+
+def check_contestants(names: Sequence[str], known: Iterable[str]) -> None:
+    """Raise unless there are some, each once, all known.
+
+    Args:
+        names (sequence of str): of the contestants.
+        known (iterable of str): the names there are.
+    """
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{OP}: contestants: expected at least one, each once; got {names}")
+    for name in names:
+        check_option(OP, "contestants", name, tuple(known))
+
+
+def check_heads(hidden: int, heads: int) -> None:
+    """Raise unless the heads of a Llama have an even width, which rotary positions need.
+
+    Args:
+        hidden (int): width of the model.
+        heads (int): their number.
+    """
+    if hidden % (2 * heads):
+        raise ValueError(f"{OP}: hidden: expected a multiple of 2 heads = {2 * heads}; got {hidden}")
 
 
 def check_grid(name: str, taus: Sequence[float], open_low: bool) -> None:

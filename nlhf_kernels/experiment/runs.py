@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from ..preference import Judge, RewardModel
 from ..train import NashConfig, NashTrainer
 from ..train.rewards import Reward
 from .presets import CONTESTANTS, Preset, label, policy_name
-from .supervised import Setting, progress_callback
+from .supervised import Setting
+from .training import AfterStep, save_policy, silent_options, train_silently
 from .workspace import RUNS, write_json
 
 LOGGED = (
@@ -46,14 +46,11 @@ def configuration(
         "eval_prompts": preset.batch,
         "logging_steps": max(1, preset.updates // 40),  # points of a curve
         "log_samples": 0,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
         "bf16": preset.bfloat16,
-        "use_cpu": device.type == "cpu",
         "seed": 1000 * preset.seed + seed,
     }
-    return NashConfig(str(output), **{**options, **CONTESTANTS[contestant].options(preset, index), **more})
+    own = CONTESTANTS[contestant].options(preset, index)
+    return NashConfig(str(output), **{**silent_options(device), **options, **own, **more})
 
 
 class Rewards:
@@ -73,10 +70,8 @@ def make_trainer(
     policy: Any = None,
 ) -> Any:  # fmt: skip
     """Return a trainer that starts from `policy`, or from the supervised policy if it is None."""
-    import transformers
-
-    trainer = NashTrainer(
-        policy if policy is not None else setting.fresh_policy(),
+    return NashTrainer(
+        policy or setting.fresh_policy(),
         setting.fresh_policy(),
         judge=judge,
         args=config,
@@ -86,8 +81,6 @@ def make_trainer(
         callbacks=list(callbacks),
         reward=reward if config.algorithm_spec.judged_by == "reward" else None,
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
 
 
 def make_run(
@@ -95,12 +88,10 @@ def make_run(
 ) -> None:
     config = configuration(contestant, index, seed, setting.preset, work / "trainer", setting.device)
     with setting.reporter.bar(f"{label(contestant)}, tau {config.tau:g}", setting.preset.updates) as advance:
-        trainer = make_trainer(config, judge, reward, setting, [progress_callback([], advance)])
-        trainer.train()
-    trainer.model.save_pretrained(work / "policy")
-    setting.corpus.tokenizer.save_pretrained(work / "policy")
+        trainer = make_trainer(config, judge, reward, setting, [AfterStep(advance)])
+        train_silently(trainer)
+    save_policy(trainer.model, setting.corpus.tokenizer, work / "policy")
     write_json(work / "history.json", [_finite(entry) for entry in trainer.state.log_history])
-    shutil.rmtree(work / "trainer", ignore_errors=True)
 
 
 def _finite(entry: dict[str, Any]) -> dict[str, float]:

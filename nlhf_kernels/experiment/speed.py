@@ -6,7 +6,6 @@ both cases; and the two operations alone, at the sizes of this run.
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from ..ops import linear_nash_pg_loss, mixture_sample
 from .presets import CONTESTANTS, Preset
 from .runs import configuration, make_trainer
 from .supervised import Setting
+from .training import AfterStep, train_silently
 from .workspace import write_json
 
 ROUNDS = 2
@@ -42,7 +42,6 @@ def measure(work: Path, judge: Any, reward: Any, setting: Setting) -> None:
                 algorithm, 0, 0, preset, work / "trainer", setting.device, eval_steps=None, **options
             )
             seconds[backend] += _update_seconds(make_trainer(config, judge, reward, setting))
-            shutil.rmtree(work / "trainer", ignore_errors=True)
             advance(turn + 1)
     model = setting.fresh_policy()
     facts = {
@@ -58,19 +57,17 @@ def measure(work: Path, judge: Any, reward: Any, setting: Setting) -> None:
 
 def _update_seconds(trainer: Any) -> list[float]:
     """Return the time of each update but the first, from the end of the previous one."""
-    import transformers
-
     ends: list[float] = []
-
-    class EndTimes(transformers.TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-
-    trainer.add_callback(EndTimes())
-    trainer.train()
+    trainer.add_callback(AfterStep(lambda _: ends.append(_now())))
+    train_silently(trainer)
     return [after - before for before, after in pairwise(ends)]
+
+
+def _now() -> float:
+    """Return the time at which the device has finished its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _compared(seconds: dict[str, float]) -> dict[str, float]:
@@ -121,10 +118,8 @@ def _timed(run: Callable[[str], None]) -> dict[str, float]:
     seconds: dict[str, list[float]] = {TORCH: [], "auto": []}
     for repeat in range(REPEATS + 1):
         for backend, each in seconds.items():
-            began = time.perf_counter()
+            began = _now()
             run(backend)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
             if repeat:
-                each.append(time.perf_counter() - began)
+                each.append(_now() - began)
     return _compared({name: statistics.median(each) for name, each in seconds.items()})

@@ -7,13 +7,13 @@ pretrained one learns from the answers alone.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from ..core.loading import load_model
 from ..core.terminal import Reporter
@@ -22,31 +22,8 @@ from ..data import encode, encode_prompts
 from ..ops.logprobs.layout import IGNORED
 from .corpus import Corpus, Example, Material
 from .presets import Preset
+from .training import AfterStep, new_model, save_policy, silent_options, train_silently
 from .workspace import write_json
-
-
-def new_model(tokenizer: Any, preset: Preset) -> Any:
-    """Return a Llama of the preset's size, with random weights."""
-    import transformers
-
-    if preset.hidden % (2 * preset.heads):
-        raise ValueError(
-            f"experiment: hidden: expected a multiple of 2 heads = {2 * preset.heads}; got {preset.hidden}"
-        )
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=preset.hidden,
-        intermediate_size=3 * preset.hidden,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads,
-        max_position_embeddings=preset.positions,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(preset.seed)
-        return transformers.LlamaForCausalLM(config)
 
 
 def encode_examples(
@@ -85,7 +62,7 @@ def make_policy(
 ) -> None:
     """Train the policy, measure it on the test examples, save model and tokenizer in one folder."""
     if material.model is None:
-        model = new_model(corpus.tokenizer, preset)
+        model = new_model(corpus.tokenizer, preset, preset.positions)
     else:
         model = load_model("experiment: --model", material.model, merge=True, dtype=torch.float32)
     rows = encode_examples(corpus.tokenizer, corpus.train, preset, whole=material.model is None)
@@ -96,8 +73,7 @@ def make_policy(
     reporter.say(
         f"  {held_out:.3f} nats per token of the test answers (guessing: {math.log(len(corpus.tokenizer)):.3f})"
     )
-    model.save_pretrained(work / "model")
-    corpus.tokenizer.save_pretrained(work / "model")
+    save_policy(model, corpus.tokenizer, work / "model")
     parameters = sum(value.numel() for value in model.parameters())
     write_json(work / "measures.json", {"losses": losses, "test_loss": held_out, "parameters": parameters})
 
@@ -112,11 +88,8 @@ def train(
     reporter: Reporter,
 ) -> list[float]:
     """Train for `preset.sft_steps` with transformers' Trainer; returns the losses, one per step."""
-    import transformers
-
     if not preset.sft_steps:
         return []
-    losses: list[float] = []
     arguments = transformers.TrainingArguments(
         str(output),
         max_steps=preset.sft_steps,
@@ -126,13 +99,10 @@ def train(
         warmup_steps=max(1, preset.sft_steps // 20),
         adam_beta2=0.98,
         bf16=preset.bfloat16,
-        use_cpu=device.type == "cpu",
         seed=preset.seed,
         logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
         remove_unused_columns=False,
+        **silent_options(device),
     )
     with reporter.bar("supervised training", preset.sft_steps) as advance:
         trainer = transformers.Trainer(
@@ -140,28 +110,11 @@ def train(
             args=arguments,
             train_dataset=list(rows),
             data_collator=Padding(pad_id),
-            callbacks=[progress_callback(losses, advance)],
+            callbacks=[AfterStep(advance)],
         )
-        trainer.remove_callback(transformers.PrinterCallback)
         with finite_attention_gradients():
-            trainer.train()
-    shutil.rmtree(output, ignore_errors=True)
-    return losses
-
-
-def progress_callback(losses: list[float], advance: Any) -> Any:
-    """Return a callback of transformers' Trainer that records the losses and advances the progress bar."""
-    import transformers
-
-    class Progress(transformers.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            advance(state.global_step)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                losses.append(round(float(logs["loss"]), 4))
-
-    return Progress()
+            train_silently(trainer)
+    return [round(float(entry["loss"]), 4) for entry in trainer.state.log_history if "loss" in entry]
 
 
 @torch.no_grad()
@@ -191,4 +144,12 @@ class Setting:
 
     def fresh_policy(self) -> Any:
         """Return a copy of the supervised policy, on the device."""
-        return load_model("experiment: policy", self.policy, device=self.device, dtype=torch.float32)
+        return self.load_policy(self.policy)
+
+    def load_policy(self, folder: Path) -> Any:
+        """Return a policy, on the device.
+
+        Args:
+            folder (Path): where it was saved.
+        """
+        return load_model("experiment: policy", folder, device=self.device, dtype=torch.float32)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from ...data import Pair
 from ...preference import PreferenceTraining, save_preference_model, train_preference_model
 from ...preference.models import KINDS, ComparisonModel
 from ...train import NashConfig, NashTrainer
+from ..training import AfterStep, new_model, save_policy, silent_options, train_silently
 from ..workspace import write_json
 from .judges import OnlineReward, TableJudge, TableReward, Votes
 from .presets import CONTESTANTS, CandidatePreset
@@ -77,20 +76,10 @@ def make_start(work: Path, world: World, preset: CandidatePreset, device: torch.
         preset: the model's size and the number of steps.
         device: where to train.
     """
-    import transformers
-
     tokenizer = word_tokenizer(world)
     ids = torch.tensor([tokenizer(p)["input_ids"] for p in world.prompts], dtype=torch.int64, device=device)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=preset.hidden, intermediate_size=3 * preset.hidden,
-        num_hidden_layers=preset.layers, num_attention_heads=preset.heads, max_position_embeddings=16,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.1,  # at the usual 0.02, layers this narrow learn word pairs slowly
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(preset.seed)
-        model: Any = transformers.LlamaForCausalLM(config)
-    model.to(device)
+    # At the usual initializer_range, 0.02, layers this narrow learn word pairs slowly.
+    model = new_model(tokenizer, preset, 16, initializer_range=0.1).to(device)
     chosen = tokenizer.convert_tokens_to_ids(world.candidates)
     target = torch.zeros(len(ids), len(tokenizer), dtype=torch.float32, device=device)
     target[:, chosen] = world.common.float().to(device)
@@ -102,8 +91,7 @@ def make_start(work: Path, world: World, preset: CandidatePreset, device: torch.
         torch.nn.functional.cross_entropy(logits, target).backward()
         optimizer.step()
         schedule.step()
-    model.save_pretrained(work / POLICY)
-    tokenizer.save_pretrained(work / POLICY)
+    save_policy(model, tokenizer, work / POLICY)
     save_world(world, work / "world.json")
     save_table(candidate_log_probs(model, tokenizer, world), work)
     write_json(work / "measures.json", {"parameters": sum(value.numel() for value in model.parameters())})
@@ -265,10 +253,15 @@ def make_run(work: Path, contestant: str, index: int, run: int, tables: dict[str
     else:
         judge, reward = votes, OnlineReward(votes, setting.log_reference)
     model = setting.policy()
-    marks = _Marks(partial(setting.log_probs, model), preset.marks())
+    marks, recorded = frozenset(preset.marks()), []
+
+    def record(step: int) -> None:
+        if step in marks:
+            recorded.append(setting.log_probs(model))
+
     options = preset.options(contestant, index)
-    _train(model, judge, reward, setting, work, seed, options, [marks.callback()])
-    save_table(torch.stack(marks.tables), work)
+    _train(model, judge, reward, setting, work, seed, options, [AfterStep(record)])
+    save_table(torch.stack(recorded), work)
     model.save_pretrained(work / POLICY)
     write_json(work / "measures.json", {"votes": votes.asked, "updates": preset.updates})
 
@@ -296,8 +289,6 @@ def make_response(work: Path, opponent: torch.Tensor, start: Path | None, tau: f
 def _train(model: Any, judge: Any, reward: Any, setting: Setting, work: Path, seed: int, options: dict[str, Any],
            callbacks: Sequence[Any]) -> None:  # fmt: skip
     """Train `model` in place, with the common budget: every prompt in every update."""
-    import transformers
-
     preset, world = setting.preset, setting.world
     config = NashConfig(
         str(work / "trainer"),
@@ -311,11 +302,8 @@ def _train(model: Any, judge: Any, reward: Any, setting: Setting, work: Path, se
         adam_beta1=0.0,  # momentum overshoots where the opponent moves too
         logging_steps=preset.updates,
         log_samples=0,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=setting.device.type == "cpu",
         seed=seed,
+        **silent_options(setting.device),
         **options,
     )
     rewarded = options["algorithm"] == "rlhf"
@@ -329,26 +317,4 @@ def _train(model: Any, judge: Any, reward: Any, setting: Setting, work: Path, se
         callbacks=list(callbacks),
         reward=reward if rewarded else None,
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-    shutil.rmtree(work / "trainer", ignore_errors=True)
-
-
-class _Marks:
-    """Records the policy's log-probabilities after the marked updates."""
-
-    def __init__(self, log_probs: Any, marks: Sequence[int]) -> None:
-        self.log_probs, self.marks = log_probs, frozenset(marks)
-        self.tables: list[torch.Tensor] = []
-
-    def callback(self) -> Any:
-        import transformers
-
-        collector = self
-
-        class Record(transformers.TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step in collector.marks:
-                    collector.tables.append(collector.log_probs())
-
-        return Record()
+    train_silently(trainer)

@@ -17,13 +17,13 @@ from ...evaluation.intervals import Estimate, student
 from ...tabular.budget import at_budget, exploitability_within
 from ...tabular.cycling import cyclic_triple_share, unrewarded_share
 from ...tabular.measures import kl_divergence
+from ..claims import CONTRADICTED, OPEN, REPRODUCED
 from .exact import equilibrium_within, exact_policies
 from .learners import Setting
 from .presets import CLAIMED
 
 MARGIN = 0.01  # a negligible difference of win rates or exploitabilities
 GRID = 8  # budgets at which a frontier is drawn
-REPRODUCED, CONTRADICTED, OPEN = "reproduced", "contradicted", "not resolved"
 
 
 def estimate(values: torch.Tensor) -> Estimate:

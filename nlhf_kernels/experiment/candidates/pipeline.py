@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 
 import torch
 
-from ...core.atomic import atomic_folder
-from ...core.loading import quiet
 from ...core.terminal import SILENT, Reporter
 from ...data import Pair
-from ..pipeline import machine
-from ..workspace import KIND, REPORT, RUNS, Workspace, read_json, write_json
+from ..best_responses import STARTS
+from ..staged import StagedExperiment, machine
+from ..workspace import RUNS, read_json, write_json
 from .learners import (
     POLICY,
     load_setting,
@@ -33,11 +31,10 @@ from .report import write_report
 from .world import make_world
 
 FORMAT = 1
-STARTS = ("reference", "opponent")
 
 
-class CandidateExperiment:
-    """Run the missing stages, measure, report; an interrupted experiment resumes after its last finished stage.
+class CandidateExperiment(StagedExperiment):
+    """The experiment whose answers are a few candidates.
 
     Args:
         folder (Path): the experiment's.
@@ -48,62 +45,45 @@ class CandidateExperiment:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        preset: CandidatePreset,
-        device: torch.device,
-        reporter: Reporter = SILENT,
+        self, folder: Path, preset: CandidatePreset, device: torch.device, reporter: Reporter = SILENT,
         restart: bool = False,
-    ) -> None:
-        self.preset, self.device, self.reporter = preset, device, reporter
-        identity = {"experiment": "candidates", "format": FORMAT, "device": device.type, **asdict(preset)}
-        self.workspace = Workspace(folder, identity, restart)
+    ) -> None:  # fmt: skip
+        identity = {"experiment": "candidates", "format": FORMAT, **asdict(preset)}
+        super().__init__(folder, identity, preset.threads, device, reporter, restart)
+        self.preset = preset
 
-    def run(self) -> dict[str, Any]:
-        """Run the missing stages; return the results, from which the report is drawn."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.preset.threads or threads)
-        try:
-            with self.workspace.lock(), quiet():
-                self._learn()
-                return self._results()
-        finally:
-            torch.set_num_threads(threads)
-
-    def write(self, results: dict[str, Any]) -> Path:
-        """Write `results.json`, `report.html` and its figures; return their folder.
+    def write_report(self, results: dict[str, Any], folder: Path) -> Path:
+        """Write `report.html` and its figures; return its path.
 
         Args:
-            results: of `run`.
+            results (dict): of `run`.
+            folder (Path): of the report.
         """
-        place = self.workspace.path(REPORT)
-        with self.workspace.lock(), atomic_folder(place, KIND, overwrite=True) as work:
-            write_json(work / "results.json", results)
-            write_report(results, work)
-        return place
+        return write_report(results, folder)
 
-    def _learn(self) -> None:
+    def make_stages(self) -> None:
+        """Make the stages that are missing."""
         preset, path = self.preset, self.workspace.path
-        self._stage("sft", "reference policy", lambda work: make_start(work, make_world(preset), preset, self.device))
+        self.stage("sft", "reference policy", lambda work: make_start(work, make_world(preset), preset, self.device))
         self.setting = load_setting(path("sft"), preset, self.device, self.reporter)
-        self._stage("preferences", "human pairs", lambda work: make_pairs(work, self.setting))
+        self.stage("preferences", "human pairs", lambda work: make_pairs(work, self.setting))
         for title, kind in (("preference model", "pairwise"), ("reward model", "reward")):
             make = partial(make_comparison_model, kind=kind, pairs=self._pairs, setting=self.setting)
-            self._stage(title.replace(" ", "-"), title, make)
+            self.stage(title.replace(" ", "-"), title, make)
         tables = {"preference": load_table(path("preference-model")), "reward": load_table(path("reward-model"))}
         for name, index, run in preset.cells():
             title = f"{full_label(name)}, tau {preset.grid(name)[index]:g}, run {run + 1} of {preset.runs}"
             make = partial(make_run, contestant=name, index=index, run=run, tables=tables, setting=self.setting)
-            self._stage(run_name(name, index, run), title, make)
+            self.stage(run_name(name, index, run), title, make)
         trained = {name: self._tables(name) for name in preset.contestants}
         measures = Measures(self.setting, trained)
         responses = {name: self._responses(name, measures) for name in preset.contestants}
         differences = tables["reward"].unsqueeze(-1) - tables["reward"].unsqueeze(-2)
         judges = {"annotators": self.setting.world.preference, "preference model": tables["preference"],
                   "reward model": differences.sigmoid()}  # fmt: skip
-        self._stage("tournament", "measuring", lambda work: write_json(
+        self.stage("tournament", "measuring", lambda work: write_json(
             work / "measures.json", measure(measures, judges, responses)))  # fmt: skip
-        self._stage("limits", "exact limits", lambda work: write_json(work / "limits.json", limits(measures)))
+        self.stage("limits", "exact limits", lambda work: write_json(work / "limits.json", limits(measures)))
 
     @cached_property
     def _pairs(self) -> dict[str, list[Pair]]:
@@ -128,16 +108,12 @@ class CandidateExperiment:
                 stage = f"{RUNS}/response-{name}-{number}-{start}"
                 make = partial(make_response, opponent=opponent, start=starts[start], tau=tau,
                                seed=1000 * self.preset.seed + 500 + number, setting=self.setting)  # fmt: skip
-                self._stage(stage, f"best response to {full_label(name)}, tau {tau:g}, from the {start}", make)
+                self.stage(stage, f"best response to {full_label(name)}, tau {tau:g}, from the {start}", make)
                 tables.append(load_table(self.workspace.path(stage)))
         return torch.stack(tables)
 
-    def _stage(self, name: str, title: str, make: Callable[[Path], None]) -> None:
-        suffix = " (kept)" if self.workspace.has(name) else ""
-        self.reporter.say(f"{title}{suffix}")
-        self.workspace.stage(name, make)
-
-    def _results(self) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
+        """Return all numbers of the report, as one JSON document."""
         path, preset = self.workspace.path, self.preset
         facts = read_json(path("tournament") / "measures.json")
         votes = {name: read_json(path(run_name(name, 0, 0)) / "measures.json") for name in preset.contestants}

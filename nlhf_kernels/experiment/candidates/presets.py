@@ -6,9 +6,9 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.checks import check_integer, check_number, check_option
+from ...core.checks import check_integer, check_number
+from ..presets import OP, check_contestants, check_grid, check_heads
 
-OP = "experiment"
 INFORMATION = {
     "pairs": "the same sample of human pairs, once",
     "queries": "the same number of annotators' votes, asked during training",
@@ -128,24 +128,18 @@ class CandidatePreset:
         check_number(OP, "ema_decay", self.ema_decay, 0.0, 1.0)
         check_integer(OP, "response_starts", self.response_starts, 1, 2)
         check_integer(OP, "checkpoints", self.checkpoints, 1, self.updates)
-        if self.hidden % (2 * self.heads):
-            raise ValueError(f"{OP}: hidden: expected a multiple of 2 heads = {2 * self.heads}; got {self.hidden}")
-        for name in ("knobs", "comparison_rates", "taus", "reward_taus", "response_taus"):
+        check_heads(self.hidden, self.heads)
+        for name in ("taus", "reward_taus"):
+            check_grid(name, getattr(self, name), open_low=True)
+        for name in ("knobs", "comparison_rates", "response_taus"):
             values = getattr(self, name)
             if not values:
                 raise ValueError(f"{OP}: {name}: expected at least one number; got none")
             for value in values:
                 check_number(OP, name, value, 0.0, 1.0 if name == "knobs" else float("inf"), open_low=name != "knobs")
-        for name in ("taus", "reward_taus"):
-            grid = getattr(self, name)
-            if any(later >= earlier for earlier, later in itertools.pairwise(grid)):
-                raise ValueError(f"{OP}: {name}: expected falling numbers; got {grid}")
         if any(later <= earlier for earlier, later in itertools.pairwise(self.knobs)):
             raise ValueError(f"{OP}: knobs: expected rising numbers; got {self.knobs}")
-        if not self.contestants or len(set(self.contestants)) < len(self.contestants):
-            raise ValueError(f"{OP}: contestants: expected at least one, each once; got {self.contestants}")
-        for name in self.contestants:
-            check_option(OP, "contestants", name, tuple(CONTESTANTS))
+        check_contestants(self.contestants, CONTESTANTS)
 
     def grid(self, contestant: str) -> tuple[float, ...]:
         """The contestant's taus, falling.

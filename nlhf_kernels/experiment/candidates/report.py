@@ -10,9 +10,10 @@ from typing import Any
 from ...core.text import markdown_table
 from ...evaluation import Estimate, plus_minus
 from ...evaluation.plots import plot_estimates, plot_win_rates
+from ..claims import CONTRADICTED, REPRODUCED
 from ..page import capitalised, escaped, framed, paragraphs, table, write_figures, write_page
 from ..report import machine_sentence
-from .measures import CONTRADICTED, MARGIN, REPRODUCED
+from .measures import MARGIN
 from .presets import CLAIMED, CORE, INFORMATION
 
 Results = dict[str, Any]

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ...tabular.cycling import taste_game
+from ..presets import OP
 from ..workspace import read_json, write_json
-from .presets import OP, CandidatePreset
+from .presets import CandidatePreset
 
 OCCASIONS = (
     *("lunch", "dinner", "supper", "brunch", "breakfast", "picnic", "banquet", "snack", "feast", "barbecue"),
