@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,8 +66,7 @@ class Measures:
         """
         key = name, mark
         if key not in self._kept:
-            table = self.tables[name][:, :, mark]
-            self._kept[key] = at_budget(table, self.setting.log_reference, self.setting.preset.budget)
+            self._kept[key] = self.at_budget(self.tables[name][:, :, mark])
         return self._kept[key]
 
     def mixtures(self, name: str) -> torch.Tensor:
@@ -75,8 +75,15 @@ class Measures:
         Args:
             name: of the contestant.
         """
-        mixed = self.tables[name].exp().mean(2).log()
-        return at_budget(mixed, self.setting.log_reference, self.setting.preset.budget)
+        return self.at_budget(self.tables[name].exp().mean(2).log())
+
+    def at_budget(self, table: torch.Tensor) -> torch.Tensor:
+        """Return the policies at the budget of frontiers over N taus, (..., M, A).
+
+        Args:
+            table (N, ..., M, A): log-probabilities.
+        """
+        return at_budget(table, self.setting.log_reference, self.setting.preset.budget)
 
     def exploitability(self, policies: torch.Tensor) -> torch.Tensor:
         """Return the exploitability of policies (R, M, A) by the best opponent of the same budget, (R, M).
@@ -112,6 +119,27 @@ class Measures:
         pairs = torch.einsum("rma,mab,smb->rsm", sides[0], preference, sides[1])
         return pairs.mean(1) + pairs.mean(0) - pairs.mean((0, 1))
 
+    @cached_property
+    def groups(self) -> list[torch.Tensor]:
+        """The prompts of each setting of the knob."""
+        return [self.setting.world.of_group(knob) for knob in range(len(self.setting.world.knobs))]
+
+    def by_group(self, values: torch.Tensor) -> list[dict[str, Any]]:
+        """Return the estimate of each group, as JSON.
+
+        Args:
+            values (R, M): one number for each run and prompt.
+        """
+        return [asdict(estimate(values[:, group])) for group in self.groups]
+
+    def means(self, values: torch.Tensor) -> list[float]:
+        """Return the mean of each group.
+
+        Args:
+            values (..., M): numbers for each prompt.
+        """
+        return [float(values[..., group].mean()) for group in self.groups]
+
 
 def measure(measures: Measures, judges: Mapping[str, torch.Tensor], responses: Mapping[str, torch.Tensor],
             ) -> dict[str, Any]:  # fmt: skip
@@ -122,30 +150,26 @@ def measure(measures: Measures, judges: Mapping[str, torch.Tensor], responses: M
         judges (name -> (M, A, A)): their preferences are reported for the sample answers.
         responses (contestant -> (starts and taus, M, A)): best responses trained against the first run.
     """
-    setting = measures.setting
-    world, knobs = setting.world, range(len(setting.world.knobs))
+    world, groups, names = measures.setting.world, measures.groups, measures.tables
     candidates = world.preference[:, :-1, :-1]
-    shares, unrewarded = cyclic_triple_share(candidates), unrewarded_share(candidates)
-    groups = [world.of_group(knob) for knob in knobs]
+    shares, unrewarded = (measures.means(of(candidates)) for of in (cyclic_triple_share, unrewarded_share))
     return {
         "knobs": [
-            {"knob": world.knobs[knob], "prompts": len(group), "cyclic": float(shares[group].mean()),
-             "unrewarded": float(unrewarded[group].mean())}
-            for knob, group in enumerate(groups)
+            {"knob": knob, "prompts": len(group), "cyclic": cyclic, "unrewarded": rest}
+            for knob, group, cyclic, rest in zip(world.knobs, groups, shares, unrewarded, strict=True)
         ],
-        "advantages": {name: _advantage(measures, *pair, groups) for name, pair in CLAIMED.items()
-                       if all(each in measures.tables for each in pair)},
-        "exact_advantages": _exact_advantages(measures, groups),
-        "exploitability": {name: _exploitability(measures, name, responses.get(name), groups)
-                           for name in measures.tables},
+        "advantages": {name: _advantage(measures, *pair) for name, pair in CLAIMED.items()
+                       if all(each in names for each in pair)},
+        "exact_advantages": _exact_advantages(measures),
+        "exploitability": {name: _exploitability(measures, name, responses.get(name)) for name in names},
         "matrix": [
             {"knob": world.knobs[knob], "rates": [
-                [None if a == b else asdict(estimate(measures.match(a, b)[:, groups[knob]])) for b in measures.tables]
-                for a in measures.tables]}
+                [None if a == b else asdict(estimate(measures.match(a, b)[:, groups[knob]])) for b in names]
+                for a in names]}
             for knob in (0, len(groups) - 1)
         ],
-        "frontiers": {name: _frontier(measures, name, groups[-1]) for name in measures.tables},
-        "policies": {name: _spent(measures, name, groups) for name in measures.tables},
+        "frontiers": {name: _frontier(measures, name) for name in names},
+        "policies": {name: _spent(measures, name) for name in names},
         "samples": _samples(measures, judges),
     }  # fmt: skip
 
@@ -157,21 +181,14 @@ def limits(measures: Measures) -> dict[str, Any]:
     Args:
         measures: the contestants' names, world and reference.
     """
-    setting, world = measures.setting, measures.setting.world
-    groups = [world.of_group(knob) for knob in range(len(world.knobs))]
-
-    def by_knob(values: torch.Tensor) -> list[float]:
-        return [float(values[group].mean()) for group in groups]
-
-    untrained = measures.exploitability(setting.log_reference.unsqueeze(0))
+    setting, reference = measures.setting, measures.setting.log_reference
     star = equilibrium_within(setting)
     exact = {name: exact_policies(name, setting) for name in measures.tables}
     return {
-        "reference": [asdict(estimate(untrained[:, group])) for group in groups],
-        "equilibrium": {"kl": by_knob(kl_divergence(star, setting.log_reference)),
-                        "exploitability": by_knob(measures.exploitability(star.unsqueeze(0))[0])},
-        "kl": {name: by_knob(kl_divergence(at_budget(table, setting.log_reference, setting.preset.budget),
-                                           setting.log_reference))
+        "reference": measures.by_group(measures.exploitability(reference.unsqueeze(0))),
+        "equilibrium": {"kl": measures.means(kl_divergence(star, reference)),
+                        "exploitability": measures.means(measures.exploitability(star.unsqueeze(0)))},
+        "kl": {name: measures.means(kl_divergence(measures.at_budget(table), reference))
                for name, table in exact.items() if table is not None},
     }  # fmt: skip
 
@@ -217,13 +234,13 @@ def _decide_equal(claim: str, rate: Mapping[str, float]) -> dict[str, Any]:
     return {"claim": claim, "verdict": verdict, "mean": rate["mean"], "half": half}
 
 
-def _advantage(measures: Measures, nash: str, rival: str, groups: list[torch.Tensor]) -> list[dict[str, Any]]:
-    wins = measures.match(nash, rival)
+def _advantage(measures: Measures, nash: str, rival: str) -> list[dict[str, Any]]:
     gap = measures.exploitability(measures.policies(rival)) - measures.exploitability(measures.policies(nash))
-    least = [least_exploitable(measures, name, groups) for name in (rival, nash)]
-    return [{"win_rate": asdict(estimate(wins[:, group])), "less_exploitable": asdict(estimate(gap[:, group])),
-             "less_exploitable_at_best": asdict(estimate(theirs - ours))}
-            for group, (_, theirs), (_, ours) in zip(groups, *least, strict=True)]  # fmt: skip
+    least = [least_exploitable(measures, name, measures.groups) for name in (rival, nash)]
+    at_best = [asdict(estimate(theirs - ours)) for (_, theirs), (_, ours) in zip(*least, strict=True)]
+    columns = measures.by_group(measures.match(nash, rival)), measures.by_group(gap), at_best
+    names = "win_rate", "less_exploitable", "less_exploitable_at_best"
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def least_exploitable(measures: Measures, name: str, groups: list[torch.Tensor]) -> list[tuple[float, torch.Tensor]]:
@@ -240,54 +257,46 @@ def least_exploitable(measures: Measures, name: str, groups: list[torch.Tensor])
     return [(float(kl[at, :, group].mean()), values[at][:, group]) for at, group in zip(best, groups, strict=True)]
 
 
-def _exact_advantages(measures: Measures, groups: list[torch.Tensor]) -> dict[str, Any]:
+def _exact_advantages(measures: Measures) -> dict[str, Any]:
     """Return the advantages of the exact limits, as for an infinite sample of pairs."""
     setting = measures.setting
     limits = []
     for name in CLAIMED["pairs"]:
         table = exact_policies(name, setting)
         assert table is not None
-        limits.append(at_budget(table, setting.log_reference, setting.preset.budget))
+        limits.append(measures.at_budget(table))
     wins = torch.einsum("ma,mab,mb->m", limits[0].exp(), setting.world.preference, limits[1].exp())
     gap = measures.exploitability(limits[1]) - measures.exploitability(limits[0])
-    return {"win_rate": [float(wins[group].mean()) for group in groups],
-            "less_exploitable": [float(gap[group].mean()) for group in groups]}  # fmt: skip
+    return {"win_rate": measures.means(wins), "less_exploitable": measures.means(gap)}
 
 
-def _exploitability(
-    measures: Measures, name: str, responses: torch.Tensor | None, groups: list[torch.Tensor]
-) -> dict[str, Any]:
-    setting, last = measures.setting, groups[-1]
+def _exploitability(measures: Measures, name: str, responses: torch.Tensor | None) -> dict[str, Any]:
+    setting, last = measures.setting, measures.groups[-1]
+    finished = measures.exploitability(measures.policies(name))
     limit = exact_policies(name, setting)
-    marks = setting.preset.marks()
     facts: dict[str, Any] = {
         "by_update": [[mark, asdict(estimate(measures.exploitability(measures.policies(name, index))[:, last]))]
-                      for index, mark in enumerate(marks)],
-        "by_knob": [asdict(estimate(measures.exploitability(measures.policies(name))[:, group])) for group in groups],
-        "mixture": [asdict(estimate(measures.exploitability(measures.mixtures(name))[:, group])) for group in groups],
+                      for index, mark in enumerate(setting.preset.marks())],
+        "by_knob": measures.by_group(finished),
+        "mixture": measures.by_group(measures.exploitability(measures.mixtures(name))),
         "at_best": [{"kl": spent, **asdict(estimate(values))}
-                    for spent, values in least_exploitable(measures, name, groups)],
-        "limit": None,
+                    for spent, values in least_exploitable(measures, name, measures.groups)],
+        "limit": None if limit is None else measures.means(measures.exploitability(measures.at_budget(limit))),
         "trained": None,
     }  # fmt: skip
-    if limit is not None:
-        values = measures.exploitability(at_budget(limit, setting.log_reference, setting.preset.budget))
-        facts["limit"] = [float(values[group].mean()) for group in groups]
     if responses is not None:
         opponent = measures.policies(name)[0].exp()
-        spent = at_budget(responses.unsqueeze(0), setting.log_reference, setting.preset.budget)
+        spent = measures.at_budget(responses.unsqueeze(0))
         rates = torch.einsum("sma,mab,mb->sm", spent.exp(), setting.world.preference, opponent) - 0.5
-        best = rates.amax(0, keepdim=True)
-        exact = measures.exploitability(measures.policies(name))[:1]
-        facts["trained"] = [{"best": asdict(estimate(best[:, group])), "exact": float(exact[:, group].mean())}
-                            for group in groups]  # fmt: skip
+        columns = measures.by_group(rates.amax(0, keepdim=True)), measures.means(finished[:1])
+        facts["trained"] = [{"best": best, "exact": exact} for best, exact in zip(*columns, strict=True)]
     return facts
 
 
-def _frontier(measures: Measures, name: str, group: torch.Tensor) -> list[dict[str, Any]]:
+def _frontier(measures: Measures, name: str) -> list[dict[str, Any]]:
     """Return win rates against the reference and the best opponent of equal budget, over budgets, for the most cyclic
     games."""
-    setting = measures.setting
+    setting, group = measures.setting, measures.groups[-1]
     preference, log_reference = setting.world.preference[group], setting.log_reference[group]
     table = measures.tables[name][:, :, -1, group]
     points = []
@@ -300,15 +309,12 @@ def _frontier(measures: Measures, name: str, group: torch.Tensor) -> list[dict[s
     return points
 
 
-def _spent(measures: Measures, name: str, groups: list[torch.Tensor]) -> list[dict[str, Any]]:
+def _spent(measures: Measures, name: str) -> list[dict[str, Any]]:
     """Return the KL of the finished runs, as trained and at the budget."""
-    setting = measures.setting
-    kl = kl_divergence(measures.tables[name][:, :, -1], setting.log_reference)  # (N, R, M)
-    spent = kl_divergence(measures.policies(name), setting.log_reference)
-    return [
-        {"taus": [float(value) for value in kl[:, :, group].mean((1, 2))], "at_budget": float(spent[:, group].mean())}
-        for group in groups
-    ]
+    reference = measures.setting.log_reference
+    by_tau = [measures.means(kl) for kl in kl_divergence(measures.tables[name][:, :, -1], reference)]
+    spent = measures.means(kl_divergence(measures.policies(name), reference))
+    return [{"taus": list(kl), "at_budget": at} for *kl, at in zip(*by_tau, spent, strict=True)]
 
 
 def _samples(measures: Measures, judges: Mapping[str, torch.Tensor], count: int = 10) -> list[dict[str, Any]]:
