@@ -116,7 +116,7 @@ def _build(device: torch.device, no_gpu: str) -> Stage:
 def _tests(count: int | None) -> tuple[str, ...]:
     """Run the tests marked `gpu` of the first `count` files (None: of all files)."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu_*.py"))[:count]
-    workers = ("-n", str(WORKERS)) if importlib.util.find_spec("xdist") else ()
+    workers = ("-n", str(WORKERS)) if count is None and importlib.util.find_spec("xdist") else ()
     return (*PYTEST, "-m", "gpu", *workers, *files)
 
 
