@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nlhf_kernels
 from nlhf_kernels.core import capabilities, tuning
@@ -285,6 +286,21 @@ def test_the_floor_reads_every_logit(emulation, dtype, device) -> None:
         maxima = native.mixture_sample_floor(*logits)
         expected = torch.stack([model.float().amax(-1) for model in logits], 1)
         assert torch.equal(maxima.amax(-1), expected)
+
+
+def test_the_floor_launches_nothing_but_its_kernel(emulation) -> None:
+    """Anything else between the events would raise what the sampler is compared with."""
+    launched = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            launched.append(function.overloadpacket.__name__)
+            return function(*arguments, **(options or {}))
+
+    logits = logits_pair(2, 5000, "cpu", (torch.bfloat16, torch.bfloat16))
+    with Watch():
+        native.mixture_sample_floor(*logits)
+    assert set(launched) <= {"empty", "slice", "view"}
 
 
 PLANS = [native.Plan(1, 1), native.Plan(1, 64), native.Plan(2, 3), native.Plan(4, 1), native.Plan(3, 8)]

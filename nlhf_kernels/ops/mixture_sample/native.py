@@ -131,7 +131,7 @@ def mixture_sample_floor(policy: torch.Tensor, reference: torch.Tensor) -> torch
     rows, vocabulary = policy.shape
     device = policy.device
     module = capabilities.native("_cuda")
-    settings = torch.ones((1, 6), dtype=torch.float32, device=device)
+    settings = torch.empty((1, 6), dtype=torch.float32, device=device)  # read, and of no effect on the maxima
     uniforms = torch.empty(rows, dtype=torch.float64, device=device)
     inputs = MixtureSampleInputs(
         [policy, reference], settings, False, None, uniforms, None, None, None, stream=0, logprob_mask=0, backend="cuda"
