@@ -14,7 +14,8 @@ pytest.importorskip("accelerate", reason="training needs accelerate")
 from nlhf_kernels.cli.main import main
 from nlhf_kernels.train import NashConfig
 from nlhf_kernels.train.layout import Layout, adapter_share_of, check_divides, layout_of, share_of
-from nlhf_kernels.train.memory_plan import Models, ModelShapes, plan_rank
+from nlhf_kernels.train.memory_plan import Models, plan_rank
+from nlhf_kernels.train.model_shapes import ModelShapes
 from tests.support import paper_costs
 from tests.support.live_bytes import LiveBytes
 from tests.support.training import checkpoints, lora, make_trainer, single_thread  # noqa: F401

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..core.atomic import WriteError
-from ..core.loading import first_line
 from ..core.stopping import STOPPED, Stopped, stoppable
+from ..core.text import first_line
 
 DONE, FAILED, REFUSED, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141  # and STOPPED, 143
 CODES = {

@@ -23,7 +23,8 @@ from .errors import DONE, FAILED, BadInput
 if TYPE_CHECKING:
     from ..train import NashConfig
     from ..train.layout import Layout
-    from ..train.memory_plan import Models, ModelShapes, RankPlan
+    from ..train.memory_plan import Models, RankPlan
+    from ..train.model_shapes import ModelShapes
     from ..train.run_file import RunFile
 
 HEADROOM = 0.1  # of a GPU, for PyTorch's allocator, the CUDA context and the buffers of collectives
@@ -101,7 +102,7 @@ def _models(run_file: RunFile) -> Models:
 
 def _shapes(place: str, name: str, run_file: RunFile) -> ModelShapes:
     """Return the shapes of the model named `name`, without loading weights; the policy's include its adapters."""
-    from ..train.memory_plan import ModelShapes
+    from ..train.model_shapes import ModelShapes
 
     config = load_configuration(f"train: {place}", name, trust_remote_code=run_file.trust_remote_code)
     lora: Any = None

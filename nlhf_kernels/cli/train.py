@@ -98,7 +98,7 @@ def _split(run_file: RunFile, args: NashConfig) -> Any:
     from ..core.upstream import distributed_config_class
     from ..train.accelerate_fsdp import plugin_accelerator
     from ..train.layout import check_divides, check_optimizer, layout_of
-    from ..train.memory_plan import ModelShapes
+    from ..train.model_shapes import ModelShapes
 
     try:
         plugin_accelerator(args)  # raises where accelerate's plugin cannot be used

@@ -27,10 +27,10 @@ def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
     For sharded weights it is collective: all processes must call it.
     """
-    named = [(name, _Digested(value, _checksum(value)) if is_dtensor(value) else value) for name, value in weights]
+    named = [(name, _Digested(value, crc_of(value)) if is_dtensor(value) else value) for name, value in weights]
     with ThreadPoolExecutor(THREADS) as pool:
         checksums = pool.map(
-            lambda item: item[1].checksum if isinstance(item[1], _Digested) else _checksum(item[1]), named
+            lambda item: item[1].checksum if isinstance(item[1], _Digested) else crc_of(item[1]), named
         )
     lines = [f"{n} {tuple(v.shape)} {v.dtype} {c:08x}" for (n, v), c in zip(named, checksums, strict=True)]
     return digest("\n".join(sorted(lines)))
@@ -91,6 +91,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _checksum(tensor: torch.Tensor) -> int:
+def crc_of(tensor: torch.Tensor, before: int = 0) -> int:
+    """Return the CRC-32 of a tensor's bytes, after others whose CRC-32 is `before`; collective for a sharded one."""
     tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
-    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, before)

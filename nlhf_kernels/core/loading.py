@@ -18,6 +18,7 @@ from . import adapters
 from .manifest import has_manifest, verify
 from .optional import need
 from .places import locate
+from .text import first_line
 from .vocabulary import is_dtensor
 
 #: Options of `from_pretrained` that say where from; adapters and tokenizers take them too.
@@ -144,14 +145,6 @@ def _bad_file(folder: str) -> str:
     if pickled and not any(path.suffix == ".safetensors" for path in files):
         return f"{pickled[0]} is a pickle, which can run code when it is read: expected weights as safetensors"
     return ""
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's first line, and the second where the first only announces it."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        return f"{lines[0]} {lines[1]}"
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

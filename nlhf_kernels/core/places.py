@@ -12,6 +12,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from .text import first_line
+
 TIMEOUT = 10.0  # seconds for the hub's first answer
 
 
@@ -73,6 +75,6 @@ def _check_hub(what: str, name: str, kind: str) -> None:
         raise ValueError(f"{nowhere} on the hub (a private one needs `hf auth login`)") from None
     except Exception as error:  # of the HTTP client's kinds: no network, a proxy, a hub that is down
         if not cached:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{nowhere} was downloaded before; the hub cannot be reached: {reason}") from error
+            reason = f"the hub cannot be reached: {first_line(error)}"
+            raise ValueError(f"{nowhere} was downloaded before; {reason}") from error
         constants.HF_HUB_OFFLINE = True  # otherwise each file of the cached model waits for a minute of retries

@@ -1,4 +1,4 @@
-"""Text from files, strict JSON, Markdown tables, and values short enough for an error message."""
+"""Text from files, strict JSON, Markdown tables, and values and errors cut to what an error message has room for."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ def excerpt(value: object, limit: int = EXCERPT) -> str:
     """Return repr(value), cut after `limit` characters; a large or recursive value is never formatted in full."""
     text = _repr.repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's first line, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__
 
 
 def read_text(path: Path) -> str:

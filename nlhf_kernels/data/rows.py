@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.optional import need
 from ..core.places import locate
-from ..core.text import parse_json, read_text
+from ..core.text import first_line, parse_json, read_text
 
 Row = Mapping[str, Any]
 Source = str | Path | Iterable[Row]  # a file, a folder, a name on the hub, a `datasets.Dataset`, dicts in memory
@@ -122,8 +122,7 @@ def _through_datasets(path: Path, name: str, split: str | None) -> Iterable[Row]
         else:
             rows = datasets.load_dataset("parquet", data_files=str(path))
     except Exception as error:  # `datasets` raises many types; the first line has the cause
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"data: {name}: datasets cannot load it: {reason}") from error
+        raise ValueError(f"data: {name}: datasets cannot load it: {first_line(error)}") from error
     return _part(rows, name, split)
 
 

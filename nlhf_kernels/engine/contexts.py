@@ -39,6 +39,19 @@ def replaced_forwards(forwards: Sequence[tuple[torch.nn.Module, Callable[..., An
 
 
 @contextmanager
+def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's forward, even one that another library has replaced, which is put back afterwards."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+@contextmanager
 def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
     """Put models into evaluation mode, and the submodules that were in training mode back into it afterwards.
 

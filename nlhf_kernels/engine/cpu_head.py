@@ -6,31 +6,26 @@ product; with the operands swapped it does not. With fewer rows or more the usua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from .contexts import replaced_forwards
+
 ROWS = range(7, 16)
 
 
-@contextmanager
-def fast_cpu_heads(models: Sequence[Any]) -> Iterator[None]:
+def fast_cpu_heads(models: Sequence[Any]) -> AbstractContextManager[None]:
     """Replace the forward of these models' heads where they are plain float32 linear layers on the CPU."""
     heads = {head for model in models if _is_plain(head := model.get_output_embeddings())}
-    for head in heads:
-        head.forward = _weights_first(head)
-    try:
-        yield
-    finally:
-        for head in heads:
-            del head.forward  # the class's own again
+    return replaced_forwards([(head, _weights_first(head)) for head in heads])
 
 
 def _is_plain(head: Any) -> bool:
-    plain = type(head) is torch.nn.Linear and "forward" not in vars(head)
-    return plain and head.weight.device.type == "cpu" and head.weight.dtype == torch.float32
+    linear = type(head) is torch.nn.Linear
+    return linear and head.weight.device.type == "cpu" and head.weight.dtype == torch.float32
 
 
 def _weights_first(head: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.native import free_bytes
 from .request import Player
 
 COPIES_SHARE = 0.05  # two models of 0.5B on a GPU of 40 GB or more; larger ones wait for weights, not for launches
@@ -157,8 +158,7 @@ def check_fits(
 
 def _free(device: torch.device) -> int | None:
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free_bytes(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..core.upstream import keep_unsharded
 from ..core.vocabulary import TENSOR_PARALLEL, VocabularySlice, is_dtensor, same_slice, slice_of
-from .contexts import eval_mode, exact_products, no_autocast
+from .contexts import eval_mode, exact_products, no_autocast, replaced_forward
 from .graphs import CAPTURE_ERROR_MODE
 from .model_info import ModelInfo
 
@@ -204,18 +205,12 @@ def fsdp_modules(model: torch.nn.Module) -> Iterator[Any]:
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _head_forward(info: ModelInfo, product: Callable[[Any, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def _head_forward(
+    info: ModelInfo, product: Callable[[Any, torch.Tensor], torch.Tensor]
+) -> AbstractContextManager[None]:
     """Replace the head's forward by `product(head, hidden states)`."""
     head: Any = info.model.get_output_embeddings()  # type: ignore[operator]
-    before = vars(head).get("forward")
-    head.forward = lambda hidden: product(head, hidden)
-    try:
-        yield
-    finally:
-        del head.forward
-        if before is not None:
-            head.forward = before
+    return replaced_forward(head, partial(product, head))
 
 
 def _local_product(head: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 
 from ..core.atomic import atomic_file
 from ..core.checks import check_integer
-from ..core.identity import adapter_settings, as_json, start_digest
+from ..core.identity import adapter_settings, as_json, crc_of, start_digest
 from ..core.lock import lock_place
 from ..core.manifest import DamagedError
 from ..core.optional import need
@@ -135,7 +135,7 @@ def _checksum(state: str, tensors: Mapping[str, torch.Tensor]) -> str:
     total = zlib.crc32(state.encode())
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(name.encode(), total)
-        total = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, total)
+        total = crc_of(tensor, total)
     return f"{total:08x}"
 
 

@@ -13,10 +13,10 @@ from transformers import TrainingArguments
 from ..core.checks import check_integer, check_number, check_option
 from ..core.settings import CHOICES
 from ..core.text import excerpt
+from ..ops.nash_pg_loss.weights import KL_MODES
 from .algorithms import ALGORITHMS, Algorithm
 from .schedules import OP, Schedule, check_schedule
 
-KL_MODES = ("sequence", "to_go", "exact", "token")
 _NO_PREDICTIONS = "evaluations sample answers; there are no predictions to collect"
 _SHARDED = "tp_size and fsdp_size share a model, or accelerate launch --use_fsdp"
 _COMPILED = "the model's head is replaced during the forward pass, which a compiled graph cannot see"

@@ -41,42 +41,37 @@ COMMON = {
 def configuration_page() -> str:
     own = {entry.name: (entry.default, entry.metadata["help"]) for entry in own_fields()}
     usual = defaults()
-    return (
-        "\n\n".join(
-            [
-                "# Configuration",
-                "Written by `nlhf-kernels train --keys`; a test holds this file to it. Keys that do not exist are "
-                "refused with the nearest one, values of another type too.",
-                "## The run file",
-                "What `nlhf-kernels train --config run.yaml` reads. `nlhf-kernels train --example` prints one to begin "
-                "with.",
-                _table(_rows(RunFile)),
-                f"`judge`, or every entry of it: {_first(JudgeSpec)}",
-                _table(_rows(JudgeSpec)),
-                f"`reward`: {_first(RewardSpec)}",
-                _table(_rows(RewardSpec)),
-                f"`data`: {_first(DataSpec)}",
-                _table(_rows(DataSpec)),
-                "## training: NashConfig",
-                "The keys of `training`, and the arguments of `NashConfig` in Python. What an algorithm does not use "
-                "is refused where it is not the default.",
-                _table((name, _value(default), text) for name, (default, text) in own.items() if name not in FIXED),
-                "`algorithm` is one of:",
-                _table(
-                    ((a.name, a.loss.replace("-", " "), a.summary) for a in ALGORITHMS.values()),
-                    ("algorithm", "loss", "who plays"),
-                ),
-                "## training: what transformers' TrainingArguments bring",
-                "All of them are there. Those that most runs set:",
-                _table((name, _value(usual[name]), text) for name, text in COMMON.items()),
-                "Activation checkpointing (`activation_checkpointing`; in older versions of transformers "
-                "`gradient_checkpointing`) saves memory in training; rollouts keep their caches.",
-                "These keep their defaults, since they would contradict what is done here or would not be looked at:",
-                _table(((name, reason) for name, reason in FIXED.items()), ("key", "why")),
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        "# Configuration",
+        "Written by `nlhf-kernels train --keys`; a test holds this file to it. Keys that do not exist are "
+        "refused with the nearest one, values of another type too.",
+        "## The run file",
+        "What `nlhf-kernels train --config run.yaml` reads. `nlhf-kernels train --example` prints one to begin with.",
+        _table(_rows(RunFile)),
+        f"`judge`, or every entry of it: {_first(JudgeSpec)}",
+        _table(_rows(JudgeSpec)),
+        f"`reward`: {_first(RewardSpec)}",
+        _table(_rows(RewardSpec)),
+        f"`data`: {_first(DataSpec)}",
+        _table(_rows(DataSpec)),
+        "## training: NashConfig",
+        "The keys of `training`, and the arguments of `NashConfig` in Python. What an algorithm does not use "
+        "is refused where it is not the default.",
+        _table((name, _value(default), text) for name, (default, text) in own.items() if name not in FIXED),
+        "`algorithm` is one of:",
+        _table(
+            ((a.name, a.loss.replace("-", " "), a.summary) for a in ALGORITHMS.values()),
+            ("algorithm", "loss", "who plays"),
+        ),
+        "## training: what transformers' TrainingArguments bring",
+        "All of them are there. Those that most runs set:",
+        _table((name, _value(usual[name]), text) for name, text in COMMON.items()),
+        "Activation checkpointing (`activation_checkpointing`; in older versions of transformers "
+        "`gradient_checkpointing`) saves memory in training; rollouts keep their caches.",
+        "These keep their defaults, since they would contradict what is done here or would not be looked at:",
+        _table(((name, reason) for name, reason in FIXED.items()), ("key", "why")),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _rows(kind: Any) -> list[tuple[str, str, str]]:

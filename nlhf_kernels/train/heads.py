@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +17,7 @@ import torch
 
 from ..core.tokens import count_positions
 from ..core.upstream import plain_class
+from ..engine.contexts import replaced_forward
 from ..engine.sharded import fsdp_modules
 from ..ops import Head
 from .sharded import reshard, whole
@@ -71,22 +71,9 @@ def apply_at_head(
         results.append(function(states))
         return states[..., :1]
 
-    with _forward_of(inner.get_output_embeddings(), record):
+    with replaced_forward(inner.get_output_embeddings(), record):
         model(**inputs)
     return results[0]
-
-
-@contextmanager
-def _forward_of(module: Any, forward: Any) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def head_of(model: Any) -> Head:
@@ -153,7 +140,7 @@ def _probe(model: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # each
         return products[0]
 
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    with torch.autocast(device.type, enabled=False), _forward_of(layer, product_of_noise):
+    with torch.autocast(device.type, enabled=False), replaced_forward(layer, product_of_noise):
         outputs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     return outputs.logits[0].float(), products[0][0].float()
 

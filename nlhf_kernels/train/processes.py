@@ -7,6 +7,7 @@ judges are per group, not per process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from ..core.identity import describe
 from ..core.vocabulary import is_dtensor
 from .layout import Layout
+from .sharded import local
 
 
 class DataParallel:
@@ -48,8 +50,7 @@ class DataParallel:
         """
         if not self.layout.sharded:
             return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-        parts = [value.to_local() if is_dtensor(value) else value for value in gradients]
-        wrong = torch.stack([(~part.isfinite()).any() for part in parts]).any().float()
+        wrong = torch.stack([(~local(value).isfinite()).any() for value in gradients]).any().float()
         return not bool(self.accelerator.reduce(wrong, reduction="sum") > 0)
 
     def ask_once(self, judge: Any) -> Any:
@@ -89,21 +90,33 @@ class AskedOnce:
         return describe(self.judge)
 
     def __call__(self, *texts: Sequence[str]) -> Any:
-        answer: list[Any] = [None, None]  # the result, the error
-        if torch.distributed.get_rank() == self.first:
-            try:
-                answer[0] = self.judge(*texts)
-            except Exception as error:
-                answer[1] = f"{type(error).__name__}: {error}"
-                self._share(answer)
-                raise
-        self._share(answer)
-        if answer[1] is not None:
-            raise RuntimeError(f"process {self.first} asked: {answer[1]}")
-        return answer[0]
+        share = partial(torch.distributed.broadcast_object_list, src=self.first, group=self.group)
+        calls = torch.distributed.get_rank() == self.first
+        return result_of_one(partial(self.judge, *texts), calls, share, f"process {self.first} asked")
 
-    def _share(self, answer: list[Any]) -> None:
-        torch.distributed.broadcast_object_list(answer, src=self.first, group=self.group)
+
+def result_of_one(act: Callable[[], Any], acts: bool, share: Callable[[list[Any]], Any], failed: str) -> Any:
+    """Return the result of a function that one process calls on all of them, or raise its error on all of them.
+
+    Args:
+        act: the function.
+        acts: whether this process calls it.
+        share: overwrites a list by that of the process that acts; all processes call it.
+        failed: how the error begins on the others.
+    """
+    message: list[Any] = [None, None]  # the result, the error
+    raised: Exception | None = None
+    if acts:
+        try:
+            message[0] = act()
+        except Exception as error:
+            raised, message[1] = error, f"{type(error).__name__}: {error}"
+    share(message)
+    if raised is not None:
+        raise raised
+    if message[1] is not None:
+        raise RuntimeError(f"{failed}: {message[1]}")
+    return message[0]
 
 
 def _parameters(value: Any, visited: set[int]) -> Iterator[torch.Tensor]:

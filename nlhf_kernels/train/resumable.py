@@ -24,6 +24,7 @@ from . import checkpoints, opponents, sharded_checkpoints
 from .callbacks import close_bars
 from .identity import Identity, identity_of
 from .layout import Layout
+from .processes import result_of_one
 from .setup import OP
 from .sharded import reshard, whole_weights
 
@@ -97,19 +98,8 @@ class ResumableTrainer(_Trainer):  # type: ignore[misc]
             return act()
         from accelerate.utils import broadcast_object_list
 
-        message: list[Any] = [None, None]  # the result, the error
-        raised: Exception | None = None
-        if self.is_world_process_zero():
-            try:
-                message[0] = act()
-            except Exception as error:
-                raised, message[1] = error, f"{type(error).__name__}: {error}"
-        broadcast_object_list(message)
-        if raised is not None:
-            raise raised
-        if message[1] is not None:
-            raise RuntimeError(f"{OP}: the first process ended: {message[1]}")
-        return message[0]
+        failed = f"{OP}: the first process ended"
+        return result_of_one(act, self.is_world_process_zero(), broadcast_object_list, failed)
 
     def _load_finished(self, checkpoint: str) -> TrainOutput:
         """Load a checkpoint of the run's end; transformers' own train() would make one update more."""

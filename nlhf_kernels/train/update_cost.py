@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from .config import NashConfig
 from .layout import Layout
-from .memory_plan import Models, ModelShapes, micro_batch, recomputes
+from .memory_plan import Models, micro_batch, recomputes
+from .model_shapes import ModelShapes
 from .setup import rollout_dtype
 
 

@@ -26,7 +26,8 @@ def table(folder: str) -> str:
 
     from nlhf_kernels.train import NashConfig
     from nlhf_kernels.train.layout import Layout
-    from nlhf_kernels.train.memory_plan import Models, ModelShapes, plan_rank
+    from nlhf_kernels.train.memory_plan import Models, plan_rank
+    from nlhf_kernels.train.model_shapes import ModelShapes
     from nlhf_kernels.train.update_cost import update_cost
     from tests.support.training import checkpoints
 
