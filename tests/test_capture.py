@@ -21,7 +21,7 @@ from nlhf_kernels.core.upstream import distributed_config_class
 from nlhf_kernels.engine import Hooks, RolloutEngine, model_set, nash_md
 from nlhf_kernels.engine.loop import Rollout
 from nlhf_kernels.engine.sharded import Sharding
-from tests.support.capture import DEVICE, CaptureRefused, capturing, no_launches, on_device
+from tests.support.capture import DEVICE, CaptureRefused, capturing, no_launches, on_device, said_to_capture
 from tests.support.engine import can_be_recorded, settings, tiny, tiny_pair
 from tests.support.tiny_models import BETA, padded, prompts
 from tests.test_engine_shared import adapted
@@ -65,6 +65,21 @@ class _Watched:
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "llama", "gemma3", "mistral", "qwen2", "qwen3", "adapter"])
 def test_engine_steps(architecture, fused, monkeypatch) -> None:
     """Steps of four kinds of position encoding, of sliding windows, and of an adapter with its base in one pass."""
+    engine = watched_engine(architecture, monkeypatch, fused=fused, graphs="steps")
+    assert watch_steps(engine, slices=False) == 4 and engine.graphs.recorded
+
+
+@pytest.mark.parametrize("prompt_bucket", [9, 16])  # without padding, and with
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3", "mistral", "qwen2", "qwen3", "phi3", "adapter"])
+def test_engine_passes_over_prompts(architecture, prompt_bucket, monkeypatch) -> None:
+    """The second pass is the one that is recorded."""
+    fused = not capabilities.triton_missing()
+    engine = watched_engine(architecture, monkeypatch, fused=fused, prompt_bucket=prompt_bucket)
+    watch_steps(engine, slices=False)
+    assert engine.graphs.recorded_passes
+
+
+def watched_engine(architecture: str, monkeypatch: Any, fused: bool, **options: Any) -> RolloutEngine:
     if fused and capabilities.triton_missing():
         pytest.skip("needs triton")
     monkeypatch.setattr(model_set, "why_not_usable", lambda device: None)
@@ -73,12 +88,11 @@ def test_engine_steps(architecture, fused, monkeypatch) -> None:
         pytest.skip("this transformers makes eager masks of a number on the host; the engine takes eager steps")
     for model in models:
         model.config.pad_token_id = None  # otherwise transformers reads the prompts to warn about padding
-    engine = RolloutEngine(*models, recorder=_Watched(), bucket=16, fused=fused)
-    assert watch_steps(engine, slices=False) == 4
+    return RolloutEngine(*models, recorder=_Watched(), bucket=32, fused=fused, **options)
 
 
 def watch_steps(engine: RolloutEngine, *, slices: bool) -> int:
-    """Take a rollout's steps on the meta device, and return their number."""
+    """Read prompts twice and take a rollout's steps on the meta device; return the number of steps."""
     batch = padded(prompts((9, 9)))
     request = engine._resolve(batch["input_ids"], None, nash_md(BETA), settings(4, backend="torch"), Hooks())
     assert not request.notes
@@ -87,9 +101,10 @@ def watch_steps(engine: RolloutEngine, *, slices: bool) -> int:
     engine.models.info = {name: replace(f, model=f.model.to(DEVICE), device=DEVICE) for name, f in info.items()}
     engine.device = DEVICE
     with torch.no_grad(), engine.models.decoding_mode(slices, False), engine.models.fused():
-        rollout = Rollout(request, engine._workspace(request), engine.graphs)
-        with no_launches():
-            rollout.prefill()
+        for _ in range(2):
+            rollout = Rollout(request, engine._workspace(request), engine.graphs)
+            with no_launches(), said_to_capture():
+                rollout.prefill()
         for _ in range(3):
             rollout.step()
     return rollout.steps
@@ -136,7 +151,7 @@ def test_a_step_of_split_models(two_processes, tmp_path, monkeypatch) -> None:
     models.append(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=split(tp_size=2)))
     for model in models:
         model.config.pad_token_id = None
-    engine = RolloutEngine(*models, recorder=_Watched(), bucket=16, fused=False)
+    engine = RolloutEngine(*models, recorder=_Watched(), bucket=16, fused=False, graphs="steps")
     assert engine.models.sharding.part is not None, "logits stay in slices"
     with filling():
         assert watch_steps(engine, slices=True) == 4

@@ -17,6 +17,7 @@ from nlhf_kernels.engine.batch import PlayerRows, remaining_rows
 from nlhf_kernels.engine.graphs import CudaRecorder, EagerRecorder, Graphs
 from nlhf_kernels.engine.outputs import OpenRowsReader
 from tests.support.engine import TINY, can_be_recorded, settings, tiny, tiny_pair, worst_error
+from tests.support.recorder import recorded
 from tests.support.tiny_models import BETA, one_thread, padded, prompts
 
 
@@ -24,42 +25,6 @@ from tests.support.tiny_models import BETA, one_thread, padded, prompts
 def _one_thread():
     with one_thread():
         yield
-
-
-class FakeRecorder:
-    """A recorder with the semantics of CUDA graphs on the CPU: warm-ups without side effects, then replays of one step
-    with the host state of its recording."""
-
-    def __init__(self) -> None:
-        self.engine: RolloutEngine | None = None
-        self.records = self.replays = 0
-
-    def record(self, step, state):
-        self.records += 1
-        before = [tensor.clone() for tensor in state]
-        step()
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
-        decode_state = self.engine._space.state
-        recorded = decode_state.filled, decode_state.padded
-
-        def replay() -> None:
-            now = decode_state.filled, decode_state.padded
-            decode_state.filled, decode_state.padded = recorded  # a graph does not see later host state
-            step()
-            decode_state.filled, decode_state.padded = now
-            self.replays += 1
-
-        return replay
-
-    def run_concurrently(self, calls):
-        return [call() for call in calls]
-
-
-def recorded(policy, reference, bucket=8, **options) -> tuple[RolloutEngine, FakeRecorder]:
-    recorder = FakeRecorder()
-    recorder.engine = RolloutEngine(policy, reference, recorder=recorder, bucket=bucket, **options)
-    return recorder.engine, recorder
 
 
 @pytest.mark.parametrize("architecture", [name for name in TINY if name not in ("mixtral", "falcon")])

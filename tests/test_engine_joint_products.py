@@ -10,8 +10,8 @@ import torch
 from nlhf_kernels.engine import Player, RolloutEngine, nash_ema, nash_md
 from nlhf_kernels.engine.joint_products import JointProduct, find_groups
 from tests.support.engine import TINY, settings, tiny, tiny_pair, worst_error
+from tests.support.recorder import recorded
 from tests.support.tiny_models import BETA, one_thread, padded, prompts
-from tests.test_engine_graphs import recorded
 from tests.test_engine_shared import adapted
 
 LIKE_LLAMA = ("llama", "qwen2", "mistral", "qwen3", "gemma2", "gemma3", "granite", "llama_tied", "cohere")

@@ -9,8 +9,8 @@ import torch
 
 from nlhf_kernels.engine import Player, RolloutEngine, nash_ema, nash_md
 from tests.support.engine import settings, tiny, tiny_pair, worst_error
+from tests.support.recorder import recorded
 from tests.support.tiny_models import BETA, one_thread, padded, prompts
-from tests.test_engine_graphs import recorded
 
 
 @pytest.fixture(autouse=True)

@@ -205,6 +205,28 @@ def test_eager_masks_copy_from_host() -> None:
     assert upstream.eager_masks_copy_from_host() is copies
 
 
+def test_longrope_reads_positions() -> None:
+    """The function returns what a rotation made under the rules of a graph's capture shows."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}
+    config = transformers.Phi3Config(
+        **shape, original_max_position_embeddings=16, rope_parameters={**rope, "factor": 8.0}
+    )
+    rotation = random_model(config, seed=0).model.rotary_emb
+    rotation(torch.zeros(1), torch.arange(20)[None])  # factors of long texts are made, and copied, at the first
+    rotation.to(META)
+    rotation.original_inv_freq = rotation.original_inv_freq.to(META)
+    if hasattr(rotation, "long_inv_freq"):
+        rotation.long_inv_freq = rotation.long_inv_freq.to(META)
+    reads = False
+    try:
+        with capturing():
+            rotation(torch.zeros(1, device=META), torch.zeros(1, 4, dtype=torch.int64, device=META))
+    except (RuntimeError, NotImplementedError):
+        reads = True
+    assert upstream.longrope_reads_positions() is reads
+
+
 def test_experts_name() -> None:
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = random_model(transformers.MixtralConfig(vocab_size=97, intermediate_size=8, **shape), seed=0)

@@ -196,6 +196,17 @@ def eager_masks_copy_from_host() -> bool:
     return "torch.tensor(" in inspect.getsource(eager_mask)
 
 
+def longrope_reads_positions() -> bool:
+    """Return whether rotations of the kind longrope compare positions on the host, which capture refuses.
+
+    transformers 5.17: they do; 5.23: they do not.
+    """
+    from transformers.modeling_rope_utils import dynamic_rope_update
+
+    source = inspect.getsource(dynamic_rope_update)
+    return "if seq_len > original_max_position_embeddings" in source
+
+
 def experts_name(config: Any) -> str | None:
     """Return the implementation of mixtures of experts that a configuration names."""
     name: str | None = getattr(config, "_experts_implementation", None)

@@ -68,6 +68,9 @@ def nlhf_decode_mask(
     """
     if _is_decoding(q_length) and _is_range(mask_function, local_size, use_vmap, config):
         return None
+    whole_window = q_length == kv_length and (local_size is None or kv_length < local_size)
+    if attention_mask is None and whole_window and kwargs.get("allow_is_causal_skip", True):
+        return None  # sdpa's own causal attention: transformers 5.17 makes a mask while a graph is captured
     mask: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, config=config, local_size=local_size,

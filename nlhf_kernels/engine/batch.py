@@ -45,6 +45,7 @@ class PlayerRows:
 class Batch:
     def __init__(self, rows: int, device: torch.device) -> None:
         self.output_rows = torch.zeros(rows, dtype=torch.int64, device=device)  # (R,) row of the output buffers
+        self.fan_out = torch.zeros(rows, dtype=torch.int64, device=device)  # (R,) prompt, before any row has left
         self.row_ids = torch.zeros(rows, dtype=torch.int64, device=device)  # (R,) what the noise depends on
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)  # (R,) sampled last, read next
         self.columns = 5  # of `packed`: 4 + models
@@ -83,7 +84,7 @@ class Batch:
         self.players = tuple(players_rows)
         self.output_spans = {player.player: player.rows for player in players_rows}
         torch.arange(start, dtype=torch.int64, device=device, out=self.output_rows[:start])
-        return torch.cat(prompt_of_rows)
+        return torch.cat(prompt_of_rows, out=self.fan_out[:start])
 
     @property
     def packed(self) -> torch.Tensor:  # (R, columns), see `mixture_settings`

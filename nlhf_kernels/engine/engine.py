@@ -9,7 +9,7 @@ from threading import Lock
 
 import torch
 
-from ..core.checks import check_option
+from ..core.checks import check_integer, check_option
 from ..core.text import excerpt
 from ..core.vocabulary import VocabularySlice
 from .batch import Batch
@@ -22,6 +22,7 @@ from .loop import Rollout, Workspace
 from .memory import MemoryPlan, RequestSize, check_fits, has_room, may_copy, rollout_parts, rows_by_model
 from .model_set import ModelSet
 from .outputs import TokenBuffers
+from .recorded_prompts import PROMPT_BUCKET, PromptInputs, host_takes_longer, widened
 from .request import (
     LOGPROBS,
     Player,
@@ -65,9 +66,11 @@ class RolloutEngine:
         linear ("auto" or bool): the products of a step's linear layers by `decode_linear` on a GPU: "auto": those for
             which `nlhf-kernels tune` measured Triton faster than cuBLAS; True: all, by plans that are not measured
             unless `tune` did; False: none. Models with adapters and those that processes share keep PyTorch's.
-        graphs (bool): False takes eager steps on a GPU too.
-        recorder: what records steps; None: CUDA graphs on a GPU, nothing elsewhere.
+        graphs ("auto", bool or "steps"): what is recorded on a GPU: "auto": steps, and passes over prompts that would
+            take the host longer than the GPU; True: all passes over prompts, too; "steps": steps alone; False: nothing.
+        recorder: what records; None: CUDA graphs on a GPU, nothing elsewhere.
         bucket (int): cache slots by which a recorded step's view of the cache grows.
+        prompt_bucket (int): tokens to a multiple of which prompts are padded where their pass may be recorded.
         memory_limit (int): bytes that a rollout may allocate; None: what the device has free.
         op (str): the name in errors.
     """
@@ -84,9 +87,10 @@ class RolloutEngine:
         compile: bool | str = False,
         fused: bool | str = "auto",
         linear: bool | str = "auto",
-        graphs: bool = True,
+        graphs: bool | str = "auto",
         recorder: Recorder | None = None,
         bucket: int = BUCKET,
+        prompt_bucket: int = PROMPT_BUCKET,
         memory_limit: int | None = None,
         op: str = "RolloutEngine",
     ) -> None:
@@ -97,6 +101,8 @@ class RolloutEngine:
             raise ValueError(f"{op}: linear: expected auto, True or False; got {excerpt(linear)}")
         if compile != "auto" and not isinstance(compile, bool):
             raise ValueError(f"{op}: compile: expected auto, True or False; got {excerpt(compile)}")
+        if graphs not in ("auto", "steps") and not isinstance(graphs, bool):
+            raise ValueError(f"{op}: graphs: expected auto, steps, True or False; got {excerpt(graphs)}")
         self.fused = fused
         self.models = ModelSet(
             op, policy, reference, opponent, vocab_size, use_cache, attention, compile is True, fused, linear
@@ -113,6 +119,9 @@ class RolloutEngine:
         if recorder is None and (compile is True or self._compile_decision is not None):
             recorder = EagerRecorder()
         self.graphs = None if recorder is None else Graphs(recorder, bucket)
+        self.prompt_bucket = check_integer(op, "prompt_bucket", prompt_bucket, 1, 2**31)
+        records = recorder is not None and not isinstance(recorder, EagerRecorder)
+        self._recorded_prompts = graphs if records and graphs != "steps" else False  # "auto", True or False
         if self.graphs is not None:
             self.models.check_static_shapes(bucket)
         self._space: Workspace | None = None
@@ -175,7 +184,13 @@ class RolloutEngine:
         """
         check_settings(self.op, settings)
         check_players(self.op, players, self.has_reference, "opponent" in self.models.info)
-        rows, length = rows_by_model(prompts, players, self.has_reference), self._length(prompt_length, settings)
+        width, _ = self._recorded_width(prompts, prompt_length, players, settings)
+        plan = self._plan(prompts, prompt_length if width is None else width, players, settings)
+        return replace(plan, prompt=prompt_length)
+
+    def _plan(self, prompts: int, width: int, players: Sequence[Player], settings: RolloutSettings) -> MemoryPlan:
+        """Plan for prompts of this width, which is that of a recorded pass where they are read by one."""
+        rows, length = rows_by_model(prompts, players, self.has_reference), self._length(width, settings)
         batch_rows = prompts * sum(player.samples for player in players)
         policy = self.models.info["policy"]
         part = self._part(settings)
@@ -191,7 +206,9 @@ class RolloutEngine:
         )
         if joint := self.models.joint_products.bytes:
             parts["joint products"] = joint
-        return MemoryPlan(parts, batch_rows, length, prompt_length)
+        if self._recorded_prompts:
+            parts["prompts"] = PromptInputs.bytes(batch_rows * length)
+        return MemoryPlan(parts, batch_rows, length, width)
 
     def release(self) -> None:
         """Free what rollouts allocated, recorded steps included."""
@@ -229,11 +246,14 @@ class RolloutEngine:
         seed = sharding.agree(settings.seed, prompts.ids, prompts.mask, settings.max_new_tokens)
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        eager = self._why_eager(hooks)
+        width, reasons = (None, []) if eager else self._recorded_width(*prompts.shape, players, settings)
+        unrecorded = [f"prompts are read unrecorded: {reason}" for reason in reasons]
         gather = self._may_gather(prompts, players, settings)
         stepwise = sharding.fsdp_group is not None and not gather
         notes = ["parameters are gathered at every step: all at once they do not fit"] * stepwise
         return Request(
-            prompts=prompts,
+            prompts=prompts if width is None else widened(prompts, width),
             players=tuple(players),
             settings=settings,
             hooks=hooks,
@@ -244,10 +264,29 @@ class RolloutEngine:
             has_reference=self.has_reference,
             vocabulary=self.models.vocabulary,
             part=None if hooks else self._part(settings),
+            records_prompts=width is not None,
             gather=gather,
             any_open=sharding.any_open(gather),
-            notes=(*self.models.notes, *notes, *self._why_eager(hooks)),
+            notes=(*self.models.notes, *notes, *eager, *unrecorded),
         )
+
+    def _recorded_width(
+        self, prompts: int, width: int, players: Sequence[Player], settings: RolloutSettings
+    ) -> tuple[int | None, list[str]]:
+        """Return the width of a pass over prompts that may be recorded, None where it is read as it is, and the models'
+        reasons for that.
+
+        It depends on sizes alone, not on what has been recorded before: a seed's tokens are the same in every rollout.
+        """
+        if not self._recorded_prompts:
+            return None, []
+        whole = -(-width // self.prompt_bucket) * self.prompt_bucket
+        roles = rows_by_model(prompts, players, self.has_reference)
+        models = [self.models.info_of(role) for role in roles]
+        if self._recorded_prompts == "auto" and not host_takes_longer(models, prompts * whole):
+            return None, []
+        reasons = self.models.why_prompts_not_recorded(whole, whole - width, settings.max_new_tokens)
+        return (None if reasons or self.models.why_not_recorded() else whole), reasons
 
     def _part(self, settings: RolloutSettings) -> VocabularySlice | None:
         """Return the vocabulary slice that logits stay in; None with filters, whose thresholds need all logits."""
@@ -316,13 +355,13 @@ class RolloutEngine:
             ):
                 return self._space
         self.release()  # before the next allocation: memory may not hold both
-        size = (len(request.prompts.ids), request.prompts.width, request.players, request.settings)
-        plan = self.memory_plan(*size)
+        size = (*request.prompts.shape, request.players, request.settings)
+        plan = self._plan(*size)
         copies = self.models.joint_products.bytes
         small = may_copy(copies, self.memory_limit, self.device) and has_room(plan, self.memory_limit, self.device)
         if self.fused == "auto" and copies and not small:
             self.models.joint_products.enabled = False
-            plan = self.memory_plan(*size)
+            plan = self._plan(*size)
         self._check_fits(request, plan)
         _log.info("%s: allocating for %s", self.op, plan)
         state = DecodeState(plan.rows, length, self.device)
@@ -333,6 +372,7 @@ class RolloutEngine:
             outputs=TokenBuffers(steps, plan.rows, request.logprobs, self.device),
             batch=Batch(plan.rows, self.device),
             runners=self.models.runners(rows, length, state),
+            inputs=PromptInputs(plan.rows * length, self.device) if self._recorded_prompts else None,
             seed=torch.zeros((), dtype=torch.int64, device=self.device),
             bias=torch.zeros(request.vocabulary, dtype=torch.float32, device=self.device),
         )

@@ -1,7 +1,9 @@
-"""CUDA graphs of a decode step, recorded once per (rows of every player, cache bucket) and replayed from then on.
+"""CUDA graphs: a decode step, recorded once per (rows of every player, cache bucket), and a pass over prompts, once per
+shape; both are replayed from then on.
 
-`Graphs` stores recorded steps and is independent of CUDA; `CudaRecorder` records. A recorder gets a step and the small
-tensors that the step advances, and returns a function that replays it; recording must leave those tensors unchanged.
+`Graphs` stores what is recorded and is independent of CUDA; `CudaRecorder` records. A recorder gets a step and the
+small tensors that the step advances, and returns a function that replays it; recording must leave those tensors
+unchanged.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from weakref import WeakSet
 import torch
 
 BUCKET = 256  # cache slots a graph reads: fewer waste attention on masked slots, more cost graphs and memory
+KEPT_PASSES = 16  # recorded passes over prompts
+IDLE_PASSES = 256  # passes over prompts after which a recorded one that served none of them makes room for another
 WARM_UPS = 2  # steps run before recording: libraries allocate and tune on their first calls
 #: Other threads go on using the device during a capture: loaders pin memory, NCCL's watchdog polls events, judges run.
 CAPTURE_ERROR_MODE = "thread_local"
@@ -33,6 +37,9 @@ class Graphs:
     def __init__(self, recorder: Recorder, bucket: int = BUCKET) -> None:
         self.recorder, self.slots = recorder, bucket
         self.recorded: dict[Hashable, Run] = {}
+        self.recorded_passes: dict[Hashable, Run] = {}  # over prompts
+        self._passes = 0  # over prompts, recorded or not
+        self._last_used: dict[Hashable, int] = {}  # the number of a pass's last use
         self._numbers: dict[Hashable, int] = {}
 
     def bucket(self, length: int) -> int:
@@ -44,8 +51,10 @@ class Graphs:
         return self._numbers.setdefault(state, len(self._numbers))
 
     def clear(self) -> None:
-        """Forget all recorded steps."""
+        """Forget all that is recorded."""
         self.recorded.clear()
+        self.recorded_passes.clear()
+        self._last_used.clear()
         self._numbers.clear()
 
     def run(self, key: Hashable, step: Run, state: Sequence[torch.Tensor]) -> None:
@@ -53,6 +62,28 @@ class Graphs:
         if replay is not step:  # an unrecorded step is bound to its rollout and must not be stored for the next
             self.recorded[key] = replay
         replay()
+
+    def run_pass(self, key: Hashable, read: Run, state: Sequence[torch.Tensor]) -> None:
+        """Run a pass over prompts, which is recorded when it comes a second time: a shape that came once may never come
+        again, and recording takes as long as three passes."""
+        self._passes += 1
+        replay = self.recorded_passes.get(key)
+        if replay is None and key in self._last_used and self._make_room():
+            replay = self.recorder.record(read, state)
+            if replay is not read:
+                self.recorded_passes[key] = replay
+        self._last_used[key] = self._passes
+        (replay or read)()
+
+    def _make_room(self) -> bool:
+        """Whether another pass may be kept; if need be, the one that has been idle for longest is forgotten."""
+        if len(self.recorded_passes) < KEPT_PASSES:
+            return True
+        oldest = min(self.recorded_passes, key=self._last_used.__getitem__)
+        if self._passes - self._last_used[oldest] <= IDLE_PASSES:
+            return False
+        del self.recorded_passes[oldest]
+        return True
 
 
 class EagerRecorder:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,8 @@ from .compiling import clock
 from .decode_state import DecodeState
 from .graphs import Graphs
 from .outputs import OpenRowsReader, TokenBuffers
-from .request import Request, RolloutResult
+from .recorded_prompts import PromptInputs
+from .request import Prompts, Request, RolloutResult
 from .runners import Runner
 
 CHECK_EVERY = 8  # steps between checks for ends; after its end a row decodes up to as many, on a GPU twice as many
@@ -32,6 +33,7 @@ class Workspace:
     outputs: TokenBuffers
     batch: Batch
     runners: Sequence[Runner]
+    inputs: PromptInputs | None  # of recorded passes over prompts; None: there are none
     seed: torch.Tensor  # () int64
     bias: torch.Tensor  # (V,) float32: -inf at the end tokens, for responses of a minimal length
 
@@ -58,7 +60,7 @@ class Rollout:
         return result
 
     def prefill(self) -> None:
-        """Assign rows to players, prefill every model, sample the first token."""
+        """Assign rows to players, read the prompts, sample the first token."""
         request, space = self.request, self.space
         batch, prompts, device = space.batch, request.prompts, space.seed.device
         processed = bool(request.hooks.processors)
@@ -70,12 +72,22 @@ class Rollout:
         space.bias.zero_().index_fill_(0, end_ids, -torch.inf)
         self.fan_out = fan_out  # (rows,): each row's prompt
         self.output_rows = list(range(len(fan_out)))  # batch.output_rows on the host
-        logits: dict[str, torch.Tensor] = {}
         for runner in space.runners:
             runner.assign(batch.spans)
-            logits |= runner.prefill(prompts, fan_out)
-        self._sample(logits)
+        if self.graphs is None or not request.records_prompts:
+            self._prefill_on_device(prompts, fan_out)
+        else:
+            assert space.inputs is not None
+            prompts = space.inputs.load(prompts)
+            key = (*prompts.shape, prompts.padded, *self._assumed())
+            read = partial(self._prefill_on_device, prompts, fan_out)
+            self.graphs.run_pass(key, read, (space.state.step, batch.tokens))
         self._count()
+
+    def _prefill_on_device(self, prompts: Prompts, fan_out: torch.Tensor) -> None:
+        """Run the device's part of `prefill`, which a graph may record."""
+        calls = [partial(runner.prefill, prompts, fan_out) for runner in self.space.runners]
+        self._sample(self._run_models(calls, at_once=self.request.records_prompts))
 
     def step(self) -> None:
         """Decode and sample one token for every row of the batch."""
@@ -84,12 +96,17 @@ class Rollout:
             self._step_on_device()
         else:
             state.bucket = self.graphs.bucket(state.filled + 1)
-            rows = tuple((player.source, player.stream, player.start, player.stop) for player in batch.players)
-            key = (rows, state.bucket, self._ends_forbidden(), batch.filtered, batch.columns, self.request.logprobs,
-                   requested(self.request.settings.backend).backend, self.model_state)  # fmt: skip
+            key = (state.bucket, *self._assumed())
             self.graphs.run(key, self._step_on_device, (state.cursor, state.step, state.positions, batch.tokens))
         state.filled += 1
         self._count()
+
+    def _assumed(self) -> tuple[Hashable, ...]:
+        """Return what a recording assumes of rows, sampling and models."""
+        batch = self.space.batch
+        rows = tuple((player.source, player.stream, player.start, player.stop) for player in batch.players)
+        return (rows, self._ends_forbidden(), batch.filtered, batch.columns, self.request.logprobs,
+                requested(self.request.settings.backend).backend, self.model_state)  # fmt: skip
 
     def _step_on_device(self) -> None:
         """Run the device's part of a step, which a graph may record."""
@@ -98,12 +115,20 @@ class Rollout:
         spans = space.batch.spans
         runners = [runner for runner in space.runners if any(spans[role][1] > spans[role][0] for role in runner.roles)]
         calls = [partial(runner.decode, space.batch.tokens, space.state) for runner in runners]
-        if self.graphs is None or self.request.any_open is not None:  # collectives keep one order in all processes
+        logits = self._run_models(calls, at_once=True)
+        space.state.advance()
+        self._sample(logits)
+
+    def _run_models(
+        self, calls: Sequence[Callable[[], dict[str, torch.Tensor]]], at_once: bool
+    ) -> dict[str, torch.Tensor]:
+        """Run a forward pass of every model and return the logits by role. `at_once`: where the recorder can, except
+        that collectives keep one order in all processes."""
+        if not at_once or self.graphs is None or self.request.any_open is not None:
             results = [call() for call in calls]
         else:
             results = self.graphs.recorder.run_concurrently(calls)
-        space.state.advance()
-        self._sample({role: logits for result in results for role, logits in result.items()})
+        return {role: logits for result in results for role, logits in result.items()}
 
     def _sample(self, logits: dict[str, torch.Tensor]) -> None:
         for player in self.space.batch.players:

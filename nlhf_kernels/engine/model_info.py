@@ -32,6 +32,7 @@ class ModelInfo:
     cache_argument: str | None  # the one that takes a Cache
     layers: tuple[LayerShape | None, ...]  # empty where the whole text is read every step
     vocabulary: int  # columns of the head
+    weights: int  # parameters that are multiplied with every token of a prompt
     dtype: torch.dtype
     device: torch.device
     max_positions: int | None  # the longest text it can place; None: no limit known
@@ -82,6 +83,7 @@ def inspect_model(role: str, model: Any, use_cache: bool, op: str = OP) -> Model
         cache_argument=cache_argument(uncompiled(inner).forward),
         layers=layers,
         vocabulary=logits.shape[-1],
+        weights=_weights_per_token(inner),
         dtype=parameter.dtype,
         device=logits.device if parameter.device.type == "meta" else parameter.device,
         max_positions=_max_positions(text_config),
@@ -144,6 +146,13 @@ def _check_logits(role: str, model: Any, logits: Any, op: str) -> None:
     else:
         return
     raise TypeError(f"{op}: {role}: expected a causal language model; {type(model).__name__} {got}")
+
+
+def _weights_per_token(model: Any) -> int:
+    """Count the parameters, without the embedding table, which is looked up, and the head, which reads one token."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    left_out = {id(getattr(layer, "weight", None)) for layer in ends}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in left_out)
 
 
 def _max_positions(config: Any) -> int | None:

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 
 from ..core.checks import check_integer
-from ..core.upstream import attention_name, eager_masks_copy_from_host, experts_name
+from ..core.upstream import (
+    attention_name,
+    eager_masks_copy_from_host,
+    experts_name,
+    hands_attention_over,
+    longrope_reads_positions,
+)
 from .attention import NAME, REPLACED, use_attention
 from .contexts import eval_mode, locked
 from .cpu_head import fast_cpu_heads
@@ -19,7 +25,7 @@ from .decode_state import DecodeState
 from .joint_products import JointProducts
 from .layers.fused import FusedLayers, why_not_usable
 from .lora import AdapterRunner, BaseRunner, why_not_one_pass, why_one_pass_differs
-from .model_info import clone_with_parameters, inspect_model, rotations
+from .model_info import ModelInfo, clone_with_parameters, inspect_model, rotations
 from .peft_models import adapted_layers, adapter_state, check_base, is_adapted
 from .probes import examine, why_not_static
 from .request import Prompts
@@ -193,14 +199,18 @@ class ModelSet:
     # ---- checks of a request -----------------------------------------------------------------------------------------
 
     def check_padding(self, prompts: Prompts, new_tokens: int) -> None:
-        for role, info in self.info.items() if prompts.padded else ():
-            prefix = f"{self.op}: attention_mask: expected prompts of one length; got padding: the {role}, {info.name},"
+        for fault in self._faults_of_padding(prompts.width, new_tokens) if prompts.padded else ():
+            raise ValueError(f"{self.op}: attention_mask: expected prompts of one length; got padding: {fault}")
+
+    def _faults_of_padding(self, width: int, new_tokens: int) -> Iterator[str]:
+        """Say of each model that may not be given padding what it does with it."""
+        for role, info in self.info.items():
             if info.padding_fault is not None:
-                raise ValueError(f"{prefix} {info.padding_fault}")
-            if info.counted_slots is not None and prompts.width + new_tokens > info.counted_slots:
-                raise ValueError(
-                    f"{prefix} counts it as text in batches of {info.counted_slots} tokens and more "
-                    f"(attn_temperature_tuning); got {prompts.width} + {new_tokens} tokens"
+                yield f"the {role}, {info.name}, {info.padding_fault}"
+            elif info.counted_slots is not None and width + new_tokens > info.counted_slots:
+                yield (
+                    f"the {role}, {info.name}, counts it as text in batches of {info.counted_slots} tokens and more "
+                    f"(attn_temperature_tuning); got {width} + {new_tokens} tokens"
                 )
 
     def check_length(self, longest: int, new_tokens: int, shortest: int | None = None) -> None:
@@ -289,11 +299,15 @@ class ModelSet:
             runner = WholeTextRunner(info, rows, length, state)
         return BaseRunner(self.policy, runner) if from_base else runner
 
+    def info_of(self, role: str) -> ModelInfo:
+        """Return what the model is whose parameters a role has: an adapted policy's base is the policy's model."""
+        return self.info["policy" if role == "reference" and self.shares_base else role]
+
     def cache_bytes(self, rows: Mapping[str, int], length: int) -> dict[str, int]:
         """Return the bytes that `runners` allocates, by model."""
         parts = {}
         for role, count in rows.items():
-            info = self.info["policy" if role == "reference" and self.shares_base else role]
+            info = self.info_of(role)
             parts[f"{role} cache"] = info.cache_bytes(count, length) if info.cached else count * length * 8
         return parts
 
@@ -318,8 +332,8 @@ class ModelSet:
                 reasons.append(f"the {role}'s masks contain a number that this transformers copies from the host")
             if role in self.not_static:
                 reasons.append(f"the {role}, {info.name}, {self.not_static[role]}")
-            if _rotates_on_host(info.model):
-                reasons.append(f"the {role} looks at positions on the host, to rotate by them (dynamic)")
+            if kind := _rotation_on_host(info.model):
+                reasons.append(f"the {role} looks at positions on the host, to rotate by them ({kind})")
             if _routes_on_host(info.model):
                 reasons.append(f"the {role} has experts, and sends tokens to them by their number")
             if _indexes_from_host(info.model.config):
@@ -330,9 +344,38 @@ class ModelSet:
             reasons.append("adapters are switched off and on by the host")
         return reasons
 
+    def why_prompts_not_recorded(self, width: int, padding: int, new_tokens: int) -> list[str]:
+        """Return the reasons why a pass over prompts is not recorded where steps are.
 
-def _rotates_on_host(model: Any) -> bool:
-    return any(part.get("rope_type") == "dynamic" for part in rotations(model.config.get_text_config(decoder=True)))
+        Args:
+            width: of the pass.
+            padding: tokens of the width that are added to every prompt.
+            new_tokens: of a response at most.
+        """
+        if self.sharding.in_step:
+            return ["processes share the models"]
+        # The masks that transformers makes for its attentions are made on the device while a graph is captured.
+        reasons = [
+            f"the {role}, {info.name}, makes masks of its own"
+            for role, info in self.info.items()
+            if not hands_attention_over(info.model)
+        ]
+        if padding:
+            faults = self._faults_of_padding(width, new_tokens)
+            reasons += [f"they would be padded to {width} tokens: {fault}" for fault in faults]
+            reasons += [
+                f"they would be padded to {width} tokens, which is more than the {role}'s positions"
+                for role, info in self.info.items()
+                if info.max_positions is not None and width > info.max_positions
+            ]
+        return reasons
+
+
+def _rotation_on_host(model: Any) -> str | None:
+    """Return the kind of a model's rotations that are chosen by values the host reads; None: there is none."""
+    kinds = ("dynamic", "longrope") if longrope_reads_positions() else ("dynamic",)
+    parts = rotations(model.config.get_text_config(decoder=True))
+    return next((part["rope_type"] for part in parts if part.get("rope_type") in kinds), None)
 
 
 def _routes_on_host(model: Any) -> bool:

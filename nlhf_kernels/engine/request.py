@@ -198,6 +198,10 @@ class Prompts:
     def width(self) -> int:
         return self.ids.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int]:  # (P, S)
+        return len(self.ids), self.width
+
 
 @dataclass(frozen=True)
 class Request:
@@ -214,6 +218,7 @@ class Request:
     has_reference: bool
     vocabulary: int  # columns of the heads that count
     part: VocabularySlice | None  # the columns that logits have here; None: all
+    records_prompts: bool  # whether a pass over these prompts, padded to a whole bucket, may be recorded
     gather: bool  # whether FSDP's parameters are gathered once, for all steps
     any_open: Callable[[bool], bool] | None  # of processes in step: whether a row is open in any; None: they are not
     notes: tuple[str, ...]

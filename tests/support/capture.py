@@ -90,8 +90,16 @@ def no_launches() -> Iterator[None]:
 
 
 @contextmanager
+def said_to_capture() -> Iterator[None]:
+    """Let PyTorch say that the current stream is being captured: transformers then reads no mask on the host."""
+    with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
+        yield
+
+
+@contextmanager
 def capturing() -> Iterator[None]:
     with ExitStack() as stack:
+        stack.enter_context(said_to_capture())
         # Autocast, off in all of these tests, does not support the meta device.
         stack.enter_context(mock.patch("torch.autocast", return_value=nullcontext()))
         stack.enter_context(mock.patch("torch.is_autocast_enabled", return_value=False))
