@@ -36,6 +36,8 @@ UNFUSED, PRODUCTS, LAYERS = "engine, unfused", "engine, products", "engine, laye
 COMPILED_UNFUSED = "engine, compiled, unfused"
 LINEAR, COMPILED_LINEAR = "engine, linear", "engine, compiled, linear"  # products of a step by decode_linear
 TUNED, COMPILED_TUNED = "engine, tuned", "engine, compiled, tuned"  # with plans that `nlhf-kernels tune` measured
+STEPS, COMPILED_STEPS = "engine, steps recorded", "engine, compiled, steps recorded"  # prompts read unrecorded
+PROMPTS = "engine, prompts recorded"  # whatever their size
 LORA, LORA_RANK = "engine, LoRA", 16  # a policy with adapters and its base, in one pass; "engine" has two models
 FIRST, STEP = ": the first token", ": a token step"
 #: Nats, of any log-probability. Rounding to bfloat16 gave a mean of 0.04 at 7B; wrong positions give several nats.
@@ -222,6 +224,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     COMPILED_LINEAR: {"compile": True, "linear": True},
     TUNED: {},
     COMPILED_TUNED: {"compile": True},
+    STEPS: {"graphs": "steps"},
+    COMPILED_STEPS: {"compile": True, "graphs": "steps"},
+    PROMPTS: {"graphs": True},
     LORA: {},
 }
 
@@ -242,8 +247,9 @@ def groups_of(shape: Shape, device: torch.device, chosen: Sequence[str] | None =
     if device.type != "cuda":
         return [["engine", SDPA, PRODUCTS, *rivals], *lora]
     large = shape.sizes["width"] >= 2048
-    compiled_variants = [] if large else [[COMPILED_LINEAR], [COMPILED_UNFUSED]]
-    return [["engine", *rivals], [COMPILED], [LINEAR, PRODUCTS, LAYERS, UNFUSED, SDPA], *lora, *compiled_variants]
+    compiled_variants = [] if large else [[COMPILED_LINEAR], [COMPILED_UNFUSED], [COMPILED_STEPS]]
+    variants = [PROMPTS if large else STEPS, LINEAR, PRODUCTS, LAYERS, UNFUSED, SDPA]  # the other is the default's way
+    return [["engine", *rivals], [COMPILED], variants, *lora, *compiled_variants]
 
 
 def tuned_groups(shape: Shape, device: torch.device) -> list[list[str]]:
@@ -263,6 +269,7 @@ def run_shape(shape: Shape, context: RunContext, plan: TimingPlan, names: Sequen
             continue
         try:
             whole, first = engine_calls(pair, **ENGINES[name])
+            whole()  # a second rollout replays its prompts, too
             errors[name] = error = largest_error(pair, whole())
         except Exception as failure:  # of one engine; the others of the group still run
             errors[name] = failure

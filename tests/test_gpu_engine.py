@@ -32,7 +32,7 @@ def _batch(rows) -> dict:
 def test_captured_steps_give_the_logits_of_eager_steps_and_full_forward_passes(architecture, models) -> None:
     policy, reference = models(architecture)
     rows = prompts()
-    engine = RolloutEngine(policy, reference, bucket=8)
+    engine = RolloutEngine(policy, reference, bucket=8, graphs="steps")
     result = engine.rollout(**_batch(rows), players=nash_md(BETA), settings=settings(12))
     recorded = can_be_recorded(policy)
     assert (result.notes == ()) is recorded and len(engine.graphs.recorded) == 2 * recorded
@@ -43,6 +43,53 @@ def test_captured_steps_give_the_logits_of_eager_steps_and_full_forward_passes(a
         assert torch.equal(responses.tokens, plain.tokens)
         for got in (responses, plain):
             assert worst_error(got, policy, reference, [row.cuda() for row in rows], beta) < 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma3"])
+def test_captured_passes_give_the_logits_of_full_forward_passes(architecture, models) -> None:
+    """The pass of a shape is recorded when it comes a second time, and replayed over other prompts and weights."""
+    policy, reference = models(architecture)
+    engine = RolloutEngine(policy, reference)
+    plain = RolloutEngine(policy, reference, graphs="steps")
+    batches = ((1, 6, 9), 0), ((1, 6, 9), 1), ((40, 64, 3), 1), ((70, 2), 1), ((70, 2), 2), ((9, 9, 1), 2)
+    for lengths, passes in batches:
+        rows = prompts(lengths)
+        request = {**_batch(rows), "players": nash_md(BETA), "settings": settings(12)}
+        result, expected = engine.rollout(**request), plain.rollout(**request)
+        assert result.notes == () and len(engine.graphs.recorded_passes) == passes
+        for responses, other, beta in zip(result, expected, (0.0, BETA), strict=True):
+            assert torch.equal(responses.tokens, other.tokens)
+            assert worst_error(responses, policy, reference, [row.cuda() for row in rows], beta) < 1e-3
+        for parameter in policy.parameters():
+            parameter.data.mul_(1.02)
+
+
+def test_captured_passes_without_padding_say_the_same_as_those_before_them(models) -> None:
+    policy, reference = models("llama")
+    engine = RolloutEngine(policy, reference, bucket=64)
+    for _ in range(2):
+        for lengths in ((64, 64), (64, 63)):
+            rows = prompts(lengths)
+            result = engine.rollout(**_batch(rows), players=nash_md(BETA), settings=settings(4))
+            for responses, beta in zip(result, (0.0, BETA), strict=True):
+                assert worst_error(responses, policy, reference, [row.cuda() for row in rows], beta) < 1e-3
+    assert len(engine.graphs.recorded_passes) == 2
+
+
+def test_a_captured_pass_does_not_wait_for_the_device(models) -> None:
+    engine = RolloutEngine(*models("llama"))
+    request = {**_batch(prompts()), "players": nash_md(BETA), "settings": settings(3)}
+    for _ in range(2):
+        engine.rollout(**request)
+    run_pass, watched_passes = engine.graphs.run_pass, []
+
+    def watched(*arguments) -> None:
+        watched_passes.append(None)
+        with nothing_waits():
+            run_pass(*arguments)
+
+    engine.graphs.run_pass = watched
+    assert all(responses.ok.all() for responses in engine.rollout(**request)) and len(watched_passes) == 1
 
 
 def test_compiled_steps_give_the_logits_of_full_forward_passes(models) -> None:
@@ -87,7 +134,9 @@ def test_adapter_and_base_in_one_captured_pass() -> None:
     policy = adapted(tiny("llama")).cuda()
     engine, rows = RolloutEngine(policy), prompts()
     result = engine.rollout(**_batch(rows), players=nash_md(BETA, samples=2), settings=settings(12))
+    result = engine.rollout(**_batch(rows), players=nash_md(BETA, samples=2), settings=settings(12))  # records the pass
     assert engine.models.one_pass and engine.graphs.recorded and result.notes == ()
+    assert engine.graphs.recorded_passes
     merged = copy.deepcopy(policy).merge_and_unload()
     for responses, beta in zip(result, (0.0, BETA), strict=True):
         assert worst_error(responses, merged, base, [row.cuda() for row in rows], beta, samples=2) < 1e-3
@@ -156,6 +205,10 @@ def test_memory_is_what_was_planned() -> None:
     allocated = torch.cuda.memory_allocated() - before
     assert result.steps == pair.new
     assert 0.5 * plan.total < allocated < 1.5 * plan.total + (64 << 20), f"allocated {allocated}; {plan}"
+    reserved = torch.cuda.memory_reserved()
+    engine.rollout(pair.ids, pair.mask, nash_md(BETA), rollout_settings)
+    kept = torch.cuda.memory_reserved() - reserved  # by the pass over prompts, which is recorded now
+    assert engine.graphs.recorded_passes and kept < 256 << 20, f"kept {kept}"
     engine.release()
     del result
     gc.collect()

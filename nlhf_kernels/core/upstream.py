@@ -186,6 +186,7 @@ def set_attention_name(config: Any, name: str | None) -> None:
     config._attn_implementation = name
 
 
+@cache
 def eager_masks_copy_from_host() -> bool:
     """Return whether masks of eager attention contain a number that is copied from the host, which capture refuses.
 
@@ -196,6 +197,7 @@ def eager_masks_copy_from_host() -> bool:
     return "torch.tensor(" in inspect.getsource(eager_mask)
 
 
+@cache
 def longrope_reads_positions() -> bool:
     """Return whether rotations of the kind longrope compare positions on the host, which capture refuses.
 

@@ -14,6 +14,7 @@ import torch
 from ..engine.graphs import BUCKET
 from ..engine.joint_products import GROUPS
 from ..engine.memory import COPIES_SHARE, rollout_parts, rows_by_model
+from ..engine.recorded_prompts import PROMPT_BUCKET, PromptInputs
 from ..ops.linear_logprobs.chunks import CHUNK_BYTES, chunk_bytes_with, chunk_rows
 from .config import NashConfig
 from .layout import Layout, share_of
@@ -170,8 +171,11 @@ def _rollout(models: Models, args: NashConfig, layout: Layout, half: torch.dtype
     prompts = args.per_device_train_batch_size
     players = args.algorithm_spec.players(0.0, args.samples_per_prompt, None)
     rows = rows_by_model(prompts, players, mixes=True)
-    length = args.max_prompt_length + args.max_new_tokens
-    if device == "cuda":  # recorded steps
+    width = args.max_prompt_length
+    if device == "cuda":  # recorded prompts and steps
+        width = -(-width // PROMPT_BUCKET) * PROMPT_BUCKET
+    length = width + args.max_new_tokens
+    if device == "cuda":
         length = -(-length // BUCKET) * BUCKET
     policy = models.policy
     shapes = {"policy": policy, "opponent": policy, "reference": models.reference or policy}
@@ -184,7 +188,8 @@ def _rollout(models: Models, args: NashConfig, layout: Layout, half: torch.dtype
     vocabulary = -(-policy.vocabulary // layout.tp_size)  # of a rank's slice
     if layout.tp_size > 1 and (args.top_k or args.top_p != 1):
         vocabulary += policy.vocabulary  # filters need all logits, which are gathered from slices
-    return rollout_parts(caches, rows, every, length, args.max_new_tokens, vocabulary, itemsize, kept_logprobs=2)
+    parts = rollout_parts(caches, rows, every, length, args.max_new_tokens, vocabulary, itemsize, kept_logprobs=2)
+    return parts | ({"prompts": PromptInputs.bytes(every * length)} if device == "cuda" else {})
 
 
 def _joint_products(models: Models, args: NashConfig, layout: Layout, half: torch.dtype | None) -> int:
