@@ -50,8 +50,9 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "--failures-at-once", "-o", "add
 def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
     """List the stages by importance.
 
-    Shares are such that in nine minutes the first stages have more than they need, whatever comes after them: at most
-    100 s for the build, 130 for the tests, about as much for headlines and rollouts. What they leave goes to the rest.
+    Shares are such that in nine minutes the first five have what they need, whatever comes after them: 50 s for the
+    build, about 100 for each other one. What they leave goes to the rest. Where there are two calls of less than five
+    minutes, `--stages build headlines rollout` and `--stages tests train_step one_model` measure every target.
     """
     tiny = preset == "tiny"
     no_gpu = "" if device.type == "cuda" else f"needs a GPU; got --device {device.type}"
@@ -64,7 +65,7 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
 
     def rollout(width: int, *options: str) -> tuple[str, ...]:
         rounds = ("--repeats", "2", "--shape", f"width={width}", *options)
-        return benchmark("rollout", "headline", "--rival", "eager", *rounds)
+        return benchmark("rollout", "headline", "--rival", "eager", *rounds)  # at 3584 after all that has a target
 
     def update(new: int) -> tuple[str, ...]:
         return benchmark("train_step", "headline", "--rival", TRL, "--repeats", "2", "--shape", f"new={new}")
@@ -76,36 +77,36 @@ def make_stages(device: torch.device, preset: str, out: Path) -> list[Stage]:
     sweeps = tuple(benchmark(name, "standard") for name in ("run", "rollout", "train_step"))
     return [
         _build(device, no_gpu),
-        Stage("tests", 240, (_tests(1 if tiny else None),)),
-        Stage("headlines", 170, (headlines,)),
-        Stage("rollout", 170, (rollout(896),) if tiny else (rollout(896), rollout(3584)), least=0 if tiny else 50),
-        Stage("train_step", 110, (update(64),) if tiny else (update(64), update(256)), least=0 if tiny else 35),
-        Stage("one_model", 80, (benchmark("one_model", "headline", "--patience", "25"),), least=0 if tiny else 30),
+        Stage("tests", 120, (_tests(1 if tiny else None),)),
+        Stage("headlines", 105, (headlines,)),
+        Stage("rollout", 160, (rollout(896),) if tiny else (rollout(896), rollout(3584)), least=0 if tiny else 70),
+        Stage("train_step", 100, (update(64),) if tiny else (update(64), update(256)), least=0 if tiny else 45),
+        Stage("one_model", 20, (benchmark("one_model", "headline", "--patience", "25"),), least=0 if tiny else 30),
         Stage(
             "sanitizers",
-            40,
+            4,
             tuple(map(_sanitizer, TOOLS)),
             missing=no_gpu or _no_program("compute-sanitizer"),
             least=TOOL_S,
         ),
         Stage(
             "plans",
-            60,
+            12,
             (tune, rollout(896, "--tuned"), rollout(3584, "--tuned")),
             {"NLHF_KERNELS_TUNING": str(out.with_suffix(".plans.json"))},
             missing=no_gpu,
             least=65,  # tune keeps its plans at its end
         ),
-        Stage("sweeps", 20, sweeps, missing=no_more),
-        Stage("growth", 10, (benchmark("run", "growth", "--no-compile"),), missing=no_more),
+        Stage("sweeps", 3, sweeps, missing=no_more),
+        Stage("growth", 1, (benchmark("run", "growth", "--no-compile"),), missing=no_more),
     ]
 
 
 def _build(device: torch.device, no_gpu: str) -> Stage:
     """Compile for this card's architecture only: each further one would take as long again.
 
-    The share is twice what a build takes, since nothing after it works without. setup.py leaves out a module that it
-    cannot build and ends without an error, so a second command asks for the module.
+    The share is such that four minutes are enough for it, since nothing after it works without. setup.py leaves out a
+    module that it cannot build and ends without an error, so a second command asks for the module.
     """
     architecture = "" if no_gpu else "{}{}".format(*torch.cuda.get_device_capability(device))
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")

@@ -161,9 +161,9 @@ HEADLINES = (
 
 
 def headline_modes() -> ModesByShape:
-    """Return what the preset headline measures: (case, shape, dtype) -> modes."""
+    """Return what the preset headline measures: (case, shape, dtype) -> modes, those with a target first."""
     modes: dict[tuple[str, str, str], tuple[str, ...]] = {}
-    for each in HEADLINES:
+    for each in sorted(HEADLINES, key=lambda each: each.target is None):
         key = (each.case, each.shape, each.dtype)
         modes[key] = tuple(dict.fromkeys((*modes.get(key, ()), each.mode)))
     return modes

@@ -64,17 +64,27 @@ def _peak_on_cpu(action: Action) -> int:
     return peak_of_changes(event.nbytes() for event in sorted(on_cpu, key=lambda event: event.start_ns()))
 
 
+def held_bytes(device: torch.device) -> int:
+    """Return the bytes that a GPU holds now, and count `peak_above` from here on."""
+    torch.cuda.reset_peak_memory_stats(device)
+    return int(torch.cuda.memory_allocated(device))
+
+
+def peak_above(held: int, device: torch.device) -> int:
+    """Return the peak beyond `held` since `held_bytes` returned it."""
+    return int(torch.cuda.max_memory_allocated(device)) - held
+
+
 def _peak_on_gpu(action: Action, device: torch.device) -> int:
     state = action.prepare()
     gc.collect()
     synchronise(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    held = held_bytes(device)
     result = action.run(state)
     synchronise(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
+    peak = peak_above(held, device)
     del result
-    return int(peak)
+    return peak
 
 
 def peak_bytes(action: Action, device: torch.device) -> int:

@@ -31,7 +31,7 @@ def build_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of all rivals in turn (default 5)")
     parser.add_argument("--shape", nargs="+", type=name_and_value, metavar="NAME=VALUE", default=[], help="only these")
-    parser.add_argument("--rival", nargs="+", metavar="NAME", help="only these beside ours (default: all)")
+    parser.add_argument("--rival", nargs="*", metavar="NAME", help="only these beside ours (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the rows to this file")
     parser.add_argument("--resume", action="store_true", help="leave out what --out holds of this commit and preset")
     return parser

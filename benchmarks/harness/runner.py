@@ -50,8 +50,10 @@ class RunContext:
 
 
 def select_jobs(cases: Sequence[Case], settings: Settings, headlines: ModesByShape) -> list[Job]:
-    """List the shapes that a run measures; those of the preset `headline` are the keys of `headlines`."""
+    """List the shapes that a run measures; those of the preset `headline` are the keys of `headlines`, in their order,
+    since its time may end before the last."""
     conditions = settings.shape_filter or {}
+    order = {key: place for place, key in enumerate(headlines)}
     jobs = []
     for case in cases:
         for shape in case.shapes.get("standard" if settings.preset == "headline" else settings.preset, ()):
@@ -61,6 +63,8 @@ def select_jobs(cases: Sequence[Case], settings: Settings, headlines: ModesBySha
                     jobs.append(Job(case, shape))
                 elif modes:
                     jobs.append(Job(case, replace(shape, modes=modes)))
+    if settings.preset == "headline":
+        jobs.sort(key=lambda job: order[(job.case.name, *job.shape.identity)])
     return jobs
 
 
