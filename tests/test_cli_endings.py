@@ -63,6 +63,14 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert "Error" not in err and "Exception" not in err
 
 
+def test_a_reader_that_leaves_before_a_table_is_no_error() -> None:
+    process = command("info")
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == errors.CLOSED
+    assert not err
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_behind_stdout_is_one_line() -> None:
     with open("/dev/full", "w") as full:

@@ -16,10 +16,17 @@ if TYPE_CHECKING:  # importing the library does not import rich
 
 
 def new_console(*, stderr: bool = False, **options: Any) -> Console:
-    """Make a rich Console without markup, emoji names and highlighting; `options` go to it."""
+    """Make a rich Console without markup, emoji names and highlighting; `options` go to it.
+
+    A reader that closes the output raises BrokenPipeError, as with print(); rich 13.8 and later call sys.exit(1).
+    """
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the BrokenPipeError, which rich is handling when it calls this
+
+    return PipedConsole(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
 
 
 def new_progress(console: Console, *, transient: bool = True) -> Progress:
