@@ -94,6 +94,33 @@ def test_under_activation_checkpointing_and_autocast() -> None:
     assert torch.equal(torch.autograd.grad(checkpointed.sum(), head)[0], plain)
 
 
+WEIGHT, SCORED = torch.randn(33, 7), torch.randint(33, (2, 5))
+REST = {"preference": torch.tensor([0.2, 0.9]), "reference_logprobs": torch.zeros(2, 5), "tau": 0.1}
+DIFFERENTIABLE = {
+    "logprobs": lambda x: nlhf_kernels.logprobs(x @ WEIGHT.T, SCORED).policy.sum(),
+    "linear_logprobs": lambda x: nlhf_kernels.linear_logprobs(x, WEIGHT, SCORED).policy.sum(),
+    "nash_pg_loss": lambda x: nlhf_kernels.nash_pg_loss(x @ WEIGHT.T, SCORED, **REST).loss,
+    "linear_nash_pg_loss": lambda x: nlhf_kernels.linear_nash_pg_loss(x, WEIGHT, SCORED, **REST).loss,
+}
+
+
+@pytest.mark.parametrize("function", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+def test_other_derivatives_are_refused_instead_of_zero(function) -> None:
+    hidden = torch.randn(2, 5, 7)
+    for derivative in (
+        lambda: torch.func.jvp(function, (hidden,), (hidden,)),
+        lambda: torch.func.grad(function)(hidden),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=r"expected derivatives by backward\(\) or torch.autograd.grad; got"
+        ):
+            derivative()
+    leaf = hidden.requires_grad_()
+    (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (gradient.square() + leaf).sum().backward()
+
+
 def test_frozen_policies_record_nothing() -> None:
     policy, targets, reference, _ = problem(4, 64)
     assert nlhf_kernels.logprobs(policy, targets, reference, kl=True).kl.grad_fn is None

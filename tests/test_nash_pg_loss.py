@@ -413,6 +413,8 @@ BAD = {
     r"normalizer: expected a finite number in \(0": {"normalizer": 0.0},
     r"reference_logits: expected shape .*; got \(2, 3, 5\)": {"reference_logits": torch.zeros(2, 3, 5)},
     "policy_logits: expected shape": {"policy_logits": torch.zeros(2, 4)},
+    r"temperature: expected a finite number in \(0": {"temperature": 0},
+    "temperature: expected a number; got Tensor": {"temperature": torch.ones(())},
 }
 
 
@@ -420,6 +422,28 @@ BAD = {
 def test_bad_input_is_named(message) -> None:
     with pytest.raises((ValueError, TypeError), match="(nash_pg_loss|logprobs): " + message):
         nlhf_kernels.nash_pg_loss(**{**GOOD, **BAD[message]})
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, torch.nan, torch.inf, "1", torch.ones(())])
+def test_bad_temperature_is_named(temperature) -> None:
+    hidden, weight, targets, preference, reference_hidden, reference_weight = problem()
+    with pytest.raises((ValueError, TypeError), match="linear_nash_pg_loss: temperature: expected a (finite )?number"):
+        nlhf_kernels.linear_nash_pg_loss(
+            hidden, weight, targets, preference, reference_hidden, reference_weight, tau=0.1, temperature=temperature
+        )
+
+
+@every_mode
+def test_no_sequences(kl) -> None:
+    hidden, weight, targets, preference, reference_hidden, reference_weight = problem()
+    logits = (torch.zeros(0, 3, 4, requires_grad=True), TARGETS[:0], PREFERENCE[:0], LOGITS[:0])
+    states = (hidden[:0].requires_grad_(), weight.requires_grad_(), targets[:0], preference[:0], reference_hidden[:0])
+    for result, leaf in (
+        (nlhf_kernels.nash_pg_loss(*logits, tau=0.1, kl=kl), logits[0]),
+        (nlhf_kernels.linear_nash_pg_loss(*states, reference_weight, tau=0.1, kl=kl), weight),
+    ):
+        assert result.loss == 0 and result.policy_logprobs.shape[0] == 0
+        assert (torch.autograd.grad(result.loss, leaf)[0] == 0).all()
 
 
 @pytest.mark.parametrize("offsets", [[0, 2], [0, 4, 3, 6], [1, 6], [0]])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 import nlhf_kernels
 from nlhf_kernels.core import torch_op
@@ -156,7 +156,7 @@ def log_sum_exp():
             return value
 
         @staticmethod
-        @once_differentiable
+        @torch_op.differentiable_once
         def backward(ctx, upstream):
             x, shift, value = ctx.saved_tensors
             forward = LogSumExpInputs(x, Transform(ctx.scale, shift), ctx.backend)
@@ -216,8 +216,26 @@ def test_helper_backward_twice_and_double_use(log_sum_exp) -> None:
     assert torch.equal(first, second)
 
 
-def test_helper_refuses_a_second_derivative(log_sum_exp) -> None:
+@pytest.mark.parametrize("after", [torch.sum, lambda value: value.square().sum()], ids=["constant", "not"])
+def test_helper_refuses_a_second_derivative(log_sum_exp, after) -> None:
+    """Whether the gradient that comes in is a constant or depends on x."""
     x = torch.randn(2, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(log_sum_exp(x, 1.0).square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(after(log_sum_exp(x, 1.0)), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+        (gradient + x).sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_helper_refuses_forward_mode(log_sum_exp, requires_grad) -> None:
+    """The operator would drop the tangent, and the derivative would be zero."""
+    x = torch.randn(2, 4, requires_grad=requires_grad)
+    with pytest.raises(NotImplementedError, match=r"expected derivatives by backward\(\) .*; got forward mode"):
+        torch.func.jvp(lambda x: log_sum_exp(x, 1.0), (x,), (torch.ones(2, 4),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="got forward mode"):
+        log_sum_exp(forward_ad.make_dual(x, torch.ones(2, 4)), 1.0)
+
+
+def test_helper_refuses_transforms_of_gradients(log_sum_exp) -> None:
+    x = torch.randn(2, 4)
+    with pytest.raises(NotImplementedError, match=r"expected derivatives by backward\(\) .*; got a transform of"):
+        torch.func.grad(lambda x: log_sum_exp(x, 1.0).sum())(x)

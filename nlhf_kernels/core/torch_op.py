@@ -12,12 +12,14 @@ the operator, so a compiled graph does not fix it and a `use_backend` around the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import once_differentiable
 
-from .upstream import is_unobserved
+from .upstream import is_unobserved, under_function_transforms
 
 NAMESPACE = "nlhf_kernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -97,8 +99,41 @@ def past_dispatcher(
 
 
 def asks_for_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Return whether a result of these tensors requires a gradient; if not, no autograd Function is needed."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Return whether a result of these tensors requires a gradient; if not, no autograd Function is needed.
+
+    Raise where the operators have no rule for the derivative that is asked for: they would return it as zero.
+    """
+    asks = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.compiler.is_compiling():
+        return asks
+    forward_mode = any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if forward_mode or (asks and under_function_transforms()):
+        raise NotImplementedError(
+            f"{NAMESPACE}: expected derivatives by backward() or torch.autograd.grad; got "
+            + ("forward mode (torch.func.jvp, jacfwd, dual tensors)" if forward_mode else "a transform of torch.func")
+        )
+    return asks
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a second derivative an error, for the backward of an autograd Function.
+
+    PyTorch's `once_differentiable` does so only where the incoming gradient requires one itself. That of a loss is the
+    constant 1, and the second derivative would be zero.
+    """
+    guarded = once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx: Any, *upstream: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            upstream = tuple(None if gradient is None else _requiring(gradient) for gradient in upstream)
+        return guarded(ctx, *upstream)
+
+    return run
+
+
+def _requiring(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient if gradient.requires_grad else gradient.detach().requires_grad_()
 
 
 def _schema(inputs: type[NamedTuple], overwrites: str, prefix: str = "") -> list[str]:

@@ -96,6 +96,11 @@ def is_unobserved() -> bool:
     )
 
 
+def under_function_transforms() -> bool:
+    """Return whether a transform of torch.func (grad, vmap, ...) is at work in this thread."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 # ---- triton ----------------------------------------------------------------------------------------------------------
 
 TRITON_LAUNCHED_BY_ADDRESS = ((3, 6), (3, 7))  # versions whose compiled kernels `launcher_of` can launch

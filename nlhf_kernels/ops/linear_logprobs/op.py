@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ...core import torch_op
 from ...core.checks import INTEGERS, Sizes, check_integer, check_not_empty, check_number, check_tensor
@@ -215,7 +214,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
+    @torch_op.differentiable_once
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         *operands, values, normalizers = ctx.saved_tensors
         forward = LinearLogprobsInputs(*operands, *ctx.settings)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ...core import torch_op
 from ...core.checks import FLOATS, INTEGERS, Sizes, check_memory, check_not_empty, check_number, check_tensor, overlap
@@ -191,7 +190,7 @@ class _Logprobs(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
+    @torch_op.differentiable_once
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         policy, reference, targets, beta, values, normalizers = ctx.saved_tensors
         forward = LogprobsInputs(policy, reference, targets, beta, ctx.settings, ctx.backend)

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ...core import torch_op
-from ...core.checks import INTEGERS, Sizes, check_option, check_tensor
+from ...core.checks import INTEGERS, Sizes, check_number, check_option, check_tensor
 from ...core.vocabulary import VocabularySlice
 from ..linear_logprobs.chunks import Chunked, Gradients, Needs
 from ..linear_logprobs.head import Head
@@ -206,7 +205,7 @@ class _LinearNash(torch.autograd.Function):
         return total, values, weights
 
     @staticmethod
-    @once_differentiable
+    @torch_op.differentiable_once
     def backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> Any:
         *gradients, factor = ctx.saved_tensors
         scale = upstream / factor
@@ -283,6 +282,7 @@ def linear_nash_pg_loss(
         reference_model=reference_hidden,
         reference_logprobs=reference_logprobs,
     )
+    check_number(_OP, "temperature", temperature, 0.0, open_low=True)
     extras = Extra.ENTROPY * entropy | Extra.KL * (kl == "exact")
     needs = Needs(*(torch_op.asks_for_gradient(tensor) for tensor in models.policy))
     offsets = terms.layout.offsets(torch.device("cpu"))

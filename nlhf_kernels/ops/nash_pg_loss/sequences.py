@@ -97,5 +97,5 @@ def _check_offsets(op: str, cu_seqlens: torch.Tensor, tokens: int) -> int:
 
 def check_offset_values(op: str, offsets: list[int], tokens: int) -> None:
     rising = all(one <= other for one, other in pairwise(offsets))
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens or not rising:
+    if not offsets or offsets[0] != 0 or offsets[-1] != tokens or not rising:
         raise ValueError(f"{op}: cu_seqlens: expected to rise from 0 to tokens={tokens}; got {offsets}")
