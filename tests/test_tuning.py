@@ -98,6 +98,14 @@ def test_what_the_time_does_not_allow_is_not_measured(tunable) -> None:
     assert result.best == DEFAULT
 
 
+def test_no_graph_of_gradients_outlives_a_call(tunable, monkeypatch) -> None:
+    """It would keep its leaf's node on the stream of the first call, where no recorded call may wait."""
+    leaf, compared = torch.ones(3, dtype=torch.float32, requires_grad=True), []
+    monkeypatch.setattr(tuning, "_agree", lambda result, truth: compared.append(truth) or True)
+    swept(tunable, dict.fromkeys((8, 16, 32, 64), 1.0), lambda plan: 2 * leaf)
+    assert compared and not any(tensor.requires_grad for truth in compared for tensor in truth)
+
+
 def test_a_rival_that_is_faster_keeps_its_place(tunable) -> None:
     """A kernel that competes with another backend is remembered only where its best plan is faster than that."""
     times = {8: 10.0, 16: 12.0, 32: 5.0, 64: 7.0}

@@ -200,7 +200,9 @@ def sweep(
     deadline = time.monotonic() + seconds
     medians: dict[Numbers, float | str] = {}
     rival_us = sum(median_us(call, seconds / (len(plans) + 1) / len(rivals)) for call in rivals) if rivals else None
-    truth = [tensors_of(call()) for call in calls]
+    # Detached: a graph of gradients that stays alive keeps its leaf's node on this stream, and the gradients of a call
+    # that is recorded on another one would wait for it.
+    truth = [[tensor.detach() for tensor in tensors_of(call())] for call in calls]
     for index, plan in enumerate(plans):
         left = deadline - time.monotonic()
         if left <= 0 and index:
@@ -281,7 +283,8 @@ def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
     """Record a call in a CUDA graph and return its replay; `call` itself where it cannot be recorded."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # The outer stream: where the end of a recording fails, PyTorch leaves the recording's stream current.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             call()
     except RuntimeError as error:
         _log.info("tune: a call is measured without a CUDA graph: %s", error)
