@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nlhf_kernels.engine import Player, RolloutEngine, nash_ema, nash_md
-from nlhf_kernels.engine.joint_products import JointProduct, find_groups
+from nlhf_kernels.engine.joint_products import JointProduct, find_groups, load, weights_of
 from tests.support.engine import TINY, settings, tiny, tiny_pair, worst_error
 from tests.support.recorder import recorded
 from tests.support.tiny_models import BETA, one_thread, padded, prompts
@@ -218,8 +218,7 @@ def product() -> tuple[JointProduct, list]:
     torch.manual_seed(0)
     layers = tuple(torch.nn.Linear(8, width, bias=width != 4) for width in (6, 4, 4))
     joint = JointProduct(layers)
-    with torch.no_grad():
-        joint.load()
+    load([(joint, weights_of(layers))])
     return joint, [forward for _, forward in joint.forwards]
 
 

@@ -49,6 +49,23 @@ def test_version_of() -> None:
     assert upstream.version_of(tensor) > before
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [(upstream.modules_of, "modules"), (upstream.parameters_of, "parameters")])
+def test_modules_of_and_parameters_of(ours, theirs) -> None:
+    """They return what PyTorch's own methods do, in its order, where modules and weights occur twice or are None."""
+    model = tiny_model("llama")
+    model.again, model.nothing = model.model.layers[1], None
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert list(map(id, ours(model))) == list(map(id, getattr(model, theirs)()))
+
+
+def test_copy_all() -> None:
+    targets, sources = [torch.zeros(3, 4)[1:], torch.zeros(2)], [torch.ones(2, 4), torch.full((2,), 2.0)]
+    before = [target.data_ptr() for target in targets]
+    upstream.copy_all(targets, sources)
+    assert all(map(torch.equal, targets, sources)) and [target.data_ptr() for target in targets] == before
+    upstream.copy_all([], [])
+
+
 def test_uncompiled() -> None:
     model = tiny_model("llama")
     assert upstream.uncompiled(torch.compile(model)) is model

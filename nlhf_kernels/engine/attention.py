@@ -18,6 +18,7 @@ from ..core.upstream import (
     attention_name,
     hands_attention_over,
     is_mask_within_window,
+    modules_of,
     names_attention,
     set_attention_name,
 )
@@ -175,10 +176,14 @@ AttentionMaskInterface.register(NAME, nlhf_decode_mask)
 @contextmanager
 def use_attention(models: Sequence[Any], name: str = NAME) -> Iterator[None]:
     """Set these models' attention, and restore their own afterwards."""
-    before = [(config, attention_name(config)) for model in models for config in _configs(model)]
+    configs = {model: _configs(model) for model in models}
+    before = [(config, attention_name(config)) for each in configs.values() for config in each]
     try:
-        for model in models:
-            model.set_attn_implementation(name)
+        for model, each in configs.items():
+            if len(each) == 1 and name == NAME:
+                set_attention_name(each[0], name)  # its checks, which walk the model, were made with the engine
+            else:
+                model.set_attn_implementation(name)
         yield
     finally:
         for config, previous in before:
@@ -196,7 +201,11 @@ def _configs(model: Any) -> list[Any]:
     A configuration precedes those of its parts, because setting its attention sets theirs.
     """
     configs: dict[int, Any] = {}
-    stack = [module.config for module in model.modules() if hasattr(module, "config")][::-1]
+    # A module without an attribute looks for it in three dictionaries first.
+    modules: Iterator[Any] = (
+        each for each in modules_of(model) if "config" in vars(each) or hasattr(type(each), "config")
+    )
+    stack = [module.config for module in modules if hasattr(module, "config")][::-1]
     while stack:
         config = stack.pop()
         if id(config) not in configs and names_attention(config):

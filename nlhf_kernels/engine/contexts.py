@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..core.upstream import modules_of
+
 _locks: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()  # an RLock per model
 _locks_lock = Lock()
 
@@ -30,12 +32,12 @@ def replaced_forwards(forwards: Sequence[tuple[torch.nn.Module, Callable[..., An
     """Replace modules' forwards, except those that another library has replaced already."""
     replaced = [(module, forward) for module, forward in forwards if "forward" not in vars(module)]
     for module, forward in replaced:
-        module.forward = forward
+        vars(module)["forward"] = forward  # an assignment passes through Module.__setattr__, a microsecond each
     try:
         yield
     finally:
         for module, _ in replaced:
-            del module.forward  # the class's own again
+            del vars(module)["forward"]  # the class's own again
 
 
 @contextmanager
@@ -58,7 +60,7 @@ def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
     Evaluation mode switches off dropout, and gradient checkpointing, under which models do not use their caches. A
     model without such a submodule is left alone: to set a flag that is set costs a large model milliseconds.
     """
-    in_training = {model: [module for module in model.modules() if module.training] for model in models}
+    in_training = {model: [module for module in modules_of(model) if module.training] for model in models}
     try:
         for model, modules in in_training.items():
             if modules:

@@ -331,13 +331,13 @@ class RolloutEngine:
 
     def _run(self, request: Request) -> RolloutResult:
         space = self._workspace(request)
-        reasons = [f"separate products: {reason}" for reason in self.models.joint_products.why_separate()]
-        request = replace(request, notes=(*request.notes, *reasons))
         graphs = None if request.eager else self.graphs
         with self.models.fused():
             state = None if graphs is None else graphs.number_of(self.models.recorded_state)
             rollout = Rollout(request, space, graphs, state)
             result = rollout.run()
+        separate = [f"separate products: {reason}" for reason in self.models.joint_products.separate]
+        result = replace(result, notes=(*result.notes, *separate))
         if graphs is not None and self._compile_decision is not None:
             self._compile_decision.record(rollout.step_seconds, result.steps - 1)
         return result

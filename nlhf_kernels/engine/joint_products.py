@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..core.upstream import version_of
+from ..core.upstream import copy_all, modules_of, version_of
 from ..core.vocabulary import is_dtensor
 from .contexts import replaced_forwards
 from .peft_models import adapted_layers
@@ -31,6 +31,7 @@ GROUPS = {
     ("gate_proj", "up_proj"): ("self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))",),
 }
 Group = tuple[torch.nn.Linear, ...]
+Weights = list[tuple[torch.Tensor, torch.Tensor | None]]  # weight and bias of each layer of a group
 _sources: WeakKeyDictionary[type[torch.nn.Module], str] = WeakKeyDictionary()
 
 
@@ -49,37 +50,27 @@ class JointProducts:
         distinct = {id(model): model for model in models}.values()
         self.groups = [group for model in distinct for group in find_groups(model)]
         self.enabled = True  # False: their weights would take too much memory
+        self.separate: list[str] = []  # reasons why groups were not joined when `applied` was last entered
         self._products: dict[int, JointProduct] = {}  # index of the group -> its product
 
     @property
     def bytes(self) -> int:
         """Bytes that `applied` allocates."""
-        return sum(
-            layer.weight.numel() * layer.weight.element_size() for group in self._joinable().values() for layer in group
-        )
-
-    def why_separate(self) -> list[str]:
-        """Reasons why groups that were found are not joined."""
-        if not self.enabled:
-            return (
-                ["weights side by side would take more than a twentieth of the memory, or do not fit"]
-                if self.groups
-                else []
-            )
-        return sorted({reason for group in self.groups if (reason := _why_not_joined(group)) is not None})
+        joinable, _ = self._joinable()
+        return sum(weight.numel() * weight.element_size() for group in joinable.values() for weight, _ in group)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Copy the weights side by side, and compute each group of layers by one product."""
         products = {}
-        for index, group in self._joinable().items():
+        joinable, self.separate = self._joinable()
+        for index, weights in joinable.items():
             product = self._products.get(index)
-            if product is None or not product.fits():
-                product = JointProduct(group, self.linear_for)
+            if product is None or not product.fits(weights):
+                product = JointProduct(self.groups[index], self.linear_for)
             products[index] = product
         self._products = products
-        for product in products.values():
-            product.load()
+        load(list(zip(products.values(), joinable.values(), strict=True)))
         forwards = [pair for product in products.values() for pair in product.forwards]
         try:
             with replaced_forwards(forwards):
@@ -97,11 +88,17 @@ class JointProducts:
         """Free the joint weights; the next rollout decides again whether they fit in memory."""
         self._products, self.enabled = {}, True
 
-    def _joinable(self) -> dict[int, Group]:
-        """Return the groups to join, checked at every rollout: hooks of other libraries and sharding may change."""
-        if not self.enabled:
-            return {}
-        return {index: group for index, group in enumerate(self.groups) if _why_not_joined(group) is None}
+    def _joinable(self) -> tuple[dict[int, Weights], list[str]]:
+        """Return the groups to join, by index, with their present weights, and why others are not joined.
+
+        Hooks of other libraries and sharding may change it.
+        """
+        if not self.enabled and self.groups:
+            return {}, ["weights side by side would take more than a twentieth of the memory, or do not fit"]
+        weights = [weights_of(group) for group in self.groups]
+        reasons = [_why_not_joined(*each) for each in zip(self.groups, weights, strict=True)]
+        joinable = {index: weights[index] for index, reason in enumerate(reasons) if reason is None}
+        return joinable, sorted({reason for reason in reasons if reason is not None})
 
 
 def find_groups(model: torch.nn.Module) -> list[Group]:
@@ -109,7 +106,7 @@ def find_groups(model: torch.nn.Module) -> list[Group]:
     if adapted_layers(model):
         return []
     groups = []
-    for module in model.modules():
+    for module in modules_of(model):
         for names, expressions in GROUPS.items():
             layers = tuple(getattr(module, name, None) for name in names)
             if all(type(layer) is torch.nn.Linear for layer in layers) and all(
@@ -130,14 +127,20 @@ def _forward_source(module: torch.nn.Module) -> str:
     return _sources[module_class]
 
 
-def _why_not_joined(group: Group) -> str | None:
+def weights_of(group: Group) -> Weights:
+    return [(layer.weight, layer.bias) for layer in group]
+
+
+def _why_not_joined(group: Group, weights: Weights) -> str | None:
     """Why the layers of a group cannot be one product now; None where they can."""
-    for layer in group:
+    kinds = set()
+    for layer, (weight, _) in zip(group, weights, strict=True):
         if "forward" in vars(layer):
             return "a layer's forward has been replaced, by accelerate's hooks or another's"
-        if is_dtensor(layer.weight) or layer.weight.shape != (layer.out_features, layer.in_features):
+        if is_dtensor(weight) or weight.shape != (layer.out_features, layer.in_features):
             return "a layer holds a part of its weight"
-    if len({(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in group}) > 1:
+        kinds.add((layer.in_features, weight.dtype, weight.device))
+    if len(kinds) > 1:
         return "layers of one input differ in width, dtype or device"
     return None
 
@@ -150,32 +153,26 @@ class JointProduct:
         first, widths = layers[0].weight, [layer.out_features for layer in layers]
         self.weight = torch.empty(sum(widths), first.shape[1], dtype=first.dtype, device=first.device)
         self.linear = None if linear_for is None else linear_for(self.weight)
+        self.biased = [layer.bias is not None for layer in layers]
         self.bias: torch.Tensor | None = None
-        if any(layer.bias is not None for layer in layers):
+        if any(self.biased):
             self.bias = torch.zeros(sum(widths), dtype=first.dtype, device=first.device)
         self.columns = [
             slice(sum(widths[:index]), sum(widths[: index + 1])) for index in range(len(layers))
         ]  # of the product, layer by layer
+        #: Where the layers' weights and biases lie in the joint ones.
+        self.targets = [self.weight[columns] for columns in self.columns]
+        if self.bias is not None:
+            self.targets += [self.bias[c] for c, biased in zip(self.columns, self.biased, strict=True) if biased]
         #: The same functions for every rollout: a compiled model is compiled anew for others.
         self.forwards = [(layer, self._forward(index)) for index, layer in enumerate(layers)]
         self.forget()
 
-    def fits(self) -> bool:
-        """Whether the layers' weights still have the dtype and device of the joint one."""
-        weight = self.layers[0].weight
-        return (weight.dtype, weight.device) == (self.weight.dtype, self.weight.device)
-
-    def load(self) -> None:
-        """Copy the layers' weights; a group that went back to separate products is joined again."""
-        self.joined = True
-        torch.cat([layer.weight.detach() for layer in self.layers], out=self.weight)  # one launch
-        if self.bias is not None:
-            pairs = zip(self.layers, self.columns, strict=True)
-            biases = [
-                torch.zeros_like(self.bias[columns]) if layer.bias is None else layer.bias.detach()
-                for layer, columns in pairs
-            ]
-            torch.cat(biases, out=self.bias)
+    def fits(self, weights: Weights) -> bool:
+        """Whether the layers' weights still have the dtype and device of the joint one, and the same layers a bias."""
+        first, _ = weights[0]
+        same = (first.dtype, first.device) == (self.weight.dtype, self.weight.device)
+        return same and [bias is not None for _, bias in weights] == self.biased
 
     def forget(self) -> None:
         """Drop the last product."""
@@ -205,6 +202,18 @@ class JointProduct:
             return result
 
         return forward
+
+
+def load(products: Sequence[tuple[JointProduct, Weights]]) -> None:
+    """Copy the layers' weights; groups that went back to separate products are joined again."""
+    targets: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
+    for product, weights in products:
+        product.joined = True
+        targets += product.targets
+        sources += [weight for weight, _ in weights] + [bias for _, bias in weights if bias is not None]
+    with torch.no_grad():
+        copy_all(targets, sources)
 
 
 def _writes(x: torch.Tensor) -> int:

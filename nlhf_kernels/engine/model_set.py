@@ -17,6 +17,7 @@ from ..core.upstream import (
     experts_name,
     hands_attention_over,
     longrope_reads_positions,
+    parameters_of,
 )
 from .attention import NAME, REPLACED, use_attention
 from .contexts import eval_mode, locked
@@ -317,7 +318,7 @@ class ModelSet:
     def recorded_state(self) -> tuple[Any, ...]:
         """State of the models that a recorded step assumes and callers may change: addresses, attention, adapters."""
         models = [info.model for info in self.info.values()]
-        addresses = tuple(parameter.data_ptr() for model in models for parameter in model.parameters())
+        addresses = tuple(parameter.data_ptr() for model in models for parameter in parameters_of(model))
         return addresses, self.joint_products.addresses, *((attention_name(m.config), adapter_state(m)) for m in models)
 
     def why_not_recorded(self) -> list[str]:

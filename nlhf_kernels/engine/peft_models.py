@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..core.upstream import ADAPTERS_PER_TOKEN, INITS_BESIDE_BASE
+from ..core.upstream import ADAPTERS_PER_TOKEN, INITS_BESIDE_BASE, modules_of
 
 
 def is_adapted(model: Any) -> bool:
@@ -19,7 +19,7 @@ def is_adapted(model: Any) -> bool:
 def adapted_layers(model: torch.nn.Module) -> list[Any]:
     """Return peft's layers that hold adapters: modules around a base layer, with a list of active adapters."""
     # A module without an attribute looks for it in three dictionaries first; its class answers at once.
-    return [m for m in model.modules() if hasattr(type(m), "active_adapters") and hasattr(m, "base_layer")]
+    return [m for m in modules_of(model) if hasattr(type(m), "active_adapters") and hasattr(m, "base_layer")]
 
 
 def check_served(role: str, model: Any, op: str) -> None:
