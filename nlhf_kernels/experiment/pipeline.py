@@ -52,7 +52,6 @@ class Experiment(StagedExperiment):
         self.policy = self.workspace.path("sft") / "model"
 
     def make_stages(self) -> None:
-        """Make the stages that are missing."""
         self.stage("corpus", "collecting texts", lambda work: make_corpus(
             work, self.preset, self.material, self.reporter, self.folders))  # fmt: skip
         self.corpus = load_corpus(self.workspace.path("corpus"))
@@ -69,12 +68,6 @@ class Experiment(StagedExperiment):
             work, self.judges[self.preset.judge], self.reward, self.setting))  # fmt: skip
 
     def write_report(self, results: dict[str, Any], folder: Path) -> Path:
-        """Write `report.html` and its figures; return its path.
-
-        Args:
-            results (dict): of `run`.
-            folder (Path): of the report.
-        """
         return write_report(results, folder)
 
     def _learn_preferences(self) -> None:
@@ -190,7 +183,6 @@ class Experiment(StagedExperiment):
         return answers
 
     def results(self) -> dict[str, Any]:
-        """Return all numbers of the report, as one JSON document."""
         path = self.workspace.path
         annotators = path("preferences") / "annotators.json"
         return {

@@ -68,11 +68,16 @@ class StagedExperiment(ABC):
 
     @abstractmethod
     def results(self) -> dict[str, Any]:
-        """Return all numbers of the report, from the stages' files."""
+        """Return all numbers of the report, from the stages' files, as one JSON document."""
 
     @abstractmethod
     def write_report(self, results: dict[str, Any], folder: Path) -> Path:
-        """Write `report.html` and its figures; return its path."""
+        """Write `report.html` and its figures; return its path.
+
+        Args:
+            results (dict): of `run`.
+            folder (Path): of the report.
+        """
 
     def stage(self, name: str, title: str, make: Callable[[Path], None]) -> None:
         """Make a stage in its folder unless it is there, and say so."""

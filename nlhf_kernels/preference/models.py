@@ -231,11 +231,6 @@ class PairwisePreferenceModel(ComparisonModel):
     )
 
     def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
-        """Return the two rows of every pair.
-
-        Args:
-            prompts, first, second: N texts each.
-        """
         rows = []
         for prompt, one, two in self.formatter.tokenize((prompts, first, second)):
             a = self.formatter.fill(prompt=prompt, first=one, second=two)
@@ -244,19 +239,9 @@ class PairwisePreferenceModel(ComparisonModel):
         return rows
 
     def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return the cross-entropy (N,) of "the first is preferred".
-
-        Args:
-            a, b ((N,)): the head's numbers for the first and second rows of the pairs.
-        """
         return (softplus(-a) + softplus(b)) / 2
 
     def margin(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return P(y > y') - 1/2, (N,).
-
-        Args:
-            a, b ((N,)): the head's numbers for the first and second rows of the pairs.
-        """
         return (a.sigmoid() - b.sigmoid()) / 2
 
 
@@ -278,11 +263,6 @@ class RewardModel(ComparisonModel):
     )
 
     def encode(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Rows]:
-        """Return the two rows of every pair.
-
-        Args:
-            prompts, first, second: N texts each.
-        """
         return list(zip(self._encode(prompts, first), self._encode(prompts, second), strict=True))
 
     def _encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
@@ -290,19 +270,9 @@ class RewardModel(ComparisonModel):
         return [self.formatter.fill(prompt=prompt, response=response) for prompt, response in tokens]
 
     def pair_losses(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return the cross-entropy (N,) of "the first is preferred".
-
-        Args:
-            a, b ((N,)): the head's numbers for the first and second rows of the pairs.
-        """
         return softplus(b - a)
 
     def margin(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return P(y > y') - 1/2, (N,).
-
-        Args:
-            a, b ((N,)): the head's numbers for the first and second rows of the pairs.
-        """
         return ((a - b).abs().sigmoid() - 0.5).copysign(a - b)
 
     @torch.no_grad()

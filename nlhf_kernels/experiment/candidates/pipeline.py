@@ -53,16 +53,9 @@ class CandidateExperiment(StagedExperiment):
         self.preset = preset
 
     def write_report(self, results: dict[str, Any], folder: Path) -> Path:
-        """Write `report.html` and its figures; return its path.
-
-        Args:
-            results (dict): of `run`.
-            folder (Path): of the report.
-        """
         return write_report(results, folder)
 
     def make_stages(self) -> None:
-        """Make the stages that are missing."""
         preset, path = self.preset, self.workspace.path
         self.stage("sft", "reference policy", lambda work: make_start(work, make_world(preset), preset, self.device))
         self.setting = load_setting(path("sft"), preset, self.device, self.reporter)
@@ -113,7 +106,6 @@ class CandidateExperiment(StagedExperiment):
         return torch.stack(tables)
 
     def results(self) -> dict[str, Any]:
-        """Return all numbers of the report, as one JSON document."""
         path, preset = self.workspace.path, self.preset
         facts = read_json(path("tournament") / "measures.json")
         votes = {name: read_json(path(run_name(name, 0, 0)) / "measures.json") for name in preset.contestants}
