@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from ..harness.case import Baseline, Case, Inputs, Shape
@@ -16,10 +13,6 @@ def make(shape: Shape, device: torch.device, generator: torch.Generator) -> Inpu
     models = make_models(shape, device, generator)
     alone = shape.sizes.get("reference") == "logprobs"
     return Inputs(models[:3] if alone else tuple(models), {"kl": True} if shape.sizes.get("kl") == "exact" else {})
-
-
-def compiled() -> Callable[..., Any]:
-    return torch.compile(full_logits)
 
 
 CASE = Case(
@@ -63,7 +56,7 @@ CASE = Case(
         "Liger": Baseline(of_both(liger), why_not=why_not("liger_kernel")),
         "cut_cross_entropy": Baseline(of_both(cut_cross_entropy), why_not=why_not("cut_cross_entropy")),
     },
-    compiled=compiled,
+    compiled=lambda: torch.compile(full_logits),
     bytes_moved=least_bytes,
     flops=matmul_flops,
     modes=("forward", "backward", "full"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,10 +47,6 @@ def in_place(function: Function) -> Function:
         return function(_AsComputed.apply(policy), *args, overwrite_logits=True, **kwargs)
 
     return call
-
-
-def compiled() -> Callable[..., Any]:
-    return torch.compile(from_logits)
 
 
 def restore(inputs: Inputs) -> None:
@@ -113,7 +108,7 @@ CASE = Case(
         "eager": Baseline(from_logits),
         "TRL's selective": Baseline(selective_from_logits, why_not=without_kl),
     },
-    compiled=compiled,
+    compiled=lambda: torch.compile(from_logits),
     bytes_moved=bytes_moved,
     flops=lambda shape, mode: 0.0,  # no matrix product: exponentials and additions
     modes=("forward", "backward", "full"),

@@ -7,7 +7,6 @@ backward alone would be meaningless.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,10 +75,6 @@ def loss(
 eager = partial(loss, full_logits)
 
 
-def compiled() -> Callable[..., Any]:
-    return torch.compile(eager)
-
-
 MODEL_7B, MODEL_HALF_B = (4096, 128_256), (896, 151_936)  # hidden size and vocabulary
 OPTIONS: tuple[dict[str, str], ...] = (
     {},
@@ -144,7 +139,7 @@ CASE = Case(
         "Liger": Baseline(partial(loss, of_both(liger)), why_not=why_not("liger_kernel")),
         "cut_cross_entropy": Baseline(partial(loss, of_both(cut_cross_entropy)), why_not=why_not("cut_cross_entropy")),
     },
-    compiled=compiled,
+    compiled=lambda: torch.compile(eager),
     bytes_moved=least_bytes,
     flops=matmul_flops,
     modes=("forward", "full"),

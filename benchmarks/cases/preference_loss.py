@@ -5,9 +5,8 @@ The function measured is linear_preference_loss: preference_loss itself is a few
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -57,10 +56,6 @@ def loss(
 eager = partial(loss, full_logits)
 
 
-def compiled() -> Callable[..., Any]:
-    return torch.compile(eager)
-
-
 CASE = Case(
     name="preference_loss",
     op="linear_logprobs",
@@ -77,7 +72,7 @@ CASE = Case(
     make=make,
     truth=partial(loss, true_scores),
     baselines={"eager": Baseline(eager)},
-    compiled=compiled,
+    compiled=lambda: torch.compile(eager),
     bytes_moved=least_bytes,
     flops=matmul_flops,
     modes=("forward", "backward", "full"),
