@@ -16,7 +16,7 @@ from .machine import Ceilings, machine_facts, measure_ceilings, source_state, ve
 from .memory import METHODS, peak_bytes
 from .modes import Problem, make_problem
 from .results import Accuracy, Floor, Memory, ResultRow, RowKey, RunFacts, Speedup, finite_or_none
-from .timing import Timing, TimingPlan, plan_for, time_calls, time_overhead
+from .timing import Timing, TimingPlan, objects_frozen, plan_for, time_calls, time_overhead
 
 SEED = 20240101
 
@@ -108,6 +108,7 @@ def run_job(job: Job, context: RunContext, on_mode: Callable[[str], None] = lamb
     return rows
 
 
+@objects_frozen()
 def _run_mode(job: Job, mode: str, problem: Problem, context: RunContext) -> list[ResultRow]:
     settings = context.settings
     competitors = collect(job.case, problem.inputs, mode, settings.backends, settings.with_compile)
