@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/binding.h"
+#include "common/known_calls.h"
 #include "common/levels.h"
 #include "decode_attention/decode_attention_binding.h"
 #include "logprobs/logprobs_binding.h"
@@ -131,6 +132,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("logprobs", &logprobs);
   module.def("logprobs_backward", &logprobs_backward);
   module.def("decode_attention", &decode_attention);
+  nlhf::bind_known_calls(module);
   module.def("build_info", &build_info);
   module.def("best_level", [] { return level_name(nlhf::best_level()); });
   module.def("active_level", [] { return level_name(nlhf::active_level()); });

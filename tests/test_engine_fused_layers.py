@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -46,6 +50,17 @@ def assert_exact(actual: torch.Tensor, oracle: torch.Tensor, truth: torch.Tensor
     assert (actual.double() - oracle.double()).abs().max() <= ULPS[oracle.dtype] * ulp
     error = (oracle.double() - truth).abs().max()
     assert (actual.double() - truth).abs().max() <= error + ULPS[oracle.dtype] * ulp
+
+
+def test_compiled_steps_trace_every_layer_as_one_launch() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.support.traced_layers"], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    traced = dict(json.loads(line) for line in result.stdout.splitlines())
+    assert traced.keys() == {"rms_norm", "silu_product", "rotate", "store_slot"}
+    assert all(calls.count("triton_kernel_wrapper_mutation") == 1 for calls in traced.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

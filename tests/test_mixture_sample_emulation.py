@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nlhf_kernels
 from nlhf_kernels.core import capabilities, tuning
 from nlhf_kernels.core import native as core_native
+from nlhf_kernels.core.prepared import addresses_of
 from nlhf_kernels.ops.mixture_sample import native, oracle
 from nlhf_kernels.ops.mixture_sample.layout import MixtureSampleInputs, empty_sample
 from nlhf_kernels.ops.mixture_sample.op import OP
@@ -29,19 +31,21 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.fixture(autouse=True)
-def _emulated_cuda(emulation, monkeypatch) -> None:
+def _emulated_cuda(emulation, monkeypatch) -> Iterator[None]:
     real = capabilities.native
     monkeypatch.setattr(native.capabilities, "native", lambda name: emulation.module if name == "_cuda" else real(name))
     monkeypatch.setattr(capabilities, "native_missing", lambda name: "")
     monkeypatch.setattr(native, "cuda_stream", lambda device: 0)
     monkeypatch.setattr(native, "on_device", lambda device: contextlib.nullcontext())
-    monkeypatch.setitem(OP.backend("cpu").__dict__, "run", native.mixture_sample_cuda)
+    monkeypatch.setitem(OP.backend("cpu").__dict__, "prepare", native.prepare_cuda)
+    forget_plans()
+    yield
     forget_plans()
 
 
 def forget_plans() -> None:
-    """Ask the emulated device for its default plans again, after another was chosen."""
-    native._call.cache_clear()
+    """Prepare calls anew, and ask the emulated device for its default plans again, after another was chosen."""
+    tuning.forget_plans()
     native._default_plan.cache_clear()
 
 
@@ -101,7 +105,7 @@ def test_it_is_the_emulated_kernel_that_runs(monkeypatch) -> None:
     def refuse(*arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(OP.backend("cpu").__dict__, "run", refuse)
+    monkeypatch.setitem(OP.backend("cpu").__dict__, "prepare", refuse)
     with pytest.raises(ZeroDivisionError):
         shared.test_ends_of_the_uniform("cpu")
 
@@ -145,7 +149,7 @@ def test_the_workspace_needs_no_zeros_and_suffices(emulation, device, dtypes, op
                 logits, packed, filtered, None, uniforms, None, None, None, 0, (2 << len(logits)) - 1, "cuda"
             )
             outputs = empty_sample(inputs)
-            arguments = native.binding_arguments(inputs, outputs)
+            arguments = native.binding_arguments(inputs, addresses_of(inputs), [x.data_ptr() for x in outputs])
             plan = emulation.module.mixture_sample_plan(rows, vocabulary)
             emulation.module.mixture_sample(*arguments, *plan, workspace.data_ptr(), 0, 0)
             assert (workspace[size:] == poison).all()
@@ -378,6 +382,7 @@ def test_the_plan_is_the_one_that_launches(monkeypatch, emulation) -> None:
             emulation.module.mixture_sample(*arguments)
 
     monkeypatch.setattr(native.capabilities, "native", lambda name: Module())
+    forget_plans()
     logits, uniforms = logits_pair(3, 9001, "cpu"), uniforms_for(3, "cpu")
     sample(logits, uniforms)
     with tuning.use_plan(native._TUNABLE, native.Plan(3, 5)):

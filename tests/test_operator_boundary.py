@@ -202,15 +202,15 @@ def test_a_known_signature_is_not_checked_again_and_follows_the_backend(monkeypa
     check = op_of_the_sampler._check_operands
     calls = Calls(op_of_the_sampler.OP, MixtureSampleInputs, lambda inputs: (checked.append(1), check(inputs))[1])
     inputs = MixtureSampleInputs(*sampler_call())
-    assert calls.known(inputs) is None
+    assert calls.run_known(inputs) is NotImplemented
     for _ in range(3):
         calls.run(inputs)
-    assert len(checked) == 1 and calls.known(inputs) is not None
+    assert len(checked) == 1 and calls.run_known(inputs) is not NotImplemented
     with nlhf_kernels.use_backend("cuda"), pytest.raises(BackendUnavailable):
         calls.run(inputs)
-    assert calls.known(inputs._replace(filtered=1)) is None, "1 is equal to True and no bool"
+    assert calls.run_known(inputs._replace(filtered=1)) is NotImplemented, "1 is equal to True and no bool"
     with tuning.record_launches():
-        assert calls.known(inputs) is None, "a launch that is recorded asks for its plan"
+        assert calls.run_known(inputs) is NotImplemented, "a launch that is recorded asks for its plan"
 
 
 def test_what_only_the_dispatcher_does_is_left_to_it() -> None:
@@ -221,7 +221,7 @@ def test_what_only_the_dispatcher_does_is_left_to_it() -> None:
     negative = [torch._neg_view(-model) for model in inputs.logits]
     assert torch.equal(sample(inputs._replace(logits=negative))[0], expected)
     wanting = [model.clone().requires_grad_() for model in inputs.logits]
-    assert op_of_the_sampler._calls.known(inputs._replace(logits=wanting)) is None
+    assert op_of_the_sampler._calls.run_known(inputs._replace(logits=wanting)) is NotImplemented
     with torch.profiler.profile() as profile:
         sample(inputs)
     assert "nlhf_kernels::mixture_sample" in {event.key for event in profile.key_averages()}

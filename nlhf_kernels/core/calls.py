@@ -1,69 +1,137 @@
 """Calls of an operator by signature: arguments like those of an earlier call are neither checked nor resolved again.
 
 A check looks at shapes, strides, dtypes and devices of tensors and at the other arguments' values (core/checks.py), and
-nothing else. These make the signature of a call, so equal signatures pass the same checks. The same holds for the
-choice of the backend, of its launch plan, and for whatever else a backend derives from them: `Backend.prepare`.
+nothing else. These, and which addresses are aligned, make the signature of a call, so equal signatures pass the same
+checks. The same holds for the choice of the backend, of its launch plan, and for whatever else a backend derives from
+them: `Backend.prepare`.
+
+The table of known calls is `_cpu.KnownCalls` (csrc/common/known_calls.cpp) where PyTorch lets C++ read tensors, and
+`KnownCalls` below, which does the same, elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import itemgetter
-from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
+import logging
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from . import settings, tuning
+from . import capabilities, settings, tuning, upstream
+from .prepared import ALIGNMENT, PreparedCall, Slot, Source, tensors_of
 from .registry import Op, Problem
 
+log = logging.getLogger("nlhf_kernels")
+
 Inputs = TypeVar("Inputs", bound=NamedTuple)
-_MAX_SIGNATURES = 4096  # per op; bounds memory where shapes keep changing
-_TENSORS = frozenset((torch.Tensor, type(None)))
-_VALUES = frozenset((bool, int, float, str, torch.dtype))
+MAX_SIGNATURES = 4096  # of a table; bounds memory where shapes keep changing
+TENSORS = (torch.Tensor, torch.nn.Parameter)  # not their subclasses, which may report anything
+_VALUES = frozenset((type(None), bool, int, float, str, torch.dtype))
 
 
-class Signature(Generic[Inputs]):
-    """The function from an operator's inputs to what their checks depend on.
+def signature(values: Iterable[Any]) -> tuple[Any, ...] | None:
+    """Return what checks of these arguments depend on; None where they hold other types, or tensors that are not dense.
 
-    Args:
-        inputs (type): a NamedTuple of tensors, lists of tensors, numbers, texts and dtypes.
+    Types belong to it, as 1, 1.0 and True are equal.
     """
+    facts: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind in _VALUES:
+            facts.append((kind, value))
+        elif kind in TENSORS:
+            try:
+                aligned = value.data_ptr() % ALIGNMENT == 0
+                facts.append((value.shape, value.stride(), value.dtype, value.device, aligned))
+            except RuntimeError:  # no strides, or no memory
+                return None
+        elif kind is list and all(type(part) in TENSORS for part in value):
+            facts.append(signature(value))
+        else:
+            return None
+    return None if None in facts else tuple(facts)
 
-    def __init__(self, inputs: type[Inputs]) -> None:
-        lists: list[int] = []
-        tensors: list[int] = []
-        others: list[int] = []
-        for index, kind in enumerate(get_type_hints(inputs).values()):
-            tensor = kind in (torch.Tensor, torch.Tensor | None)
-            (lists if kind == list[torch.Tensor] else tensors if tensor else others).append(index)
-        self._lists = lists
-        self._tensors, self._others = itemgetter(*tensors), itemgetter(*others)
 
-    def tensors(self, inputs: Inputs) -> tuple[torch.Tensor | None, ...]:
-        """Return the tensors and the absent ones of the inputs; a list's begin with None."""
-        tensors: tuple[torch.Tensor | None, ...] = self._tensors(inputs)
-        for index in self._lists:
-            tensors += (None, *inputs[index])
-        return tensors
+class KnownCalls:
+    """How calls of known signatures run. `_cpu.KnownCalls` has the same methods."""
 
-    def __call__(self, inputs: Inputs) -> Any:
-        """Return a hashable value; None for other types than the fields', subclasses of Tensor, which may report
-        anything, and tensors that are not dense.
+    def __init__(self) -> None:
+        self._known: dict[Any, Callable[[Any], Any]] = {}
 
-        Types belong to it, as 1, 1.0 and True are equal.
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def run(self, inputs: tuple[Any, ...], context: tuple[Any, ...], gradients: bool | None) -> Any:
+        """Return the result of a call of a known signature, NotImplemented for others.
+
+        Args:
+            inputs: the arguments.
+            context: of the call, numbers and texts: part of its signature.
+            gradients: None inside an operator. Else whether gradients are recorded; then a call for which PyTorch's
+                dispatcher has work to do is unknown: a gradient, or a sign that is not yet applied to the memory.
         """
-        tensors = self.tensors(inputs)
-        if not _TENSORS.issuperset(map(type, tensors)):
-            return None
-        others = self._others(inputs)
-        kinds = tuple(map(type, others))
-        if not _VALUES.issuperset(kinds):
-            return None
-        try:
-            facts = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-        except RuntimeError:  # no strides
-            return None
-        return (*facts, others, kinds)
+        run = self._known.get(signature((*inputs, *context)))
+        if run is None:
+            return NotImplemented
+        if gradients is not None:
+            for tensor in tensors_of(inputs):
+                if (gradients and tensor.requires_grad) or tensor.is_neg():
+                    return NotImplemented
+        return run(inputs)
+
+    def learn(
+        self, inputs: tuple[Any, ...], context: tuple[Any, ...], run: Callable[[Any], Any], prepared: Any
+    ) -> None:
+        """Keep how calls of this signature run.
+
+        Args:
+            inputs, context: as in `run`.
+            run: inputs -> the result.
+            prepared: the same as a PreparedCall, for C++; None: there is none.
+        """
+        key = signature((*inputs, *context))
+        if key is not None:
+            if len(self._known) >= MAX_SIGNATURES:
+                self._known.clear()
+            self._known[key] = run
+
+
+def known_calls() -> Any:
+    """Return an empty table, in C++ where PyTorch and `_cpu` allow it."""
+    return KnownCalls() if native_calls_missing() else _native_calls()
+
+
+def _native_calls() -> Any:
+    arguments = (upstream.tensor_exchange(), TENSORS, torch.dtype, Slot, MAX_SIGNATURES)
+    return capabilities.native("_cpu").KnownCalls(*arguments)
+
+
+@cache
+def native_calls_missing() -> str:
+    """Return why the table is not in C++; empty where it is."""
+    if upstream.tensor_exchange() is None:
+        return f"torch {torch.__version__} gives C no access to tensors; 2.10 does"
+    if reason := capabilities.native_missing("_cpu"):
+        return reason
+    try:
+        return "" if _reads_right(_native_calls()) else "torch describes a tensor to C otherwise than to Python"
+    except Exception as error:
+        log.warning("calls of known signatures run in Python: %s: %s", type(error).__name__, error)
+        return f"{type(error).__name__}: {error}"
+
+
+def _reads_right(calls: Any) -> bool:
+    """Return whether a table in C++ reads addresses, and tells tensors apart, as Python does."""
+    device = torch.device("cpu")
+    matrix = torch.zeros((4, 8), dtype=torch.float32, device=device)
+    views = [matrix[1:, :3], matrix[:3, :3], matrix[1:, :4], matrix[1:, 1:4], matrix[1:, :6:2], matrix[1:, :3].int()]
+    addresses: list[int] = []
+    prepared = PreparedCall(device, (), ((addresses.append, (Slot(Source.INPUT, 0),)),))
+    calls.learn((views[0],), (), prepared, prepared)
+    known = [view for view in views if calls.run((view,), (), None) is not NotImplemented]
+    alike = [view for view in views if signature((view,)) == signature((views[0],))]
+    return addresses == [view.data_ptr() for view in known] == [view.data_ptr() for view in alike]
 
 
 class Calls(Generic[Inputs]):
@@ -71,43 +139,45 @@ class Calls(Generic[Inputs]):
 
     Args:
         op (Op): the room's entry, which chooses the backend.
-        inputs (type): the operator's NamedTuple, with a field `backend`; at least two fields are tensors.
+        inputs (type): the operator's NamedTuple, with a field `backend`.
         check (callable): inputs -> the problem; raises where an argument is wrong.
     """
 
     def __init__(self, op: Op, inputs: type[Inputs], check: Callable[[Inputs], Problem]) -> None:
-        self._op, self._check, self._signature = op, check, Signature(inputs)
-        self._known: dict[Any, Callable[[Inputs], Any]] = {}
+        self._op, self._check = op, check
+        self._known: Any = None  # made by the first call: importing the package imports no native module
 
     def run(self, inputs: Inputs) -> Any:
         """Check `inputs` unless a call of this signature was checked before, and run the backend."""
-        key = self._key(inputs)
-        run = self._known.get(key)
-        return (self._prepared(inputs, key) if run is None else run)(inputs)
+        context = _context()
+        if context is None:
+            return self._prepared(inputs)(inputs)
+        if self._known is None:
+            self._known = known_calls()
+        result = self._known.run(inputs, context, None)
+        if result is NotImplemented:
+            run = self._prepared(inputs)
+            result = run(inputs)
+            complete = isinstance(run, PreparedCall) and run.is_complete
+            self._known.learn(inputs, context, run, run if complete else None)
+        return result
 
-    def known(self, inputs: Inputs) -> Callable[[Inputs], Any] | None:
-        """Return what runs a call of this signature without PyTorch's dispatcher; None where there was no such call
+    def run_known(self, inputs: Inputs) -> Any:
+        """Run a call of a known signature without PyTorch's dispatcher; NotImplemented where there was no such call
         yet, or the dispatcher has work to do: a gradient, or a sign that is not yet applied to the memory."""
-        run = self._known.get(self._key(inputs))
-        if run is not None:
-            graph = torch.is_grad_enabled()
-            for x in self._signature.tensors(inputs):
-                if x is not None and ((graph and x.requires_grad) or x.is_neg()):
-                    return None
-        return run
+        context = _context()
+        if context is None or self._known is None:
+            return NotImplemented
+        return self._known.run(inputs, context, torch.is_grad_enabled())
 
-    def _key(self, inputs: Inputs) -> Any:
-        """Return all that the checks, the backend and its plan depend on; None where that is not known."""
-        if tuning.is_overridden():
-            return None
-        signature = self._signature(inputs)
-        return None if signature is None else (signature, settings.requested(None).backend, tuning.generation())
-
-    def _prepared(self, inputs: Inputs, key: Any) -> Callable[[Inputs], Any]:
+    def _prepared(self, inputs: Inputs) -> Callable[[Inputs], Any]:
         backend = self._op.resolve(inputs.backend, self._check(inputs))  # type: ignore[attr-defined]
-        run = backend.prepare(inputs) if backend.preparation else lambda inputs: backend.run(inputs)
-        if key is not None:
-            if len(self._known) >= _MAX_SIGNATURES:
-                self._known.clear()
-            self._known[key] = run
-        return run
+        if backend.preparation:
+            prepared: Callable[[Inputs], Any] = backend.prepare(inputs)
+            return prepared
+        return lambda inputs: backend.run(inputs)
+
+
+def _context() -> tuple[str, int] | None:
+    """Return what calls depend on beside their arguments; None where each launch must ask for its plan."""
+    return None if tuning.is_overridden() else (settings.requested(None).backend, tuning.generation())

@@ -7,12 +7,14 @@ from threading import Lock
 
 import torch
 
+from . import upstream
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum class DType of csrc/common/dtype.h
 
 
 def cuda_stream(device: torch.device) -> int:
     """Return PyTorch's current stream on `device`, as the address that the launchers take."""
-    return torch.cuda.current_stream(device).cuda_stream
+    return upstream.current_raw_stream(device.index)
 
 
 class Counters:
@@ -68,8 +70,11 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def is_current(device: torch.device) -> bool:
+    """Return whether launches go to `device` without further ado: PyTorch's current GPU, or none."""
+    return device.index is None or device.index == torch.cuda.current_device()
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make `device` current inside the block; does nothing where it already is."""
-    if device.index is None or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+    return nullcontext() if is_current(device) else torch.cuda.device(device)

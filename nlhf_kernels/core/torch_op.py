@@ -49,7 +49,7 @@ def define(
     run: Callable[[Inputs], Result],
     fake: Callable[[Inputs], Result],
     overwrites: str = "",
-    known: Callable[[Inputs], Callable[[Inputs], Result] | None] | None = None,
+    run_known: Callable[[Inputs], Any] | None = None,
 ) -> Callable[[Inputs], Result]:
     """Register `torch.ops.nlhf_kernels.<name>` and return it as a function of its inputs.
 
@@ -60,8 +60,8 @@ def define(
         run: the implementation, on CPU and CUDA tensors; its result may not alias an input.
         fake: the result's shapes, dtypes and devices for the same inputs, without reading values.
         overwrites: the argument of the schema that `run` writes into; empty for none.
-        known: `Calls.known` of a room whose operator has no gradient. Eager calls that nothing observes (a compiler, a
-            mode, a profiler) then leave out PyTorch's dispatcher, whose cost is that of all checks together.
+        run_known: `Calls.run_known` of a room whose operator has no gradient. Eager calls that nothing observes (a
+            compiler, a mode, a profiler) then leave out PyTorch's dispatcher.
     """
     arguments = _schema(inputs, overwrites)
     nested = len(arguments) > len(inputs._fields)
@@ -80,22 +80,19 @@ def define(
     IMPLEMENTATIONS[operator] = implementation
     if nested:
         return lambda inputs: operator(*_flatten(inputs))
-    if known is None:
+    if run_known is None:
         return lambda inputs: operator(*inputs)
 
     def call(inputs: Inputs) -> Result:
-        run = past_dispatcher(known, inputs)
-        result: Result = operator(*inputs) if run is None else run(inputs)
-        return result
+        result: Any = past_dispatcher(run_known, inputs)
+        return operator(*inputs) if result is NotImplemented else result  # type: ignore[no-any-return]
 
     return call
 
 
-def past_dispatcher(
-    known: Callable[[Inputs], Callable[[Inputs], Result] | None], inputs: Inputs
-) -> Callable[[Inputs], Result] | None:
-    """Return what runs a call in place of its operator: None for a call that is observed, or whose signature is new."""
-    return None if torch.compiler.is_compiling() or not is_unobserved() else known(inputs)
+def past_dispatcher(run_known: Callable[[Inputs], Any], inputs: Inputs) -> Any:
+    """Return the result of a call without its operator; NotImplemented for a call that is observed or not known."""
+    return NotImplemented if torch.compiler.is_compiling() or not is_unobserved() else run_known(inputs)
 
 
 def asks_for_gradient(*tensors: torch.Tensor | None) -> bool:

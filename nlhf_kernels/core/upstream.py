@@ -125,35 +125,48 @@ def under_function_transforms() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def tensor_exchange() -> Any:
+    """Return DLPack's capsule through which C reads tensors, `__dlpack_c_exchange_api__`. torch 2.6 to 2.9: None."""
+    return getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
+    """Return (shape, strides, dtype) -> an uninitialised tensor on `device`. A GPU has to be the current one.
+
+    torch 2.6 to 2.13: the functions of compiled code, at half the cost of torch.empty_strided.
+    """
+    fast = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    if fast is not None and device.type in ("cpu", "cuda"):
+        return fast  # type: ignore[no-any-return]
+    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 # ---- triton ----------------------------------------------------------------------------------------------------------
 
-TRITON_LAUNCHED_BY_ADDRESS = ((3, 6), (3, 7))  # versions whose compiled kernels `launcher_of` can launch
+TRITON_LAUNCHED_BY_ADDRESS = ((3, 6), (3, 7))  # versions whose compiled kernels `launch_by_address` can launch
 
 
-def launcher_of(
-    compiled: Any, kernel: Any, programs: int, pointers: int, integers: Sequence[int], options: Mapping[str, Any]
-) -> Callable[[int, Sequence[int]], None] | None:
-    """Return a launch of a compiled kernel by (stream, addresses); None where Triton's own way is the only one.
+def launch_by_address(
+    compiled: Any, kernel: Any, grid: tuple[int, ...], stream: Any, arguments: Sequence[Any], options: Mapping[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+    """Return a function that launches a compiled kernel, and its arguments; None where Triton's own way is the only
+    one.
 
     Args:
-        compiled: what `kernel[grid](...)` returned, for the same grid, integers and options.
+        compiled: what `kernel[grid](...)` returned, for the same grid, numbers and options.
         kernel: a triton.JITFunction.
-        programs: of the grid.
-        pointers: how many of the addresses it takes.
-        integers: its further arguments.
+        grid: programs along each axis.
+        stream: its address, or what stands for it.
+        arguments: the kernel's first parameters: addresses, or what stands for them, and numbers.
         options: its constants, the last of its parameters, and the launch's options.
     """
     if compiled is None or _triton_version() not in TRITON_LAUNCHED_BY_ADDRESS:
         return None
-    constants = [options[name] for name in kernel.arg_names[pointers + len(integers) :]]
-    rest, run = (*integers, *constants), compiled.run
-    function, metadata = compiled.function, compiled.packed_metadata
-
-    def launch(stream: int, addresses: Sequence[int]) -> None:
-        # The three None are the launch's description for hooks, and the hooks; see `triton_is_observed`.
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses[:pointers], *rest)
-
-    return launch
+    constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+    programs = (*grid, 1, 1)[:3]
+    # The three None are the launch's description for hooks, and the hooks; see `triton_is_observed`.
+    start = (*programs, stream, compiled.function, compiled.packed_metadata, None, None, None)
+    return compiled.run, (*start, *arguments, *constants)
 
 
 def triton_is_observed() -> bool:

@@ -1,7 +1,8 @@
-"""Launch a prepared call twice with a stand-in driver: `python -m tests.support.launches`, without TRITON_INTERPRET.
+"""Launch a call with a stand-in driver: `python -m tests.support.launches`, without TRITON_INTERPRET.
 
-Prints what reached the driver as JSON, one line a launch: first through Triton's own way, which passes tensors, then
-through the compiled kernel, which gets addresses. A third call has an unaligned tensor, a fourth one is observed.
+Prints what reached the driver as JSON, one line a launch. The first call goes through Triton's own way, which passes
+tensors; the second through the compiled kernel, which gets addresses; the third likewise, from a table of known calls.
+The last two are observed, so that they go Triton's way again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from triton import knobs
 from triton.runtime import driver
 
 from nlhf_kernels.core import upstream
-from nlhf_kernels.core.triton_launch import Launch, PreparedLaunches, Scratch
+from nlhf_kernels.core.calls import known_calls
+from nlhf_kernels.core.prepared import Result, Slot, Source
+from nlhf_kernels.core.triton_launch import Launch, Scratch, TritonCall
 from tests.support.aot import StandInDriver
 
 
@@ -60,19 +63,25 @@ def copy_kernel(x, middle, y, n, BLOCK: tl.constexpr):
 def main() -> None:
     driver.set_active(LaunchingDriver(90))
     upstream.current_raw_stream = lambda index: 0  # type: ignore[assignment]
+    memory: dict[Any, torch.Tensor] = {}  # the same for every call
+    allocate = upstream.allocator(torch.device("cpu"))
+    upstream.allocator = lambda device: lambda *result: memory.setdefault(result, allocate(*result))  # type: ignore[assignment]
+
     device = torch.device("cpu")
-    scratch = Scratch(device, ((3,), torch.uint8), ((5, 2), torch.float32))
-    launch = Launch(copy_kernel, 7, 3, (5,), {"BLOCK": 16, "num_warps": 2})
-    launches = PreparedLaunches(device, scratch, (launch, launch._replace(programs=8)))
-    memory = scratch.allocate()
-    scratch.allocate = lambda: memory  # type: ignore[method-assign]
-    x, y = torch.zeros(8, dtype=torch.float32), torch.zeros(8, dtype=torch.float32)
-    launches([x], [y])
-    launches([x], [y])
-    launches([x[1:]], [y])
-    launches([x], [y])
+    scratch = Scratch(Result((3,), torch.uint8), Result((5, 2), torch.float32))
+    pointers = Slot(Source.INPUT, 0), scratch.slots[1], Slot(Source.RESULT, 0)
+    launch = Launch(copy_kernel, (7,), pointers, (5,), {"BLOCK": 16, "num_warps": 2})
+    call = TritonCall(device, [Result((8,), torch.float32)], scratch, (launch, launch._replace(grid=(8,))))
+    x = (torch.zeros(8, dtype=torch.float32),)
+    call(x)
+    call(x)
+    table = known_calls()
+    table.learn(x, (), call, call)
+    table.run(x, (), None)
+    assert table.run((x[0][1:],), (), None) is NotImplemented, "an address that is not aligned"
     knobs.runtime.launch_enter_hook.add(lambda metadata: None)
-    launches([x], [y])
+    call(x)
+    table.run(x, (), None)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from unittest import mock
 
 import torch
 
+from nlhf_kernels.core import tuning, upstream
+
 _POISON_INTEGER = -(2**62) + 3
 
 
@@ -23,7 +25,7 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def poisoned_allocations() -> Iterator[list[int]]:
-    """Make torch.empty and torch.empty_like return poisoned memory; yield the list of sizes allocated."""
+    """Make torch.empty, torch.empty_like and prepared calls allocate poisoned memory; yield the list of sizes."""
     handed_out: list[int] = []
 
     def poisoned(function: Any) -> Any:
@@ -34,11 +36,15 @@ def poisoned_allocations() -> Iterator[list[int]]:
 
         return allocate
 
+    allocator = upstream.allocator
     with (
         mock.patch.object(torch, "empty", poisoned(torch.empty)),
         mock.patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+        mock.patch.object(upstream, "allocator", lambda device: poisoned(allocator(device))),
     ):
+        tuning.forget_plans()  # so that calls are prepared anew
         yield handed_out
+    tuning.forget_plans()
 
 
 def surrounded(tensor: torch.Tensor, margin: int = 64) -> torch.Tensor:

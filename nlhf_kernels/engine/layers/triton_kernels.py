@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.native import on_device
+from ...core.triton_launch import LaunchedFunction, Layout
 
 _BLOCK = 1024  # elements of a gated activation per program
 
@@ -38,18 +38,20 @@ def rms_norm_kernel(
     tl.store(out + row * D + column, (weights * normed).to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _rms_norm_layout(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Layout:
     heads, width = x.shape[-2] if x.ndim > 2 else 1, x.shape[-1]
     rows = _as_rows(x) if x.ndim > 2 else x[:, None]  # (outer, heads, D)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
-    if out.numel():
-        with on_device(x.device):
-            rms_norm_kernel[(rows.shape[0] * heads,)](
-                rows, weight, out, heads, rows.stride(0), rows.stride(1), eps, width, BLOCK=block,
-                num_warps=min(max(block // 512, 1), 8),
-            )  # fmt: skip
-    return out
+    numbers = (heads, rows.stride(0), rows.stride(1), eps, width)
+    options = {"BLOCK": block, "num_warps": min(max(block // 512, 1), 8)}
+    return (rows, weight), ((x.shape, x.dtype),), rms_norm_kernel, (rows.shape[0] * heads,), numbers, options
+
+
+_rms_norm = LaunchedFunction(_rms_norm_layout)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _rms_norm(x, weight, eps)  # type: ignore[no-any-return]
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -69,16 +71,18 @@ def silu_product_kernel(gate, up, out, width, gate_stride, up_stride, BLOCK: tl.
     tl.store(out + row * width + column, (active * factor).to(out.dtype.element_ty), mask=inside)
 
 
-def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    width = gate.shape[-1]
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+def _silu_product_layout(gate: torch.Tensor, up: torch.Tensor) -> Layout:
+    shape, width = gate.shape, gate.shape[-1]
     gate, up = (x.flatten(0, -2) if x.stride(-1) == 1 else x.reshape(-1, width).contiguous() for x in (gate, up))
-    if out.numel():
-        with on_device(out.device):
-            silu_product_kernel[(gate.shape[0], triton.cdiv(width, _BLOCK))](
-                gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=_BLOCK
-            )
-    return out
+    numbers, grid = (width, gate.stride(0), up.stride(0)), (gate.shape[0], triton.cdiv(width, _BLOCK))
+    return (gate, up), ((shape, gate.dtype),), silu_product_kernel, grid, numbers, {"BLOCK": _BLOCK}
+
+
+_silu_product = LaunchedFunction(_silu_product_layout)
+
+
+def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return _silu_product(gate, up)  # type: ignore[no-any-return]
 
 
 @triton.jit
@@ -132,22 +136,25 @@ def rotate_kernel(
         tl.store(target + half * HALF + column, total.to(dtype), mask=inside)
 
 
-def rotate(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotate_layout(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Layout:
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
     (batch, query_heads, tokens, width), key_heads = query.shape, key.shape[1]
     cos, sin = ((x if x.stride(-1) == 1 else x.contiguous()).expand(batch, tokens, width) for x in (cos, sin))
-    query_out, key_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
+    strides = (*query.stride()[:3], *key.stride()[:3], *cos.stride()[:2], *sin.stride()[:2])
     half = width // 2
-    if query_out.numel():
-        with on_device(query.device):
-            rotate_kernel[(batch * tokens, query_heads + key_heads)](
-                query, key, cos, sin, query_out, key_out, tokens, query_heads, key_heads, *query.stride()[:3],
-                *key.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], HALF=half,
-                BLOCK=triton.next_power_of_2(half), num_warps=1,
-            )  # fmt: skip
-    return query_out, key_out
+    options = {"HALF": half, "BLOCK": triton.next_power_of_2(half), "num_warps": 1}
+    results, grid = ((query.shape, query.dtype), (key.shape, key.dtype)), (batch * tokens, query_heads + key_heads)
+    numbers = (tokens, query_heads, key_heads, *strides)
+    return (query, key, cos, sin), results, rotate_kernel, grid, numbers, options
+
+
+_rotate = LaunchedFunction(_rotate_layout)
+
+
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _rotate(query, key, cos, sin)  # type: ignore[no-any-return]
 
 
 @triton.jit
@@ -185,15 +192,23 @@ def store_slot_kernel(
     )
 
 
+def _store_slot_layout(
+    keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cursor: torch.Tensor
+) -> Layout:
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    rows, heads, length, width = keys.shape
+    strides = (*keys.stride()[:2], *values.stride()[:2], *key.stride()[:2], *value.stride()[:2])
+    options = {
+        "KEY_WIDTH": width, "VALUE_WIDTH": values.shape[-1],
+        "BLOCK": triton.next_power_of_2(max(width, values.shape[-1])), "num_warps": 1,
+    }  # fmt: skip
+    return (keys, values, key, value, cursor), (), store_slot_kernel, (rows, heads), (length, *strides), options
+
+
+_store_slot = LaunchedFunction(_store_slot_layout)
+
+
 def store_slot(
     keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cursor: torch.Tensor
 ) -> None:
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    rows, heads, length, width = keys.shape
-    if rows:
-        with on_device(keys.device):
-            store_slot_kernel[(rows, heads)](
-                keys, values, key, value, cursor, length, *keys.stride()[:2], *values.stride()[:2], *key.stride()[:2],
-                *value.stride()[:2], KEY_WIDTH=width, VALUE_WIDTH=values.shape[-1],
-                BLOCK=triton.next_power_of_2(max(width, values.shape[-1])), num_warps=1,
-            )  # fmt: skip
+    _store_slot(keys, values, key, value, cursor)

@@ -19,6 +19,7 @@ from ...core.checks import (
     check_number,
     check_tensor,
 )
+from ...core.prepared import Result
 from ...core.registry import Backend, Op, register
 
 _HERE = "nlhf_kernels.ops.decode_attention"
@@ -63,8 +64,11 @@ OP = register(
         name="decode_attention",
         backends=(
             Backend("torch", f"{_HERE}.oracle:decode_attention"),
-            Backend("triton", f"{_HERE}.triton_kernels:decode_attention", _triton_limits),
-            Backend("cpu", f"{_HERE}.native:decode_attention_cpu"),
+            Backend(
+                "triton", f"{_HERE}.triton_kernels:decode_attention", _triton_limits,
+                preparation=f"{_HERE}.triton_kernels:prepare",
+            ),
+            Backend("cpu", f"{_HERE}.native:decode_attention_cpu", preparation=f"{_HERE}.native:prepare"),
         ),
         order={"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")},
         describe=_describe,
@@ -72,7 +76,7 @@ OP = register(
             "cuda": "reading the cache bounds it, Triton streams it: CUDA waits for a measurement of bandwidth left"
         },
     )
-)
+)  # fmt: skip
 
 
 def _check(inputs: DecodeAttentionInputs) -> DecodeAttentionProblem:
@@ -121,20 +125,20 @@ def _run(inputs: DecodeAttentionInputs) -> torch.Tensor:
     return result
 
 
-def empty_result(inputs: DecodeAttentionInputs, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Allocate (R, Hq, Dv), in the query's dtype unless `dtype` is given."""
-    query = inputs.query
-    rows, heads, _ = query.shape
-    return torch.empty((rows, heads, inputs.values.shape[3]), dtype=dtype or query.dtype, device=query.device)
+def attention_result(inputs: DecodeAttentionInputs, dtype: torch.dtype | None = None) -> Result:
+    """Return shape and dtype of the result: (R, Hq, Dv), in the query's dtype unless `dtype` is given."""
+    rows, heads, _ = inputs.query.shape
+    return Result((rows, heads, inputs.values.shape[3]), dtype or inputs.query.dtype)
 
 
 def _fake(inputs: DecodeAttentionInputs) -> torch.Tensor:
     _check(inputs)
-    return empty_result(inputs)
+    shape, dtype = attention_result(inputs)
+    return torch.empty(shape, dtype=dtype, device=inputs.query.device)
 
 
 _operator: Callable[[DecodeAttentionInputs], torch.Tensor] = torch_op.define(
-    "decode_attention", DecodeAttentionInputs, "Tensor", _run, _fake, known=_calls.known
+    "decode_attention", DecodeAttentionInputs, "Tensor", _run, _fake, run_known=_calls.run_known
 )
 
 

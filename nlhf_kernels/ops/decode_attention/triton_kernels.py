@@ -5,16 +5,18 @@ Equation numbers are those of README.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...core import settings, tuning
-from ...core.native import on_device
-from .op import DecodeAttentionInputs, empty_result
+from ...core.prepared import Result, Slot, Source, slots_of
+from ...core.triton_launch import Launch, Scratch, TritonCall
+from .op import DecodeAttentionInputs, attention_result
 
 _TILE_BYTES = 8192  # of keys, and as many of values: small, so that a short range has several tiles in flight
 #: Positions per split. Splitting costs a second launch and a pass over partial results, so a short cache has one split.
@@ -230,13 +232,18 @@ def merge_kernel(
 
 
 def decode_attention(inputs: DecodeAttentionInputs) -> torch.Tensor:
-    query, keys, values, starts, ends, scale, window, softcap, sinks, _ = inputs
+    result: torch.Tensor = prepare(inputs)(inputs)
+    return result
+
+
+def prepare(inputs: DecodeAttentionInputs) -> Callable[[DecodeAttentionInputs], Any]:
+    """Return the function that attends with inputs of this signature: what depends on sizes is computed here, once."""
+    query, keys, values, starts, _, scale, window, softcap, sinks, _ = inputs
     rows, heads, dim = query.shape
     _, kv_heads, positions, value_dim = values.shape
-    group = heads // kv_heads
-    out = empty_result(inputs)
-    if not out.numel():
-        return out
+    group, result = heads // kv_heads, attention_result(inputs)
+    if 0 in result.shape:
+        return partial(_empty, result, query.device)
     dot = group > 1 and query.dtype != torch.float32
     at_once = _HEADS if dot else min(_HEADS, triton.next_power_of_2(group))
     block, value_block = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
@@ -244,25 +251,34 @@ def decode_attention(inputs: DecodeAttentionInputs) -> torch.Tensor:
     workload = tuning.make_workload(0, (heads, kv_heads, dim, value_dim), (query,))
     plan = _TUNABLE.plan(query.device, workload, Plan(tile, _SPLIT, 4, 4 if dot else 2))
     splits = max(1, min(_MAX_SPLITS, min(positions, window) // plan.split))
-    partial, tops, sums = out, out, out
-    if splits > 1:
-        partial = query.new_empty((rows, heads, splits, value_dim), dtype=torch.float32)
-        tops, sums = query.new_empty((2, rows, heads, splits), dtype=torch.float32)
-    with on_device(query.device):
-        attend_kernel[(rows * kv_heads * triton.cdiv(group, at_once) * splits,)](
-            query, keys, values, ends if starts is None else starts, ends, query if sinks is None else sinks,
-            partial, tops, sums, *keys.stride()[:3], *values.stride()[:3],
-            kv_heads, positions, window, scale, softcap,
-            GROUP=group, HEADS=at_once, DIM=dim, BLOCK=block, VALUE_DIM=value_dim, VALUE_BLOCK=value_block,
-            TILE=plan.tile, SPLITS=splits, HAS_STARTS=starts is not None, HAS_SOFTCAP=softcap != 0,
-            HAS_SINKS=sinks is not None, DOT=dot,
-            WIDE=settings.triton_interpret,  # the interpreter multiplies the bit patterns of bfloat16
-            num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
-        if splits > 1:
-            merge_kernel[(rows * heads,)](
-                partial, tops, sums, query if sinks is None else sinks, out, heads,
-                SPLITS=splits, BLOCK=triton.next_power_of_2(splits), VALUE_DIM=value_dim, VALUE_BLOCK=value_block,
-                HAS_SINKS=sinks is not None, num_warps=4,
-            )  # fmt: skip
-    return out
+
+    slots, out = slots_of(inputs), Slot(Source.RESULT, 0)
+    partial_results = [Result((rows, heads, splits, value_dim), torch.float32)]
+    partial_results += [Result((rows, heads, splits), torch.float32)] * 2  # maxima and sums
+    scratch = Scratch(*(partial_results if splits > 1 else ()))
+    written = scratch.slots if splits > 1 else [out] * 3
+    sinks_slot = slots.sinks or slots.query
+    attend = Launch(
+        attend_kernel, (rows * kv_heads * triton.cdiv(group, at_once) * splits,),
+        (slots.query, slots.keys, slots.values, slots.starts or slots.ends, slots.ends, sinks_slot, *written),
+        (*keys.stride()[:3], *values.stride()[:3], kv_heads, positions, window, scale, softcap),
+        {
+            "GROUP": group, "HEADS": at_once, "DIM": dim, "BLOCK": block, "VALUE_DIM": value_dim,
+            "VALUE_BLOCK": value_block, "TILE": plan.tile, "SPLITS": splits, "HAS_STARTS": starts is not None,
+            "HAS_SOFTCAP": softcap != 0, "HAS_SINKS": sinks is not None, "DOT": dot,
+            "WIDE": settings.triton_interpret,  # the interpreter multiplies the bit patterns of bfloat16
+            "num_warps": plan.warps, "num_stages": plan.stages,
+        },
+    )  # fmt: skip
+    merge = Launch(
+        merge_kernel, (rows * heads,), (*written, sinks_slot, out), (heads,),
+        {
+            "SPLITS": splits, "BLOCK": triton.next_power_of_2(splits), "VALUE_DIM": value_dim,
+            "VALUE_BLOCK": value_block, "HAS_SINKS": sinks is not None, "num_warps": 4,
+        },
+    )  # fmt: skip
+    return TritonCall(query.device, [result], scratch, [attend, merge] if splits > 1 else [attend])
+
+
+def _empty(result: Result, device: torch.device, inputs: DecodeAttentionInputs) -> torch.Tensor:
+    return torch.empty(result.shape, dtype=result.dtype, device=device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from ...core import torch_op, tuning
+from ...core.calls import Calls
 from ...core.checks import FLOATS, Sizes, check_is_tensor, check_not_empty, check_tensor
 from ...core.registry import Backend, Measured, Op, register
 
@@ -60,7 +62,10 @@ OP = register(
         name="decode_linear",
         backends=(
             Backend("torch", f"{_HERE}.oracle:decode_linear"),
-            Backend("triton", f"{_HERE}.triton_kernels:decode_linear", _triton_limits),
+            Backend(
+                "triton", f"{_HERE}.triton_kernels:decode_linear", _triton_limits,
+                preparation=f"{_HERE}.triton_kernels:prepare",
+            ),
         ),
         order={"cuda": ("torch",), "cpu": ("torch",)},
         measured=(
@@ -76,7 +81,7 @@ OP = register(
 )  # fmt: skip
 
 
-def _check(inputs: DecodeLinearInputs) -> None:
+def _check(inputs: DecodeLinearInputs) -> DecodeLinearProblem:
     x, weight, bias, _ = inputs
     op = OP.name
     sizes: Sizes = {}
@@ -89,15 +94,18 @@ def _check(inputs: DecodeLinearInputs) -> None:
         )
     if bias is not None:
         check_tensor(op, "bias", bias, ("columns",), (x.dtype,), sizes, x.device)
+    return problem_of(x, weight)
+
+
+_calls = Calls(OP, DecodeLinearInputs, _check)
 
 
 def _run(inputs: DecodeLinearInputs) -> torch.Tensor:
-    _check(inputs)
     x, weight, bias, backend = inputs
-    chosen = OP.resolve(backend, problem_of(x, weight))
-    result: torch.Tensor = chosen.run(
-        inputs._replace(x=x.contiguous(), bias=None if bias is None else bias.contiguous())
-    )
+    if not (x.is_contiguous() and (bias is None or bias.is_contiguous())):
+        _check(inputs)
+        inputs = DecodeLinearInputs(x.contiguous(), weight, None if bias is None else bias.contiguous(), backend)
+    result: torch.Tensor = _calls.run(inputs)
     return result
 
 
@@ -107,7 +115,9 @@ def empty_result(inputs: DecodeLinearInputs) -> torch.Tensor:
     return inputs.x.new_empty((inputs.x.shape[0], inputs.weight.shape[0]))
 
 
-_operator = torch_op.define("decode_linear", DecodeLinearInputs, "Tensor", _run, empty_result)
+_operator: Callable[[DecodeLinearInputs], torch.Tensor] = torch_op.define(
+    "decode_linear", DecodeLinearInputs, "Tensor", _run, empty_result, run_known=_calls.run_known
+)
 
 
 def decode_linear(
@@ -128,6 +138,9 @@ def decode_linear(
         check_is_tensor(OP.name, name, value)
     if bias is not None:
         check_is_tensor(OP.name, "bias", bias)
-    return _operator(
-        DecodeLinearInputs(x.detach(), weight.detach(), None if bias is None else bias.detach(), backend or "")
-    )
+    bias = None if bias is None else _detached(bias)
+    return _operator(DecodeLinearInputs(_detached(x), _detached(weight), bias, backend or ""))
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor

@@ -5,7 +5,7 @@ Equation numbers are those of README.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from ...core import settings, tuning
-from ...core.native import on_device
+from ...core.prepared import Result, Slot, Source, slots_of
+from ...core.triton_launch import Launch, Scratch, TritonCall
 from .op import LEAST_ROWS, DecodeLinearInputs, empty_result, problem_of, workload_of
 
 _PROGRAMS = 256  # about two per multiprocessor of a large GPU
@@ -116,27 +117,36 @@ def sum_kernel(
 
 
 def decode_linear(inputs: DecodeLinearInputs) -> torch.Tensor:
+    result: torch.Tensor = prepare(inputs)(inputs)
+    return result
+
+
+def prepare(inputs: DecodeLinearInputs) -> Callable[[DecodeLinearInputs], torch.Tensor]:
+    """Return the function that multiplies with inputs of this signature: what depends on sizes is computed once."""
     x, weight, bias, _ = inputs
-    out = empty_result(inputs)
     (rows, width), columns = x.shape, weight.shape[0]
     if not rows:
-        return out
+        return empty_result
     padded = max(LEAST_ROWS, triton.next_power_of_2(rows))
     default = default_plan(padded, columns, width, x.element_size())
     plan = _TUNABLE.plan(x.device, workload_of(problem_of(x, weight)), default)
-    split = plan.splits > 1
-    partial = x.new_empty((plan.splits, rows, columns), dtype=torch.float32) if split else out
-    with on_device(x.device):
-        product_kernel[(triton.cdiv(columns, plan.columns), plan.splits)](
-            x, weight, x if bias is None else bias, partial, rows, columns, width, weight.stride(0),
-            ROWS=padded, COLUMNS=plan.columns, DEPTH=plan.depth, SPLITS=plan.splits,
-            WHOLE=width % plan.depth == 0, HAS_BIAS=bias is not None,
-            WIDE=settings.triton_interpret,  # the interpreter multiplies the bit patterns of bfloat16
-            num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
-        if split:
-            sum_kernel[(triton.cdiv(out.numel(), _SUM_BLOCK),)](
-                partial, x if bias is None else bias, out, columns, out.numel(),
-                SPLITS=plan.splits, HAS_BIAS=bias is not None, BLOCK=_SUM_BLOCK,
-            )  # fmt: skip
-    return out
+    slots, out = slots_of(inputs), Slot(Source.RESULT, 0)
+    partial = Result((plan.splits, rows, columns), torch.float32)
+    scratch = Scratch(*([partial] if plan.splits > 1 else ()))
+    written, bias_slot = scratch.slots[0] if plan.splits > 1 else out, slots.bias or slots.x
+    product = Launch(
+        product_kernel, (triton.cdiv(columns, plan.columns), plan.splits),
+        (slots.x, slots.weight, bias_slot, written), (rows, columns, width, weight.stride(0)),
+        {
+            "ROWS": padded, "COLUMNS": plan.columns, "DEPTH": plan.depth, "SPLITS": plan.splits,
+            "WHOLE": width % plan.depth == 0, "HAS_BIAS": bias is not None,
+            "WIDE": settings.triton_interpret,  # the interpreter multiplies the bit patterns of bfloat16
+            "num_warps": plan.warps, "num_stages": plan.stages,
+        },
+    )  # fmt: skip
+    total = Launch(
+        sum_kernel, (triton.cdiv(rows * columns, _SUM_BLOCK),), (written, bias_slot, out), (columns, rows * columns),
+        {"SPLITS": plan.splits, "HAS_BIAS": bias is not None, "BLOCK": _SUM_BLOCK},
+    )  # fmt: skip
+    launches = [product, total] if plan.splits > 1 else [product]
+    return TritonCall(x.device, [Result((rows, columns), x.dtype)], scratch, launches)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...core.prepared import Result
+
 MAX_MODELS = 4
 
 
@@ -35,12 +37,20 @@ class MixtureSampleInputs(NamedTuple):
         return self.logits[0].device
 
 
+def sample_results(inputs: MixtureSampleInputs) -> tuple[Result, Result, Result]:
+    """Return shapes and dtypes of tokens, logprobs and ok."""
+    rows = inputs.rows
+    return (
+        Result((rows,), torch.int64), Result((len(inputs.logits) + 1, rows), torch.float32), Result((rows,), torch.bool)
+    )  # fmt: skip
+
+
 def empty_sample(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Allocate tokens, logprobs and ok: what the fake returns and the kernels fill."""
-    logits = inputs.logits
-    rows, device = logits[0].shape[0], logits[0].device
+    device = inputs.device
+    tokens, logprobs, ok = sample_results(inputs)
     return (
-        torch.empty(rows, dtype=torch.int64, device=device),
-        torch.empty((len(logits) + 1, rows), dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.bool, device=device),
+        torch.empty(tokens.shape, dtype=tokens.dtype, device=device),
+        torch.empty(logprobs.shape, dtype=logprobs.dtype, device=device),
+        torch.empty(ok.shape, dtype=ok.dtype, device=device),
     )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 
 from ...core import capabilities, tuning
-from ...core.native import DTYPES, Counters, cuda_stream, on_device
-from .layout import MixtureSampleInputs, empty_sample
+from ...core.native import DTYPES, Counters, cuda_stream, is_current, on_device
+from ...core.prepared import PreparedCall, Slot, Source, addresses_of, slots_of
+from .layout import MixtureSampleInputs, empty_sample, sample_results
 
 _counters = Counters()
 
@@ -18,38 +19,52 @@ _counters = Counters()
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens, logprobs, ok
 
 
-def binding_arguments(inputs: MixtureSampleInputs, sample: Sample) -> tuple[object, ...]:
-    """Return the positional arguments of mixture_sample_binding.h."""
-    logits, settings, filtered, bias, uniforms, seed, row_ids, step, stream, logprob_mask, _ = inputs
-    tokens, logprobs, ok = sample
+def binding_arguments(inputs: MixtureSampleInputs, addresses: Any, sample: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the positional arguments of mixture_sample_binding.h.
+
+    Args:
+        inputs (MixtureSampleInputs): the tensors, of which sizes and strides are taken.
+        addresses (MixtureSampleInputs): with an address, or a Slot for it, in the place of each.
+        sample (three): the addresses of tokens, logprobs and ok.
+    """
+    logits, settings, filtered, bias, _, seed, _, step, stream, logprob_mask, _ = inputs
     rows, vocabulary = logits[0].shape
+    models = zip(addresses.logits, logits, strict=True)
     return (
-        tuple([(model.data_ptr(), DTYPES[model.dtype], model.stride(0)) for model in logits]),
-        settings.data_ptr(),
+        tuple([(address, DTYPES[model.dtype], model.stride(0)) for address, model in models]),
+        addresses.settings,
         settings.shape[1] if settings.shape[0] > 1 else 0,
         filtered,
-        0 if bias is None else bias.data_ptr(),
+        addresses.bias or 0,
         bias.stride(0) if bias is not None and bias.ndim == 2 else 0,
-        0 if uniforms is None else uniforms.data_ptr(),
-        0 if seed is None else seed.data_ptr(),
+        addresses.uniforms or 0,
+        addresses.seed or 0,
         0 if seed is None else seed.ndim,  # its stride: 0 for one seed, 1 for one a row
-        0 if row_ids is None else row_ids.data_ptr(),
-        0 if step is None else step.data_ptr(),
+        addresses.row_ids or 0,
+        addresses.step or 0,
         0 if step is None else step.ndim,
         stream,
         rows,
         vocabulary,
         logprob_mask,
-        tokens.data_ptr(),
-        logprobs.data_ptr(),
-        ok.data_ptr(),
+        *sample,
     )
 
 
+def _prepared_arguments(inputs: MixtureSampleInputs) -> tuple[Any, ...]:
+    return binding_arguments(inputs, slots_of(inputs), [Slot(Source.RESULT, index) for index in range(3)])
+
+
 def mixture_sample_cpu(inputs: MixtureSampleInputs) -> Sample:
-    sample = empty_sample(inputs)
-    capabilities.native("_cpu").mixture_sample(*binding_arguments(inputs, sample), torch.get_num_threads())
+    sample: Sample = prepare_cpu(inputs)(inputs)
     return sample
+
+
+def prepare_cpu(inputs: MixtureSampleInputs) -> PreparedCall:
+    """Return how inputs of this signature are sampled by `_cpu`."""
+    threads = Slot(Source.NOW, 0)
+    step = capabilities.native("_cpu").mixture_sample, (*_prepared_arguments(inputs), threads)
+    return PreparedCall(inputs.device, sample_results(inputs), [step], now=[torch.get_num_threads])
 
 
 class Plan(NamedTuple):
@@ -82,41 +97,30 @@ def _default_plan(device: torch.device, rows: int, vocabulary: int) -> Plan:
     return Plan(*capabilities.native("_cuda").mixture_sample_plan(rows, vocabulary))
 
 
-class _Call(NamedTuple):
-    """What calls of one shape share."""
-
-    workload: tuning.Workload
-    plan: Plan  # unless another was tuned
-    workspace_bytes: int
-    counter_bytes: int
-
-
-@lru_cache(maxsize=4096)
-def _call(device: torch.device, rows: int, vocabulary: int, dtypes: tuple[torch.dtype, ...], filtered: bool) -> _Call:
-    module = capabilities.native("_cuda")
-    tensors = [torch.empty(0, dtype=dtype, device="meta") for dtype in dtypes]
-    return _Call(
-        tuning.make_workload(rows, (vocabulary,), tensors, "filtered" if filtered else ""),
-        _default_plan(device, rows, vocabulary),
-        module.mixture_sample_workspace(rows, vocabulary, len(dtypes), filtered),
-        module.mixture_sample_counters(rows),
-    )
-
-
 def mixture_sample_cuda(inputs: MixtureSampleInputs) -> Sample:
-    logits, device, sample = inputs.logits, inputs.device, empty_sample(inputs)
-    rows, vocabulary = logits[0].shape
-    with on_device(device):
-        call = _call(device, rows, vocabulary, tuple([model.dtype for model in logits]), inputs.filtered)
-        plan = _TUNABLE.plan(device, call.workload, call.plan)
-        # PyTorch's allocator keeps it for this stream: two streams never share it, a captured graph owns its own.
-        workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=device)
-        stream = cuda_stream(device)
-        counters = _counters.address(device, stream, call.counter_bytes)
-        capabilities.native("_cuda").mixture_sample(
-            *binding_arguments(inputs, sample), *plan, workspace.data_ptr(), counters, stream
-        )
+    sample: Sample = prepare_cuda(inputs)(inputs)
     return sample
+
+
+def prepare_cuda(inputs: MixtureSampleInputs) -> PreparedCall:
+    """Return how inputs of this signature are sampled by `_cuda`."""
+    logits, device = inputs.logits, inputs.device
+    rows, vocabulary = inputs.rows, inputs.vocabulary
+    module = capabilities.native("_cuda")
+    with on_device(device):
+        workload = tuning.make_workload(rows, (vocabulary,), logits, "filtered" if inputs.filtered else "")
+        plan = _TUNABLE.plan(device, workload, _default_plan(device, rows, vocabulary))
+    # PyTorch's allocator keeps it for this stream: two streams never share it, a captured graph owns its own.
+    workspace = module.mixture_sample_workspace(rows, vocabulary, len(logits), inputs.filtered)
+    counter_bytes = module.mixture_sample_counters(rows)
+    now = [partial(cuda_stream, device), partial(_counters_of_stream, device, counter_bytes)]
+    places = Slot(Source.SCRATCH, 0), Slot(Source.NOW, 1), Slot(Source.NOW, 0)
+    step = module.mixture_sample, (*_prepared_arguments(inputs), *plan, *places)
+    return PreparedCall(device, sample_results(inputs), [step], max(workspace, 1), now, partial(is_current, device))
+
+
+def _counters_of_stream(device: torch.device, size: int) -> int:
+    return _counters.address(device, cuda_stream(device), size)
 
 
 def mixture_sample_floor(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -139,6 +143,7 @@ def mixture_sample_floor(policy: torch.Tensor, reference: torch.Tensor) -> torch
     with on_device(device):
         plan = _default_plan(device, rows, vocabulary)
         maxima = torch.empty(rows * 2 * -(-vocabulary // 512), dtype=torch.float32, device=device)
-        arguments = binding_arguments(inputs, empty_sample(inputs))
+        sample = empty_sample(inputs)
+        arguments = binding_arguments(inputs, addresses_of(inputs), [part.data_ptr() for part in sample])
         parts = module.mixture_sample_floor(*arguments, *plan, maxima.data_ptr(), cuda_stream(device))
     return maxima[: rows * 2 * parts].view(rows, 2, parts)

@@ -114,8 +114,8 @@ OP = register(
         backends=(
             Backend("torch", f"{_HERE}.oracle:mixture_sample"),
             Backend("triton", f"{_HERE}.triton_kernels:mixture_sample", preparation=f"{_HERE}.triton_kernels:prepare"),
-            Backend("cuda", f"{_HERE}.native:mixture_sample_cuda"),
-            Backend("cpu", f"{_HERE}.native:mixture_sample_cpu"),
+            Backend("cuda", f"{_HERE}.native:mixture_sample_cuda", preparation=f"{_HERE}.native:prepare_cuda"),
+            Backend("cpu", f"{_HERE}.native:mixture_sample_cpu", preparation=f"{_HERE}.native:prepare_cpu"),
         ),
         order={"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")},
         describe=_describe,
@@ -160,8 +160,9 @@ def _check_operands(inputs: MixtureSampleInputs) -> MixtureSampleProblem:
 
 _calls = Calls(OP, MixtureSampleInputs, _check_operands)
 _operator: Callable[[MixtureSampleInputs], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = torch_op.define(
-    "mixture_sample", MixtureSampleInputs, "(Tensor, Tensor, Tensor)", _calls.run, empty_sample, known=_calls.known
-)
+    "mixture_sample", MixtureSampleInputs, "(Tensor, Tensor, Tensor)", _calls.run, empty_sample,
+    run_known=_calls.run_known,
+)  # fmt: skip
 
 
 def mixture_sample(
@@ -225,12 +226,8 @@ def mixture_sample(
     sample = _sample(
         op, logits, settings, bias, uniforms, seed, row_ids, step, stream, vocab_size, logprob_mask, backend
     )
-    values = {
-        name: row for name, row in zip(names, sample.logprobs, strict=True) if logprobs is None or name in logprobs
-    }
-    return MixtureSample(
-        sample.tokens, values.get("policy"), values.get("reference"), values.get("mixture"), sample.ok
-    )  # fmt: skip
+    policy, *reference, mixture = _asked(sample, logprob_mask)
+    return MixtureSample(sample.tokens, policy, reference[0] if reference else None, mixture, sample.ok)
 
 
 def log_linear_sample(
@@ -282,8 +279,7 @@ def log_linear_sample(
     sample = _sample(
         op, named, settings, bias, uniforms, seed, row_ids, step, stream, vocab_size, logprob_mask, backend
     )
-    asked = names if logprobs is None else logprobs
-    *values, mixture = (row if name in asked else None for name, row in zip(names, sample.logprobs, strict=True))
+    *values, mixture = _asked(sample, logprob_mask)
     return LogLinearSample(sample.tokens, tuple(values), mixture, sample.ok)
 
 
@@ -297,6 +293,11 @@ def _logprob_mask(op: str, names: Sequence[int | str], logprobs: Sequence[int | 
             raise ValueError(f"{op}: logprobs: expected any of {', '.join(map(str, names))}; got {name!r}")
         mask |= 1 << list(names).index(name)
     return mask
+
+
+def _asked(sample: PackedSample, logprob_mask: int) -> list[torch.Tensor | None]:
+    """Return the log-probabilities, (R,) each; None where they were not asked for."""
+    return [row if logprob_mask >> index & 1 else None for index, row in enumerate(sample.logprobs.unbind())]
 
 
 def _weights(op: str, beta: Number) -> list[Number]:
@@ -349,9 +350,9 @@ def _sample(
         inputs = MixtureSampleInputs(
             logits, packed, filtered, bias, uniforms, *counter, stream, logprob_mask, backend or ""
         )  # fmt: skip
-        run = torch_op.past_dispatcher(_calls.known, inputs)
-        if run is not None:
-            return PackedSample(*run(inputs))
+        result = torch_op.past_dispatcher(_calls.run_known, inputs)
+        if result is not NotImplemented:
+            return PackedSample(*result)
     named_logits, bias, part = local_logits(op, named_logits, bias, vocab_size)
     if part is not None:
         vocab_size = None  # the columns beyond are left out already

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ...core.checks import Sizes, check_number, check_tensor
+from ...core.native import cuda_stream
 
 Number = float | torch.Tensor  # one for all rows, or (R,)
 
@@ -50,19 +51,36 @@ def mixture_settings(
         rows: R, which tensors must have; None takes theirs.
         op: what errors name.
     """
-    named: dict[str, Number] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    named |= {f"weights[{m}]": weight for m, weight in enumerate(weights)}
+    numbers: tuple[Any, ...] = (temperature, top_k, top_p, min_p, *weights)
+    if _NUMBERS.issuperset(map(type, numbers)) and not torch.compiler.is_compiling():
+        filtered = _filtered_by(numbers, op)
+        return MixtureSettings(_pack_numbers(numbers, device), filtered)
     sizes: Sizes = {} if rows is None else {"rows": rows}
-    for name, value in named.items():
+    for name, value in zip(_names(len(weights)), numbers, strict=True):
         if isinstance(value, torch.Tensor):
             check_tensor(op, name, value, ("rows",) if value.ndim else (), _DTYPES, sizes, device)
         else:
             _check_value(op, name, value)
     filtered = has_filter(top_k, top_p, min_p)
-    if any(isinstance(value, torch.Tensor) for value in named.values()):
-        per_row = any(isinstance(value, torch.Tensor) and value.ndim for value in named.values())
-        return MixtureSettings(_pack_columns(list(named.values()), sizes["rows"] if per_row else 1, device), filtered)
-    return MixtureSettings(_pack_numbers(tuple(map(float, named.values())), device), filtered)
+    if any(isinstance(value, torch.Tensor) for value in numbers):
+        per_row = any(isinstance(value, torch.Tensor) and value.ndim for value in numbers)
+        return MixtureSettings(_pack_columns(numbers, sizes["rows"] if per_row else 1, device), filtered)
+    return MixtureSettings(_pack_columns(tuple(map(float, numbers)), 1, device), filtered)
+
+
+_NUMBERS = frozenset((int, float))
+
+
+@lru_cache(maxsize=256)
+def _filtered_by(numbers: tuple[float, ...], op: str) -> bool:
+    """Check numbers in the order of the packed columns; return whether there is a filter."""
+    for name, value in zip(_names(len(numbers) - 4), numbers, strict=True):
+        _check_value(op, name, value)
+    return has_filter(*numbers[1:4])
+
+
+def _names(weights: int) -> tuple[str, ...]:
+    return ("temperature", "top_k", "top_p", "min_p", *(f"weights[{m}]" for m in range(weights)))
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
@@ -106,10 +124,8 @@ def _pack_cached(numbers: tuple[float, ...], device: torch.device, stream: int) 
 def _pack_numbers(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Return the packed numbers, cached per stream: another stream could read them before they are written.
     Nothing is cached during a graph capture: the graph owns that memory."""
-    if torch.compiler.is_compiling():
-        return _pack_columns(numbers, 1, device)
     if device.type != "cuda":
         return _pack_cached(numbers, device, 0)
     if torch.cuda.is_current_stream_capturing():
         return _pack_columns(numbers, 1, device)
-    return _pack_cached(numbers, device, torch.cuda.current_stream(device).cuda_stream)
+    return _pack_cached(numbers, device, cuda_stream(device))

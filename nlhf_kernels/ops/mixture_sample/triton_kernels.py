@@ -6,16 +6,17 @@ Equation numbers are those of README.md. Filters add two launches between these,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...core import tuning
+from ...core.prepared import Result, Slot, Source, slots_of
 from ...core.rng_triton import open_unit, random_bits
-from ...core.triton_launch import Launch, PreparedLaunches, Scratch
-from .layout import MixtureSampleInputs, empty_sample
+from ...core.triton_launch import Launch, Scratch, TritonCall
+from .layout import MixtureSampleInputs, empty_sample, sample_results
 from .triton_filters import (
     bin_sums_kernel,
     bracket_kernel,
@@ -235,14 +236,7 @@ def prepare(inputs: MixtureSampleInputs) -> Callable[[MixtureSampleInputs], Samp
     if not inputs.rows:
         return empty_sample
     launches, scratch = launches_of(inputs)
-    prepared = PreparedLaunches(inputs.device, scratch, launches)
-
-    def sample(inputs: MixtureSampleInputs) -> Sample:
-        result = empty_sample(inputs)
-        prepared(kernel_tensors(inputs), (*_draw_tensors(inputs), *result))
-        return result
-
-    return sample
+    return TritonCall(inputs.device, sample_results(inputs), scratch, launches)
 
 
 def launches_of(inputs: MixtureSampleInputs) -> tuple[list[Launch], Scratch]:
@@ -254,8 +248,13 @@ def launches_of(inputs: MixtureSampleInputs) -> tuple[list[Launch], Scratch]:
     width = max(width, triton.next_power_of_2(triton.cdiv(vocabulary, _MAX_TILES)))
     tiles, models = triton.cdiv(vocabulary, width), len(inputs.logits)
     chunks = triton.cdiv(tiles, plan.group)
-    pointers, sizes, shared = kernel_arguments(inputs)
+    sizes, shared = kernel_arguments(inputs)
     sizes = (*sizes, tiles)
+    scratch = _scratch(rows, models, tiles, chunks, plan, filtered)
+    slots = slots_of(inputs)
+    results = [Slot(Source.RESULT, index) for index in range(3)]
+    pointers = [*kernel_tensors(slots), *scratch.slots, *_draw_tensors(slots), *results]
+    given = len(kernel_tensors(slots))
     # The mixture's log-probability needs no further sums.
     wanted = {"WANTED": inputs.logprob_mask & ((1 << models) - 1)}
     tiled = {**shared, "TILE": width}
@@ -265,38 +264,46 @@ def launches_of(inputs: MixtureSampleInputs) -> tuple[list[Launch], Scratch]:
         sampled = (*sizes, chunks, sample_step(vocabulary))
         bracket = {"MODELS": models, "enable_fp_fusion": False, "num_warps": A_PROGRAM_PER_ROW["num_warps"], **combined}
         launches = [
-            Launch(bin_sums_kernel, rows * chunks, pointers + 4, sampled, grouped | wanted),
-            Launch(bracket_kernel, rows, pointers + 6, (*sizes, chunks), bracket),
-            Launch(gather_kernel, rows * chunks, pointers + 9, (*sizes, chunks), grouped | {"LIST": plan.listed}),
-        ]
+            Launch(bin_sums_kernel, (rows * chunks,), pointers[: given + 4], sampled, grouped | wanted),
+            Launch(bracket_kernel, (rows,), pointers[: given + 6], (*sizes, chunks), bracket),
+            Launch(
+                gather_kernel, (rows * chunks,), pointers[: given + 9], (*sizes, chunks),
+                grouped | {"LIST": plan.listed},
+            ),
+        ]  # fmt: skip
     else:
         sums = {**tiled, **wanted, "num_warps": plan.warps}
-        launches = [Launch(tile_sums_kernel, rows * tiles, pointers + 2, sizes, sums)]
+        launches = [Launch(tile_sums_kernel, (rows * tiles,), pointers[: given + 2], sizes, sums)]
     draw = {
         **tiled, **wanted, **combined, "FILTERED": filtered, "LIST": plan.listed, "STREAM": inputs.stream,
         "HAS_UNIFORMS": inputs.uniforms is not None, "SLOTS": triton.next_power_of_2(models),
         **A_PROGRAM_PER_ROW, "num_warps": plan.draw_warps,
     }  # fmt: skip
     strides = tuple([0 if x is None else x.ndim for x in (inputs.seed, inputs.step)])
-    launches.append(Launch(draw_kernel, rows, pointers + 16, (*sizes, *strides, rows), draw))
-    return launches, _scratch(device, rows, models, tiles, chunks, plan, filtered)
+    launches.append(Launch(draw_kernel, (rows,), pointers, (*sizes, *strides, rows), draw))
+    return launches, scratch
 
 
-def _scratch(
-    device: torch.device, rows: int, models: int, tiles: int, chunks: int, plan: Plan, filtered: bool
-) -> Scratch:
+def _scratch(rows: int, models: int, tiles: int, chunks: int, plan: Plan, filtered: bool) -> Scratch:
     """Return the memory from tops to values; without filters one number for each that they alone need."""
     f32, f64, i32 = torch.float32, torch.float64, torch.int32
     sums = (rows, 1 + models, tiles)
-    pieces: list[tuple[tuple[int, ...], torch.dtype]] = [
-        ((rows, 2), f32), ((rows, chunks, plan.bins), i32), ((rows, 8), f64), ((rows, chunks), i32),
-        ((rows, tiles), f64), ((rows, tiles), i32), ((rows, plan.listed), f32),
+    pieces = [
+        Result((rows, 2), f32), Result((rows, chunks, plan.bins), i32), Result((rows, 8), f64),
+        Result((rows, chunks), i32), Result((rows, tiles), f64), Result((rows, tiles), i32),
+        Result((rows, plan.listed), f32),
     ]  # fmt: skip
-    return Scratch(device, (sums, f32), (sums, f64), *(pieces if filtered else [((1,), kind) for _, kind in pieces]))
+    if not filtered:
+        pieces = [Result((1,), kind) for _, kind in pieces]
+    return Scratch(Result(sums, f32), Result(sums, f64), *pieces)
 
 
-def _draw_tensors(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, ...]:
-    """Return the kernel's arguments from uniforms to step; for absent ones a tensor that is not read."""
+def _draw_tensors(inputs: Any) -> tuple[Any, ...]:
+    """Return the kernel's arguments from uniforms to step; for absent ones a tensor that is not read.
+
+    Args:
+        inputs (MixtureSampleInputs): of tensors or of Slots.
+    """
     unread = inputs.settings
     given = (inputs.uniforms, inputs.seed, inputs.row_ids, inputs.step)
     return tuple([unread if x is None else x for x in given])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -26,13 +25,16 @@ _LANES = tl.constexpr(8)  # elements summed in float32 before float64: a dominan
 class KernelArguments(NamedTuple):
     """The arguments that all kernels share and that calls of one signature share, in the kernels' order."""
 
-    pointers: int  # the number of `kernel_tensors`
     sizes: tuple[int, ...]  # the row strides of all these; vocabulary
     flags: dict[str, Any]  # constexpr arguments of every kernel, and the option that all launches share
 
 
-def kernel_tensors(inputs: MixtureSampleInputs) -> tuple[torch.Tensor, ...]:
-    """Return four models, of which the absent ones repeat the first; bias; settings."""
+def kernel_tensors(inputs: Any) -> tuple[Any, ...]:
+    """Return four models, of which the absent ones repeat the first; bias; settings.
+
+    Args:
+        inputs (MixtureSampleInputs): of tensors or of Slots.
+    """
     logits, settings, bias = inputs.logits, inputs.settings, inputs.bias
     first = logits[0]
     return (*logits, *(first,) * (4 - len(logits)), settings if bias is None else bias, settings)
@@ -45,7 +47,7 @@ def kernel_arguments(inputs: MixtureSampleInputs) -> KernelArguments:
     strides.append(bias.stride(0) if bias is not None and bias.ndim == 2 else 0)
     strides.append(settings.stride(0) if settings.shape[0] > 1 else 0)
     flags = {"MODELS": len(inputs.logits), "HAS_BIAS": bias is not None, "enable_fp_fusion": False}
-    return KernelArguments(len(tensors), (*strides, inputs.vocabulary), flags)
+    return KernelArguments((*strides, inputs.vocabulary), flags)
 
 
 @triton.jit
