@@ -199,12 +199,15 @@ def test_every_plan_of_the_rooms_gives_the_same_result() -> None:
         "logprobs": lambda: nlhf_kernels.logprobs(policy, torch.tensor([0, 699, 5]), other, kl=True, backend="triton"),
         "decode_attention": lambda: nlhf_kernels.decode_attention(query, keys, keys, ends=ends, backend="triton"),
         "decode_linear": lambda: nlhf_kernels.decode_linear(policy, other.repeat(7, 1), backend="triton"),
+        "decode_linear of two": lambda: nlhf_kernels.decode_linear(
+            policy, other.repeat(7, 1), None, policy.repeat(7, 1), None, 2, backend="triton"
+        ),
     }
     for op, call in calls.items():
         with tuning.record_launches() as launches:
             call()
         launch = launches[0]
-        assert (launch.tunable.op, launch.tunable.backend) == (op, "triton")
+        assert (launch.tunable.op, launch.tunable.backend) == (op.partition(" ")[0], "triton")
         plans = list(launch.tunable.candidates(launch.tunable.make(launch.default)))
         assert len(set(plans)) >= 8
         few = dict.fromkeys([plans[0], plans[len(plans) // 2], plans[-1]])
@@ -217,10 +220,11 @@ def test_every_plan_of_the_rooms_gives_the_same_result() -> None:
 
 def test_the_command_measures_and_shows(capsys) -> None:
     """A dry run of less than a second in the interpreter prints plans in lines of at most 80 columns."""
-    sizes = ["--vocabulary", "64", "--rows", "1", "--products", "16x32", "--dtype", "float32"]
+    sizes = ["--vocabulary", "64", "--rows", "1", "--products", "16x32", "--one-pass", "--dtype", "float32"]
     assert main(["tune", "--dry-run", *sizes, "--minutes", "0.01"]) == 0
     output = capsys.readouterr().out
     assert "decode_linear triton" in output and "16 x 32 x 16 float32" in output
+    assert "weights" in output, "of two models in one launch"
     assert re.search(r"torch: [\d,]+ us", output), "the product that the kernel has to beat"
     assert "mixture_sample triton" in output and "any x 64 float32" in output and "tile=" in output
     assert all(len(line) <= 80 for line in output.splitlines())

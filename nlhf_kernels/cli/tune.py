@@ -47,6 +47,7 @@ class Sizes(NamedTuple):
     kv_heads: int = 0
     head_dim: int = 0
     products: tuple[tuple[int, int], ...] = ()  # (width, columns) of linear layers
+    one_pass: bool = False  # whether two models' products are tuned, too
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="width x columns of linear layers, besides the model's: 896x1152",
     )
     parser.add_argument(
+        "--one-pass",
+        action="store_true",
+        help="tune the products of two models in one launch, too, as rollouts with one_pass=True take them",
+    )
+    parser.add_argument(
         "--games", type=_pair, nargs="+", default=[], metavar="GxA", help="games x actions of mirror_descent: 8x2048"
     )
     parser.add_argument(
@@ -78,7 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _check(arguments, device)
     sizes = model_sizes(arguments.model) if arguments.model else Sizes(arguments.vocabulary)
-    sizes = sizes._replace(products=tuple(dict.fromkeys((*sizes.products, *arguments.products))))
+    products = tuple(dict.fromkeys((*sizes.products, *arguments.products)))
+    sizes = sizes._replace(products=products, one_pass=arguments.one_pass)
     console = new_console()
     launches = find_launches(
         operations(sizes, arguments.rows, arguments.games, getattr(torch, arguments.dtype), device)
@@ -175,9 +182,11 @@ def operations(
             ends = torch.full((count,), POSITIONS, dtype=torch.int64, device=device)
             yield Operation("decode_attention", (query, keys, values), {"ends": ends})
     for width, columns in sizes.products:
-        weight = normal(columns, width)
+        weight, rest = normal(columns, width), normal(columns, width) if sizes.one_pass else None
         for count in (count for count in rows if count <= MAX_ROWS):
             yield Operation("decode_linear", (normal(count, width), weight))
+            if rest is not None:
+                yield Operation("decode_linear", (normal(2 * count, width), weight, None, rest, None, count))
     tokens = min(TOKENS, 32 * max(rows))
     policy, reference = normal(tokens, sizes.vocabulary).requires_grad_(), normal(tokens, sizes.vocabulary)
     targets = torch.randint(sizes.vocabulary, (tokens,), dtype=torch.int64, device=device)

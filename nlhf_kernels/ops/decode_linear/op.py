@@ -9,7 +9,7 @@ import torch
 
 from ...core import torch_op, tuning
 from ...core.calls import Calls
-from ...core.checks import FLOATS, Sizes, check_is_tensor, check_not_empty, check_tensor
+from ...core.checks import FLOATS, Sizes, check_integer, check_is_tensor, check_not_empty, check_tensor
 from ...core.registry import Backend, Measured, Op, register
 
 _HERE = "nlhf_kernels.ops.decode_linear"
@@ -21,25 +21,39 @@ class DecodeLinearInputs(NamedTuple):
     x: torch.Tensor  # (R, D) float32, bfloat16 or float16
     weight: torch.Tensor  # (N, D), its rows contiguous
     bias: torch.Tensor | None  # (N,)
+    rest_weight: torch.Tensor | None  # (N, D): of all rows but the first
+    rest_bias: torch.Tensor | None  # (N,): None where `bias` is
+    first: int  # rows that take `weight`, where there is a `rest_weight`
     backend: str
 
 
 class DecodeLinearProblem(NamedTuple):
     device: torch.device
     dtype: torch.dtype
-    rows: int
+    rows: int  # of one weight, at most
     width: int  # D
     columns: int  # N
+    weights: int = 1
 
 
-def problem_of(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> DecodeLinearProblem:
+def problem_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rest_weight: torch.Tensor | None = None,
+    rest_bias: torch.Tensor | None = None,
+    first: int = 0,
+) -> DecodeLinearProblem:
     """Describe a call: its device, dtype and sizes."""
-    return DecodeLinearProblem(x.device, x.dtype, x.shape[0], x.shape[1], weight.shape[0])
+    rows = x.shape[0]
+    weights = 1 if rest_weight is None or first in (0, rows) else 2
+    share = rows if weights == 1 else max(first, rows - first)
+    return DecodeLinearProblem(x.device, x.dtype, share, x.shape[1], weight.shape[0], weights)
 
 
 def _triton_limits(problem: DecodeLinearProblem) -> list[str]:
     if problem.rows > MAX_ROWS:
-        return [f"rows: all rows share one tile, at most {MAX_ROWS}; got {problem.rows}"]
+        return [f"rows: all rows of a weight share one tile, at most {MAX_ROWS}; got {problem.rows}"]
     return []
 
 
@@ -47,7 +61,8 @@ def workload_of(problem: DecodeLinearProblem) -> tuning.Workload:
     """Describe a product to the tuner: all numbers of rows up to LEAST_ROWS are one workload."""
     dtype = str(problem.dtype).removeprefix("torch.")
     rows = max(LEAST_ROWS, 1 << (problem.rows - 1).bit_length()) if problem.rows else LEAST_ROWS
-    return tuning.Workload(rows, (problem.columns, problem.width), dtype)
+    variant = "two weights" if problem.weights == 2 else ""
+    return tuning.Workload(rows, (problem.columns, problem.width), dtype, variant)
 
 
 def measured_faster(problem: DecodeLinearProblem) -> bool:
@@ -82,29 +97,47 @@ OP = register(
 
 
 def _check(inputs: DecodeLinearInputs) -> DecodeLinearProblem:
-    x, weight, bias, _ = inputs
+    x, weight, bias, rest_weight, rest_bias, first, _ = inputs
     op = OP.name
     sizes: Sizes = {}
     check_tensor(op, "x", x, ("rows", "width"), FLOATS, sizes)
-    check_tensor(op, "weight", weight, ("columns", "width"), (x.dtype,), sizes, x.device)
-    check_not_empty(op, "weight", sizes, "columns", "width")
-    if weight.stride(1) != 1 and weight.shape[1] > 1:
-        raise ValueError(
-            f"{op}: weight: expected contiguous rows, a weight is not copied; got strides {weight.stride()}"
-        )
-    if bias is not None:
-        check_tensor(op, "bias", bias, ("columns",), (x.dtype,), sizes, x.device)
-    return problem_of(x, weight)
+    for name, value in (("weight", weight), ("rest_weight", rest_weight)):
+        if value is None:
+            continue
+        check_tensor(op, name, value, ("columns", "width"), (x.dtype,), sizes, x.device)
+        check_not_empty(op, name, sizes, "columns", "width")
+        if value.stride(1) != 1 and value.shape[1] > 1:
+            raise ValueError(
+                f"{op}: {name}: expected contiguous rows, a weight is not copied; got strides {value.stride()}"
+            )
+    for name, value in (("bias", bias), ("rest_bias", rest_bias)):
+        if value is not None:
+            check_tensor(op, name, value, ("columns",), (x.dtype,), sizes, x.device)
+    if rest_weight is None:
+        if rest_bias is not None:
+            raise ValueError(f"{op}: rest_bias: expected None without a rest_weight; got a tensor")
+        check_integer(op, "first", first, 0, 0)
+    else:
+        if (bias is None) != (rest_bias is None):
+            expected, got = ("None", "a tensor") if bias is None else ("a tensor", "None")
+            raise ValueError(f"{op}: rest_bias: expected {expected}, as bias; got {got}")
+        check_integer(op, "first", first, 0, x.shape[0])
+    return problem_of(*inputs[:-1])
 
 
 _calls = Calls(OP, DecodeLinearInputs, _check)
 
 
 def _run(inputs: DecodeLinearInputs) -> torch.Tensor:
-    x, weight, bias, backend = inputs
-    if not (x.is_contiguous() and (bias is None or bias.is_contiguous())):
+    x, weight, bias, rest_weight, rest_bias, first, backend = inputs
+    one_serves_all = rest_weight is not None and first in (0, len(x))
+    if one_serves_all or not all(each is None or each.is_contiguous() for each in (x, bias, rest_bias)):
         _check(inputs)
-        inputs = DecodeLinearInputs(x.contiguous(), weight, None if bias is None else bias.contiguous(), backend)
+        if one_serves_all and rest_weight is not None:
+            weight, bias = (weight, bias) if first else (rest_weight, rest_bias)
+            rest_weight, rest_bias, first = None, None, 0
+        bias, rest_bias = (None if each is None else each.contiguous() for each in (bias, rest_bias))
+        inputs = DecodeLinearInputs(x.contiguous(), weight, bias, rest_weight, rest_bias, first, backend)
     result: torch.Tensor = _calls.run(inputs)
     return result
 
@@ -121,25 +154,40 @@ _operator: Callable[[DecodeLinearInputs], torch.Tensor] = torch_op.define(
 
 
 def decode_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rest_weight: torch.Tensor | None = None,
+    rest_bias: torch.Tensor | None = None,
+    first: int = 0,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:  # (R, N)
     """Return x weight^T + bias for the few rows of a decoding step. Not differentiable; gradients are not recorded.
 
-    Sums are in float32 and always in one order: the same call gives the same bits, a captured graph's replay included.
+    Two models of one shape take one launch: with `rest_weight`, the `first` rows are one model's and take `weight`, the
+    rest are the other's. Sums are in float32 and always in one order: the same call gives the same bits, a captured
+    graph's replay included.
 
     Args:
         x ((R, D) float32, bfloat16 or float16): a vector a row.
         weight ((N, D), dtype as x): the layer's, as torch.nn.Linear holds it; rows contiguous.
         bias ((N,), dtype as x): likewise; None is none.
+        rest_weight ((N, D), dtype as x): of all rows but the first; None: all rows take `weight`.
+        rest_bias ((N,), dtype as x): likewise, where there is a bias.
+        first (int in [0, R]): rows that take `weight`, where there is a `rest_weight`.
         backend: see `use_backend`; None leaves the choice to it: PyTorch's product, and Triton's where `nlhf-kernels
             tune` has measured it faster on this GPU.
     """
     for name, value in (("x", x), ("weight", weight)):
         check_is_tensor(OP.name, name, value)
-    if bias is not None:
-        check_is_tensor(OP.name, "bias", bias)
-    bias = None if bias is None else _detached(bias)
-    return _operator(DecodeLinearInputs(_detached(x), _detached(weight), bias, backend or ""))
+    optional = {"bias": bias, "rest_weight": rest_weight, "rest_bias": rest_bias}
+    for name, option in optional.items():
+        if option is not None:
+            check_is_tensor(OP.name, name, option)
+    bias, rest_weight, rest_bias = (None if option is None else _detached(option) for option in optional.values())
+    operands = DecodeLinearInputs(_detached(x), _detached(weight), bias, rest_weight, rest_bias, first, backend or "")
+    return _operator(operands)
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:

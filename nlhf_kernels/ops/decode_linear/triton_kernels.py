@@ -1,4 +1,4 @@
-"""decode_linear in Triton: a program per block of columns and split of the width, then a sum of the splits.
+"""decode_linear in Triton: a program per block of columns, split of the width and weight; then a sum of the splits.
 
 Equation numbers are those of README.md.
 """
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     stages: int  # tiles in flight
 
 
-def default_plan(rows: int, columns: int, width: int, itemsize: int) -> Plan:
+def default_plan(rows: int, columns: int, width: int, itemsize: int, weights: int = 1) -> Plan:
     """Choose tiles by arithmetic: not measured.
 
     A program reads its columns of the weight and all of x. With twice as many columns as rows, x, which comes from the
@@ -39,7 +39,7 @@ def default_plan(rows: int, columns: int, width: int, itemsize: int) -> Plan:
     block = max(32, 2 * rows)
     depth = 128 // itemsize
     splits = 1
-    while splits < 16 and -(-columns // block) * splits * 2 <= _PROGRAMS and width >= 4 * splits * depth:
+    while splits < 16 and -(-columns // block) * weights * splits * 2 <= _PROGRAMS and width >= 4 * splits * depth:
         splits *= 2
     return Plan(block, depth, splits, 4, 4)
 
@@ -62,10 +62,12 @@ def product_kernel(
     x,  # (rows, width)
     weight,  # (columns, width), rows of stride weight_row
     bias,  # (columns,)
+    rest_weight,  # of all rows but the first, where TWO
+    rest_bias,
     out,  # (rows, columns); with splits (SPLITS, rows, columns) float32, without the bias
-    rows, columns, width, weight_row,
+    rows, first, columns, width, weight_row, rest_weight_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TWO: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row, lane = tl.arange(0, ROWS), tl.arange(0, DEPTH)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -74,8 +76,17 @@ def product_kernel(
     begin = split * tiles * DEPTH
     end = tl.minimum(width, begin + tiles * DEPTH)
     # Rows and columns past the end read the last one again: loads stay whole vectors, and their sums are not stored.
-    x_at = x + tl.minimum(row, rows - 1)[:, None] * width + (begin + lane)[None, :]
-    weight_at = weight + tl.minimum(column, columns - 1).to(tl.int64)[:, None] * weight_row + (begin + lane)[None, :]
+    stored = tl.minimum(column, columns - 1).to(tl.int64)
+    weight_at, bias_at = weight + stored * weight_row, bias + column
+    end_row = rows
+    if TWO:
+        is_rest = tl.program_id(2) == 1
+        row += tl.where(is_rest, first, 0)
+        end_row = tl.where(is_rest, rows, first)
+        weight_at = tl.where(is_rest, rest_weight + stored * rest_weight_row, weight_at)
+        bias_at = tl.where(is_rest, rest_bias + column, bias_at)
+    x_at = x + tl.minimum(row, end_row - 1)[:, None] * width + (begin + lane)[None, :]
+    weight_at = weight_at[:, None] + (begin + lane)[None, :]
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(begin, end, DEPTH):
         if WHOLE:
@@ -92,18 +103,19 @@ def product_kernel(
         weight_at += DEPTH
     inside = column < columns
     if HAS_BIAS and SPLITS == 1:
-        sums += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
     target = (split * rows + row).to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(out + target, sums.to(out.dtype.element_ty), mask=(row < rows)[:, None] & inside[None, :])
+    tl.store(out + target, sums.to(out.dtype.element_ty), mask=(row < end_row)[:, None] & inside[None, :])
 
 
 @triton.jit
 def sum_kernel(
     partial,  # (SPLITS, size)
     bias,  # (columns,)
+    rest_bias,  # from the result `first_size` on, where TWO
     out,  # (size,)
-    columns, size,
-    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    columns, size, first_size,
+    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add the splits in their order, then the bias: (2)."""
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -112,7 +124,10 @@ def sum_kernel(
     for split in tl.static_range(SPLITS):
         total += tl.load(partial + tl.cast(split, tl.int64) * size + element, mask=inside, other=0.0)
     if HAS_BIAS:
-        total += tl.load(bias + element % columns, mask=inside, other=0.0).to(tl.float32)
+        of_first = inside & (element < first_size) if TWO else inside
+        total += tl.load(bias + element % columns, mask=of_first, other=0.0).to(tl.float32)
+        if TWO:
+            total += tl.load(rest_bias + element % columns, mask=inside & ~of_first, other=0.0).to(tl.float32)
     tl.store(out + element, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -123,30 +138,35 @@ def decode_linear(inputs: DecodeLinearInputs) -> torch.Tensor:
 
 def prepare(inputs: DecodeLinearInputs) -> Callable[[DecodeLinearInputs], torch.Tensor]:
     """Return the function that multiplies with inputs of this signature: what depends on sizes is computed once."""
-    x, weight, bias, _ = inputs
-    (rows, width), columns = x.shape, weight.shape[0]
+    x, weight, bias, rest_weight, _, first, _ = inputs
+    (rows, width), columns, two = x.shape, weight.shape[0], rest_weight is not None
     if not rows:
         return empty_result
-    padded = max(LEAST_ROWS, triton.next_power_of_2(rows))
-    default = default_plan(padded, columns, width, x.element_size())
-    plan = _TUNABLE.plan(x.device, workload_of(problem_of(x, weight)), default)
+    problem = problem_of(*inputs[:-1])
+    padded = max(LEAST_ROWS, triton.next_power_of_2(problem.rows))
+    default = default_plan(padded, columns, width, x.element_size(), problem.weights)
+    plan = _TUNABLE.plan(x.device, workload_of(problem), default)
     slots, out = slots_of(inputs), Slot(Source.RESULT, 0)
     partial = Result((plan.splits, rows, columns), torch.float32)
     scratch = Scratch(*([partial] if plan.splits > 1 else ()))
     written, bias_slot = scratch.slots[0] if plan.splits > 1 else out, slots.bias or slots.x
+    biases = (bias_slot, slots.rest_bias or bias_slot)
+    rest_row = (weight if rest_weight is None else rest_weight).stride(0)
     product = Launch(
-        product_kernel, (triton.cdiv(columns, plan.columns), plan.splits),
-        (slots.x, slots.weight, bias_slot, written), (rows, columns, width, weight.stride(0)),
+        product_kernel, (triton.cdiv(columns, plan.columns), plan.splits, problem.weights),
+        (slots.x, slots.weight, biases[0], slots.rest_weight or slots.weight, biases[1], written),
+        (rows, first, columns, width, weight.stride(0), rest_row),
         {
             "ROWS": padded, "COLUMNS": plan.columns, "DEPTH": plan.depth, "SPLITS": plan.splits,
-            "WHOLE": width % plan.depth == 0, "HAS_BIAS": bias is not None,
+            "WHOLE": width % plan.depth == 0, "HAS_BIAS": bias is not None, "TWO": two,
             "WIDE": settings.triton_interpret,  # the interpreter multiplies the bit patterns of bfloat16
             "num_warps": plan.warps, "num_stages": plan.stages,
         },
     )  # fmt: skip
     total = Launch(
-        sum_kernel, (triton.cdiv(rows * columns, _SUM_BLOCK),), (written, bias_slot, out), (columns, rows * columns),
-        {"SPLITS": plan.splits, "HAS_BIAS": bias is not None, "BLOCK": _SUM_BLOCK},
+        sum_kernel, (triton.cdiv(rows * columns, _SUM_BLOCK),), (written, *biases, out),
+        (columns, rows * columns, first * columns),
+        {"SPLITS": plan.splits, "HAS_BIAS": bias is not None, "TWO": two, "BLOCK": _SUM_BLOCK},
     )  # fmt: skip
     launches = [product, total] if plan.splits > 1 else [product]
     return TritonCall(x.device, [Result((rows, columns), x.dtype)], scratch, launches)
