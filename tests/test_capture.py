@@ -91,6 +91,22 @@ def watched_engine(architecture: str, monkeypatch: Any, fused: bool, **options: 
     return RolloutEngine(*models, recorder=_Watched(), bucket=32, fused=fused, **options)
 
 
+@pytest.mark.parametrize("options", [{"fused": False}, {"fused": True}, {"fused": True, "linear": True}], ids=str)
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3", "qwen3"])
+def test_steps_of_two_models_in_one_pass(architecture, options, monkeypatch) -> None:
+    if options["fused"] and capabilities.triton_missing():
+        pytest.skip("needs triton")
+    monkeypatch.setattr(model_set, "why_not_usable", lambda device: None)
+    models = tiny(architecture, seed=1), tiny(architecture, seed=2)
+    if not can_be_recorded(models[0]):
+        pytest.skip("this transformers makes eager masks of a number on the host; the engine takes eager steps")
+    for model in models:
+        model.config.pad_token_id = None
+    engine = RolloutEngine(*models, recorder=_Watched(), bucket=16, one_pass=True, **options)
+    assert watch_steps(engine, slices=False) == 4
+    assert engine.models.active_pair is not None
+
+
 def watch_steps(engine: RolloutEngine, *, slices: bool) -> int:
     """Read prompts twice and take a rollout's steps on the meta device; return the number of steps."""
     batch = padded(prompts((9, 9)))

@@ -21,7 +21,7 @@ def test_every_rival_has_a_time(tmp_path, capsys) -> None:
         assert rollout.main(["--preset", "tiny", "--device", "cpu", "--out", str(out)]) == 0
     every = read_rows(out)
     rows = [row for row in every if row.kind != "part"]
-    two_models = ["engine", rollout.SDPA, rollout.PRODUCTS, *rollout.RIVALS]
+    two_models = ["engine", rollout.SDPA, rollout.PRODUCTS, rollout.ONE_PASS, *rollout.RIVALS]
     assert [row.key.implementation for row in rows] == [*two_models, rollout.LORA]
     assert all(row.timing is not None for row in rows) and all(row.speedup is not None for row in rows[:-1])
     assert rows[-1].accuracy.error < rows[-1].accuracy.allowed

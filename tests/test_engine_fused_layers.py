@@ -86,6 +86,24 @@ def test_rms_norm_of_columns(tokens) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 1, 32), (5, 100), (5, 3, 4, 8)], ids=str)
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_rms_norm_of_two_models(first, shape, dtype) -> None:
+    """The first entries take one weight, with all their tokens and heads, and the rest the other."""
+    x, weight, rest = (
+        3 * normal(*shape, dtype=dtype),
+        *(1 + normal(shape[-1], dtype=dtype, seed=seed) for seed in (1, 2)),
+    )
+    wide = x.double()
+    normed = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    truth = torch.cat([weight.double() * normed[:first], rest.double() * normed[first:]])
+    kernel, oracle = (each.rms_norm(x, weight, 1e-6, rest, first) for each in (triton_kernels, layer_oracle))
+    assert_exact(kernel, oracle, truth)
+    parts = layer_oracle.rms_norm(x[:first], weight, 1e-6), layer_oracle.rms_norm(x[first:], rest, 1e-6)
+    assert torch.equal(oracle, torch.cat(parts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 1, 40), (2, 3, 1500), (2, 1024), (0, 1, 8)], ids=str)
 def test_silu_product(shape, dtype) -> None:
     both = 4 * normal(*shape[:-1], 2 * shape[-1], dtype=dtype)

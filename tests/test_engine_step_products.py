@@ -66,7 +66,7 @@ def test_auto_takes_measured_products_only(products, monkeypatch) -> None:
     """A layer whose product was measured faster for some number of rows calls the op, which decides by rows."""
     measured = []
     monkeypatch.setattr(
-        step_products, "measured_faster", lambda problem: measured.append(problem) or problem[2:] == (32, 40, 32)
+        step_products, "measured_faster", lambda problem: measured.append(problem) or problem[2:] == (32, 40, 32, 1)
     )
     policy, reference = tiny_pair("llama")
     down = tuple(policy.model.layers[0].mlp.down_proj.weight.shape)

@@ -129,6 +129,21 @@ def test_products_of_few_rows_give_the_logits_of_full_forward_passes(models) -> 
         assert worst_error(responses, policy, reference, [row.cuda() for row in rows], beta) < 1e-3
 
 
+@pytest.mark.parametrize("options", [{"fused": False}, {}, {"linear": True}], ids=str)
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2", "qwen3"])
+def test_two_models_in_one_captured_pass(architecture, options) -> None:
+    policy, reference = (tiny(architecture, seed=seed).cuda() for seed in (1, 2))
+    rows = prompts()
+    engine = RolloutEngine(policy, reference, bucket=32, one_pass=True, **options)
+    for _ in range(2):  # the second pass replays the captured graphs with changed weights
+        result = engine.rollout(**_batch(rows), players=nash_md(BETA, samples=2), settings=settings(12))
+        assert result.notes == () and len(engine.graphs.recorded) == 1 and engine.models.active_pair is not None
+        for responses, beta in zip(result, (0.0, BETA), strict=True):
+            assert worst_error(responses, policy, reference, [row.cuda() for row in rows], beta, samples=2) < 1e-3
+        for parameter in policy.parameters():
+            parameter.data.mul_(1.05)
+
+
 def test_adapter_and_base_in_one_captured_pass() -> None:
     base = tiny("llama").cuda()
     policy = adapted(tiny("llama")).cuda()

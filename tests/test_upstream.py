@@ -72,6 +72,27 @@ def test_uncompiled() -> None:
     assert upstream.uncompiled(model) is model
 
 
+def test_has_forward_hooks() -> None:
+    layer = torch.nn.Linear(2, 2)
+    assert not upstream.has_forward_hooks(layer)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert upstream.has_forward_hooks(layer)
+        handle.remove()
+        assert not upstream.has_forward_hooks(layer)
+
+
+def test_observing_operations() -> None:
+    """Views of a tensor are operations too, and results are those of the operations."""
+    seen, x = [], torch.ones(2, 3)
+    with torch.no_grad(), upstream.observing_operations(lambda name, tensors: seen.append((name, len(tensors)))):
+        result = torch.cat([x.t().t(), x])
+    assert result.shape == (4, 3)
+    assert seen == [("aten.t.default", 1), ("aten.t.default", 1), ("aten.cat.default", 2)]
+    x.add_(1)
+    assert len(seen) == 3
+
+
 def test_finite_attention_gradients() -> None:
     """Settings are restored, also after an exception. tests/test_gpu_contracts.py shows the cause."""
     for enabled in (True, False):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import FrameType
 from typing import Any
@@ -53,6 +53,11 @@ def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Return whether hooks run before or after this module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def uncompiled(model: Any) -> Any:
     """Return the model inside what torch.compile made of it, whose forward names its arguments."""
     return getattr(model, "_orig_mod", model)
@@ -94,6 +99,21 @@ def keep_unsharded(module: Any) -> Iterator[None]:
             group.post_forward_mesh_info = mesh_info
         if automatic is not None:
             state._auto_reshard_after_forward = automatic
+
+
+def observing_operations(observe: Callable[[str, list[torch.Tensor]], None]) -> AbstractContextManager[Any]:
+    """Return a context in which `observe` gets the name of every operation of PyTorch's, and the tensors it takes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Observed(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            leaves = tree_leaves((arguments, options))
+            observe(str(operation), [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+            return operation(*arguments, **(options or {}))
+
+    context: AbstractContextManager[Any] = Observed()  # type: ignore[no-untyped-call]
+    return context
 
 
 def _included_keys() -> int:
@@ -247,8 +267,7 @@ def longrope_reads_positions() -> bool:
     """
     from transformers.modeling_rope_utils import dynamic_rope_update
 
-    source = inspect.getsource(dynamic_rope_update)
-    return "if seq_len > original_max_position_embeddings" in source
+    return "if seq_len > original_max_position_embeddings" in inspect.getsource(dynamic_rope_update)
 
 
 def experts_name(config: Any) -> str | None:

@@ -19,13 +19,19 @@ ROWS = range(7, 16)
 
 def fast_cpu_heads(models: Sequence[Any]) -> AbstractContextManager[None]:
     """Replace the forward of these models' heads where they are plain float32 linear layers on the CPU."""
-    heads = {head for model in models if _is_plain(head := model.get_output_embeddings())}
+    heads = {head for model in models if is_plain(head := model.get_output_embeddings())}
     return replaced_forwards([(head, _weights_first(head)) for head in heads])
 
 
-def _is_plain(head: Any) -> bool:
+def is_plain(head: Any) -> bool:
+    """Whether a head is a plain float32 linear layer on the CPU."""
     linear = type(head) is torch.nn.Linear
     return linear and head.weight.device.type == "cpu" and head.weight.dtype == torch.float32
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # (R, D), (V, D) -> (R, V), R in ROWS
+    """x weight^T, computed as (weight x^T)^T."""
+    return (weight @ x.T).T
 
 
 def _weights_first(head: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -35,6 +41,6 @@ def _weights_first(head: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tens
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) not in ROWS or head.bias is not None or x.dtype != torch.float32:
             return usual(x)
-        return (head.weight @ flat.T).T.contiguous().view(*x.shape[:-1], -1)
+        return product(flat, head.weight).contiguous().view(*x.shape[:-1], -1)
 
     return forward

@@ -66,6 +66,10 @@ class RolloutEngine:
         linear ("auto" or bool): the products of a step's linear layers by `decode_linear` on a GPU: "auto": those for
             which `nlhf-kernels tune` measured Triton faster than cuBLAS; True: all, by plans that are not measured
             unless `tune` did; False: none. Models with adapters and those that processes share keep PyTorch's.
+        one_pass ("auto" or bool): policy and reference in one forward pass over the rows of both: "auto": a policy with
+            adapters and its base; True: two models of one architecture as well, for which a step's products with both
+            weights are one launch each with `linear=True`; False: a pass each. Notes say where that cannot be; compiled
+            steps and models that processes share are of one model each.
         graphs ("auto", bool or "steps"): what is recorded on a GPU: "auto": steps, and passes over prompts that would
             take the host longer than the GPU; True: all passes over prompts, too; "steps": steps alone; False: nothing.
         recorder: what records; None: CUDA graphs on a GPU, nothing elsewhere.
@@ -87,6 +91,7 @@ class RolloutEngine:
         compile: bool | str = False,
         fused: bool | str = "auto",
         linear: bool | str = "auto",
+        one_pass: bool | str = "auto",
         graphs: bool | str = "auto",
         recorder: Recorder | None = None,
         bucket: int = BUCKET,
@@ -99,13 +104,25 @@ class RolloutEngine:
             raise ValueError(f"{op}: fused: expected auto, products, layers, True or False; got {excerpt(fused)}")
         if linear != "auto" and not isinstance(linear, bool):
             raise ValueError(f"{op}: linear: expected auto, True or False; got {excerpt(linear)}")
+        if one_pass != "auto" and not isinstance(one_pass, bool):
+            raise ValueError(f"{op}: one_pass: expected auto, True or False; got {excerpt(one_pass)}")
         if compile != "auto" and not isinstance(compile, bool):
             raise ValueError(f"{op}: compile: expected auto, True or False; got {excerpt(compile)}")
         if graphs not in ("auto", "steps") and not isinstance(graphs, bool):
             raise ValueError(f"{op}: graphs: expected auto, steps, True or False; got {excerpt(graphs)}")
         self.fused = fused
         self.models = ModelSet(
-            op, policy, reference, opponent, vocab_size, use_cache, attention, compile is True, fused, linear
+            op,
+            policy,
+            reference,
+            opponent,
+            vocab_size,
+            use_cache,
+            attention,
+            compile is True,
+            fused,
+            linear,
+            one_pass,
         )
         self.device = self.models.device
         #: Rollouts that the caller expects to ask for, the next included: compile="auto" counts their steps.
@@ -125,7 +142,7 @@ class RolloutEngine:
         if self.graphs is not None:
             self.models.check_static_shapes(bucket)
         self._space: Workspace | None = None
-        self._capacity: tuple[dict[str, int], int, int, tuple[str, ...]] | None = None
+        self._capacity: tuple[dict[str, int], int, int, tuple[str, ...], bool] | None = None
         self._busy = Lock()
 
     @property
@@ -331,6 +348,9 @@ class RolloutEngine:
 
     def _run(self, request: Request) -> RolloutResult:
         space = self._workspace(request)
+        if self.models.why_not_paired is not None:
+            note = f"policy and reference take a forward pass each: {self.models.why_not_paired}"
+            request = replace(request, notes=(*request.notes, note))
         graphs = None if request.eager else self.graphs
         with self.models.fused():
             state = None if graphs is None else graphs.number_of(self.models.recorded_state)
@@ -347,11 +367,12 @@ class RolloutEngine:
         rows = rows_by_model(len(request.prompts.ids), request.players, self.has_reference)
         length, steps = self._length(request.prompts.width, request.settings), request.settings.max_new_tokens
         if self._space is not None and self._capacity is not None:
-            row_capacity, slots, step_capacity, logprobs = self._capacity
+            row_capacity, slots, step_capacity, logprobs, paired = self._capacity
             if (
                 row_capacity.keys() == rows.keys()
                 and all(row_capacity[role] >= rows[role] for role in rows)
                 and (slots >= length and step_capacity >= steps and logprobs == request.logprobs)
+                and paired == (self.models.active_pair is not None)
             ):
                 return self._space
         self.release()  # before the next allocation: memory may not hold both
@@ -376,7 +397,7 @@ class RolloutEngine:
             seed=torch.zeros((), dtype=torch.int64, device=self.device),
             bias=torch.zeros(request.vocabulary, dtype=torch.float32, device=self.device),
         )
-        self._capacity = (rows, length, steps, request.logprobs)
+        self._capacity = (rows, length, steps, request.logprobs, self.models.active_pair is not None)
         return self._space
 
     def _length(self, prompt_length: int, settings: RolloutSettings) -> int:

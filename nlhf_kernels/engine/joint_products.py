@@ -15,6 +15,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +24,7 @@ import torch
 from ..core.upstream import copy_all, modules_of, version_of
 from ..core.vocabulary import is_dtensor
 from .contexts import replaced_forwards
+from .pairs import ModelPair
 from .peft_models import adapted_layers
 from .step_products import Linear
 
@@ -60,8 +63,11 @@ class JointProducts:
         return sum(weight.numel() * weight.element_size() for group in joinable.values() for weight, _ in group)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Copy the weights side by side, and compute each group of layers by one product."""
+    def applied(self, pair: ModelPair | None = None) -> Iterator[None]:
+        """Copy the weights side by side, and compute each group of layers by one product.
+
+        With a `pair`, its policy's products are those of both models.
+        """
         products = {}
         joinable, self.separate = self._joinable()
         for index, weights in joinable.items():
@@ -71,6 +77,10 @@ class JointProducts:
             products[index] = product
         self._products = products
         load(list(zip(products.values(), joinable.values(), strict=True)))
+        by_layer: dict[Any, JointProduct] = {product.layers[0]: product for product in products.values()}
+        for layer, product in by_layer.items():
+            other = None if pair is None else pair.others.get(layer)  # None for the reference's own and an opponent's
+            product.serve(pair, None if other is None else by_layer[other])
         forwards = [pair for product in products.values() for pair in product.forwards]
         try:
             with replaced_forwards(forwards):
@@ -166,6 +176,8 @@ class JointProduct:
             self.targets += [self.bias[c] for c, biased in zip(self.columns, self.biased, strict=True) if biased]
         #: The same functions for every rollout: a compiled model is compiled anew for others.
         self.forwards = [(layer, self._forward(index)) for index, layer in enumerate(layers)]
+        self._serves: tuple[ModelPair | None, JointProduct | None] | None = None
+        self.serve(None, None)
         self.forget()
 
     def fits(self, weights: Weights) -> bool:
@@ -173,6 +185,21 @@ class JointProduct:
         first, _ = weights[0]
         same = (first.dtype, first.device) == (self.weight.dtype, self.weight.device)
         return same and [bias is not None for _, bias in weights] == self.biased
+
+    def serve(self, pair: ModelPair | None, other: JointProduct | None) -> None:
+        """Compute this group's product; with a pair and the other model's product of the same layers, both."""
+        if self._serves == (pair, other):
+            return
+        self._serves = pair, other
+        self.together: Callable[[torch.Tensor], torch.Tensor]
+        self.separate: list[Callable[[torch.Tensor], torch.Tensor]]
+        if pair is None or other is None:
+            self.together = partial(_product, self.linear, self)
+            self.separate = [partial(_product, None, layer) for layer in self.layers]
+        else:
+            self.together = pair.linear(self, other)
+            pairs = zip(self.layers, other.layers, strict=True)
+            self.separate = [pair.linear(layer, counterpart) for layer, counterpart in pairs]
 
     def forget(self) -> None:
         """Drop the last product."""
@@ -182,17 +209,17 @@ class JointProduct:
         self.waiting: set[int] = set()  # layers that have not taken their columns yet
 
     def _forward(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        layer, columns = self.layers[index], self.columns[index]
+        columns = self.columns[index]
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             if self.waiting and (index not in self.waiting or x is not self.input or _writes(x) != self.version):
                 self.joined = False  # the layers do not read one input, or not all are called
                 self.forget()
             if not self.joined:
-                return torch.nn.functional.linear(x, layer.weight, layer.bias)
+                return self.separate[index](x)
             if not self.waiting:
                 self.input, self.version = x, _writes(x)
-                self.output = (self.linear or torch.nn.functional.linear)(x, self.weight, self.bias)
+                self.output = self.together(x)
                 self.waiting = set(range(len(self.layers)))
             assert self.output is not None
             result = self.output[..., columns]
@@ -214,6 +241,10 @@ def load(products: Sequence[tuple[JointProduct, Weights]]) -> None:
         sources += [weight for weight, _ in weights] + [bias for _, bias in weights if bias is not None]
     with torch.no_grad():
         copy_all(targets, sources)
+
+
+def _product(linear: Linear | None, layer: Any, x: torch.Tensor) -> torch.Tensor:
+    return (linear or torch.nn.functional.linear)(x, layer.weight, layer.bias)
 
 
 def _writes(x: torch.Tensor) -> int:

@@ -24,9 +24,12 @@ from .contexts import eval_mode, locked
 from .cpu_head import fast_cpu_heads
 from .decode_state import DecodeState
 from .joint_products import JointProducts
+from .layers import oracle
 from .layers.fused import FusedLayers, why_not_usable
 from .lora import AdapterRunner, BaseRunner, why_not_one_pass, why_one_pass_differs
 from .model_info import ModelInfo, clone_with_parameters, inspect_model, rotations
+from .one_pass import OnePassRunner
+from .pairs import ModelPair, PairRunner
 from .peft_models import adapted_layers, adapter_state, check_base, is_adapted
 from .probes import examine, why_not_static
 from .request import Prompts
@@ -58,6 +61,7 @@ class ModelSet:
         compile: bool,
         fused: bool | str,  # True, False, "auto", "products" or "layers"
         linear: bool | str,  # True, False or "auto"
+        one_pass: bool | str,  # True, False or "auto"
     ) -> None:
         self.op, self.policy = op, policy
         self.notes: list[str] = []
@@ -85,7 +89,7 @@ class ModelSet:
         self.sharding = Sharding(op, self.info)
         for note in self.sharding.notes:
             self._note(note)
-        self.one_pass = self.shares_base and self._can_take_one_pass(use_cache)
+        self.one_pass = self.shares_base and one_pass is not False and self._can_take_one_pass(use_cache)
         self.compiled = self._compile() if compile else {}
         whole = {} if self.sharding.in_step else self.info  # weights of shared models are parts, or elsewhere
         if not whole and fused not in (False, "auto"):
@@ -96,6 +100,9 @@ class ModelSet:
         self.joint_products = JointProducts([info.model for info in whole.values()] if joins else [], linear_for)
         fuses = fused not in (False, "products") and not self.compiled  # torch.compile fuses layers by itself
         self.fused_layers = self._fuse_layers([info.model for info in whole.values()], fused) if fuses else None
+        self.pair = self._pair() if reference is not None and one_pass is True else None
+        self.active_pair: ModelPair | None = None  # in the rollout that runs
+        self.why_not_paired: str | None = None  # in that rollout
 
     # ---- checks at construction --------------------------------------------------------------------------------------
 
@@ -187,6 +194,22 @@ class ModelSet:
             self._note(f"PyTorch's products: {reason}")
         return StepProducts(models, linear is True) if linear and reason is None else None
 
+    def _pair(self) -> ModelPair:
+        product_for = None if self.step_products is None else self.step_products.product_for
+        functions = oracle if self.fused_layers is None else self.fused_layers.functions
+        return ModelPair(self.info["policy"], self.info["reference"], functions, product_for)
+
+    def _why_not_paired(self, pair: ModelPair) -> str | None:
+        """Why policy and reference take a forward pass each in the coming rollout; None where one serves both."""
+        if self.sharding.in_step:
+            return "processes share the models"
+        if self.compiled:
+            return "compiled steps are of one model each"
+        policy, opponent = self.info["policy"].model, self.info.get("opponent")
+        if opponent is not None and not set(policy.modules()).isdisjoint(opponent.model.modules()):
+            return "the opponent has modules of the policy"
+        return pair.why_two_passes()
+
     def _note(self, text: str) -> None:
         self.notes.append(text)
         _log.info("%s: %s", self.op, text)
@@ -257,8 +280,10 @@ class ModelSet:
     @contextmanager
     def fused(self) -> Iterator[None]:
         """Apply joint products, products of few rows and fused layers to the models in their current state."""
+        pair = self.active_pair
         with (
-            self.joint_products.applied(),
+            self.joint_products.applied(pair),
+            nullcontext() if pair is None else pair.applied(),
             self.step_products.applied() if self.step_products else nullcontext(),
             self.fused_layers.applied() if self.fused_layers else nullcontext(),
         ):
@@ -273,19 +298,25 @@ class ModelSet:
             gather: gather FSDP's parameters once, for all steps.
         """
         models = [info.model for info in self.info.values()]
-        eager = [info.model for role, info in self.info.items() if role not in self.compiled]
         by_kernel = [
             info.model
             for info in self.info.values()
             if info.decode_attention and attention_name(info.model.config) in REPLACED
         ]
         shared = self.sharding.decoding(self.info.values(), slices, gather)
-        with locked(*models), eval_mode(*models), fast_cpu_heads(eager), use_attention(by_kernel), shared:
-            yield
+        with locked(*models), eval_mode(*models):
+            self.why_not_paired = None if self.pair is None else self._why_not_paired(self.pair)
+            self.active_pair = self.pair if self.why_not_paired is None else None
+            otherwise = self.compiled.keys() | ({"policy"} if self.active_pair is not None else set())
+            eager = [info.model for role, info in self.info.items() if role not in otherwise]
+            with fast_cpu_heads(eager), use_attention(by_kernel), shared:
+                yield
 
     def runners(self, rows: Mapping[str, int], length: int, state: DecodeState) -> list[Runner]:
-        if self.one_pass and "policy" in rows:
-            both = AdapterRunner(self.info["policy"], rows["policy"] + rows["reference"], length, state)
+        if (self.one_pass or self.active_pair is not None) and "policy" in rows:
+            size = (self.info["policy"], rows["policy"] + rows["reference"], length, state)
+            both: OnePassRunner
+            both = AdapterRunner(*size) if self.active_pair is None else PairRunner(self.active_pair, *size)
             others = [role for role in rows if role not in both.roles]
             return [both, *(self._runner(role, rows[role], length, state) for role in others)]
         return [self._runner(role, count, length, state) for role, count in rows.items()]
@@ -319,7 +350,8 @@ class ModelSet:
         """State of the models that a recorded step assumes and callers may change: addresses, attention, adapters."""
         models = [info.model for info in self.info.values()]
         addresses = tuple(parameter.data_ptr() for model in models for parameter in parameters_of(model))
-        return addresses, self.joint_products.addresses, *((attention_name(m.config), adapter_state(m)) for m in models)
+        states = tuple((attention_name(model.config), adapter_state(model)) for model in models)
+        return addresses, self.joint_products.addresses, self.active_pair is not None, states
 
     def why_not_recorded(self) -> list[str]:
         """Return the reasons why a step of these models cannot be captured in a graph."""

@@ -124,7 +124,7 @@ def _fault_without_padding(info: ModelInfo, text: _Text, by_kernel: bool) -> str
     try:
         fault = "it gives other logits" if _DecodedRows(info, text, (0,), by_kernel).differ else None
     except Exception as error:
-        fault = _failure(error)
+        fault = failure(error)
     if fault is None:
         return None
     if info.cached:
@@ -142,7 +142,7 @@ def _fault_of_padding(info: ModelInfo, text: _Text, by_kernel: bool) -> str | No
     try:
         rows = _DecodedRows(info, text, (0, 1, prompt // 2, prompt - 2, prompt - 2), by_kernel)
     except Exception as error:
-        return f"fails on it ({_failure(error)})"
+        return f"fails on it ({failure(error)})"
     if not rows.differ:
         return None
     return "reads it" if text.differ(rows.logits[3], rows.logits[4]) else "gives other logits after it"
@@ -157,11 +157,11 @@ def _why_not_static(info: ModelInfo, slots: int) -> str | None:
     try:
         fault = _DecodedRows(info, text, (0, padding), info.decode_attention, bucket).differ
     except Exception as error:
-        return f"fails on a cache longer than the text ({_failure(error)})"
+        return f"fails on a cache longer than the text ({failure(error)})"
     return "takes the cache's length for the text's" if fault else None
 
 
-def _failure(error: Exception) -> str:
+def failure(error: Exception) -> str:
     """Return a model's error as the reason; an error of too little memory is no property of the model and is raised."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         raise error

@@ -81,6 +81,8 @@ def launch_engine_layers() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             rows = torch.zeros(2, 1, 2 * mlp, dtype=dtype)
             triton_kernels.rms_norm(rows[..., :width], torch.ones(width, dtype=dtype), 1e-6)
+            weight, rest = torch.ones(2, width, dtype=dtype)
+            triton_kernels.rms_norm(rows[..., :width], weight, 1e-6, rest, 1)
             triton_kernels.silu_product(*rows.chunk(2, -1))
             product = torch.zeros(2, 1, heads + 2 * key_heads, head, dtype=dtype).transpose(1, 2)
             query, key, value = product.split((heads, key_heads, key_heads), 1)

@@ -56,7 +56,14 @@ Forward = Callable[..., Any]
 class LayerFunctions(Protocol):
     """The functions of oracle.py and of triton_kernels.py."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        rest_weight: torch.Tensor | None = None,
+        first: int = 0,
+    ) -> torch.Tensor: ...
 
     def silu_product(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor: ...
 

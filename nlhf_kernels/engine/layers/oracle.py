@@ -8,11 +8,20 @@ from __future__ import annotations
 import torch
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # (..., D), (D,) -> (..., D)
-    """weight x / sqrt(mean(x^2) + eps), computed in float32 and rounded before the product with the weight."""
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, rest_weight: torch.Tensor | None = None, first: int = 0
+) -> torch.Tensor:  # (..., D), (D,) -> (..., D)
+    """weight x / sqrt(mean(x^2) + eps), computed in float32 and rounded before the product with the weight.
+
+    With `rest_weight` the `first` entries of x take `weight`, and the rest that.
+    """
     wide = x.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if rest_weight is None:
+        return weight * normed
+    normed[:first] *= weight
+    normed[first:] *= rest_weight
+    return normed
 
 
 def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:  # (..., I) each -> (..., I)

@@ -19,12 +19,15 @@ _BLOCK = 1024  # elements of a gated activation per program
 def rms_norm_kernel(
     x,  # (outer, heads, D), strided
     weight,  # (D,)
+    rest_weight,  # (D,), of all rows of `out` but the first
     out,  # (outer, heads, D)
     heads,
     outer_stride,
     head_stride,
     eps,
     D,
+    first,
+    TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -34,24 +37,33 @@ def rms_norm_kernel(
     wide = tl.load(x + place + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / D + eps)
     normed = (wide * scale).to(out.dtype.element_ty).to(tl.float32)
-    weights = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    weight_at = weight + column
+    if TWO:
+        weight_at = tl.where(row < first, weight_at, rest_weight + column)
+    weights = tl.load(weight_at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * D + column, (weights * normed).to(out.dtype.element_ty), mask=inside)
 
 
-def _rms_norm_layout(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Layout:
+def _rms_norm_layout(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, rest_weight: torch.Tensor, first: int, two: bool
+) -> Layout:
     heads, width = x.shape[-2] if x.ndim > 2 else 1, x.shape[-1]
     rows = _as_rows(x) if x.ndim > 2 else x[:, None]  # (outer, heads, D)
     block = triton.next_power_of_2(width)
-    numbers = (heads, rows.stride(0), rows.stride(1), eps, width)
-    options = {"BLOCK": block, "num_warps": min(max(block // 512, 1), 8)}
-    return (rows, weight), ((x.shape, x.dtype),), rms_norm_kernel, (rows.shape[0] * heads,), numbers, options
+    count = rows.shape[0] * heads
+    numbers = (heads, rows.stride(0), rows.stride(1), eps, width, first * (count // max(len(x), 1)))
+    options = {"TWO": two, "BLOCK": block, "num_warps": min(max(block // 512, 1), 8)}
+    return (rows, weight, rest_weight), ((x.shape, x.dtype),), rms_norm_kernel, (count,), numbers, options
 
 
 _rms_norm = LaunchedFunction(_rms_norm_layout)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, rest_weight: torch.Tensor | None = None, first: int = 0
+) -> torch.Tensor:
+    two = rest_weight is not None
+    return _rms_norm(x, weight, eps, rest_weight if two else weight, first, two)  # type: ignore[no-any-return]
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
