@@ -125,7 +125,7 @@ class Rival:
         return None if self.gate is None else self.gate(self)
 
     def run(self) -> None:
-        self.backward.take()  # an update of the gate has run
+        self.phases(), self.backward.take()  # of updates before: the first, the gate's
         device = self.trainer.args.device
         self.held = held_bytes(device) if device.type == "cuda" else 0
         began = time.perf_counter()

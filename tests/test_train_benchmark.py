@@ -34,6 +34,7 @@ def test_every_rival_has_a_time_or_a_reason(tmp_path, capsys) -> None:
         phases = [rows[f"{name}: {phase}"] for phase in PHASES]
         assert {phase.kind for phase in phases} == {"part"}
         assert sum(phase.timing.median_us for phase in phases) == pytest.approx(row.timing.median_us, rel=0.05)
+        assert all(phase.timing.median_us >= 0 for phase in phases), "no time of another update"
     theirs = rows[train_step.TRL]
     if importlib.util.find_spec("trl") is None:
         assert theirs.status == "unavailable" and theirs.reasons == ("ImportError: expected TRL 1.13; found none",)
