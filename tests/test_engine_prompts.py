@@ -237,14 +237,14 @@ def test_models_that_no_padding_may_be_given_to(finding, reason) -> None:
     assert result.notes == () and len(player.graphs.recorded_passes) == 1
 
 
-def test_a_model_with_masks_of_its_own_is_read_unrecorded() -> None:
+def test_a_model_with_attention_of_its_own_is_read_unrecorded() -> None:
     policy, reference = tiny_pair("bloom")
     player, _ = recorded(policy, reference)
     result = [ask(player)[0] for _ in range(2)][1]
     if player.models.why_not_recorded():
         assert all(note.startswith("eager steps") for note in result.notes)
     else:
-        assert result.notes[0] == "prompts are read unrecorded: the policy, BloomForCausalLM, makes masks of its own"
+        assert result.notes[0] == "prompts are read unrecorded: the policy, BloomForCausalLM, has attention of its own"
     assert not player.graphs.recorded_passes
 
 

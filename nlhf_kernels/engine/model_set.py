@@ -387,9 +387,9 @@ class ModelSet:
         """
         if self.sharding.in_step:
             return ["processes share the models"]
-        # The masks that transformers makes for its attentions are made on the device while a graph is captured.
+        # Masks that transformers makes look at no value while a graph is captured; a model's own may.
         reasons = [
-            f"the {role}, {info.name}, makes masks of its own"
+            f"the {role}, {info.name}, has attention of its own"
             for role, info in self.info.items()
             if not hands_attention_over(info.model)
         ]
