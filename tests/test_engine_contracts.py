@@ -284,6 +284,7 @@ REQUESTS = {
     "betas": ({"players": (Player(torch.zeros(3)),)}, "beta: expected a number or one per row, 2"),
     "row ids": ({"players": (Player(row_ids=torch.arange(3)),)}, "row_ids: expected 2, one per prompt, or 2; got 3"),
     "ends": ({"settings": settings(3, end_ids=[97])}, r"end_ids: expected an integer in \[0, 96\]; got 97"),
+    "no ends": ({"settings": settings(3, end_ids="</s>")}, "end_ids: expected token ids .*; got '</s>'"),
     "top_p": ({"settings": settings(3, top_p=0.0)}, "top_p: expected a finite number"),
     "minimum": ({"settings": settings(3, min_new_tokens=4)}, "min_new_tokens: expected an integer"),
     "logprobs": ({"settings": settings(3, logprobs=["pi"])}, "logprobs: expected one of policy, reference, mixture"),
@@ -299,7 +300,7 @@ def test_bad_requests_are_refused_before_any_work(case) -> None:
         model.register_forward_pre_hook(lambda *_: pytest.fail("a model was run"))
     arguments, message = REQUESTS[case]
     request = {"input_ids": IDS, "attention_mask": ONES, "players": nash_md(BETA), "settings": settings(3)}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         engine.rollout(**{**request, **arguments})
 
 

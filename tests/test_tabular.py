@@ -157,8 +157,10 @@ def test_ipo_of_three_comparisons(tau, policy) -> None:
     torch.testing.assert_close(fit[0] - fit[1], torch.tensor(1 / (3 * tau), dtype=F64))
 
 
+GAME = PreferenceGame(tabular.dice_game())
 BAD_GAMES = [
     ({"preference": [[0.5]]}, TypeError, "preference: expected a float32 or float64 tensor; got list"),
+    ({"preference": torch.full((2, 2), 0.5).numpy()}, TypeError, "float64 tensor; got ndarray"),
     ({"preference": torch.full((2, 2), 1, dtype=torch.int64)}, TypeError, "got torch.int64"),
     ({"preference": torch.full((2, 3), 0.5)}, ValueError, r"expected shape \(..., A, A\) with A > 0; got \(2, 3\)"),
     ({"preference": torch.tensor([[0.5, 1.2], [-0.2, 0.5]])}, ValueError, r"got P\(0 > 1\) = 1.2"),
@@ -191,10 +193,21 @@ def test_what_is_no_game_is_refused(change, error, message) -> None:
         (lambda: tabular.diversity_game(0.4), "epsilon: expected a number"),
         (lambda: tabular.low_rank_game(torch.zeros(4, 3)), "embeddings: expected an even last dimension; got 3"),
         (lambda: tabular.game_from_counts(torch.zeros(2, 3)), "wins: expected shape"),
-        (lambda: tabular.game_from_counts(torch.full((2, 2), -1)), "expected counts of at least 0"),
+        (lambda: tabular.game_from_counts(torch.full((2, 2), -1)), "wins: expected counts of at least 0; got -1"),
+        (lambda: tabular.game_from_counts(torch.ones(2, 2), 0), r"smoothing: expected a finite number in \(0.0, inf\)"),
+        (lambda: tabular.solve(GAME, steps=2.5), r"expected increasing whole numbers from 1; got \(2.5,\)"),
+        (lambda: tabular.solve(GAME, "omd", step=math.nan), "solve: step: expected a finite number"),
         (lambda: tabular.rlhf(PreferenceGame(tabular.dice_game()), torch.ones(3)), "rlhf: game: expected one game"),
     ],
 )
 def test_bad_input_of_constructors_is_named(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("option", "value"), [("stepp", 1.0), ("step", "1")])
+def test_options_of_an_algorithm_are_checked(option, value) -> None:
+    with pytest.raises(
+        TypeError, match=r"solve: (nash-md: expected options .*step.*; got 'stepp'|step: expected a number)"
+    ):
+        tabular.solve(GAME, "nash-md", **{option: value})

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..core.checks import check_integer
+from ..core.text import excerpt
 
 
 def leading_ids(tokenizer: Any) -> list[int]:
@@ -47,7 +48,9 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], max_length: int | Non
     for index, ids in enumerate(encode(tokenizer, prompts)):
         bare = ids[len(first) :] if first and ids[: len(first)] == first else ids
         if not first and not bare:
-            raise ValueError(f"encode_prompts: prompts[{index}]: expected at least one token; got none")
+            raise ValueError(
+                f"encode_prompts: prompts[{index}]: expected at least one token; got none in {excerpt(prompts[index])}"
+            )
         room = len(bare) if max_length is None else max_length - len(first)
         rows.append(first + bare[max(0, len(bare) - room) :])
     return rows

@@ -15,6 +15,7 @@ import torch
 
 from ..core.checks import INTEGERS, Sizes, check_integer, check_number, check_option, check_tensor
 from ..core.rng import Stream
+from ..core.text import excerpt
 from ..core.tokens import end_token_ids, flatten_ids
 from ..core.vocabulary import VocabularySlice
 from .hooks import Hooks
@@ -317,7 +318,12 @@ def noise_row_ids(op: str, player: Player, prompts: int, device: torch.device) -
 
 def resolve_end_ids(op: str, policy: Any, settings: RolloutSettings, vocabulary: int) -> tuple[int, ...]:
     """Return the request's end ids, by default the policy's own, checked against the vocabulary."""
-    ids = end_token_ids(policy) if settings.end_ids is None else flatten_ids(settings.end_ids)
+    try:
+        ids = end_token_ids(policy) if settings.end_ids is None else flatten_ids(settings.end_ids)
+    except (TypeError, ValueError, RuntimeError):  # torch's, which name no argument
+        raise TypeError(
+            f"{op}: end_ids: expected token ids (a number, or several); got {excerpt(settings.end_ids)}"
+        ) from None
     for id in ids:
         check_integer(op, "end_ids", id, 0, vocabulary - 1)
     return ids

@@ -68,7 +68,7 @@ class PreferenceGame:
 def check_preference(preference: torch.Tensor, names: list[str] | None = None) -> None:
     """Raise if a matrix is not a preference, naming the first wrong pair; games with NaN are skipped."""
     if not isinstance(preference, torch.Tensor) or preference.dtype not in (torch.float32, torch.float64):
-        kind = getattr(preference, "dtype", type(preference).__name__)
+        kind = preference.dtype if isinstance(preference, torch.Tensor) else type(preference).__name__
         raise TypeError(f"PreferenceGame: preference: expected a float32 or float64 tensor; got {kind}")
     if preference.ndim < 2 or preference.shape[-1] != preference.shape[-2] or preference.shape[-1] == 0:
         shape = tuple(preference.shape)

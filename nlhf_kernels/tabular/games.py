@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..core.checks import check_number
+
 
 def random_games(games: int, actions: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Sample independent games (G, A, A), the lower triangle uniform in [0, 1].
@@ -96,11 +98,14 @@ def game_from_counts(wins: torch.Tensor, smoothing: float = 1.0) -> torch.Tensor
         wins (tensor (..., A, A)): [a, b] = number of times a was preferred to b.
         smoothing (float): comparisons added to each pair, half of them won; a pair never compared is then 1/2.
     """
+    if not isinstance(wins, torch.Tensor):
+        raise TypeError(f"game_from_counts: wins: expected a tensor; got {type(wins).__name__}")
     wins = wins.to(torch.float64)
     if wins.ndim < 2 or wins.shape[-1] != wins.shape[-2]:
         raise ValueError(f"game_from_counts: wins: expected shape (..., A, A); got {tuple(wins.shape)}")
-    if not (wins >= 0).all() or not smoothing > 0:
-        raise ValueError(f"game_from_counts: expected counts of at least 0 and smoothing above 0; got {smoothing}")
+    if not (counts := (wins >= 0) & wins.isfinite()).all():
+        raise ValueError(f"game_from_counts: wins: expected counts of at least 0; got {float(wins[~counts][0]):g}")
+    check_number("game_from_counts", "smoothing", smoothing, 0.0, open_low=True)
     preference = (wins + smoothing / 2) / (wins + wins.mT + smoothing)
     preference.diagonal(dim1=-2, dim2=-1).fill_(0.5)
     return preference

@@ -6,13 +6,15 @@ the steps between two marks are one launch wherever the algorithm allows it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 
+from ..core.checks import check_number
 from ..ops import mirror_descent
 from .game import PreferenceGame
 
@@ -170,11 +172,10 @@ def solve(
     if algorithm not in ALGORITHMS:
         raise ValueError(f"solve: algorithm: expected one of {', '.join(ALGORITHMS)}; got {algorithm!r}")
     marks = tuple(marks) if marks is not None else (steps,)
-    if not marks or any(later <= earlier for earlier, later in pairwise((0, *marks))):
-        raise ValueError(f"solve: steps, marks: expected increasing numbers from 1; got {marks}")
-    for name, value in options.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"solve: {name}: expected a finite number of at least 0; got {value}")
+    whole = all(isinstance(mark, Integral) for mark in marks)
+    if not marks or not whole or any(later <= earlier for earlier, later in pairwise((0, *marks))):
+        raise ValueError(f"solve: steps, marks: expected increasing whole numbers from 1; got {marks}")
+    _check_options(algorithm, options)
     shape = game.log_reference.shape
     actions = game.actions
     preference = game.preference.reshape(-1, actions, actions)
@@ -187,6 +188,14 @@ def solve(
             on_mark(mark)
     last = trajectory[-1]
     return Solution(last, marks, torch.stack(trajectory), game.ok & ~last.isnan().any(-1))
+
+
+def _check_options(algorithm: str, options: Mapping[str, Any]) -> None:
+    _, _, *known = inspect.signature(ALGORITHMS[algorithm]).parameters
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"solve: {algorithm}: expected options {', '.join(known)}; got {name!r}")
+        check_number("solve", name, value, 0.0)
 
 
 def _checked_start(start: torch.Tensor, game: PreferenceGame) -> torch.Tensor:
