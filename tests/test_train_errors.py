@@ -65,6 +65,9 @@ def no_end():
     return {"model": model, "tokenizer": without("eos_token")}
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": PROMPTS}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -91,6 +94,12 @@ def no_end():
         ({"judge": "gpt-4"}, r"judge: expected a callable; got str"),
         ({"algorithm": "rlhf"}, r"reward: expected one, for rlhf; got None"),
         ({"eval_strategy": "steps", "eval_steps": 1}, r"eval_dataset"),
+        (EVALUATED | {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}, r"metric_for_best_model"
+         r": expected one of eval_kl, .*eval_win_rate_reference; got 'loss'"),
+        ({"metric_for_best_model": "reward", "eval_dataset": {"a": PROMPTS}}, r"metric_for_best_model: expected one of "
+         r"eval_a_kl, .*eval_a_win_rate_reference; got 'reward'"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, r"train_dataset: expected a whole "
+         r"batch, 64 prompts, with dataloader_drop_last; got 16"),
         ({"max_new_tokens": 200}, r"max_new_tokens: expected prompt and response within the policy's 128 positions"),
         ({"peft_config": lora(bias="all", target_modules=["c_attn"]), "model": tiny_model("gpt2")}, r"reference_model: "
          r"expected one, as the model trains .*bias beside its adapters"),
@@ -104,6 +113,11 @@ def test_bad_input_is_refused(given, message, tmp_path) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         make_trainer(tmp_path, **given)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_there_are_no_predictions(tmp_path) -> None:
+    with pytest.raises(NotImplementedError, match=r"NashTrainer: predict: expected evaluate\(\)"):
+        make_trainer(tmp_path).predict(PROMPTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

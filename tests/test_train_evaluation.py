@@ -88,6 +88,16 @@ def test_a_reward_is_evaluated_beside_the_judge(tmp_path) -> None:
     assert len(both.evaluation_prompts) == 2
 
 
+@pytest.mark.parametrize("algorithm", ["nash-md", "nash-ema", "rlhf"])
+def test_the_metrics_names_are_known_before(algorithm, tmp_path) -> None:
+    """metric_for_best_model is checked against them."""
+    trainer = make_trainer(
+        tmp_path, algorithm=algorithm, eval_dataset=PROMPTS[:2], reward=lambda prompts, answers: [1.0] * len(answers),
+        eval_opponent=tiny_model("llama", seed=9),
+    )  # fmt: skip
+    assert {f"eval_{name}" for name in trainer.evaluator.metric_names()} == set(trainer.evaluate()) - {"epoch"}
+
+
 def test_evaluation_sets_in_a_dataset_dict(tmp_path) -> None:
     datasets = pytest.importorskip("datasets")
     parts = {"seen": datasets.Dataset.from_list(PROMPTS), "new": datasets.Dataset.from_list(PROMPTS[:2])}

@@ -59,6 +59,11 @@ class Evaluator:
         self.settings = replace(settings, temperature=config.eval_temperature, seed=seed)
         self.tokenizer, self.collator, self.processes = tokenizer, collator, processes
         self.judge, self.reward = judge, reward
+        self.rivals: tuple[str, ...] = (
+            "reference",
+            *(["eval_opponent"] if eval_opponent_rollout is not None else []),
+            *(["opponent"] if config.algorithm_spec.own_parameters else []),
+        )
         self._cache: dict[tuple[str, str, int], list[str]] = {}  # (opponent, prompts, batch) -> answers
 
     def __call__(self, prompts: PromptDataset, prefix: str) -> dict[str, float]:
@@ -77,6 +82,13 @@ class Evaluator:
                 batch[name] = value.to(self.processes.device) if isinstance(value, torch.Tensor) else value
             self._measure(meters, batch, (digest, start))
         return {f"{prefix}_{name}": value for name, value in meters.means(self.processes).items()}
+
+    def metric_names(self) -> list[str]:
+        """Return the names of the metrics, without a prefix."""
+        names = ["kl", "entropy", "length", "end_rate"]
+        if self.judge is not None:
+            names += [f"win_rate_{rival}" for rival in self.rivals]
+        return names if self.reward is None else [*names, "reward", *(f"reward_{rival}" for rival in self.rivals)]
 
     def _measure(self, meters: Meters, batch: dict[str, Any], key: tuple[str, int]) -> None:
         players = [self._player(0, batch)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,23 @@ def check_processes(args: NashConfig, accelerator: Any, processes: DataParallel,
             raise ValueError(
                 f"{OP}: {name}: expected a prompt for each of {processes.groups} {processes.name}; got {len(rows)}"
             )
+
+
+def check_batches(args: NashConfig, processes: DataParallel, train_dataset: Sized | None) -> None:
+    """Raise where `dataloader_drop_last` would drop the only batch, as a run without updates would follow."""
+    batch = args.per_device_train_batch_size * processes.groups
+    if args.dataloader_drop_last and train_dataset is not None and len(train_dataset) < batch:
+        raise ValueError(
+            f"{OP}: train_dataset: expected a whole batch, {batch} prompts, with dataloader_drop_last; got "
+            f"{len(train_dataset)}"
+        )
+
+
+def check_best_metric(args: NashConfig, names: Sequence[str]) -> None:
+    """Raise where `metric_for_best_model`, "loss" unless set, is none of the metrics that evaluations will return."""
+    metric = args.metric_for_best_model
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in names:
+        raise ValueError(f"{OP}: metric_for_best_model: expected one of {', '.join(names)}; got {metric!r}")
 
 
 def check_layout(args: NashConfig, model: Any, **others: Any) -> Layout:

@@ -46,6 +46,8 @@ from .schedules import value_at
 from .setup import (
     OP,
     broadcast_weights,
+    check_batches,
+    check_best_metric,
     check_judges,
     check_layout,
     check_precision,
@@ -136,6 +138,7 @@ class NashTrainer(ResumableTrainer):
             accept_sharded(self.accelerator)
         self.processes: DataParallel = DataParallel(self.accelerator, self.layout)
         check_processes(args, self.accelerator, self.processes, self._all_prompts())
+        check_batches(args, self.processes, self.train_dataset)
         check_precision(args, self.accelerator, self.model)
         judge, reward = self.processes.ask_once(judge), self.processes.ask_once(reward)
         self._prepare_models(args, reference_model, eval_opponent)
@@ -145,6 +148,8 @@ class NashTrainer(ResumableTrainer):
         settings = self.rollout_settings(end_ids, pad_id)
         self.collector: ExperienceCollector = self._make_collector(settings, judge, reward)
         self.evaluator: Evaluator = self._make_evaluator(settings, judge, reward)
+        if self.evaluation_prompts is not None:
+            check_best_metric(args, self._metric_names())
         self.experiences: list[Experience] = []  # the latest update's, one for each micro-batch
         self.scheduled_values: dict[str, float] = {}  # beta and tau of the latest update
         self.skipped_updates: int = 0  # updates without a step, as their gradients were not finite
@@ -253,6 +258,12 @@ class NashTrainer(ResumableTrainer):
             reward,
             self.processes,
         )
+
+    def _metric_names(self) -> list[str]:
+        parts = (
+            [f"{part}_" for part in self.evaluation_prompts] if isinstance(self.evaluation_prompts, Mapping) else [""]
+        )
+        return [f"eval_{part}{name}" for part in parts for name in self.evaluator.metric_names()]
 
     # ---- an update ---------------------------------------------------------------------------------------------------
 
@@ -417,6 +428,10 @@ class NashTrainer(ResumableTrainer):
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *_: Any, **__: Any) -> Any:
+        """Raise: transformers' predictions are a model's outputs for rows with labels."""
+        raise NotImplementedError(f"{OP}: predict: expected evaluate(), or RolloutEngine for answers to prompts")
 
     @property
     def eval_dataset(self) -> Any:
