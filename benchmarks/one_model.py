@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,12 +25,13 @@ from rich.console import Console
 import nlhf_kernels
 from benchmarks.harness.case import Shape
 from benchmarks.harness.check import ROUNDINGS, SANE, relative_error
-from benchmarks.harness.memory import METHODS, peak_bytes
-from benchmarks.harness.processes import Remote, RemoteError
-from benchmarks.harness.results import Accuracy, Floor, Memory, ResultRow, RowKey, Speedup, finite_or_none
+from benchmarks.harness.entries import Entry
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.processes import Remote
+from benchmarks.harness.results import ResultRow
 from benchmarks.harness.rounds import build_parser, check_rivals, run_rounds
 from benchmarks.harness.runner import SEED, RunContext
-from benchmarks.harness.timing import Action, Clock, Timing, TimingPlan, round_robin
+from benchmarks.harness.timing import Action, Clock, TimingPlan, round_robin
 from benchmarks.rivals import scores
 from benchmarks.rivals.models import least_bytes, make_models, matmul_flops
 from benchmarks.targets import headline_shapes
@@ -169,32 +169,6 @@ class Worker:
         return Action(lambda: None, lambda _: self.run())
 
 
-@dataclass
-class Entry:
-    """A contender's process and its results."""
-
-    name: str
-    reasons: tuple[str, ...]
-    status: str = "ok"
-    process: Remote | None = None
-    accuracy: Accuracy | None = None
-    timing: Timing | None = None
-    peak: int | None = None
-
-    def ask(self, question: Callable[[Remote], Any]) -> Any:
-        """Return the worker's answer; None if it failed, now or earlier."""
-        if self.status != "ok" or self.process is None:
-            return None
-        try:
-            return question(self.process)
-        except RemoteError as error:
-            self.fail("unavailable" if "ImportError" in error.kinds else "failed", str(error))
-            return None
-
-    def fail(self, status: str, reason: str) -> None:
-        self.status, self.reasons, self.timing = status, (reason,), None
-
-
 def run_shape(
     shape: Shape,
     context: RunContext,
@@ -206,37 +180,35 @@ def run_shape(
     entries = []
     with ExitStack() as processes:
         for name, contender in CONTENDERS[upstream].items():
-            if name == OURS[upstream] or wanted is None or name in wanted:
-                reasons = contender.why_not(device)
-                entry = Entry(name, reasons, "unavailable" if reasons else "ok")
-                if not reasons:
-                    remote = Remote(Worker, context.threads, contender.function, shape, device)
-                    entry.process = processes.enter_context(remote)
-                entries.append(entry)
+            ours = name == OURS[upstream]
+            if not (ours or wanted is None or name in wanted):
+                continue
+            if reasons := contender.why_not(device):
+                entries.append(Entry(name, None, ours, "unavailable", reasons))
+            else:
+                process = Remote(Worker, context.threads, contender.function, shape, device)
+                entries.append(Entry(name, processes.enter_context(process), ours))
         began = time.monotonic()
         for entry in entries:
-            left = None if entry.name == OURS[upstream] else patience - (time.monotonic() - began)
-            entry.ask(partial(Remote.wait, seconds=left))
+            entry.wait(None if entry.ours else patience - (time.monotonic() - began))
         _judge(entries, shape.dtype)
         _time([entry for entry in entries if entry.status == "ok"], plan, context.plan.flush_bytes)
         for entry in entries:
-            entry.peak = entry.ask(lambda worker: worker.call("peak"))
-    return [_row(context, shape, entry, entries) for entry in entries]
+            entry.peak = entry.ask("peak")
+    of_eager = next((entry.timing for entry in entries if entry.name == "eager"), None)
+    work = least_bytes(shape, "full"), matmul_flops(shape, "full")
+    return [entry.row(NAME, shape, context, chosen=entry.ours, rival=of_eager, work=work) for entry in entries]
 
 
 def _judge(entries: Sequence[Entry], dtype: str) -> None:
     """Allow an error in proportion to eager's own, as the other benchmarks do."""
-    errors = {entry.name: entry.ask(lambda worker: worker.call("error")) for entry in entries}
+    errors = {entry.name: entry.ask("error") for entry in entries}
     of_eager = errors.get("eager")
     proportional = of_eager is not None and of_eager <= SANE[dtype]
     for entry in entries:
-        error = errors[entry.name]
-        if error is None:
-            continue
-        allowed = 2 * of_eager + ROUNDINGS[dtype] if proportional and entry.name != "eager" else SANE[dtype]
-        entry.accuracy = Accuracy(finite_or_none(error), allowed)
-        if not error <= allowed:
-            entry.fail("red", f"error {error:.3g}, allowed {allowed:.3g}")
+        if (error := errors[entry.name]) is not None:
+            allowed = 2 * of_eager + ROUNDINGS[dtype] if proportional and entry.name != "eager" else SANE[dtype]
+            entry.judge(error, allowed, f"error {error:.3g}, allowed {allowed:.3g}")
 
 
 def _time(entries: Sequence[Entry], plan: TimingPlan, flush_bytes: int) -> None:
@@ -244,36 +216,7 @@ def _time(entries: Sequence[Entry], plan: TimingPlan, flush_bytes: int) -> None:
     samplers = {name: partial(process.call, "sample_us", flush_bytes) for name, process in processes.items()}
     timings = round_robin(samplers, plan, flush_bytes)
     for entry in entries:
-        timing = timings[entry.name]
-        if isinstance(timing, Exception):
-            entry.fail("failed", str(timing))
-        else:
-            entry.timing = timing
-
-
-def _row(context: RunContext, shape: Shape, entry: Entry, entries: Sequence[Entry]) -> ResultRow:
-    device, timing = context.settings.device.type, entry.timing
-    of_eager = next((each.timing for each in entries if each.name == "eager"), None)
-    floor = speedup = None
-    if timing is not None:
-        moved, flops = least_bytes(shape, "full"), matmul_flops(shape, "full")
-        floor_us, bound = context.ceilings.floor_us(moved, flops, shape.dtype)
-        floor = Floor(moved, flops, floor_us, bound, 100 * floor_us / timing.median_us)
-        speedup = Speedup(None if of_eager is None else of_eager.median_us / timing.median_us, None)
-    ours = entry.name in OURS.values()
-    return ResultRow(
-        key=RowKey(NAME, shape.label, shape.dtype, "full", entry.name, device, context.threads),
-        kind="backend" if ours else "baseline",
-        status=entry.status,
-        run=context.facts,
-        reasons=entry.reasons,
-        chosen=ours,
-        accuracy=entry.accuracy,
-        timing=timing,
-        memory=None if timing is None or entry.peak is None else Memory(entry.peak, METHODS[device]),
-        floor=floor,
-        speedup=speedup,
-    )
+        entry.time(timings[entry.name])
 
 
 def print_fastest(shape: Shape, rows: Sequence[ResultRow], console: Console) -> None:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks.harness.case import Shape
 from benchmarks.harness.gate import short_reason
 from benchmarks.harness.machine import without_paths
-from benchmarks.harness.results import Accuracy, Floor, ResultRow, RowKey, Speedup, finite_or_none
+from benchmarks.harness.results import Accuracy, ResultRow, RowKey, Speedup, finite_or_none
 from benchmarks.harness.rounds import build_parser, check_rivals, run_rounds
 from benchmarks.harness.runner import RunContext
 from benchmarks.harness.timing import Action, Timing, TimingPlan, time_calls
@@ -193,8 +193,8 @@ def largest_error(pair: Pair, result: Any) -> float:
     return float(torch.stack(errors).max())
 
 
-def floor(pair: Pair, context: RunContext) -> tuple[float, float]:
-    """Return the bytes of both models' weights, read once per token step, and the time of reading them.
+def weight_bytes(pair: Pair) -> float:
+    """Return the bytes of both models' weights, read once per token step.
 
     An embedding table counts only if it is also the head.
     """
@@ -202,7 +202,7 @@ def floor(pair: Pair, context: RunContext) -> tuple[float, float]:
     for model in (pair.policy, pair.reference) if pair.reference is not None else (pair.policy,):
         head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         weights += sum(p.numel() * p.element_size() for p in model.parameters() if p is head or p is not table)
-    return float(weights), 1e6 * weights / context.ceilings.copy_bytes_per_s
+    return float(weights)
 
 
 RIVALS = {
@@ -272,69 +272,74 @@ def tuned_groups(shape: Shape, device: torch.device) -> list[list[str]]:
     return [[TUNED], [COMPILED_TUNED]] if device.type == "cuda" else [[TUNED]]
 
 
+class Check(NamedTuple):
+    """What came of an engine's first rollouts."""
+
+    calls: dict[str, Callable[[], Any]]  # those to time: "", a whole rollout, and FIRST
+    accuracy: Accuracy | None = None
+    status: str = "ok"
+    reason: str = ""
+
+
+def check(pair: Pair, options: dict[str, Any], allowed: float) -> Check:
+    """Compare an engine's log-probabilities with those of full forward passes."""
+    try:
+        whole, first = engine_calls(pair, **options)
+        whole()  # a second rollout replays its prompts, too
+        error = largest_error(pair, whole())
+    except Exception as failure:  # of one engine; the others of the group still run
+        return Check({}, None, "failed", without_paths(short_reason(failure)))
+    accuracy = Accuracy(finite_or_none(error), allowed)
+    if not error <= allowed:
+        return Check({}, accuracy, "red", f"log-probabilities off by {error:.2g}")
+    return Check({"": whole, FIRST: first}, accuracy)
+
+
 def run_shape(shape: Shape, context: RunContext, plan: TimingPlan, names: Sequence[str]) -> list[ResultRow]:
-    """Measure one group: of its engines those whose log-probabilities are those of full forward passes."""
-    device, allowed = context.settings.device, ALLOWED_ERROR[shape.dtype]
+    """Measure one group: rivals, and engines that pass their check."""
+    device = context.settings.device
     pair = make(shape, device)
     pair = adapted(pair) if LORA in names else pair
-    errors: dict[str, float | Exception] = {}
-    calls: dict[str, Callable[[], Any]] = {}
-    for name in names:
-        if name not in ENGINES:
-            continue
-        try:
-            whole, first = engine_calls(pair, **ENGINES[name])
-            whole()  # a second rollout replays its prompts, too
-            errors[name] = error = largest_error(pair, whole())
-        except Exception as failure:  # of one engine; the others of the group still run
-            errors[name] = failure
-        else:
-            calls |= {name: whole, name + FIRST: first} if error <= allowed else {}
-    rivals = {name: RIVALS[name] for name in names if name in RIVALS}
-    calls |= {name: partial(function, pair) for name, function in rivals.items()}
-    actions = {name: Action(lambda: None, lambda _, call=call: call()) for name, call in calls.items()}
-    timings = time_calls(actions, device, plan)
-    for name in errors:
+    checks = {name: check(pair, ENGINES[name], ALLOWED_ERROR[shape.dtype]) for name in names if name in ENGINES}
+    calls = {name + part: call for name, checked in checks.items() for part, call in checked.calls.items()}
+    rivals = [name for name in names if name in RIVALS]
+    calls |= {name: partial(RIVALS[name], pair) for name in rivals}
+    timings = time_calls({name: Action(lambda: None, lambda _, call=call: call()) for name, call in calls.items()},
+                         device, plan)  # fmt: skip
+    for name in checks:
         if isinstance(whole := timings.get(name), Timing) and isinstance(first := timings[name + FIRST], Timing):
             timings[name + STEP] = per_step(whole, first, pair.new - 1)
-    weights, floor_us = floor(pair, context)
-    rows = []
-    for name in (*errors, *(name + part for name in errors for part in (FIRST, STEP)), *rivals):
-        error, timing = errors.get(name), timings.get(name)
-        part, ours = name.endswith((FIRST, STEP)), name.startswith("engine")
-        if part and not isinstance(timing, Timing):
-            continue
-        timed, steps = isinstance(timing, Timing), 1 if part else pair.new
-        eager = None if part else timings.get("eager")
-        failure = timing if isinstance(timing, Exception) else error if isinstance(error, Exception) else None
-        wrong = f"log-probabilities off by {error:.2g}" if isinstance(error, float) else ""
-        rows.append(
-            ResultRow(
-                key=RowKey("rollout", shape.label, shape.dtype, "forward", name, device.type, context.threads),
-                kind="part" if part else "backend" if name == "engine" else "variant" if ours else "baseline",
-                status="ok" if timed else "red" if failure is None else "failed",
-                run=context.facts,
-                reasons=() if timed else (wrong if failure is None else without_paths(short_reason(failure)),),
-                chosen=name == "engine",
-                accuracy=Accuracy(finite_or_none(error), allowed) if isinstance(error, float) else None,
-                timing=timing if timed else None,
-                floor=_floor(weights * steps, floor_us * steps, timing) if timed and not name.endswith(FIRST) else None,
-                speedup=Speedup(eager.median_us / timing.median_us, None)
-                if timed and isinstance(eager, Timing)
-                else None,
-            )
+    weights = weight_bytes(pair)
+
+    def row(name: str, kind: str, steps: int) -> ResultRow:
+        checked = checks.get(name, Check({}))
+        timing, status, reason = timings.get(name), checked.status, checked.reason
+        if isinstance(timing, Exception):
+            timing, status, reason = None, "failed", without_paths(short_reason(timing))
+        eager = timings.get("eager") if kind != "part" else None
+        return ResultRow(
+            key=RowKey("rollout", shape.label, shape.dtype, "forward", name, device.type, context.threads),
+            kind=kind,
+            status=status,
+            run=context.facts,
+            reasons=(reason,) if reason else (),
+            chosen=name == "engine",
+            accuracy=checked.accuracy,
+            timing=timing,
+            floor=context.ceilings.floor_of(timing, weights * steps, 0.0, shape.dtype) if timing and steps else None,
+            speedup=Speedup(eager.median_us / timing.median_us, None) if timing and isinstance(eager, Timing) else None,
         )
-    return rows
+
+    engines = [row(name, "backend" if name == "engine" else "variant", pair.new) for name in checks]
+    parts = [(name + part, steps) for name in checks for part, steps in ((FIRST, 0), (STEP, 1))]
+    measured = [row(name, "part", steps) for name, steps in parts if isinstance(timings.get(name), Timing)]
+    return [*engines, *measured, *(row(name, "baseline", pair.new) for name in rivals)]
 
 
 def per_step(whole: Timing, first: Timing, steps: int) -> Timing:
     """Return the cost of a token after the first: the rest of the rollout over its number of steps."""
     shorter = {name: (getattr(whole, name) - first.median_us) / steps for name in ("median_us", "p20_us", "p80_us")}
     return replace(whole, **shorter)
-
-
-def _floor(moved: float, floor_us: float, timing: Timing) -> Floor:
-    return Floor(moved, 0.0, floor_us, "bandwidth", 100 * floor_us / timing.median_us)
 
 
 def print_rates(shape: Shape, rows: Sequence[ResultRow], console: Console) -> None:

@@ -30,12 +30,13 @@ import torch
 from rich.console import Console
 
 from benchmarks.harness.case import Shape
-from benchmarks.harness.memory import METHODS, held_bytes, peak_above, peak_bytes
-from benchmarks.harness.processes import Remote, RemoteError
-from benchmarks.harness.results import Accuracy, Memory, ResultRow, RowKey, Speedup
+from benchmarks.harness.entries import Entry
+from benchmarks.harness.memory import held_bytes, peak_above, peak_bytes
+from benchmarks.harness.processes import Remote
+from benchmarks.harness.results import ResultRow, RowKey
 from benchmarks.harness.rounds import build_parser, check_rivals, run_rounds
 from benchmarks.harness.runner import RunContext
-from benchmarks.harness.timing import Action, Timing, TimingPlan, summarise, synchronise, time_calls
+from benchmarks.harness.timing import Action, TimingPlan, summarise, synchronise, time_calls
 from benchmarks.rivals import trl
 from benchmarks.targets import headline_shapes
 from nlhf_kernels.core.upstream import finite_attention_gradients
@@ -275,31 +276,6 @@ MAKERS: dict[str, Callable[[str, Shape, torch.device], Rival]] = {
 RIVALS = tuple(name for name in MAKERS if name != OURS)
 
 
-@dataclass
-class Entry:
-    """A rival in its process, and its results."""
-
-    name: str
-    process: Remote
-    status: str = "ok"
-    reason: str = ""
-    accuracy: Accuracy | None = None
-    timing: Timing | None = None
-    phases: dict[str, list[float]] = field(default_factory=dict)
-    peak: int | None = None
-
-    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call `function` and return its result; None if the rival has failed, now or earlier."""
-        try:
-            return function(*arguments) if self.status == "ok" else None
-        except RemoteError as error:
-            self.out(error)
-
-    def out(self, error: Exception) -> None:
-        absent = self.name == TRL and isinstance(error, RemoteError) and "ImportError" in error.kinds
-        self.status, self.reason, self.timing = "unavailable" if absent else "failed", str(error), None
-
-
 def start(threads: int, make: Callable[..., Rival], *arguments: Any) -> Rival:
     torch.set_num_threads(threads)
     return make(*arguments)
@@ -311,70 +287,44 @@ def run_shape(
     device, allowed = context.settings.device, ALLOWED_ERROR[shape.dtype]
     makers = {name: make for name, make in MAKERS.items() if name == OURS or wanted is None or name in wanted}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
-        entries = [
-            Entry(
-                name, processes.enter_context(Remote(start, context.threads, make, f"{folder}/{name}", shape, device))
-            )
-            for name, make in makers.items()
-        ]
+        entries = []
+        for name, make in makers.items():
+            process = Remote(start, context.threads, make, f"{folder}/{name}", shape, device)
+            entries.append(Entry(name, processes.enter_context(process), ours=name != TRL))
         for entry in entries:
-            entry.ask(entry.process.wait)
+            entry.wait()
         for entry in entries:
-            error = entry.ask(entry.process.call, "error")
-            if error is not None:
-                entry.accuracy = Accuracy(error, allowed)
-                if not error <= allowed:
-                    entry.status, entry.reason = "red", f"gradient off by {error:.2g}"
-        _time([entry for entry in entries if entry.status == "ok"], plan)
+            if (error := entry.ask("error")) is not None:
+                entry.judge(error, allowed, f"gradient off by {error:.2g}")
+        phases = _time([entry for entry in entries if entry.status == "ok"], plan)
     trl_timing = next((entry.timing for entry in entries if entry.name == TRL), None)
     rows: list[ResultRow] = []
     for entry in entries:
-        rows.append(_row(context, shape, entry, trl_timing))
-        rows += [_part(context, shape, f"{entry.name}: {part}", seconds) for part, seconds in entry.phases.items()]
+        rows.append(entry.row("train_step", shape, context, chosen=entry.name == OURS, rival=trl_timing))
+        rows += [
+            _part(shape, context, f"{entry.name}: {part}", seconds)
+            for part, seconds in phases.get(entry.name, {}).items()
+        ]
     return rows
 
 
-def _time(entries: Sequence[Entry], plan: TimingPlan) -> None:
-    actions = {
-        entry.name: Action(lambda: None, lambda _, process=entry.process: process.call("run")) for entry in entries
-    }
+def _time(entries: Sequence[Entry], plan: TimingPlan) -> dict[str, dict[str, list[float]]]:
+    """Time updates, then take peaks; return the seconds of the phases of those updates, by entry."""
+    actions = {entry.name: Action(lambda: None, lambda _, entry=entry: entry.process.call("run")) for entry in entries}
     plan = replace(plan, warmups=0)  # making a rival has run an update
     timings = time_calls(actions, torch.device("cpu"), plan)  # each update synchronises its own device
+    phases = {}
     for entry in entries:
-        timing = timings[entry.name]
-        if isinstance(timing, Exception):
-            entry.out(timing)
-            continue
-        entry.timing = timing
-        entry.phases = entry.ask(entry.process.call, "finished", timing.repeats) or {}
-        entry.peak = entry.ask(entry.process.call, "peak")
+        entry.time(timings[entry.name])
+        if entry.timing is not None:
+            phases[entry.name] = entry.ask("finished", entry.timing.repeats) or {}
+            entry.peak = entry.ask("peak")
+    return phases
 
 
-def _key(context: RunContext, shape: Shape, name: str) -> RowKey:
-    device = context.settings.device.type
-    return RowKey("train_step", shape.label, shape.dtype, "full", name, device, context.threads)
-
-
-def _row(context: RunContext, shape: Shape, entry: Entry, trl_timing: Timing | None) -> ResultRow:
-    timing, method = entry.timing, METHODS[context.settings.device.type]
-    ratio = trl_timing.median_us / timing.median_us if timing is not None and trl_timing is not None else None
-    return ResultRow(
-        key=_key(context, shape, entry.name),
-        kind="baseline" if entry.name == TRL else "backend",
-        status=entry.status,
-        run=context.facts,
-        reasons=(entry.reason,) if entry.reason else (),
-        chosen=entry.name == OURS,
-        accuracy=entry.accuracy,
-        timing=timing,
-        memory=Memory(entry.peak, method) if timing is not None and entry.peak is not None else None,
-        speedup=Speedup(ratio, None) if timing is not None else None,
-    )
-
-
-def _part(context: RunContext, shape: Shape, name: str, seconds: list[float]) -> ResultRow:
-    timing = summarise([1e6 * each for each in seconds], 0)
-    return ResultRow(_key(context, shape, name), "part", "ok", context.facts, timing=timing)
+def _part(shape: Shape, context: RunContext, name: str, seconds: list[float]) -> ResultRow:
+    key = RowKey("train_step", shape.label, shape.dtype, "full", name, context.settings.device.type, context.threads)
+    return ResultRow(key, "part", "ok", context.facts, timing=summarise([1e6 * each for each in seconds], 0))
 
 
 def print_phases(shape: Shape, rows: Sequence[ResultRow], console: Console) -> None:

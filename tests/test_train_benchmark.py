@@ -13,7 +13,7 @@ pytest.importorskip("accelerate", reason="training needs accelerate")
 from benchmarks import train_step
 from benchmarks.harness.case import Shape
 from benchmarks.harness.processes import Remote, RemoteError
-from benchmarks.harness.results import Speedup, read_rows
+from benchmarks.harness.results import ResultRow, Speedup, read_rows
 from benchmarks.harness.runner import Settings, open_run
 from benchmarks.harness.timing import TimingPlan
 from tests.support import rivals
@@ -33,8 +33,8 @@ def test_every_rival_has_a_time_or_a_reason(tmp_path, capsys) -> None:
         assert row.accuracy.error < row.accuracy.allowed
         phases = [rows[f"{name}: {phase}"] for phase in PHASES]
         assert {phase.kind for phase in phases} == {"part"}
-        assert sum(phase.timing.median_us for phase in phases) == pytest.approx(row.timing.median_us, rel=0.05)
-        assert all(phase.timing.median_us >= 0 for phase in phases), "no time of another update"
+        seconds = [phase.timing.median_us for phase in phases]
+        assert min(seconds) >= 0 and sum(seconds) <= row.timing.median_us, "of this update alone"
     theirs = rows[train_step.TRL]
     if importlib.util.find_spec("trl") is None:
         assert theirs.status == "unavailable" and theirs.reasons == ("ImportError: expected TRL 1.13; found none",)
@@ -63,6 +63,7 @@ def test_a_rival_that_fails_costs_its_own_row(monkeypatch) -> None:
     assert part.key.implementation == f"{train_step.OURS}: loss" and part.timing.median_us == pytest.approx(1000)
     assert {row.key.implementation: (row.status, *row.reasons) for row in others} == expected
     assert all(row.timing is None and row.memory is None for row in others)
+    assert [ResultRow.from_json(row.to_json()) for row in others] == others, "NaN is no JSON"
 
 
 def test_an_object_in_another_process_answers_until_it_ends() -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .timing import MIB, Action, Clock
+from .results import Floor
+from .timing import MIB, Action, Clock, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -35,6 +36,11 @@ class Ceilings:
         moving = 1e6 * bytes_moved / self.copy_bytes_per_s
         multiplying = 1e6 * flops / self.matmul_flops_per_s[dtype] if flops else 0.0
         return max(moving, multiplying), "bandwidth" if moving >= multiplying else "matmul"
+
+    def floor_of(self, timing: Timing, bytes_moved: float, flops: float, dtype: str) -> Floor:
+        """Return the least time of a call, beside the time that it took."""
+        floor_us, bound_by = self.floor_us(bytes_moved, flops, dtype)
+        return Floor(bytes_moved, flops, floor_us, bound_by, 100 * floor_us / timing.median_us)
 
 
 def cpu_name() -> str:

@@ -158,8 +158,7 @@ def _floor(job: Job, mode: str, timing: Timing, ceilings: Ceilings) -> Floor | N
     if mode == "overhead":
         return None  # the cost of a call does not depend on bytes or FLOPs
     moved, flops = float(job.case.bytes_moved(job.shape, mode)), float(job.case.flops(job.shape, mode))
-    floor_us, bound_by = ceilings.floor_us(moved, flops, job.shape.dtype)
-    return Floor(moved, flops, floor_us, bound_by, 100 * floor_us / timing.median_us)
+    return ceilings.floor_of(timing, moved, flops, job.shape.dtype)
 
 
 def _speedup(timing: Timing, timings: Mapping[str, Timing | Exception]) -> Speedup:
