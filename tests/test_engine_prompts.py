@@ -110,6 +110,18 @@ def test_an_adapter_and_its_base(samples) -> None:
     assert len(player.graphs.recorded_passes) == 1
 
 
+@pytest.mark.parametrize("fused", [False, "products"])
+def test_two_models_in_one_pass(fused) -> None:
+    policy, reference = tiny("qwen2", seed=1), tiny("qwen2", seed=2)
+    player, recorder = recorded(policy, reference, one_pass=True, fused=fused)
+    for lengths in ((1, 6, 9), (1, 6, 9), (4, 16, 2)):
+        result, rows = ask(player, lengths)
+        assert player.models.active_pair is not None and result.notes == ()
+        for responses, beta in zip(result, (0.0, BETA), strict=True):
+            assert worst_error(responses, policy, reference, rows, beta) < 5e-5
+    assert len(player.graphs.recorded_passes) == 1 and recorder.replays == 3 * (STEPS - 1) + 2
+
+
 def test_an_opponent_and_several_samples() -> None:
     policy, reference = tiny_pair("gpt2")
     opponent = {name: value.detach() * 1.1 for name, value in policy.named_parameters()}
