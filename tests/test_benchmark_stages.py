@@ -10,13 +10,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from benchmarks import gpu, headlines, run, targets
 from benchmarks.cases import all_cases
-from benchmarks.harness import machine, results, runner, stages
+from benchmarks.harness import machine, results, runner, stages, timing
 from benchmarks.harness.results import Floor, ResultRow, RowKey, RunFacts, append_rows, read_rows
 from benchmarks.harness.timing import Timing
 from benchmarks.one_model import SHAPES as ONE_MODEL
@@ -259,6 +260,20 @@ def test_a_benchmark_leaves_out_what_it_has_measured(committed, tmp_path, capsys
     assert "everything has been measured" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run.main(["--resume"])
+
+
+def test_another_process_goes_on_where_the_gpu_takes_no_more_work(committed, tmp_path, monkeypatch) -> None:
+    """An illegal access ends all work of a process on the GPU; its rows say so, and those after it are not lost."""
+    new_process = Mock(side_effect=SystemExit)
+    monkeypatch.setattr(timing, "synchronise", Mock(side_effect=RuntimeError("CUDA error: an illegal memory access")))
+    monkeypatch.setattr(run.os, "execv", new_process)
+    command = ["--case", "mirror_descent", "--preset", "tiny", "--device", "cpu", "--no-compile", "--backend", "torch"]
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(SystemExit):
+        run.main([*command, "--resume", "--out", str(out)])
+    new_process.assert_called_once_with(sys.executable, sys.orig_argv)
+    assert len({row.key.dtype for row in read_rows(out)}) == 1, "the second shape is left to the next process"
+    assert run.main(command) == 1, "nothing says where to go on"
 
 
 def test_a_copy_without_git_is_told_its_commit(monkeypatch, tmp_path) -> None:

@@ -116,6 +116,15 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def answers(device: torch.device) -> bool:
+    """Return whether the device takes work of this process: after an illegal access a GPU takes none."""
+    try:
+        synchronise(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 class Clock:
     """Times one run of an action on a device, with the caches flushed before it."""
 
