@@ -172,6 +172,20 @@ def test_few_passes_are_kept_and_idle_ones_make_room(monkeypatch) -> None:
     assert set(kept.recorded_passes) == {"b", "c"}
 
 
+def test_an_error_of_recording_names_the_remedy() -> None:
+    def record(read, state):
+        raise error
+
+    kept = Graphs(mock.Mock(record=record))
+    kept.run_pass("key", lambda: None, ())
+    error: Exception = RuntimeError("operation not permitted when stream is capturing")
+    with pytest.raises(RuntimeError, match=r"stream is capturing\); RolloutEngine\(graphs='steps'\) reads them"):
+        kept.run_pass("key", lambda: None, ())
+    error = torch.OutOfMemoryError("no memory")
+    with pytest.raises(torch.OutOfMemoryError, match="^no memory$"):
+        kept.run_pass("key", lambda: None, ())
+
+
 def test_hooks_read_the_prompts_as_they_are() -> None:
     policy, reference = tiny_pair("llama")
     player, recorder = recorded(policy, reference)

@@ -94,8 +94,8 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": PROMPTS}
         ({"judge": "gpt-4"}, r"judge: expected a callable; got str"),
         ({"algorithm": "rlhf"}, r"reward: expected one, for rlhf; got None"),
         ({"eval_strategy": "steps", "eval_steps": 1}, r"eval_dataset"),
-        (EVALUATED | {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}, r"metric_for_best_model"
-         r": expected one of eval_kl, .*eval_win_rate_reference; got 'loss'"),
+        (EVALUATED | {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1},
+         r"metric_for_best_model: expected one of eval_kl, .*eval_win_rate_reference; got 'loss'"),
         ({"metric_for_best_model": "reward", "eval_dataset": {"a": PROMPTS}}, r"metric_for_best_model: expected one of "
          r"eval_a_kl, .*eval_a_win_rate_reference; got 'reward'"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, r"train_dataset: expected a whole "

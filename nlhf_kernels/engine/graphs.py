@@ -69,11 +69,21 @@ class Graphs:
         self._passes += 1
         replay = self.recorded_passes.get(key)
         if replay is None and key in self._last_used and self._make_room():
-            replay = self.recorder.record(read, state)
+            replay = self._record_pass(read, state)
             if replay is not read:
                 self.recorded_passes[key] = replay
         self._last_used[key] = self._passes
         (replay or read)()
+
+    def _record_pass(self, read: Run, state: Sequence[torch.Tensor]) -> Run:
+        try:
+            return self.recorder.record(read, state)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # code of a model that may not run during a capture
+            raise RuntimeError(
+                f"recording a pass over prompts failed ({error}); RolloutEngine(graphs='steps') reads them unrecorded"
+            ) from error
 
     def _make_room(self) -> bool:
         """Whether another pass may be kept; if need be, the one that has been idle for longest is forgotten."""
