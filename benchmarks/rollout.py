@@ -35,8 +35,9 @@ SDPA, COMPILED = "engine, sdpa", "engine, compiled"  # without decode_attention;
 UNFUSED, PRODUCTS, LAYERS = "engine, unfused", "engine, products", "engine, layers"
 COMPILED_UNFUSED = "engine, compiled, unfused"
 LINEAR, COMPILED_LINEAR = "engine, linear", "engine, compiled, linear"  # products of a step by decode_linear
-#: Two models of one architecture in one forward pass, whose products with both weights are cuBLAS's or one launch each.
-ONE_PASS, ONE_PASS_LINEAR = "engine, one pass", "engine, one pass, linear"
+#: Two models of one architecture in one forward pass. A product of both is one of cuBLAS over weights side by side, one
+#: of decode_linear, or two of cuBLAS.
+ONE_PASS, ONE_PASS_LINEAR, ONE_PASS_LAYERS = "engine, one pass", "engine, one pass, linear", "engine, one pass, layers"
 TUNED, COMPILED_TUNED = "engine, tuned", "engine, compiled, tuned"  # with plans that `nlhf-kernels tune` measured
 STEPS, COMPILED_STEPS = "engine, steps recorded", "engine, compiled, steps recorded"  # prompts read unrecorded
 PROMPTS = "engine, prompts recorded"  # whatever their size
@@ -226,6 +227,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     COMPILED_LINEAR: {"compile": True, "linear": True},
     ONE_PASS: {"one_pass": True},
     ONE_PASS_LINEAR: {"one_pass": True, "linear": True},
+    ONE_PASS_LAYERS: {"one_pass": True, "fused": "layers"},
     TUNED: {},
     COMPILED_TUNED: {"compile": True},
     STEPS: {"graphs": "steps"},
@@ -251,16 +253,8 @@ def groups_of(shape: Shape, device: torch.device, chosen: Sequence[str] | None =
     if device.type != "cuda":
         return [["engine", SDPA, PRODUCTS, ONE_PASS, *rivals], *lora]
     large = shape.sizes["width"] >= 2048
-    variants = [
-        PROMPTS if large else STEPS,
-        LINEAR,
-        ONE_PASS_LINEAR,
-        ONE_PASS,
-        PRODUCTS,
-        LAYERS,
-        UNFUSED,
-        SDPA,
-    ]  # the other is the default's way
+    ours = [ONE_PASS, ONE_PASS_LINEAR, LINEAR, PRODUCTS, LAYERS, UNFUSED, SDPA, ONE_PASS_LAYERS]
+    variants = [PROMPTS if large else STEPS, *ours]  # the other is the default's way
     if large:  # the rivals take longer than all that has a target
         return [["engine"], *lora, [COMPILED], *([rivals] if rivals else []), variants]
     compiled_variants = [COMPILED_LINEAR], [COMPILED_UNFUSED], [COMPILED_STEPS]

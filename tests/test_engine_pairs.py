@@ -180,19 +180,36 @@ def test_updates_of_either_model_are_followed(update, replayed, fused) -> None:
         assert not torch.equal(before[1].mixture_logprobs, after[1].mixture_logprobs)
 
 
-def test_modules_that_are_replaced_are_followed() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_modules_that_are_replaced_are_followed(fused) -> None:
     policy, reference = alike("llama")
-    engine = RolloutEngine(policy, reference, one_pass=True)
+    engine = RolloutEngine(policy, reference, one_pass=True, fused=fused)
     request = {**padded(prompts()), "players": nash_md(BETA), "settings": settings(5)}
     engine.rollout(**request)
     policy.lm_head = copy.deepcopy(reference.lm_head)
     result = engine.rollout(**request)
     assert engine.models.active_pair is not None
     assert_as_in_two_passes(result, policy, reference, request)
+    reference.model.layers[0].mlp.down_proj = copy.deepcopy(policy.model.layers[1].mlp.down_proj)
+    assert_as_in_two_passes(engine.rollout(**request), policy, reference, request)
     policy.lm_head = torch.nn.Linear(32, 97, bias=True)
     result = engine.rollout(**request)
     assert result.notes == (PREFIX + "parameters of a Linear differ in shape, dtype or device",)
     assert_as_in_two_passes(result, policy, reference, request)
+
+
+def test_buffers_that_change_are_compared_again() -> None:
+    policy, reference = alike("llama")
+    engine = RolloutEngine(policy, reference, one_pass=True)
+    request = {**padded(prompts()), "players": nash_md(BETA), "settings": settings(5)}
+    engine.rollout(**request)
+    for change, notes in ((turn, (PREFIX + "buffers of a LlamaRotaryEmbedding differ",)), (lambda _: None, None)):
+        change(reference)
+        result = engine.rollout(**request)
+        assert notes is None or result.notes == notes
+        assert_as_in_two_passes(result, policy, reference, request)
+    turn(policy)
+    assert engine.rollout(**request).notes == ()
 
 
 def test_a_hook_takes_two_passes_for_as_long_as_it_is_there() -> None:
@@ -346,16 +363,33 @@ def test_models_are_compared_once(monkeypatch) -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_that_of_two_passes() -> None:
+def test_memory_is_planned_allocated_and_released() -> None:
     policy, reference = alike("llama")
     ask = {"players": nash_md(BETA), "settings": settings(4)}
-    engine = RolloutEngine(policy, reference, one_pass=True, fused=True)
-    plan = engine.memory_plan(3, 9, **ask)
-    assert plan == RolloutEngine(policy, reference, one_pass=False, fused=True).memory_plan(3, 9, **ask)
+    engine, two = (RolloutEngine(policy, reference, one_pass=one_pass, fused=True) for one_pass in (True, False))
+    plan, plan_of_two = (each.memory_plan(3, 9, **ask).parts for each in (engine, two))
     engine.rollout(**padded(prompts()), **ask)
     (runner,) = engine._space.runners
     stored = sum(tensor.nbytes for layer in runner.cache.static_layers for tensor in layer.storage)
-    assert stored == plan.parts["policy cache"] + plan.parts["reference cache"]
+    assert stored == plan["policy cache"] + plan["reference cache"]
+    products = engine.models.joint_products
+    assert plan["joint products"] == sum(product.weight.nbytes for product in products._products.values())
+    layers = [model.model.layers for model in (policy, reference)]
+    assert plan["joint products"] == sum(p.nbytes for each in layers for p in each.parameters() if p.ndim == 2)
+    assert {**plan, "joint products": 0} == {**plan_of_two, "joint products": 0}
+    engine.release()
+    assert products.addresses == ()
+
+
+def test_products_of_both_models_are_one_batched_product(monkeypatch) -> None:
+    """With weights side by side every linear layer but the head is one product for both models, prompts included."""
+    shapes, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda x, weights: shapes.append(tuple(x.shape)) or bmm(x, weights))
+    policy, reference = alike("llama")
+    request = {**padded(prompts((2, 5))), "players": nash_md(BETA), "settings": settings(3)}
+    result = RolloutEngine(policy, reference, one_pass=True, fused="products").rollout(**request)
+    assert_as_in_two_passes(result, policy, reference, request)
+    assert [shape[:2] for shape in shapes if shape[:2] != (2, 15)] == [(2, 10)] * 8 + [(2, 4)] * 16
 
 
 # ---- Triton's kernels, interpreted -----------------------------------------------------------------------------------
@@ -377,17 +411,14 @@ def test_products_and_norms_of_both_models_are_one_launch(fused, monkeypatch) ->
     monkeypatch.setattr(triton_kernels, "rms_norm", lambda *rest: norms.append(rest[-1]) or norm(*rest))
     policy, reference = alike("qwen2")
     request = {**padded(prompts((2, 3))), "players": nash_md(BETA), "settings": settings(2)}
-    engine = RolloutEngine(policy, reference, fused=fused, linear=True, one_pass=True)
-    engine.rollout(**request)  # compares the models first
-    calls.clear()
-    norms.clear()
-    result = engine.rollout(**request)
+    result = RolloutEngine(policy, reference, fused=fused, linear=True, one_pass=True).rollout(**request)
     assert result.notes == ()
     layers = policy.config.num_hidden_layers
     steps = [call for call in calls if call[0] == 8]
     assert set(steps) == {(8, 4, "triton")} and len(steps) == (4 if fused else 7) * layers + 1
-    assert len(norms) == (2 * (2 * layers + 1) if fused is True else 0)
-    assert_as_in_two_passes(result, policy, reference, request)
+    passes = 3  # the comparison, the prompts, a step
+    assert len(norms) == (passes * (2 * layers + 1) if fused is True else 0)
+    assert_as_in_two_passes(result, policy, reference, request, fused=False, linear=False)
 
 
 def test_long_prompts_keep_pytorchs_products() -> None:

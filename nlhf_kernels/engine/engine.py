@@ -67,9 +67,9 @@ class RolloutEngine:
             which `nlhf-kernels tune` measured Triton faster than cuBLAS; True: all, by plans that are not measured
             unless `tune` did; False: none. Models with adapters and those that processes share keep PyTorch's.
         one_pass ("auto" or bool): policy and reference in one forward pass over the rows of both: "auto": a policy with
-            adapters and its base; True: two models of one architecture as well, for which a step's products with both
-            weights are one launch each with `linear=True`; False: a pass each. Notes say where that cannot be; compiled
-            steps and models that processes share are of one model each.
+            adapters and its base; True: two models of one architecture as well, whose layers are one product each for
+            both: of weights side by side where `fused` copies them, or by `linear=True`; False: a pass each. Notes say
+            where that cannot be; compiled steps and models that processes share are of one model each.
         graphs ("auto", bool or "steps"): what is recorded on a GPU: "auto": steps, and passes over prompts that would
             take the host longer than the GPU; True: all passes over prompts, too; "steps": steps alone; False: nothing.
         recorder: what records; None: CUDA graphs on a GPU, nothing elsewhere.

@@ -8,6 +8,9 @@ The first layer of a group that is called computes the product for all; the othe
 get the same tensor. The model's own code runs unchanged, and a group whose layers get different inputs, or are not all
 called, goes back to separate products. Groups are joined only where the calling code is that of transformers' Llama
 and its derivatives, which takes columns of a wider matrix without a copy.
+
+Where policy and reference take one pass (pairs.py), a group's product is that of both models, whose weights lie side by
+side as well.
 """
 
 from __future__ import annotations
@@ -41,46 +44,60 @@ _sources: WeakKeyDictionary[type[torch.nn.Module], str] = WeakKeyDictionary()
 class JointProducts:
     """The groups of several models. Their joint weights are allocated by the first rollout and kept until `release`.
 
-    `linear_for` chooses the product with a joint weight; None, or a result of None, is PyTorch's.
+    `linear_for` chooses the product with a joint weight; None, or a result of None, is PyTorch's. With a `pair`, its
+    other linear layers but the head are groups of one, joined with the other model's only.
     """
 
     def __init__(
         self,
         models: Sequence[torch.nn.Module],
         linear_for: Callable[[torch.Tensor], Linear | None] | None = None,
+        pair: ModelPair | None = None,
     ) -> None:
         self.linear_for = linear_for
         distinct = {id(model): model for model in models}.values()
         self.groups = [group for model in distinct for group in find_groups(model)]
+        self.single_layers: list[Group] = []
+        if pair is not None and models:
+            joined = {layer for group in self.groups for layer in group}
+            self.single_layers = [(layer,) for layer in pair.layers_to_batch() if layer not in joined]
         self.enabled = True  # False: their weights would take too much memory
         self.separate: list[str] = []  # reasons why groups were not joined when `applied` was last entered
         self._products: dict[int, JointProduct] = {}  # index of the group -> its product
 
     @property
     def bytes(self) -> int:
-        """Bytes that `applied` allocates."""
-        joinable, _ = self._joinable()
+        """Bytes that `applied` allocates, at most."""
+        joinable, _ = self._joinable(with_single_layers=True)
         return sum(weight.numel() * weight.element_size() for group in joinable.values() for weight, _ in group)
 
     @contextmanager
     def applied(self, pair: ModelPair | None = None) -> Iterator[None]:
         """Copy the weights side by side, and compute each group of layers by one product.
 
-        With a `pair`, its policy's products are those of both models.
+        With a `pair`, its policy's products are those of both models, whose weights lie side by side as well.
         """
         products = {}
-        joinable, self.separate = self._joinable()
+        groups = self._groups(pair is not None)
+        joinable, self.separate = self._joinable(pair is not None)
+        if pair is not None:  # without those whose counterpart in the other model is none
+            known = {groups[index][0] for index in joinable}
+            joinable = {
+                index: weights
+                for index, weights in joinable.items()
+                if pair.others.get(groups[index][0], groups[index][0]) in known
+            }
         for index, weights in joinable.items():
             product = self._products.get(index)
             if product is None or not product.fits(weights):
-                product = JointProduct(self.groups[index], self.linear_for)
+                product = JointProduct(groups[index], self.linear_for)
             products[index] = product
         self._products = products
-        load(list(zip(products.values(), joinable.values(), strict=True)))
         by_layer: dict[Any, JointProduct] = {product.layers[0]: product for product in products.values()}
         for layer, product in by_layer.items():
             other = None if pair is None else pair.others.get(layer)  # None for the reference's own and an opponent's
             product.serve(pair, None if other is None else by_layer[other])
+        load(list(zip(products.values(), joinable.values(), strict=True)))
         forwards = [pair for product in products.values() for pair in product.forwards]
         try:
             with replaced_forwards(forwards):
@@ -98,15 +115,19 @@ class JointProducts:
         """Free the joint weights; the next rollout decides again whether they fit in memory."""
         self._products, self.enabled = {}, True
 
-    def _joinable(self) -> tuple[dict[int, Weights], list[str]]:
+    def _groups(self, with_single_layers: bool) -> list[Group]:
+        return [*self.groups, *self.single_layers] if with_single_layers else self.groups
+
+    def _joinable(self, with_single_layers: bool) -> tuple[dict[int, Weights], list[str]]:
         """Return the groups to join, by index, with their present weights, and why others are not joined.
 
         Hooks of other libraries and sharding may change it.
         """
-        if not self.enabled and self.groups:
+        groups = self._groups(with_single_layers)
+        if not self.enabled and groups:
             return {}, ["weights side by side would take more than a twentieth of the memory, or do not fit"]
-        weights = [weights_of(group) for group in self.groups]
-        reasons = [_why_not_joined(*each) for each in zip(self.groups, weights, strict=True)]
+        weights = [weights_of(group) for group in groups]
+        reasons = [_why_not_joined(*each) for each in zip(groups, weights, strict=True)]
         joinable = {index: weights[index] for index, reason in enumerate(reasons) if reason is None}
         return joinable, sorted({reason for reason in reasons if reason is not None})
 
@@ -161,19 +182,13 @@ class JointProduct:
     def __init__(self, layers: Group, linear_for: Callable[[torch.Tensor], Linear | None] | None = None) -> None:
         self.layers = layers
         first, widths = layers[0].weight, [layer.out_features for layer in layers]
-        self.weight = torch.empty(sum(widths), first.shape[1], dtype=first.dtype, device=first.device)
-        self.linear = None if linear_for is None else linear_for(self.weight)
         self.biased = [layer.bias is not None for layer in layers]
-        self.bias: torch.Tensor | None = None
-        if any(self.biased):
-            self.bias = torch.zeros(sum(widths), dtype=first.dtype, device=first.device)
         self.columns = [
             slice(sum(widths[:index]), sum(widths[: index + 1])) for index in range(len(layers))
         ]  # of the product, layer by layer
-        #: Where the layers' weights and biases lie in the joint ones.
-        self.targets = [self.weight[columns] for columns in self.columns]
-        if self.bias is not None:
-            self.targets += [self.bias[c] for c, biased in zip(self.columns, self.biased, strict=True) if biased]
+        weight = torch.empty(sum(widths), first.shape[1], dtype=first.dtype, device=first.device)
+        self._store(weight, torch.zeros_like(weight[:, 0]) if any(self.biased) else None)
+        self.linear = None if linear_for is None else linear_for(self.weight)
         #: The same functions for every rollout: a compiled model is compiled anew for others.
         self.forwards = [(layer, self._forward(index)) for index, layer in enumerate(layers)]
         self._serves: tuple[ModelPair | None, JointProduct | None] | None = None
@@ -191,15 +206,32 @@ class JointProduct:
         if self._serves == (pair, other):
             return
         self._serves = pair, other
+        if other is not None:
+            self._lie_beside(other)
         self.together: Callable[[torch.Tensor], torch.Tensor]
         self.separate: list[Callable[[torch.Tensor], torch.Tensor]]
         if pair is None or other is None:
             self.together = partial(_product, self.linear, self)
             self.separate = [partial(_product, None, layer) for layer in self.layers]
         else:
-            self.together = pair.linear(self, other)
+            self.together = pair.linear(self, other, side_by_side=True)
             pairs = zip(self.layers, other.layers, strict=True)
             self.separate = [pair.linear(layer, counterpart) for layer, counterpart in pairs]
+
+    def _store(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Take this memory for the joint weight and bias."""
+        self.weight, self.bias = weight, bias
+        #: Where the layers' weights and biases lie in the joint ones.
+        self.targets = [weight[columns] for columns in self.columns]
+        if bias is not None:
+            self.targets += [bias[c] for c, biased in zip(self.columns, self.biased, strict=True) if biased]
+
+    def _lie_beside(self, other: JointProduct) -> None:
+        """Allocate the weights anew as (2, sum of out_features, in_features), this group's first."""
+        weights = self.weight.new_empty(2, *self.weight.shape)
+        biases = (None, None) if self.bias is None else self.bias.new_zeros(2, *self.bias.shape)
+        for product, weight, bias in zip((self, other), weights, biases, strict=True):
+            product._store(weight, bias)
 
     def forget(self) -> None:
         """Drop the last product."""

@@ -96,11 +96,12 @@ class ModelSet:
             self._note("separate products and layers: processes share the models")
         self.step_products = self._choose_products([info.model for info in whole.values()], linear)
         linear_for = None if self.step_products is None else self.step_products.linear_for
-        joins = fused in (True, "products") or (fused == "auto" and self.device.type == "cuda")
-        self.joint_products = JointProducts([info.model for info in whole.values()] if joins else [], linear_for)
         fuses = fused not in (False, "products") and not self.compiled  # torch.compile fuses layers by itself
         self.fused_layers = self._fuse_layers([info.model for info in whole.values()], fused) if fuses else None
         self.pair = self._pair() if reference is not None and one_pass is True else None
+        joins = fused in (True, "products") or (fused == "auto" and self.device.type == "cuda")
+        joined = [info.model for info in whole.values()] if joins else []
+        self.joint_products = JointProducts(joined, linear_for, self.pair)
         self.active_pair: ModelPair | None = None  # in the rollout that runs
         self.why_not_paired: str | None = None  # in that rollout
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from ..core.checks import FLOATS
-from ..core.upstream import attention_name, has_forward_hooks, observing_operations
+from ..core.upstream import attention_name, has_forward_hooks, modules_of, observing_operations, version_of
 from .alike import owns_parameters, why_not_alike, why_parameters_differ
 from .contexts import eval_mode, exact_products, locked, no_autocast, replaced_forwards
 from .cpu_head import ROWS, is_plain, product
@@ -77,22 +77,24 @@ class ModelPair:
         self.split = Split()
         self.others: dict[torch.nn.Module, torch.nn.Module] = {}  # the reference's modules, by the policy's
         self.forwards: list[tuple[torch.nn.Module, Forward]] = []
-        self._compared: list[int] = []  # ids of the modules at the last comparison
+        self._compared: list[tuple[Any, int]] = []  # modules, and buffers with their versions, at the last comparison
         self._difference: str | None = None  # what it found
 
     def why_two_passes(self) -> str | None:
         """Why one pass cannot serve both models now; None where it can.
 
         Asked before every rollout: callers may change models in between. Structures are compared anew only where
-        modules are others than at the last comparison.
+        modules or buffers are others than at the last comparison.
         """
-        modules = [*self.policy.model.modules(), *self.reference.model.modules()]
+        modules = [*modules_of(self.policy.model), *modules_of(self.reference.model)]
         if any("forward" in vars(module) or has_forward_hooks(module) for module in modules):
             return "a module has hooks, or a forward that accelerate or another has replaced"
         if attention_name(self.policy.model.config) != attention_name(self.reference.model.config):
             return "their attentions differ"
-        if self._compared != (ids := [id(module) for module in modules]):
-            self._compared = ids
+        parts: list[tuple[Any, int]] = [(module, 0) for module in modules]
+        parts += [(buffer, version_of(buffer)) for module in modules for buffer in module.buffers(recurse=False)]
+        if not _same(parts, self._compared):
+            self._compared = parts
             self._difference = why_not_alike(self.policy, self.reference)
             self.others, self.forwards = {}, []
             if self._difference is None:
@@ -102,19 +104,41 @@ class ModelPair:
             filter(None, map(why_parameters_differ, self.others, self.others.values())), None
         )
 
-    def linear(self, layer: Layer, other: Layer) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the forward of a linear layer of the policy and its counterpart."""
+    def linear(self, layer: Layer, other: Layer, side_by_side: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the forward of a linear layer of the policy and its counterpart.
+
+        `side_by_side`: whether the reference's weight and bias follow the policy's in memory.
+        """
         chosen = self.product_for and self.product_for(layer.weight)
+        if chosen is None and side_by_side:
+            chosen = batched_product
         if chosen is None:
-            is_head = layer is self.policy.model.get_output_embeddings()  # type: ignore[operator]
-            chosen = partial(two_products, narrow=is_head and is_plain(layer) and layer.bias is None)
+            narrow = layer is self._head and is_plain(layer) and layer.bias is None
+            chosen = partial(two_products, narrow=narrow)
         return partial(_linear, self.split, chosen, layer, other)
+
+    def layers_to_batch(self) -> list[torch.nn.Linear]:
+        """Return the linear layers of both models whose products one of PyTorch's could compute, were their weights
+        side by side: all but those of Triton's kernel, and the head, whose copy would be the largest."""
+        models = (self.policy.model, self.reference.model)
+        heads = [model.get_output_embeddings() for model in models]  # type: ignore[operator]
+        return [
+            layer
+            for model in models
+            for layer in modules_of(model)
+            if type(layer) is torch.nn.Linear and layer not in heads
+            if self.product_for is None or self.product_for(layer.weight) is None
+        ]
 
     def applied(self) -> AbstractContextManager[None]:
         """Replace the forwards of the policy's modules, except those that joint products have replaced already."""
         return replaced_forwards(self.forwards)
 
     # ---- forwards ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _head(self) -> Any:
+        return self.policy.model.get_output_embeddings()  # type: ignore[operator]
 
     def _pair(self) -> None:
         others = dict(self.reference.model.named_modules())
@@ -168,6 +192,13 @@ class ModelPair:
         return None
 
 
+def _same(parts: list[tuple[Any, int]], others: list[tuple[Any, int]]) -> bool:
+    return len(parts) == len(others) and all(
+        part is other and version == other_version
+        for (part, version), (other, other_version) in zip(parts, others, strict=True)
+    )
+
+
 class PairRunner(OnePassRunner):
     """Policy and reference of one architecture; the pair's forwards are applied for the whole rollout."""
 
@@ -202,6 +233,21 @@ def two_products(
         else:
             torch.addmm(part.bias, x[rows], part.weight.t(), out=out[rows])
     return out
+
+
+def batched_product(x: torch.Tensor, first: int, layer: Layer, other: Layer) -> torch.Tensor:  # (R, D) -> (R, N)
+    """One batched product of PyTorch's for weights that lie side by side, where both models have as many rows."""
+    if 2 * first != len(x):
+        return two_products(x, first, layer, other)
+    columns, width = layer.weight.shape
+    weights = layer.weight.as_strided((2, columns, width), (columns * width, width, 1))
+    vectors = x.view(2, first, width)
+    if layer.bias is None:
+        out = torch.bmm(vectors, weights.mT)
+    else:
+        biases = layer.bias.as_strided((2, 1, columns), (columns, columns, 1))
+        out = torch.baddbmm(biases, vectors, weights.mT)
+    return out.view(len(x), columns)
 
 
 def _norm(
