@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,13 +130,14 @@ WRONG_FILES = {
 }
 
 
+@pytest.mark.parametrize("kind", [str, Path])
 @pytest.mark.parametrize("name", WRONG_FILES)
-def test_wrong_files_are_named(name, tmp_path) -> None:
+def test_wrong_files_are_named(name, kind, tmp_path) -> None:
     content, message = WRONG_FILES[name]
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises((ValueError, TypeError)) as error:
-        load_prompts(str(tmp_path / name))
+        load_prompts(kind(tmp_path / name))
     for part in message.split(".*"):
         assert part in str(error.value)
 

@@ -17,6 +17,7 @@ The prompt of a conversational row is found in one of three layouts:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.text import excerpt
@@ -98,7 +99,7 @@ def _texts(
 ) -> list[list[str]]:
     texts = [_read(place, row, columns, tokenizer, chat) for place, row in read_rows(source, split=split)]
     if not texts:
-        name = source if isinstance(source, str) else type(source).__name__
+        name = source if isinstance(source, str | Path) else type(source).__name__
         raise ValueError(f"data: {name}: expected at least one row; got none")
     return texts
 
