@@ -24,9 +24,9 @@ def final(algorithm: str, tmp_path, **options) -> tuple[LetterGame, torch.Tensor
     game = LetterGame()
     model = game.model()
     reference = game.log_probabilities(model)
-    judge = None if algorithm == "rlhf" else game.judge
+    judge = {"judge": None if algorithm == "rlhf" else game.judge}
     trainer = make_trainer(
-        tmp_path, model=model, judge=judge, tokenizer=game.tokenizer(), algorithm=algorithm, **{**RUN, **options}
+        tmp_path, model=model, tokenizer=game.tokenizer(), algorithm=algorithm, **{**judge, **RUN, **options}
     )
     trainer.train()
     return game, reference, game.log_probabilities(trainer.model)
@@ -67,6 +67,19 @@ def test_against_its_own_kind_the_policy_reaches_the_equilibrium(algorithm, opti
     goal = expected(game, reference, TAU)
     assert distance(policy, goal) < TOLERANCE
     assert distance(reference, goal) > 3 * TOLERANCE, "else there was nothing to learn"
+
+
+def test_online_dpo_reaches_the_reward_that_explains_the_preferences(tmp_path) -> None:
+    game = LetterGame()
+
+    def judge(prompts, first, second) -> torch.Tensor:
+        return (game.reward(prompts, first) - game.reward(prompts, second)).sigmoid()
+
+    _, reference, policy = final("online-dpo", tmp_path, judge=judge)
+    goal = (reference + game.rewards / TAU).log_softmax(-1)
+    preference = (game.rewards[:, None] - game.rewards).sigmoid()
+    assert distance(policy, goal) < TOLERANCE
+    assert distance(equilibrium(PreferenceGame(preference, reference.exp(), TAU)), goal) > 3 * TOLERANCE, "not IPO's"
 
 
 def test_best_response_answers_the_reference_and_rlhf_the_reward(tmp_path) -> None:

@@ -4,6 +4,7 @@ y ~ policy, y' ~ opponent^(1 - beta) reference^beta, token by token; a judge ret
 
 policy gradient   maximises P(y > y') - tau KL(policy, reference), on y alone
 ipo               regresses log-ratios of y and y' on the preference; both answers are sampled as y' is
+dpo               classifies y and y' by their log-ratios, the preference being the label; sampled likewise
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Algorithm:
     Args:
         name: as in `NashConfig.algorithm`.
         summary: one line for documents.
-        loss: "policy-gradient" or "ipo".
+        loss: "policy-gradient", "ipo" or "dpo".
         beta: the reference's weight in the opponent's mixture, fixed by the algorithm; None: the configuration's.
         opponent: weights that sample y': "policy", "average" (a moving average of the policy's) or "snapshot".
         judged_by: "judge" or "reward".
@@ -39,8 +40,13 @@ class Algorithm:
         """Whether the opponent has weights of its own."""
         return self.opponent != "policy"
 
+    @property
+    def trains_pairs(self) -> bool:
+        """Whether the loss is of both answers."""
+        return self.loss != "policy-gradient"
+
     def players(self, beta: float, samples: int, row_ids: object) -> tuple[Player, ...]:
-        """Return the players of a rollout. IPO trains on both answers, so both are sampled from one mixture.
+        """Return the players of a rollout. A loss of both answers has both sampled from one mixture.
 
         Args:
             beta: the reference's weight in the opponent's mixture.
@@ -48,7 +54,7 @@ class Algorithm:
             row_ids ((B,)): numbers of the prompts, which determine the noise.
         """
         parameters = "opponent" if self.own_parameters else "policy"
-        first = Player(beta if self.loss == "ipo" else 0.0, Stream.POLICY, samples, row_ids)  # type: ignore[arg-type]
+        first = Player(beta if self.trains_pairs else 0.0, Stream.POLICY, samples, row_ids)  # type: ignore[arg-type]
         second = Player(beta, Stream.OPPONENT, samples, row_ids, parameters)  # type: ignore[arg-type]
         return (first,) if self.judged_by == "reward" else (first, second)
 
@@ -62,6 +68,7 @@ ALGORITHMS = {
         Algorithm("nash-ema", "the policy against a moving average of its weights", beta=0.0, opponent="average"),
         Algorithm("nash-mp", "mirror prox: against a snapshot, held near another", beta=0.0, opponent="snapshot"),
         Algorithm("online-ipo", "IPO on two answers of the policy, judged with soft preferences", loss="ipo", beta=0.0),
+        Algorithm("online-dpo", "DPO on two answers of the policy, judged with soft preferences", loss="dpo", beta=0.0),
         Algorithm("ipo-md", "online IPO on two answers of the mixture with the reference", loss="ipo"),
         Algorithm("rlhf", "policy gradient against a reward, for comparison", beta=0.0, judged_by="reward"),
     )

@@ -206,7 +206,7 @@ class NashConfig(TrainingArguments):
 
     def _check_numbers(self) -> None:
         self.beta = check_schedule("beta", self.beta)
-        self.tau = check_schedule("tau", self.tau, open_low=self.algorithm_spec.loss == "ipo")
+        self.tau = check_schedule("tau", self.tau, open_low=self.algorithm_spec.trains_pairs)
         check_option(OP, "kl", self.kl, KL_MODES)
         check_option(OP, "nonfinite", self.nonfinite, ("skip", "stop"))
         if self.compile_rollouts not in (True, False, "auto"):
@@ -257,7 +257,7 @@ class NashConfig(TrainingArguments):
         algorithm, unused = self.algorithm_spec, []
         if algorithm.beta is not None:
             unused.append("beta")
-        if algorithm.loss == "ipo":
+        if algorithm.trains_pairs:
             unused += ["kl", "baseline"]
         if algorithm.opponent != "average":
             unused.append("ema_decay")

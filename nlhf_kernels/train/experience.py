@@ -116,7 +116,7 @@ class ExperienceCollector:
         self._measure(answers, beta)
         unknown = torch.empty(0, dtype=torch.float64, device="cpu")
         return Experience(
-            *teacher_forced(batch, answers if algorithm.loss == "ipo" else answers[:1]),
+            *teacher_forced(batch, answers if algorithm.trains_pairs else answers[:1]),
             unended=torch.stack([answer.finish != Finish.END for answer in answers], 1).cpu(),
             prompts=[text for text in batch["texts"] for _ in range(count)],
             answers=tuple(response_texts(self.tokenizer, answer) for answer in answers),
@@ -129,7 +129,7 @@ class ExperienceCollector:
         self.timer.tokens += sum(int(answer.lengths.sum()) for answer in answers)
         self.meters.add("length", first.lengths.float())
         self.meters.add("end_rate", (first.finish == Finish.END).float())
-        if self.config.algorithm_spec.loss != "ipo" or beta == 0:  # else y is the mixture's, not the policy's
+        if not self.config.algorithm_spec.trains_pairs or beta == 0:  # else y is the mixture's, not the policy's
             assert first.policy_logprobs is not None
             self.meters.add("kl", response_kl(first))
             self.meters.add("entropy", -first.policy_logprobs[first.mask])
@@ -156,7 +156,7 @@ class ExperienceCollector:
         if baseline is None:
             baseline = "batch" if self.config.algorithm_spec.judged_by == "reward" else 0.5
         values = [part.value - penalty * part.unended[:, 0] for part in experiences]
-        if self.config.algorithm_spec.loss == "ipo":  # y' is trained on too: its missing end counts in favour of y
+        if self.config.algorithm_spec.trains_pairs:  # y' is trained on too: its missing end counts in favour of y
             values = [value + penalty * part.unended[:, 1] for part, value in zip(experiences, values, strict=True)]
             baseline = 0.5
         if isinstance(baseline, str):  # the mean of all other pairs

@@ -15,7 +15,7 @@ from .heads import apply_at_head, head_of, hidden_states
 
 
 class PolicyLoss:
-    """The loss of a micro-batch: policy gradient or IPO, as set by the algorithm.
+    """The loss of a micro-batch: policy gradient, IPO or DPO, as set by the algorithm.
 
     Args:
         config: the run's configuration.
@@ -37,21 +37,21 @@ class PolicyLoss:
             normalizer: pairs of the whole update.
         """
         reference: dict[str, Any] = {"reference_logprobs": experience.reference_logprobs}
-        is_ipo = self.config.algorithm_spec.loss == "ipo"
-        if not is_ipo and self.config.kl == "exact":
+        of_pairs = self.config.algorithm_spec.trains_pairs
+        if not of_pairs and self.config.kl == "exact":
             reference = self._reference_states(experience)
-        elif not is_ipo and self.anchor is not None:
+        elif not of_pairs and self.anchor is not None:
             tau, reference = self._towards_anchor(experience, tau)
 
         def loss(states: torch.Tensor) -> torch.Tensor:
             hidden, head = _of_answers(states, experience), head_of(self.policy)
-            if is_ipo:
-                return self._ipo(hidden, head, experience, tau, normalizer)
+            if of_pairs:
+                return self._of_pairs(hidden, head, experience, tau, normalizer)
             return self._policy_gradient(hidden, head, experience, tau, normalizer, reference)
 
         return apply_at_head(model, experience.input_ids[:, :-1], experience.attention_mask[:, :-1], loss)
 
-    def _ipo(
+    def _of_pairs(
         self, hidden: torch.Tensor, head: Head, experience: Experience, tau: float, normalizer: float
     ) -> torch.Tensor:
         preference = (0.5 + experience.advantage).clamp(0, 1)
@@ -62,6 +62,7 @@ class PolicyLoss:
             preference=preference.float().to(hidden.device),
             reference_logprobs=experience.reference_logprobs,
             tau=tau,
+            kind=self.config.algorithm_spec.loss,
             normalizer=normalizer,
             backend=self.config.backend,
         ).loss

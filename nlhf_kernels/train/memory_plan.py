@@ -89,7 +89,7 @@ def micro_batch(args: NashConfig) -> tuple[int, int]:
     Args:
         args: of the run.
     """
-    rows = args.per_device_train_batch_size * args.samples_per_prompt * (2 if args.algorithm_spec.loss == "ipo" else 1)
+    rows = args.per_device_train_batch_size * args.samples_per_prompt * (1 + args.algorithm_spec.trains_pairs)
     return rows, args.max_prompt_length + args.max_new_tokens - 1
 
 
@@ -213,7 +213,7 @@ def _joint_products(models: Models, args: NashConfig, layout: Layout, half: torc
 
 def _chunk(policy: ModelShapes, args: NashConfig, layout: Layout, device: str, free: int | None) -> int:
     """Return the bytes of logits that the loss holds at a time."""
-    exact = args.kl == "exact" and args.algorithm_spec.loss != "ipo"
+    exact = args.kl == "exact" and not args.algorithm_spec.trains_pairs
     compute = rollout_dtype(args) or policy.dtype
     vocabulary = -(-policy.vocabulary // layout.tp_size)  # a rank scores its slice
     budget = CHUNK_BYTES[device]  # of slices, always
