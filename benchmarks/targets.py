@@ -57,6 +57,11 @@ def _sampler(rows: int, vocabulary: int, target: Target | None, dtype: str = "bf
     return Headline(what, "mixture_sample", shape, dtype, "forward", target)
 
 
+def _host_cost(name: str, target: Target | None, ours: str = "") -> Headline:
+    shape = "rows=1 vocabulary=1024"
+    return Headline(f"host cost: {name}", "mixture_sample", shape, "bfloat16", "overhead", target, ours)
+
+
 def _linear(name: str, case: str, sizes: str, target: Target | None = None, mode: str = "full") -> Headline:
     return Headline(name, case, f"tokens=8192 length=512 {sizes}", "bfloat16", mode, target)
 
@@ -86,8 +91,9 @@ def _update(new: int, target: Target | None, name: str = "an update of training"
 
 HEADLINES = (
     _sampler(1, 128_256, _us(6)),
-    Headline("host cost of a call of the sampler", "mixture_sample", "rows=1 vocabulary=128256", "bfloat16", "overhead",
-             _us(15)),
+    _host_cost("the sampler", None),
+    _host_cost("its operator, settings packed", _us(15), "torch.ops, packed settings"),
+    _host_cost("its call in the engine", _us(8), "sample_packed"),
     _sampler(16, 128_256, _us(8)),
     _sampler(64, 128_256, _us(12)),
     _sampler(64, 151_936, _us(24), "float32"),

@@ -18,6 +18,7 @@ from benchmarks.harness.case import Baseline, Case, Inputs, Shape, Unavailable
 from benchmarks.harness.compare import compare
 from benchmarks.harness.library import BackendReport, backend_report
 from benchmarks.harness.machine import last_level_cache_bytes, parse_size
+from benchmarks.targets import HEADLINES
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -382,6 +383,17 @@ def test_list_names_every_case(capsys) -> None:
     assert run.main(["--list"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in all_cases())
+
+
+@pytest.mark.parametrize(
+    "headline", [each for each in HEADLINES if each.ours and each.case in all_cases()], ids=lambda each: each.name
+)
+def test_what_a_headline_calls_ours_is_measured(headline) -> None:
+    case, generator = all_cases()[headline.case], torch.Generator("cpu").manual_seed(1)
+    inputs = case.make(case.shapes["tiny"][0], CPU, generator)
+    names = implementations.collect(case, inputs, headline.mode, (), with_compile=False)
+    own = headline.ours
+    assert any(name.endswith(own) if own.startswith(",") else name == own for name in names)
 
 
 @pytest.mark.parametrize("name", all_cases())
