@@ -194,7 +194,7 @@ def test_modules_that_are_replaced_are_followed(fused) -> None:
     assert_as_in_two_passes(engine.rollout(**request), policy, reference, request)
     policy.lm_head = torch.nn.Linear(32, 97, bias=True)
     result = engine.rollout(**request)
-    assert result.notes == (PREFIX + "parameters of a Linear differ in shape, dtype or device",)
+    assert result.notes == (PREFIX + "their parameters differ in number, shape, dtype or device",)
     assert_as_in_two_passes(result, policy, reference, request)
 
 

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 
+from ..core.upstream import parameters_of
 from .model_info import ModelInfo, rotations
 from .peft_models import adapted_layers
 
-#: What may differ between configurations of models that run alike.
-NAMES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+#: What may differ between configurations of models that run alike. Padding may not: some models look for its id.
+NAMES = {
+    *("_name_or_path", "architectures", "transformers_version"),
+    *("bos_token_id", "dtype", "eos_token_id", "torch_dtype", "use_cache"),
+}
 #: Likewise among the attributes of modules.
 STATES = {"training", "gradient_checkpointing", "name_or_path"}
 
@@ -40,13 +44,13 @@ def owns_parameters(module: torch.nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
 
 
-def why_parameters_differ(module: torch.nn.Module, other: torch.nn.Module) -> str | None:
-    """Why two modules' parameters do not fit the same code; None where they do."""
+def why_parameters_differ(model: torch.nn.Module, other: torch.nn.Module) -> str | None:
+    """Why two models' parameters do not fit the same code; None where they do."""
     own, others = (
-        {name: (value.shape, value.dtype, value.device) for name, value in each.named_parameters(recurse=False)}
-        for each in (module, other)
+        [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters_of(each)]
+        for each in (model, other)
     )
-    return None if own == others else f"parameters of a {type(module).__name__} differ in shape, dtype or device"
+    return None if own == others else "their parameters differ in number, shape, dtype or device"
 
 
 def _text_config(model: Any) -> Any:
@@ -78,11 +82,9 @@ def _why_modules_differ(model: torch.nn.Module, other: torch.nn.Module) -> str |
             return f"{name or 'the model'} has other numbers in one than in the other"
         if owns_parameters(module) and any(map(owns_parameters, list(module.modules())[1:])):
             return f"a {type(module).__name__} has parameters beside its modules"
-        if (
-            reason := why_parameters_differ(module, others[name]) or _why_buffers_differ(module, others[name])
-        ) is not None:
+        if (reason := _why_buffers_differ(module, others[name])) is not None:
             return reason
-    return None
+    return why_parameters_differ(model, other)
 
 
 def _numbers(module: torch.nn.Module) -> dict[str, Any]:

@@ -100,9 +100,7 @@ class ModelPair:
             if self._difference is None:
                 self._pair()
                 self._difference = self._why_results_differ()
-        return self._difference or next(
-            filter(None, map(why_parameters_differ, self.others, self.others.values())), None
-        )
+        return self._difference or why_parameters_differ(self.policy.model, self.reference.model)
 
     def linear(self, layer: Layer, other: Layer, side_by_side: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the forward of a linear layer of the policy and its counterpart.
