@@ -6,7 +6,7 @@ table for each GPU that has a file, then the CPU's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.harness.report import format_ratio, format_us
@@ -70,7 +70,7 @@ def table() -> str:
     rows, runs = [], []
     for headline in HEADLINES:
         ours = _timed(files[headline.file], headline.key)
-        theirs = _timed(files[headline.file], _of(headline.key, headline.rival))
+        theirs = _timed(files[headline.file], replace(headline.key, implementation=headline.rival))
         if ours.run != theirs.run:
             raise ValueError(f"headlines: {headline.what}: expected both rows of one run; got {headline.file}'s of two")
         assert ours.timing is not None and theirs.timing is not None
@@ -108,10 +108,6 @@ def gpu_tables() -> list[str]:
             f"{lines}\n\nMedians on {cards}, torch {torches}, at {commits}: `benchmarks/results/{path.name}`."
         )
     return tables
-
-
-def _of(key: RowKey, implementation: str) -> RowKey:
-    return RowKey(key.case, key.shape, key.dtype, key.mode, implementation, key.device, key.threads)
 
 
 def _timed(rows: dict[RowKey, ResultRow], key: RowKey) -> ResultRow:

@@ -12,13 +12,16 @@ from typing import Any
 
 
 class RemoteError(RuntimeError):
-    """The exception that an object in another process raised, or how its process ended."""
+    """The exception that an object in another process raised, or how its process ended.
+
+    Args:
+        kinds: names of the exception's type and of its base classes; none if the process ended without a reply.
+        reason: the message.
+    """
 
     def __init__(self, kinds: Sequence[str], reason: str) -> None:
         super().__init__(reason)
-        self.kinds = (
-            kinds  # names of the exception's type and of its base classes; none if the process ended without a reply
-        )
+        self.kinds = kinds
 
 
 class Remote:

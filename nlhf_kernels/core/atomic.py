@@ -212,16 +212,12 @@ def check_file(path: str | Path) -> None:
     place = Path(path).resolve()
     if is_stdout(path) or _STREAM.fullmatch(os.path.abspath(path)) or _is_stream(Path(path)):
         return
-    if not place.exists():
-        _check_writable(path, place.parent, "file")
-        return
-    if not place.is_file():
+    if place.exists() and not place.is_file():
         raise FileExistsError(
             f"{path}: expected a file or a new name; got a {'folder' if place.is_dir() else 'device'}"
         )
     _check_writable(path, place.parent, "file")
-    owner = place.stat().st_uid
-    if owner != os.geteuid() != 0:
+    if place.exists() and (owner := place.stat().st_uid) != os.geteuid() != 0:
         raise PermissionError(f"{path}: expected a file of user {os.geteuid()}; got one of user {owner}")
 
 

@@ -163,3 +163,9 @@ def check_option(op: str, name: str, value: object, allowed: Sequence[str]) -> s
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{op}: {name}: expected one of {', '.join(allowed)}; got {excerpt(value)}")
     return value
+
+
+def check_switch(op: str, name: str, value: object, words: Sequence[str]) -> None:
+    """Check an argument that is one of `words`, True or False."""
+    if not isinstance(value, bool) and value not in words:
+        raise ValueError(f"{op}: {name}: expected {', '.join(words)}, True or False; got {excerpt(value)}")

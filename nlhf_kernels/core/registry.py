@@ -42,9 +42,7 @@ class Backend:
     path: str  # "module:function", imported at first use: importing the package needs neither triton nor a compiler
     limits: Callable[[Any], list[str]] = lambda problem: []
     backward: str = ""  # "module:function" of the gradient, where the op has one
-    preparation: str = (
-        ""  # "module:function": inputs -> a function that runs all calls of their signature (core/calls.py)
-    )
+    preparation: str = ""  # "module:function": inputs -> how all calls of their signature run (core/calls.py)
 
     def why_not(self, problem: Problem) -> list[str]:
         """Return the reasons why this backend cannot run `problem`; empty where it can."""

@@ -65,7 +65,6 @@ def define(
     """
     arguments = _schema(inputs, overwrites)
     nested = len(arguments) > len(inputs._fields)
-
     of_operands = _builder(inputs)
 
     def on_operands(function: Callable[[Inputs], Result]) -> Callable[..., Result]:

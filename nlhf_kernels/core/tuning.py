@@ -210,9 +210,9 @@ def sweep(
             continue
         with use_plan(launch.tunable, plan):
             try:
-                seconds = max(left, 0.0) / (len(plans) - index) / len(calls)
+                share = max(left, 0.0) / (len(plans) - index) / len(calls)
                 if all(_agree(tensors_of(call()), expected) for call, expected in zip(calls, truth, strict=True)):
-                    medians[plan] = sum(median_us(call, seconds) for call in calls)
+                    medians[plan] = sum(median_us(call, share) for call in calls)
                 else:
                     medians[plan] = "another result"
             except Exception as error:  # a plan that needs more registers or shared memory than there are

@@ -9,8 +9,7 @@ from threading import Lock
 
 import torch
 
-from ..core.checks import check_integer, check_option
-from ..core.text import excerpt
+from ..core.checks import check_integer, check_option, check_switch
 from ..core.vocabulary import VocabularySlice
 from .batch import Batch
 from .compiling import COMPILED_DEVICES, CompileDecision
@@ -100,16 +99,11 @@ class RolloutEngine:
         op: str = "RolloutEngine",
     ) -> None:
         self.op, self.memory_limit = op, memory_limit
-        if fused not in ("auto", "products", "layers") and not isinstance(fused, bool):
-            raise ValueError(f"{op}: fused: expected auto, products, layers, True or False; got {excerpt(fused)}")
-        if linear != "auto" and not isinstance(linear, bool):
-            raise ValueError(f"{op}: linear: expected auto, True or False; got {excerpt(linear)}")
-        if one_pass != "auto" and not isinstance(one_pass, bool):
-            raise ValueError(f"{op}: one_pass: expected auto, True or False; got {excerpt(one_pass)}")
-        if compile != "auto" and not isinstance(compile, bool):
-            raise ValueError(f"{op}: compile: expected auto, True or False; got {excerpt(compile)}")
-        if graphs not in ("auto", "steps") and not isinstance(graphs, bool):
-            raise ValueError(f"{op}: graphs: expected auto, steps, True or False; got {excerpt(graphs)}")
+        check_switch(op, "fused", fused, ("auto", "products", "layers"))
+        check_switch(op, "linear", linear, ("auto",))
+        check_switch(op, "one_pass", one_pass, ("auto",))
+        check_switch(op, "compile", compile, ("auto",))
+        check_switch(op, "graphs", graphs, ("auto", "steps"))
         self.fused = fused
         self.models = ModelSet(
             op,

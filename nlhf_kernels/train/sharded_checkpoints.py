@@ -76,23 +76,6 @@ def load_sharded(folder: Path, model: Any, optimizer: Any = None, opponent: Oppo
             local(target).copy_(local(block.redistribute(placements=target.placements)))
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the trained weights of a checkpoint whole, on one process, by the model's names.
-
-    Args:
-        folder: of the checkpoint.
-    """
-    dcp = _dcp()
-    metadata = dcp.FileSystemReader(folder / FOLDER).read_metadata().state_dict_metadata
-    weights = {
-        name: torch.empty(value.size, dtype=value.properties.dtype, device="cpu")
-        for name, value in metadata.items()
-        if name.startswith("model/")
-    }
-    dcp.load(weights, checkpoint_id=folder / FOLDER, no_dist=True)
-    return {name.removeprefix("model/"): value for name, value in weights.items()}
-
-
 def _dcp() -> Any:
     """Import torch.distributed.checkpoint (a second), without its warning in a single process."""
     import torch.distributed.checkpoint
