@@ -202,7 +202,7 @@ def test_what_is_recorded_is_chosen(monkeypatch) -> None:
     for choice, longer, passes, width in (
         ("auto", True, 1, 16), ("auto", False, 0, 9), (True, False, 1, 16), ("steps", True, 0, 9)
     ):  # fmt: skip
-        monkeypatch.setattr(engine, "host_takes_longer", lambda models, tokens, longer=longer: longer)
+        monkeypatch.setattr(engine, "host_takes_longer", lambda *_, longer=longer: longer)
         player, _ = recorded(policy, reference, graphs=choice)
         result = [ask(player)[0] for _ in range(2)][1]
         assert len(player.graphs.recorded_passes) == passes and result.notes == ()
@@ -226,10 +226,23 @@ def test_the_host_is_compared_with_the_gpu() -> None:
         [replace(info, layers=(shape,) * layers, weights=weights, dtype=torch.bfloat16)] * 2
         for layers, weights in ((24, 358_000_000), (28, 6_525_000_000))
     )
-    assert host_takes_longer(half, 16 * 128) and not host_takes_longer(half, 64 * 128)
-    assert host_takes_longer(seven, 128) and not host_takes_longer(seven, 16 * 128)
+    assert host_takes_longer(half, half, 16 * 128) and not host_takes_longer(half, half, 64 * 128)
+    assert host_takes_longer(seven, seven, 128) and not host_takes_longer(seven, seven, 16 * 128)
+    assert host_takes_longer(half, half, 4000) and not host_takes_longer(half, half[:1], 4000), "in one pass"
     in_float32 = [replace(model, dtype=torch.float32) for model in half]
-    assert host_takes_longer(in_float32, 128) and not host_takes_longer(in_float32, 16 * 128)
+    assert host_takes_longer(in_float32, in_float32, 128) and not host_takes_longer(in_float32, in_float32, 16 * 128)
+
+
+def test_the_code_of_one_model_runs_in_one_pass() -> None:
+    policy, reference = tiny("llama", seed=1), tiny("llama", seed=2)
+    roles = ("policy", "opponent", "reference")
+    for player, names in (
+        (RolloutEngine(policy, reference, opponent=reference), roles),
+        (RolloutEngine(policy, reference, opponent=reference, one_pass=True), roles[:2]),
+        (RolloutEngine(adapted(policy)), ("policy",)),
+    ):
+        present = [role for role in roles if role in player.models.info or role == "reference"]
+        assert player.models.passes(present) == [player.models.info[name] for name in names]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2"])

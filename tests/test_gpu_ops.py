@@ -42,8 +42,8 @@ def _games(games: int, actions: int, dtype: str = "float32") -> tuple[str, Shape
     return "mirror_descent", Shape({"games": games, "actions": actions, "steps": 20}, dtype)
 
 
-def _product(rows: int, width: int, columns: int, dtype: str) -> tuple[str, Shape]:
-    return "decode_linear", Shape({"rows": rows, "width": width, "columns": columns}, dtype)
+def _product(rows: int, width: int, columns: int, dtype: str, **more: int) -> tuple[str, Shape]:
+    return "decode_linear", Shape({"rows": rows, "width": width, "columns": columns, **more}, dtype)
 
 
 def _attention(rows: int, heads: int, kv_heads: int, positions: int, dim: int, dtype: str) -> tuple[str, Shape]:
@@ -71,6 +71,8 @@ REAL = [
     _games(2, 2048),
     _product(32, 896, 1152, "bfloat16"),
     _product(33, 577, 4099, "float32"),
+    _product(64, 896, 1152, "bfloat16", weights=2),
+    _product(66, 577, 4099, "float32", weights=2),
     _attention(32, 14, 2, 192, 64, "bfloat16"),
     _attention(8, 32, 8, 4096, 128, "bfloat16"),
     _attention(8, 28, 4, 1000, 128, "float32"),

@@ -293,8 +293,8 @@ class RolloutEngine:
             return None, []
         whole = -(-width // self.prompt_bucket) * self.prompt_bucket
         roles = rows_by_model(prompts, players, self.has_reference)
-        models = [self.models.info_of(role) for role in roles]
-        if self._recorded_prompts == "auto" and not host_takes_longer(models, prompts * whole):
+        models, passes = [self.models.info_of(role) for role in roles], self.models.passes(roles)
+        if self._recorded_prompts == "auto" and not host_takes_longer(models, passes, prompts * whole):
             return None, []
         reasons = self.models.why_prompts_not_recorded(whole, whole - width, settings.max_new_tokens)
         return (None if reasons or self.models.why_not_recorded() else whole), reasons

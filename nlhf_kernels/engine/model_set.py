@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -335,6 +335,12 @@ class ModelSet:
     def info_of(self, role: str) -> ModelInfo:
         """Return what the model is whose parameters a role has: an adapted policy's base is the policy's model."""
         return self.info["policy" if role == "reference" and self.shares_base else role]
+
+    def passes(self, roles: Iterable[str]) -> list[ModelInfo]:
+        """Return the models whose code runs for these roles: the policy's for the reference, too, where it may be."""
+        roles = list(roles)
+        one = (self.one_pass or self.pair is not None) and "policy" in roles
+        return [self.info_of(role) for role in roles if not (one and role == "reference")]
 
     def cache_bytes(self, rows: Mapping[str, int], length: int) -> dict[str, int]:
         """Return the bytes that `runners` allocates, by model."""

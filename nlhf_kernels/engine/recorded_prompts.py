@@ -33,14 +33,15 @@ def widened(prompts: Prompts, width: int) -> Prompts:
     return Prompts(ids, mask, padded=True)
 
 
-def host_takes_longer(models: Sequence[ModelInfo], tokens: int) -> bool:
+def host_takes_longer(models: Sequence[ModelInfo], passes: Sequence[ModelInfo], tokens: int) -> bool:
     """Estimate whether reading takes the host longer than the GPU.
 
     Args:
         models: those that read the prompts.
+        passes: of them, those whose code runs: one of two in one pass.
         tokens: of all prompts, padding included.
     """
-    host = HOST_SECONDS_PER_LAYER * sum(len(info.layers) for info in models)
+    host = HOST_SECONDS_PER_LAYER * sum(len(info.layers) for info in passes)
     operations = [2 * info.weights * tokens * (FLOAT32_FACTOR if info.dtype.itemsize > 2 else 1) for info in models]
     return sum(operations) / FLOPS_PER_SECOND < host
 
