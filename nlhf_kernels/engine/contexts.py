@@ -1,4 +1,4 @@
-"""Context managers around forward passes: gradients and autocast off, evaluation mode, one thread at a time."""
+"""Context managers around forward passes: gradients and autocast off, other forwards, one thread at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-
-from ..core.upstream import modules_of
 
 _locks: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()  # an RLock per model
 _locks_lock = Lock()
@@ -51,25 +49,6 @@ def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> It
         del module.forward
         if before is not None:
             module.forward = before
-
-
-@contextmanager
-def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode, and the submodules that were in training mode back into it afterwards.
-
-    Evaluation mode switches off dropout, and gradient checkpointing, under which models do not use their caches. A
-    model without such a submodule is left alone: to set a flag that is set costs a large model milliseconds.
-    """
-    in_training = {model: [module for module in modules_of(model) if module.training] for model in models}
-    try:
-        for model, modules in in_training.items():
-            if modules:
-                model.eval()
-        yield
-    finally:
-        for modules in in_training.values():
-            for module in modules:
-                module.training = True
 
 
 @contextmanager

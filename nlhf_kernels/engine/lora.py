@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from ..core.modes import eval_mode
 from ..core.split_adapters import laid_out
 from ..core.upstream import plain_lora_layers
 from .batch import Span
-from .contexts import eval_mode, exact_products, locked, no_autocast
+from .contexts import exact_products, locked, no_autocast
 from .decode_state import DecodeState
 from .model_info import ModelInfo
 from .one_pass import OnePassRunner, RowsMixedError, are_joined, module_inputs, short_texts, vectors_of

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from ..core.modes import eval_mode
 from ..core.upstream import cache_argument, keeps_recurrent_state, uncompiled
 from .caches import LayerShape, ProbeLayer
-from .contexts import eval_mode, no_autocast
+from .contexts import no_autocast
 from .peft_models import check_served
 
 OP = "RolloutEngine"

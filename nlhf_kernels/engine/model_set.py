@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..core.checks import check_integer
+from ..core.modes import eval_mode
 from ..core.upstream import (
     attention_name,
     eager_masks_copy_from_host,
@@ -20,7 +21,7 @@ from ..core.upstream import (
     parameters_of,
 )
 from .attention import NAME, REPLACED, use_attention
-from .contexts import eval_mode, locked
+from .contexts import locked
 from .cpu_head import fast_cpu_heads
 from .decode_state import DecodeState
 from .joint_products import JointProducts

@@ -20,9 +20,10 @@ from typing import Any, Protocol
 import torch
 
 from ..core.checks import FLOATS
+from ..core.modes import eval_mode
 from ..core.upstream import attention_name, has_forward_hooks, modules_of, observing_operations, version_of
 from .alike import owns_parameters, why_not_alike, why_parameters_differ
-from .contexts import eval_mode, exact_products, locked, no_autocast, replaced_forwards
+from .contexts import exact_products, locked, no_autocast, replaced_forwards
 from .cpu_head import ROWS, is_plain, product
 from .decode_state import DecodeState
 from .layers.fused import NORM, LayerFunctions, has_code

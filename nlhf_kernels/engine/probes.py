@@ -18,10 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache
 
+from ..core.modes import eval_mode
 from ..core.upstream import attention_name, experts_name
 from .attention import takes_decode_attention, use_attention
 from .caches import FarLayer
-from .contexts import eval_mode, exact_products, locked, no_autocast
+from .contexts import exact_products, locked, no_autocast
 from .decode_state import DecodeState
 from .model_info import ModelInfo
 from .request import Prompts

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from ..core.modes import eval_mode
 from ..core.upstream import keep_unsharded
 from ..core.vocabulary import TENSOR_PARALLEL, VocabularySlice, is_dtensor, same_slice, slice_of
-from .contexts import eval_mode, exact_products, no_autocast, replaced_forward
+from .contexts import exact_products, no_autocast, replaced_forward
 from .graphs import CAPTURE_ERROR_MODE
 from .model_info import ModelInfo
 

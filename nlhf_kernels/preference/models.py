@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -27,6 +26,7 @@ from ..core.adapters import new_adapter
 from ..core.checks import check_integer
 from ..core.identity import digest, weights_digest
 from ..core.loading import HUB, load_model, load_tokenizer
+from ..core.modes import eval_mode
 from ..core.optional import need
 from ..core.upstream import has_injected_adapter
 from .template import InputFormat, InputFormatter
@@ -200,7 +200,7 @@ class ComparisonModel(torch.nn.Module):
         ordered = [(b, a) if swap else (a, b) for (a, b), swap in zip(pairs, swapped, strict=True)]
         margins = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
         by_length = sorted(range(len(ordered)), key=lambda index: (-max(map(len, ordered[index])), index))
-        with without_dropout(self):
+        with eval_mode(self):
             for start in range(0, len(by_length), batch_size):
                 indices = by_length[start : start + batch_size]
                 a, b = self([ordered[index] for index in indices])
@@ -285,24 +285,12 @@ class RewardModel(ComparisonModel):
         """
         check_integer("rewards", "batch_size", batch_size, 1, 10**6)
         rows = self._encode(prompts, responses)
-        with without_dropout(self):
+        with eval_mode(self):
             parts = [self.logits(rows[i : i + batch_size]).cpu() for i in range(0, len(rows), batch_size)]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 KINDS: dict[str, type[ComparisonModel]] = {kind.KIND: kind for kind in (PairwisePreferenceModel, RewardModel)}
-
-
-@contextmanager
-def without_dropout(module: torch.nn.Module) -> Iterator[None]:
-    """Put `module` into evaluation mode, and restore the mode of every submodule afterwards."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _body(model: Any) -> Any:

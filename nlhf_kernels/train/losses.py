@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..engine.contexts import eval_mode
+from ..core.modes import eval_mode
 from ..engine.peft_models import adapters_off
 from ..ops import Head, linear_logprobs, linear_nash_pg_loss, linear_preference_loss
 from .config import NashConfig

@@ -15,9 +15,9 @@ from ..core import split_adapters
 from ..core.adapters import new_adapter
 from ..core.checks import check_number
 from ..core.loading import check_finite
+from ..core.modes import eval_mode
 from ..core.optional import need
 from ..core.upstream import has_injected_adapter
-from ..engine.contexts import eval_mode
 from ..engine.model_info import clone_with_parameters
 from ..engine.peft_models import is_adapted
 from . import opponents

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...core.modes import eval_mode
 from ...tabular.cycling import taste_game
 from ..presets import OP
 from ..workspace import read_json, write_json
@@ -144,11 +145,8 @@ def candidate_log_probs(model: Any, tokenizer: Any, world: World) -> torch.Tenso
     ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in world.prompts],
                        dtype=torch.int64, device=model.device)  # fmt: skip
     chosen = tokenizer.convert_tokens_to_ids(world.candidates)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), eval_mode(model):
         logits = model(input_ids=ids, use_cache=False).logits[:, -1]
-    model.train(training)
     every = logits.double().cpu().log_softmax(-1)
     others = torch.ones(every.shape[-1], dtype=torch.bool, device="cpu")
     others[chosen] = False
