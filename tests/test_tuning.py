@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nlhf_kernels
 from nlhf_kernels.cli import tune
@@ -89,6 +90,12 @@ def test_a_plan_that_fails_or_changes_the_result_is_not_taken(tunable) -> None:
     assert measured.best == Plan(64, 4)
     assert measured.medians[Plan(16, 4)] == "RuntimeError: out of resource: shared memory"
     assert measured.medians[Plan(32, 4)] == "another result"
+
+
+def test_the_default_plan_has_a_time_even_if_its_results_vary(tunable) -> None:
+    results = iter(range(100))
+    measured = swept(tunable, {8: 10.0}, lambda plan: torch.full((2,), next(results), dtype=torch.int64))
+    assert measured.best == DEFAULT and measured.default_us == 10.0
 
 
 def test_what_the_time_does_not_allow_is_not_measured(tunable) -> None:
@@ -230,6 +237,48 @@ def test_the_command_measures_and_shows(capsys) -> None:
     assert all(len(line) <= 80 for line in output.splitlines())
 
 
+def test_what_fails_is_told_and_the_rest_is_measured(capsys, monkeypatch) -> None:
+    """A plan's illegal access takes the GPU down: what was measured before it must not be lost."""
+    real = nlhf_kernels.decode_linear
+
+    def linear(*arguments, **options):
+        if options.get("backend") == "triton":
+            raise RuntimeError("CUDA error: an illegal memory access\nand more")
+        return real(*arguments, **options)
+
+    def sweep(calls, launch, *_):
+        if launch.tunable.op == "logprobs":
+            raise RuntimeError("CUDA error: an illegal memory access\nand more")
+        return tuning.Sweep(launch, {launch.default: 5.0})
+
+    monkeypatch.setattr(nlhf_kernels, "decode_linear", linear)
+    monkeypatch.setattr(tuning, "sweep", sweep)
+    sizes = ["--vocabulary", "64", "--rows", "1", "--products", "16x32", "--dtype", "float32"]
+    assert main(["tune", "--dry-run", *sizes]) == 1
+    output = capsys.readouterr().out
+    assert "mixture_sample triton" in output
+    failed = [line for line in output.splitlines() if line.startswith("not measured: ")]
+    error = "RuntimeError: CUDA error: an illegal memory access"
+    assert failed[0] == f"not measured: decode_linear triton: {error}"
+    assert [line.partition(" triton")[0].split()[-1] for line in failed] == ["decode_linear", "logprobs", "logprobs"]
+
+
+def test_a_tuned_draw_is_a_single_operation() -> None:
+    """A number among its arguments would be a launch of its own, as long as the sampler's."""
+    made: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            made.append(function.overloadpacket.__name__)
+            return function(*arguments, **(options or {}))
+
+    operations = tune.operations(tune.Sizes(64), [2], [], torch.float32, torch.device("cpu"))
+    for _, arguments, options, _ in [each for each in operations if each.op == "mixture_sample"]:
+        with Watch():
+            nlhf_kernels.mixture_sample(*arguments, **options, backend="torch")
+    assert made.count("mixture_sample") == 2 and not {"fill_", "full", "empty"} & {*made}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -259,7 +308,8 @@ def test_every_tunable_kernel_is_launched_by_some_operation() -> None:
     sizes = tune.Sizes(64, heads=2, kv_heads=1, head_dim=16, products=((16, 32),))
     operations = list(tune.operations(sizes, [2], [(2, 3)], torch.float32, torch.device("cpu")))
     assert {each.op for each in operations} >= {op for op, _ in Tunable.instances}
-    launches = tune.find_launches(operations)
+    launches = tune.find_launches(operations, failures := [])
+    assert not failures
     launched = {launch.tunable.op for launch in launches}
     assert launched >= {"mixture_sample", "decode_attention", "decode_linear", "logprobs"}
 

@@ -87,8 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
     products = tuple(dict.fromkeys((*sizes.products, *arguments.products)))
     sizes = sizes._replace(products=products, one_pass=arguments.one_pass)
     console = new_console()
+    failures: list[str] = []
     launches = find_launches(
-        operations(sizes, arguments.rows, arguments.games, getattr(torch, arguments.dtype), device)
+        operations(sizes, arguments.rows, arguments.games, getattr(torch, arguments.dtype), device), failures
     )
     median_us, sweeps = tuning.median_on(device), []
     seconds = 60 * arguments.minutes
@@ -98,13 +99,21 @@ def run(arguments: argparse.Namespace) -> int:
             share = (seconds - (progress.tasks[0].elapsed or 0.0)) / (len(launches) - index)
             rival = launch.tunable.rival
             rivals = [partial(call, backend=rival) for call in calls] if rival else []
-            sweeps.append(tuning.sweep(calls, launch, share, median_us, lambda: progress.advance(bar), rivals))
+            try:
+                sweeps.append(tuning.sweep(calls, launch, share, median_us, lambda: progress.advance(bar), rivals))
+            except Exception as error:  # such as of a GPU that a plan's illegal access has taken down
+                failures.append(_failure(f"{launch.tunable.op} {launch.tunable.backend}, {launch.workload}", error))
     console.print(table_of(sweeps))
-    if arguments.dry_run:
-        return 0
-    path = tuning.keep(tuning.card_name(device), sweeps)
-    console.print(f"remembered in {path}" if path else "not remembered: NLHF_KERNELS_TUNING is off")
-    return 0
+    for line in failures:
+        console.print(f"not measured: {line}", markup=False, highlight=False, soft_wrap=True)
+    if not arguments.dry_run:
+        path = tuning.keep(tuning.card_name(device), sweeps)
+        console.print(f"remembered in {path}" if path else "not remembered: NLHF_KERNELS_TUNING is off")
+    return 1 if failures else 0
+
+
+def _failure(what: str, error: Exception) -> str:
+    return f"{what}: {type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -144,8 +153,10 @@ def model_sizes(name: str) -> Sizes:
     return Sizes(config.vocab_size, heads, kv_heads, head_dim, tuple(products))
 
 
-def find_launches(operations: Iterable[Operation]) -> dict[tuning.Launch, list[Callable[..., Any]]]:
-    """Map the launches of tunable kernels in `operations` to the calls that make them."""
+def find_launches(
+    operations: Iterable[Operation], failures: list[str]
+) -> dict[tuning.Launch, list[Callable[..., Any]]]:
+    """Map the launches of tunable kernels in `operations` to the calls that make them; append what fails."""
     calls: dict[tuning.Launch, list[Callable[..., Any]]] = {}
     for op, arguments, options, gradient_of in operations:
         reasons = explain(op, *arguments, **options).reasons
@@ -154,8 +165,12 @@ def find_launches(operations: Iterable[Operation]) -> dict[tuning.Launch, list[C
                 continue
             function = partial(getattr(nlhf_kernels, op), *arguments, backend=backend, **options)
             call = function if gradient_of is None else partial(_with_gradient, function, gradient_of)
-            with tuning.record_launches() as launches:
-                call()
+            try:
+                with tuning.record_launches() as launches:
+                    call()
+            except Exception as error:
+                failures.append(_failure(f"{op} {backend}", error))
+                continue
             for launch in dict.fromkeys(launches):
                 calls.setdefault(launch, []).append(call)
     return calls
@@ -171,10 +186,12 @@ def operations(
 
     for count in rows:
         logits = normal(count, sizes.vocabulary), normal(count, sizes.vocabulary)
-        draw = {"seed": 0, "row_ids": torch.arange(count, dtype=torch.int64, device=device), "step": 0}
-        for filters in ({}, {"top_p": 0.95}):
-            yield Operation("mixture_sample", (*logits, 0.1), {**draw, **filters})
+        # Tensors and packed settings: numbers would be launches of their own, as long as the sampler's.
         zero = torch.zeros((), dtype=torch.int64, device=device)
+        draw = {"seed": zero, "row_ids": torch.arange(count, dtype=torch.int64, device=device), "step": zero}
+        for top_p in (1.0, 0.95):
+            packed = nlhf_kernels.mixture_settings([0.9, 0.1], top_p=top_p, device=device)
+            yield Operation("mixture_sample", logits, {**draw, "settings": packed})
         yield Operation("row_uniforms", (zero, draw["row_ids"], zero))
         if sizes.heads:
             query = normal(count, sizes.heads, sizes.head_dim)

@@ -211,7 +211,8 @@ def sweep(
         with use_plan(launch.tunable, plan):
             try:
                 share = max(left, 0.0) / (len(plans) - index) / len(calls)
-                if all(_agree(tensors_of(call()), expected) for call, expected in zip(calls, truth, strict=True)):
+                pairs = zip(calls, truth, strict=True)
+                if plan == default or all(_agree(tensors_of(call()), expected) for call, expected in pairs):
                     medians[plan] = sum(median_us(call, share) for call in calls)
                 else:
                     medians[plan] = "another result"
