@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -42,6 +43,15 @@ class PlayerRows:
         return slice(self.start - span[0], self.stop - span[0])
 
 
+class PlayerTensors(NamedTuple):
+    """A player's rows of the batch's tensors, as views that last until rows leave."""
+
+    settings: MixtureSettings
+    row_ids: torch.Tensor
+    output_rows: torch.Tensor
+    tokens: torch.Tensor
+
+
 class Batch:
     def __init__(self, rows: int, device: torch.device) -> None:
         self.output_rows = torch.zeros(rows, dtype=torch.int64, device=device)  # (R,) row of the output buffers
@@ -52,6 +62,9 @@ class Batch:
         self.packed_by_columns: dict[int, torch.Tensor] = {}  # (R, columns) each: the sampler takes whole rows
         self.filtered = False
         self.players: tuple[PlayerRows, ...] = ()
+        self.player_tensors: tuple[PlayerTensors, ...] = ()
+        #: The rows of each model; (0, 0) for a model that no row needs any more.
+        self.spans: dict[str, Span] = {}
 
     def assign(
         self, players: Sequence[Player], prompts: int, settings: RolloutSettings, has_reference: bool, processed: bool
@@ -81,7 +94,7 @@ class Batch:
             prompt = torch.arange(prompts, dtype=torch.int64, device=device)
             prompt_of_rows.append(prompt.repeat_interleave(player.samples))
             start = rows.stop
-        self.players = tuple(players_rows)
+        self._place(players_rows)
         self.output_spans = {player.player: player.rows for player in players_rows}
         torch.arange(start, dtype=torch.int64, device=device, out=self.output_rows[:start])
         return torch.cat(prompt_of_rows, out=self.fan_out[:start])
@@ -98,18 +111,6 @@ class Batch:
     def rows(self) -> int:
         return self.players[-1].stop
 
-    @property
-    def spans(self) -> dict[str, Span]:
-        """Return the rows of each model; (0, 0) for a model that no row needs any more."""
-        spans: dict[str, Span] = {"reference": (0, self.rows)}
-        for source in ("policy", "opponent"):
-            players = [player for player in self.players if player.source == source and player.size]
-            spans[source] = (players[0].start, players[-1].stop) if players else (0, 0)
-        return spans
-
-    def settings(self, player: PlayerRows) -> MixtureSettings:
-        return MixtureSettings(self.packed[player.rows], self.filtered)
-
     def compact(self, remaining: Sequence[Sequence[int]]) -> torch.Tensor:
         """Keep these rows of the batch, given player by player. Returns them as one tensor."""
         rows = torch.tensor([row for rows in remaining for row in rows], dtype=torch.int64, device=self.row_ids.device)
@@ -119,8 +120,22 @@ class Batch:
         for player, player_rows in zip(self.players, remaining, strict=True):
             players.append(replace(player, start=start, stop=start + len(player_rows)))
             start += len(player_rows)
-        self.players = tuple(players)
+        self._place(players)
         return rows
+
+    def _place(self, players: Sequence[PlayerRows]) -> None:
+        """Let the rows be those of `players`."""
+        self.players, self.spans = tuple(players), {"reference": (0, players[-1].stop)}
+        for source in ("policy", "opponent"):
+            present = [player for player in players if player.source == source and player.size]
+            self.spans[source] = (present[0].start, present[-1].stop) if present else (0, 0)
+        per_row = (self.row_ids, self.output_rows, self.tokens)
+        self.player_tensors = tuple(
+            PlayerTensors(
+                MixtureSettings(self.packed[player.rows], self.filtered), *(tensor[player.rows] for tensor in per_row)
+            )
+            for player in players
+        )
 
 
 def remaining_rows(

@@ -13,7 +13,7 @@ import torch
 
 from ..core.settings import requested
 from ..ops.mixture_sample.op import sample_packed
-from .batch import Batch, PlayerRows, remaining_rows
+from .batch import Batch, PlayerRows, PlayerTensors, remaining_rows
 from .compiling import clock
 from .decode_state import DecodeState
 from .graphs import Graphs
@@ -131,12 +131,13 @@ class Rollout:
         return {role: logits for result in results for role, logits in result.items()}
 
     def _sample(self, logits: dict[str, torch.Tensor]) -> None:
-        for player in self.space.batch.players:
+        batch = self.space.batch
+        for player, tensors in zip(batch.players, batch.player_tensors, strict=True):
             if player.size:
-                self._sample_player(player, logits)
+                self._sample_player(player, tensors, logits)
         self.space.state.step.add_(1)
 
-    def _sample_player(self, player: PlayerRows, logits: dict[str, torch.Tensor]) -> None:
+    def _sample_player(self, player: PlayerRows, tensors: PlayerTensors, logits: dict[str, torch.Tensor]) -> None:
         request, space, batch = self.request, self.space, self.space.batch
         roles = [player.source, "reference"] if request.has_reference else [player.source]
         columns = request.columns
@@ -147,9 +148,9 @@ class Rollout:
         indices = {"policy": 0, "reference": 1, "mixture": len(models)}
         sample = sample_packed(
             models,
-            batch.settings(player),
+            tensors.settings,
             seed=space.seed,
-            row_ids=batch.row_ids[player.rows],
+            row_ids=tensors.row_ids,
             step=space.state.step,
             stream=player.stream,
             bias=space.bias[columns] if self._ends_forbidden() else None,
@@ -157,11 +158,12 @@ class Rollout:
             backend=request.settings.backend,
             part=request.part,
         )
-        batch.tokens[player.rows] = sample.tokens
-        step, rows = space.state.step, batch.output_rows[player.rows]
+        tensors.tokens.copy_(sample.tokens)
+        step, rows = space.state.step, tensors.output_rows
         space.outputs.write(step, rows, sample.tokens, sample.ok)
-        for name in request.logprobs:
-            space.outputs.write_logprob(name, step, rows, sample.logprobs[indices[name]])
+        if request.logprobs:
+            asked = [indices[name] for name in request.logprobs]
+            space.outputs.write_logprobs(step, rows, _rows_of(sample.logprobs, asked))
 
     def _ends_forbidden(self) -> bool:
         return bool(self.request.end_ids) and self.steps < self.request.settings.min_new_tokens
@@ -232,3 +234,11 @@ class Rollout:
         spans = [self.space.batch.output_spans[player] for player in range(len(request.players))]
         responses = tuple(outputs.responses(rows, width, request.pad_id) for rows in spans)
         return RolloutResult(responses, request.seed, request.end_ids, self.steps, self.row_steps, request.notes)
+
+
+def _rows_of(matrix: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    """Return some rows of a matrix, as a view where they follow one another."""
+    first = indices[0]
+    if indices == list(range(first, first + len(indices))):
+        return matrix[first : first + len(indices)]
+    return torch.stack([matrix[index] for index in indices])

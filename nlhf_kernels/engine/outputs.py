@@ -19,7 +19,9 @@ class TokenBuffers:
     def __init__(self, steps: int, rows: int, logprobs: Sequence[str], device: torch.device) -> None:
         self.tokens = torch.zeros(steps, rows, dtype=torch.int64, device=device)
         self.ok = torch.zeros(steps, rows, dtype=torch.bool, device=device)
-        self.logprobs = {name: torch.zeros(steps, rows, dtype=torch.float32, device=device) for name in logprobs}
+        self._logprobs = torch.zeros(len(logprobs), steps, rows, dtype=torch.float32, device=device)
+        self._names = torch.arange(len(logprobs), dtype=torch.int64, device=device)[:, None]
+        self.logprobs = dict(zip(logprobs, self._logprobs, strict=True))
 
     def reset(self, rows: int, steps: int, end_ids: torch.Tensor) -> None:
         """Begin a rollout. Every row counts as `steps` long until its end is found."""
@@ -33,8 +35,10 @@ class TokenBuffers:
         self.tokens.index_put_((step, rows), tokens)
         self.ok.index_put_((step, rows), ok)
 
-    def write_logprob(self, name: str, step: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-        self.logprobs[name].index_put_((step, rows), values)
+    def write_logprobs(
+        self, step: torch.Tensor, rows: torch.Tensor, values: torch.Tensor
+    ) -> None:  # (), (n,), (names, n)
+        self._logprobs.index_put_((self._names, step, rows), values)
 
     @property
     def is_open(self) -> torch.Tensor:  # (rows,) bool

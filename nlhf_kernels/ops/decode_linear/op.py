@@ -130,7 +130,7 @@ _calls = Calls(OP, DecodeLinearInputs, _check)
 
 def _run(inputs: DecodeLinearInputs) -> torch.Tensor:
     x, weight, bias, rest_weight, rest_bias, first, backend = inputs
-    one_serves_all = rest_weight is not None and first in (0, len(x))
+    one_serves_all = rest_weight is not None and first in (0, *x.shape[:1])
     if one_serves_all or not all(each is None or each.is_contiguous() for each in (x, bias, rest_bias)):
         _check(inputs)
         if one_serves_all and rest_weight is not None:
