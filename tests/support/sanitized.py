@@ -30,9 +30,10 @@ OPS = (
     "mirror_descent",
     "nash_pg_loss",
 )
-FILES = (*OPS, "mixture_sample_filters", "logprobs_autograd", "operator_boundary", "fuzz")
+FILES = (*OPS, "known_calls", "mixture_sample_filters", "logprobs_autograd", "operator_boundary", "fuzz")
 # Tests that run code of `_cpu`, but for compilation by Dynamo and ahead of time, which runs the same code.
-SELECTED = "(cpu or avx or baseline or fuzz or autograd) and not (triton or cuda or compile or opcheck or theorem)"
+RUN = "known_calls or cpu or avx or baseline or fuzz or autograd"
+SELECTED = f"({RUN}) and not (triton or cuda or compile or opcheck or theorem)"
 
 
 def build() -> None:
