@@ -149,6 +149,10 @@ def test_bad_settings_and_data_are_refused_before_any_step() -> None:
     model = comparison_model(max_length=20)
     with pytest.raises(ValueError, match="pairs: expected at least one"):
         train_preference_model(model, [])
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    for given, argument in (({"pairs": rows}, "pairs"), ({"pairs": shorter_wins(4), "held_out": rows}, "held_out")):
+        with pytest.raises(TypeError, match=rf"train_preference_model: {argument}\[0\]: expected a Pair .*; got dict"):
+            train_preference_model(model, **given, progress=False)
     low = comparison_model()
     low.body.to(torch.bfloat16)
     with pytest.raises(ValueError, match="model: expected float32 weights, .*; body.embed_tokens.weight is not"):
@@ -197,3 +201,5 @@ def test_calibration_tells_the_honest_from_the_sure() -> None:
     assert reliability(torch.where(won, surer, 1 - surer)).calibration_error > 0.1
     with pytest.raises(ValueError, match="pairs: expected at least one"):
         evaluate(lambda *columns: [], [])
+    with pytest.raises(TypeError, match=r"evaluate: pairs\[0\]: expected a Pair .*; got dict"):
+        evaluate(lambda *columns: [0.9], [{"prompt": "a", "chosen": "b", "rejected": "c"}])

@@ -94,6 +94,21 @@ def load_prompts(source: Source, tokenizer: Any = None, *, split: str | None = N
     return [text for (text,) in _texts(source, ("prompt",), tokenizer, split, chat)]
 
 
+def check_pairs(op: str, pairs: Sequence[Pair], name: str = "pairs") -> None:
+    """Raise where `pairs` holds something else; a dict of three columns would be read as its keys.
+
+    Args:
+        op: the function that errors name.
+        pairs: of `load_pairs`.
+        name: the argument that errors name.
+    """
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, tuple) or len(pair) != 3:
+            raise TypeError(
+                f"{op}: {name}[{index}]: expected a Pair (load_pairs makes them of rows); got {type(pair).__name__}"
+            )
+
+
 def _texts(
     source: Source, columns: Sequence[str], tokenizer: Any, split: str | None, chat: bool = False
 ) -> list[list[str]]:

@@ -9,6 +9,7 @@ import torch
 
 from ..core.checks import check_integer
 from ..data import Pair
+from ..data.pairs import check_pairs
 from .judges import Judge, checked
 
 SMALLEST = 1e-7  # lower bound of probabilities in the log-loss, which keeps it finite
@@ -64,6 +65,7 @@ def evaluate(judge: Judge, pairs: Sequence[Pair], *, bins: int = 10) -> Evaluati
     """
     if not pairs:
         raise ValueError("evaluate: pairs: expected at least one; got none")
+    check_pairs("evaluate", pairs)
     rows = [(p, rejected, chosen) if n % 2 else (p, chosen, rejected) for n, (p, chosen, rejected) in enumerate(pairs)]
     probabilities = checked(judge)(*(list(column) for column in zip(*rows, strict=True))).clone()
     probabilities[1::2] = 1.0 - probabilities[1::2]

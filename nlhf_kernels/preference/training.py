@@ -20,6 +20,7 @@ from ..core.stopping import deferred, requested, stop_if_requested, stoppable
 from ..core.terminal import new_console, new_progress
 from ..core.upstream import finite_attention_gradients
 from ..data import Pair
+from ..data.pairs import check_pairs
 from .checkpoint import Checkpoint
 from .judges import PreferenceModelJudge
 from .measures import Evaluation, evaluate
@@ -103,6 +104,8 @@ def train_preference_model(
     """
     if not pairs:
         raise ValueError("train_preference_model: pairs: expected at least one; got none")
+    check_pairs("train_preference_model", pairs)
+    check_pairs("train_preference_model", held_out, "held_out")
     low = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if low:
         raise ValueError(
