@@ -86,6 +86,7 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": PROMPTS}
         ({"model": "gpt2"}, r"model: expected a causal language model; got str"),
         ({"model": tiny_model("gpt2").transformer}, r"model: expected a causal language model, with an output layer "
          r"over the vocabulary; got a GPT2Model"),
+        ({"model": torch.compile(tiny_model("llama"))}, r"model: expected one without torch.compile, as the"),
         ({"model": masked()}, r"NashTrainer: model: expected a model whose past lies in .* BertForMaskedLM"),
         ({"model": other_task("SequenceClassification")}, r"model: expected a causal .*got a LlamaForSequenceClassif"),
         ({"model": other_task("TokenClassification")}, r"model: expected a causal .*got a LlamaForTokenClassification"),

@@ -17,7 +17,7 @@ from ..core.checks import check_number
 from ..core.loading import check_finite
 from ..core.modes import eval_mode
 from ..core.optional import need
-from ..core.upstream import has_injected_adapter
+from ..core.upstream import has_injected_adapter, uncompiled
 from ..engine.model_info import clone_with_parameters
 from ..engine.peft_models import is_adapted
 from . import opponents
@@ -100,6 +100,10 @@ def check_layout(args: NashConfig, model: Any, **others: Any) -> Layout:
     for name, each in models.items():
         if not isinstance(each, torch.nn.Module):
             raise TypeError(f"{OP}: {name}: expected a causal language model; got {type(each).__name__}")
+    if uncompiled(model) is not model:
+        raise ValueError(
+            f"{OP}: model: expected one without torch.compile, as {FIXED['torch_compile']}; got a compiled one"
+        )
     layout = layout_of_model(model)
     for name, each in models.items():
         split = getattr(getattr(each, "config", None), "distributed_config", None)

@@ -44,7 +44,8 @@ def make_trainer(output: Path | str, *, model: Any = None, judge: Any = likes_e,
     kind = given.pop("trainer", NashTrainer)
     settings = {"max_steps": 3, "per_device_train_batch_size": 4, "max_new_tokens": 6, "logging_steps": 1, "seed": 5}
     args = NashConfig(str(output), **{**QUIET, **settings, **given})
-    return kind(model or tiny_model("llama"), judge=judge, args=args, train_dataset=rows, processing_class=tokenizer,
+    model = tiny_model("llama") if model is None else model
+    return kind(model, judge=judge, args=args, train_dataset=rows, processing_class=tokenizer,
                 **arguments)  # fmt: skip
 
 
