@@ -161,3 +161,10 @@ def test_cli_refuses_bad_input(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["no-such-command"])
     assert "invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["core", "engine", "train", "experiment", "preference", "evaluation"])
+def test_a_folder_lists_its_modules(folder) -> None:
+    listed = (ROOT / "nlhf_kernels" / folder / "README.md").read_text()
+    modules = {path.name for path in (ROOT / "nlhf_kernels" / folder).glob("[a-z]*.py")}
+    assert {name for name in modules if name not in listed} == set()
