@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nlhf_kernels.cli import info
 from nlhf_kernels.core import calls as calls_module
 from nlhf_kernels.core import capabilities, upstream
 from nlhf_kernels.core.calls import TENSORS, KnownCalls, native_calls_missing, signature
@@ -363,3 +364,12 @@ def test_threads_share_a_table(kind) -> None:
     for thread in threads:
         thread.join()
     assert not failures and len(known) == 4
+
+
+def test_info_says_where_the_table_is(monkeypatch) -> None:
+    if capabilities.native_missing("_cpu"):
+        pytest.skip("info says why there is no module")
+    for reason, expected in (("", "in C++"), ("a reason", "in Python: a reason")):
+        monkeypatch.setattr(calls_module, "native_calls_missing", lambda reason=reason: reason)
+        cells = [str(cell) for column in info._build().columns for cell in column.cells]
+        assert any(f"calls of known signatures: {expected}" in cell for cell in cells)

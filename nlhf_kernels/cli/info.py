@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from ..core import capabilities, settings, tuning
+from ..core import calls, capabilities, settings, tuning
 from ..core.registry import Op, ops
 from ..core.terminal import new_console
 from ..core.text import markdown_table
@@ -89,6 +89,8 @@ def _build() -> Table:
         if name == "_cpu":
             facts["SIMD level in use"] = module.active_level()
             facts["best for this CPU"] = module.best_level()
+            reason = calls.native_calls_missing()
+            facts["calls of known signatures"] = f"in Python: {reason}" if reason else "in C++"
         table.add_row(name, "\n".join(f"{key}: {_plain(value)}" for key, value in facts.items()))
     return table
 
