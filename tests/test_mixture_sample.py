@@ -279,6 +279,14 @@ def test_the_draw_is_the_row_uniform_and_depends_on_nothing_else(backend) -> Non
         assert not torch.equal(other_draw.tokens, together.tokens)
 
 
+@pytest.mark.parametrize("name", ["seed", "step"])
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 2**70])
+def test_numbers_beyond_int64_are_named(name, number) -> None:
+    draw = {"seed": 5, "step": 9, "row_ids": torch.arange(2)}
+    with pytest.raises(ValueError, match=f"mixture_sample: {name}: expected an integer in .*; got {number}"):
+        nlhf_kernels.mixture_sample(torch.zeros(2, 5), torch.zeros(2, 5), 0.3, **{**draw, name: number})
+
+
 @every_backend
 def test_a_common_offset_changes_nothing(backend) -> None:
     """Tokens are invariant under an offset, even a large one; whole numbers keep all logits exact in float32."""

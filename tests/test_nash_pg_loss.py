@@ -410,6 +410,8 @@ BAD = {
         "advantage": torch.zeros(3),
     },
     "advantage: expected a constant": {"preference": None, "advantage": torch.zeros(2, requires_grad=True)},
+    "preference: expected a constant": {"preference": torch.zeros(2, requires_grad=True)},
+    "baseline: expected a constant": {"baseline": torch.zeros((), requires_grad=True)},
     r"normalizer: expected a finite number in \(0": {"normalizer": 0.0},
     r"reference_logits: expected shape .*; got \(2, 3, 5\)": {"reference_logits": torch.zeros(2, 3, 5)},
     "policy_logits: expected shape": {"policy_logits": torch.zeros(2, 4)},

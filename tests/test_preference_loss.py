@@ -187,7 +187,7 @@ def test_from_hidden_states(kind, per_token) -> None:
     kept = targets != -100
 
     def by_hand(dtype):
-        leaves = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]
         index = targets.clamp(min=0).unsqueeze(2)
         log_pi = (leaves[0] @ leaves[1].t()).log_softmax(-1).gather(2, index).squeeze(2)
         log_mu = (
@@ -233,6 +233,7 @@ BAD = {
     r"first: expected shape \(pairs\); got \(6, 1\)": ((FIRST[:, None], SECOND), {}),
     r"second: expected shape \(pairs\) with pairs=6; got \(5,\)": ((FIRST, SECOND[:5]), {}),
     r"preference: expected probabilities in \[0, 1\]; got -": ((FIRST, SECOND, PREFERENCE - 1), {}),
+    "preference: expected a constant": ((FIRST, SECOND, PREFERENCE.clone().requires_grad_()), {}),
     r"tau: expected a finite number in \(0": ((FIRST, SECOND), {"tau": 0.0}),
     "kind: expected one of ipo, dpo; got 'kto'": ((FIRST, SECOND), {"kind": "kto"}),
     "lengths: expected dtype int64": ((FIRST, SECOND), {"lengths": (FIRST, SECOND)}),
@@ -253,3 +254,6 @@ def test_bad_input_of_the_linear_form_is_named() -> None:
         nlhf_kernels.linear_preference_loss(hidden[:5], weight, targets[:5], None, reference_hidden[:5], tau=0.1)
     with pytest.raises(ValueError, match="linear_preference_loss: reference_logprobs: expected either"):
         nlhf_kernels.linear_preference_loss(hidden, weight, targets, preference, tau=0.1)
+    given = torch.zeros(targets.shape, dtype=hidden.dtype, device=hidden.device, requires_grad=True)
+    with pytest.raises(ValueError, match="linear_preference_loss: reference_logprobs: expected a constant"):
+        nlhf_kernels.linear_preference_loss(hidden, weight, targets, preference, tau=0.1, reference_logprobs=given)

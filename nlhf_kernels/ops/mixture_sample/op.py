@@ -29,6 +29,7 @@ from .settings import MixtureSettings, Number, has_filter, mixture_settings
 from .slices import SliceOfDraw, local_logits
 
 _HERE = "nlhf_kernels.ops.mixture_sample"
+_INT64 = range(-(2**63), 2**63)
 Integer = int | torch.Tensor  # () or (R,) int64
 
 
@@ -344,7 +345,8 @@ def _sample(
         # What the operator has taken before as it is passes the checks below, and needs no other layout.
         logits = [*named_logits.values()]
         if uniforms is None and type(logits[0]) is torch.Tensor:
-            seed, step = (_filled(x, logits[0].device) if type(x) is int else x for x in (seed, step))
+            device = logits[0].device
+            seed, step = (_filled(x, device) if type(x) is int and x in _INT64 else x for x in (seed, step))
         counter: tuple[Any, Any, Any] = (seed, row_ids, step) if uniforms is None else (None, None, None)
         packed, filtered = settings
         inputs = MixtureSampleInputs(
@@ -419,7 +421,7 @@ def _filled(value: int, device: torch.device) -> torch.Tensor:
 
 def _as_tensor(op: str, name: str, value: Integer, device: torch.device) -> torch.Tensor:
     if isinstance(value, int) and not isinstance(value, bool):
-        return _filled(value, device)
+        return _filled(check_integer(op, name, value, _INT64[0], _INT64[-1]), device)
     check_is_tensor(op, name, value)
     return value  # type: ignore[return-value]
 

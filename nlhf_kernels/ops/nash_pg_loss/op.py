@@ -177,8 +177,6 @@ def check_terms(
     layout = check_layout(op, targets, mask, cu_seqlens, sizes, device)
     advantage = _check_advantage(op, advantage, preference, baseline, sizes, device)
     given = check_reference(op, reference_model, reference_logprobs, layout, sizes, device)
-    if reference_logprobs is not None:
-        check_constant(op, "reference_logprobs", reference_logprobs)
     if kl == "exact" and reference_model is None:
         raise ValueError(f"{op}: kl: 'exact' needs the reference model, over the vocabulary; got reference_logprobs")
     normalizer = check_normalizer(op, normalizer, layout.sequences, device)
@@ -200,6 +198,7 @@ def check_reference(
     if logprobs is None:
         return None
     check_tensor(op, "reference_logprobs", logprobs, layout.symbols, DTYPES, sizes, device)
+    check_constant(op, "reference_logprobs", logprobs)
     return logprobs.detach().reshape(-1).masked_fill(layout.targets == IGNORED, 0)
 
 
@@ -223,7 +222,8 @@ def _check_advantage(
     probability = as_probabilities(op, "preference", preference)
     if isinstance(baseline, torch.Tensor):
         shape = ("sequences",) if baseline.ndim else ()
-        baseline = check_tensor(op, "baseline", baseline, shape, DTYPES, sizes, device).detach().double()
+        check_constant(op, "baseline", check_tensor(op, "baseline", baseline, shape, DTYPES, sizes, device))
+        baseline = baseline.detach().double()
     else:
         baseline = 0.5 if baseline is None else check_number(op, "baseline", baseline)
     return probability - baseline
@@ -240,6 +240,7 @@ def check_normalizer(op: str, normalizer: Scalar | None, count: int, device: tor
 def as_probabilities(op: str, name: str, value: torch.Tensor) -> torch.Tensor:  # float64
     """Return constants in [0, 1]. Others raise on the CPU, where reading them needs no synchronisation; elsewhere, and
     in a compiled graph, they become NaN."""
+    check_constant(op, name, value)
     value = value.detach().double()
     inside = (value >= 0) & (value <= 1)
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(inside.all()):
