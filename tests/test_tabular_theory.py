@@ -151,9 +151,9 @@ def test_marks_and_batches_do_not_change_the_path() -> None:
     ("options", "message"),
     [
         ({"algorithm": "nash"}, "algorithm: expected one of nash-md, omd"),
-        ({"steps": 0}, "steps, marks: expected increasing numbers from 1; got"),
+        ({"steps": 0}, "steps, marks: expected increasing whole numbers from 1; got"),
         ({"marks": (5, 5)}, "steps, marks: expected increasing"),
-        ({"step": -0.1}, "step: expected a finite number of at least 0; got -0.1"),
+        ({"step": -0.1}, "step: expected a finite number in .0.0, inf.; got -0.1"),
         ({"start": torch.zeros(4)}, "start: expected"),
     ],
 )
