@@ -15,8 +15,8 @@ from .request import Prompts
 
 PROMPT_BUCKET = 64  # tokens: more pad prompts by more, fewer need more graphs
 
-#: Seconds of Python code and launches per layer. Measured: 0.33 ms, of layers of Qwen2 so small that nothing else
-#: counts (2 cores of Sapphire Rapids, Python 3.11, torch 2.13); a launch costs more than such an operation of a CPU.
+#: Seconds of Python code and launches per layer: an estimate, from layers of Qwen2 so small that nothing else counts.
+#: `benchmarks.rollout` times recorded and unrecorded passes beside each other.
 HOST_SECONDS_PER_LAYER = 0.4e-3
 #: Floating-point operations a second in 16 bits: half of what an H200 reached in products of 8192 x 8192 matrices,
 #: since a layer's are smaller. Products in float32 take 16 times as long (NVIDIA's data sheet: 989 and 67 TFLOP/s).
